@@ -10,8 +10,8 @@ import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-# Wrappers add a component to every name below them. These are added anywhere in a path, `module` (DDP, DeepSpeed) only at
-# its start: a model's own child called `module` deeper in the path is left alone.
+# Wrappers add a component to every name below them: these anywhere in a path, `module` (DDP, DeepSpeed) at its start.
+# A model's own child called `module` deeper in the path is left alone.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _LEADING_WRAPPER = "module"
 

@@ -136,8 +136,8 @@ def check_selection(infos: Sequence[ParameterInfo]) -> None:
         largest = max((info for info in infos if not info.projected), key=lambda info: info.numel)
         warnings.warn(
             f"Only {projected / total:.0%} of the parameters are projected; FRUGAL saves memory on those alone. "
-            f"The largest regular one is {largest.name} with {largest.numel:,} elements. If it should be projected, name it in "
-            "split_parameters(model, project=[...]).",
+            f"The largest regular one is {largest.name} with {largest.numel:,} elements. If it should be projected, "
+            "name it in split_parameters(model, project=[...]).",
             stacklevel=2,
         )
 
@@ -192,8 +192,8 @@ def _is_projected(entry: _Entry, project: Sequence[str] | None) -> bool:
     shape = _shape(entry.tensor)
     if len(shape) not in (2, 3):
         raise ValueError(
-            f"project matches {entry.names[0]} of shape {shape}, which is no matrix. Only 2-D parameters and 3-D stacks "
-            "of matrices can be projected: narrow the pattern or name this one in skip."
+            f"project matches {entry.names[0]} of shape {shape}, which is no matrix. Only 2-D parameters and 3-D "
+            "stacks of matrices can be projected: narrow the pattern or name this one in skip."
         )
     return True
 
