@@ -1,0 +1,379 @@
+"""Hyperparameters, parameter groups and names: what is accepted, what is refused, and how the error reads."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from building import PROJECTIONS, build, clocks, parameters_of, set_grads, train, weight, weights
+
+from frugal_dist import Frugal
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [
+        ("projection", "svdd", "'svd'"),
+        ("projection", "column", "'columns'"),
+        ("projection", "block_wise", "'blockwise'"),
+        ("side", "rigth", "'right'"),
+        ("block_order", "ascend", "'ascending'"),
+        ("state_full", "adam", "'adamw'"),
+        ("state_free", "signsgd", "'sign'"),
+        ("on_refresh", "projekt", "'project'"),
+        ("refresh_schedule", "stagger", "'staggered'"),
+    ],
+)
+def test_a_misspelt_choice_is_told_what_was_meant(key: str, value: str, hint: str) -> None:
+    with pytest.raises(ValueError, match=key) as error:
+        build({"w": weight(8, 6)}, **{key: value})
+    assert hint in str(error.value)
+    assert value in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "allowed"),
+    [
+        ("projection", ["svd", "random", "randperm", "columns", "rows", "randk", "blockwise"]),
+        ("side", ["std", "reverse_std", "right", "left", "full"]),
+        ("block_order", ["random", "ascending", "descending", "mirror"]),
+        ("state_full", ["adamw", "lion", "sgdm"]),
+        ("state_free", ["sign", "sgd", "none"]),
+        ("on_refresh", ["reset", "keep", "project"]),
+    ],
+)
+def test_an_unknown_choice_is_told_all_that_are_allowed(key: str, allowed: list[str]) -> None:
+    with pytest.raises(ValueError, match=key) as error:
+        build({"w": weight(8, 6)}, **{key: "zzz"})
+    assert all(choice in str(error.value) for choice in allowed)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lr", -1e-3),
+        ("lr", float("nan")),
+        ("lr", "0.001"),
+        ("betas", (0.9,)),
+        ("betas", (0.9, 1.0)),
+        ("betas", (-0.1, 0.9)),
+        ("eps", -1.0),
+        ("weight_decay", -0.1),
+        ("weight_decay", float("inf")),
+        ("density", 1.5),
+        ("density", -0.25),
+        ("density", None),
+        ("density", True),
+        ("update_gap", 0),
+        ("update_gap", 2.5),
+        ("update_gap", "200"),
+        ("momentum", -0.9),
+        ("lr_scale", -1.0),
+        ("state_free_lr_scale", -1.0),
+        ("seed", -1),
+        ("seed", 0.5),
+    ],
+)
+def test_a_bad_number_is_refused_and_named(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=key):
+        build({"w": weight(8, 6)}, **{key: value})
+    with pytest.raises(ValueError, match=key):
+        Frugal([{"params": [("w", weight(8, 6))], "projected": True, key: value}])
+
+
+def test_an_unknown_key_of_a_group_is_refused_and_the_right_one_suggested() -> None:
+    with pytest.raises(ValueError, match="densty") as error:
+        Frugal([{"params": [("w", weight(8, 6))], "projected": True, "densty": 0.1}])
+    assert "'density'" in str(error.value)
+
+
+def test_maximize_is_not_offered() -> None:
+    """Silently minimising would be the worst answer."""
+    with pytest.raises((TypeError, ValueError), match="maximize"):
+        build({"w": weight(8, 6)}, maximize=True)
+    with pytest.raises(ValueError, match="maximize"):
+        Frugal([{"params": [("w", weight(8, 6))], "projected": True, "maximize": True}])
+
+
+def test_parameters_without_names_need_to_be_told_whether_they_are_projected() -> None:
+    with pytest.raises(ValueError, match="named_parameters"):
+        Frugal([weight(8, 6)])
+    with pytest.raises(ValueError, match="projected"):
+        Frugal([{"params": [weight(8, 6)]}])
+
+
+def test_parameters_without_names_but_with_projected_work() -> None:
+    w, b = weight(8, 6), weight(5)
+    optimizer = Frugal(
+        [{"params": [w], "projected": True}, {"params": [b], "projected": False}], density=0.5, update_gap=3
+    )
+    train(optimizer, 1, 4)
+    assert clocks(optimizer, w)["refreshes"] == 2
+
+
+def test_two_parameters_of_one_name_are_refused() -> None:
+    """Selections and checkpoints go by name."""
+    with pytest.raises(ValueError, match=r"layer\.w"):
+        Frugal([{"params": [("layer.w", weight(8, 6)), ("layer.w", weight(8, 6))], "projected": True}])
+    with pytest.raises(ValueError, match=r"layer\.w"):
+        Frugal(
+            [
+                {"params": [("layer.w", weight(8, 6))], "projected": True},
+                {"params": [("layer.w", weight(5))], "projected": False},
+            ]
+        )
+
+
+def test_one_parameter_in_two_groups_is_refused_as_in_torch() -> None:
+    w = weight(8, 6)
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        Frugal([{"params": [("a", w)], "projected": True}, {"params": [("b", w)], "projected": False}])
+
+
+@pytest.mark.parametrize("shape", [(5,), (), (2, 3, 4, 5)])
+def test_only_matrices_and_stacks_of_matrices_can_be_projected(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="norm"):
+        train(build({"norm": weight(*shape)}), 1, 1)
+
+
+def test_an_odd_number_of_blocks_in_mirror_order_is_refused() -> None:
+    matrices = {f"w{i}": weight(4, 3, seed=i) for i in range(4)}
+    with pytest.raises(ValueError, match="mirror"):
+        train(build(matrices, projection="blockwise", block_order="mirror", density=0.25), 1, 1)
+
+
+# groups
+
+
+def test_model_parameters_by_name_alone() -> None:
+    """named_parameters() is enough: Linear weights by their names, the rest regular."""
+    model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(6, 8), "norm": torch.nn.LayerNorm(8)}).double()
+    optimizer = Frugal(model.named_parameters(), density=0.5, update_gap=3)
+    train(optimizer, 1, 4)
+    named = dict(model.named_parameters())
+    assert "basis" in optimizer.state[named["q_proj.weight"]]
+    for name in ("q_proj.bias", "norm.weight", "norm.bias"):
+        assert "basis" not in optimizer.state[named[name]]
+        assert optimizer.state[named[name]]["exp_avg"].shape == named[name].shape
+
+
+@pytest.mark.parametrize("other", ["svd", "rows", "blockwise"])
+def test_a_group_has_its_own_hyperparameters(other: str) -> None:
+    """Two groups in one optimizer are two optimizers."""
+    first: dict[str, Any] = {
+        "projection": "columns",
+        "lr": 0.02,
+        "density": 0.25,
+        "update_gap": 2,
+        "on_refresh": "keep",
+    }
+    second: dict[str, Any] = {
+        "projection": other, "state_full": "lion", "state_free": "sgd", "betas": (0.8, 0.9), "weight_decay": 0.1,
+        "density": 1.0, "lr_scale": 0.5, "state_free_lr_scale": 0.1,
+    }  # fmt: skip
+    together = Frugal(
+        [
+            {"params": [("a", weight(8, 6))], "projected": True, **first},
+            {"params": [("b", weight(6, 8, seed=1))], "projected": True, **second},
+        ],
+        lr=0.01,
+        update_gap=3,
+        seed=3,
+    )
+    apart = [
+        Frugal([{"params": [("a", weight(8, 6))], "projected": True}], seed=3, **first),
+        Frugal(
+            [{"params": [("b", weight(6, 8, seed=1))], "projected": True}],
+            **{"lr": 0.01, "update_gap": 3, "seed": 3, **second},
+        ),
+    ]
+    for step in range(1, 8):
+        set_grads(together, step)
+        for optimizer, source in zip(apart, parameters_of(together), strict=True):
+            parameters_of(optimizer)[0].grad = source.grad
+        together.step()
+        for optimizer, source in zip(apart, parameters_of(together), strict=True):
+            optimizer.step()
+            assert torch.equal(parameters_of(optimizer)[0], source)
+
+
+def test_blocks_count_per_group() -> None:
+    """Half of each group's matrices is active, not half of all."""
+    groups = [{"params": [(f"{g}{i}", weight(4, 3, seed=i)) for i in range(2)], "projected": True} for g in ("a", "b")]
+    optimizer = Frugal(groups, projection="blockwise", block_order="ascending", density=0.5, update_gap=1)
+    train(optimizer, 1, 1)
+    active = [stateful_numel(optimizer, p) > 0 for p in parameters_of(optimizer)]
+    assert active == [True, False, True, False]
+    train(optimizer, 2, 2)
+    active = [stateful_numel(optimizer, p) > 0 for p in parameters_of(optimizer)]
+    assert active == [False, True, False, True]
+
+
+def stateful_numel(optimizer: Frugal, parameter: torch.Tensor) -> int:
+    state = optimizer.state[parameter]
+    return state["exp_avg"].numel() if "exp_avg" in state else 0
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_a_group_added_later(projection: str) -> None:
+    """As when layers are unfrozen one by one: the new group starts at its own first step."""
+    late = weight(6, 8, seed=1)
+    alone = torch.nn.Parameter(late.detach().clone())
+    optimizer = build({"w": weight(8, 6)}, projection=projection, density=1.0 if projection != "svd" else 0.5)
+    train(optimizer, 1, 2)
+    optimizer.add_param_group({"params": [("late", late)], "projected": True, "lr": 0.02})
+    reference = build({"late": alone}, projection=projection, density=1.0 if projection != "svd" else 0.5, lr=0.02)
+    for step in range(3, 9):
+        set_grads(optimizer, step)
+        alone.grad = late.grad
+        optimizer.step()
+        reference.step()
+        assert torch.equal(late, alone)
+
+
+def test_a_group_added_later_is_checked_like_the_first() -> None:
+    optimizer = build({"w": weight(8, 6)})
+    with pytest.raises(ValueError, match="densty"):
+        optimizer.add_param_group({"params": [("v", weight(8, 6))], "projected": True, "densty": 0.1})
+    with pytest.raises(ValueError, match="'w'"):
+        optimizer.add_param_group({"params": [("w", weight(8, 6))], "projected": True})
+
+
+def test_a_tied_parameter_is_updated_once() -> None:
+    first, second = torch.nn.Linear(6, 6).double(), torch.nn.Linear(6, 6).double()
+    second.weight = first.weight
+    model = torch.nn.ModuleDict({"up_proj": first, "down_proj": second})
+    alone = torch.nn.Parameter(first.weight.detach().clone())
+    optimizer = Frugal(model.named_parameters(), density=0.5, update_gap=3)
+    reference = build({"up_proj.weight": alone}, lr=1e-3)
+    for _ in range(4):
+        optimizer.zero_grad()
+        x = torch.linspace(-1, 1, 18, dtype=torch.float64).reshape(3, 6)
+        model["down_proj"](model["up_proj"](x).tanh()).square().sum().backward()
+        assert first.weight.grad is not None
+        alone.grad = first.weight.grad.clone()
+        optimizer.step()
+        reference.step()
+        assert torch.equal(first.weight, alone)
+
+
+# things that change between steps
+
+
+def test_a_learning_rate_schedule() -> None:
+    optimizer = build({"w": weight(8, 6)}, {"b": weight(5)}, projection="columns", lr=0.1)
+    manual = build({"w": weight(8, 6)}, {"b": weight(5)}, projection="columns", lr=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=6, eta_min=0.0)
+    for step in range(1, 7):
+        for group, source in zip(manual.param_groups, optimizer.param_groups, strict=True):
+            group["lr"] = float(source["lr"])
+        train(optimizer, step, step)
+        train(manual, step, step)
+        schedule.step()
+        for a, b in zip(weights(optimizer), weights(manual), strict=True):
+            assert torch.equal(a, b)
+    assert optimizer.param_groups[0]["lr"] < 0.01
+    before = weights(optimizer)
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.0
+    train(optimizer, 7, 7)
+    for a, b in zip(before, weights(optimizer), strict=True):
+        assert torch.equal(a, b), "lr = 0 moves nothing"
+
+
+def test_a_learning_rate_that_is_a_tensor() -> None:
+    """torch allows it (compiled schedules do it)."""
+    number, tensor = (build({"w": weight(8, 6)}, {"b": weight(5)}) for _ in range(2))
+    for group in tensor.param_groups:
+        group["lr"] = torch.tensor(0.01, dtype=torch.float64)
+    train(number, 1, 4)
+    train(tensor, 1, 4)
+    for a, b in zip(weights(number), weights(tensor), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("on_refresh", ["reset", "keep", "project"])
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_a_density_that_changes_takes_effect_at_the_next_refresh(projection: str, on_refresh: str) -> None:
+    matrices = {f"w{i}": weight(8, 6, seed=i) for i in range(4)}
+    optimizer = build(matrices, projection=projection, on_refresh=on_refresh, density=0.5)
+    changed = build(
+        {name: torch.nn.Parameter(w.detach().clone()) for name, w in matrices.items()},
+        projection=projection, on_refresh=on_refresh, density=0.5,
+    )  # fmt: skip
+    train(optimizer, 1, 3)
+    train(changed, 1, 2)
+    changed.param_groups[0]["density"] = 0.75
+    train(changed, 3, 3)
+    for a, b in zip(weights(optimizer), weights(changed), strict=True):
+        assert torch.equal(a, b), "not before the refresh"
+    before = sum(stateful_numel(changed, p) for p in parameters_of(changed))
+    train(changed, 4, 9)
+    after = sum(stateful_numel(changed, p) for p in parameters_of(changed))
+    assert after > before
+    assert all(torch.isfinite(w).all() for w in weights(changed))
+
+
+def test_a_bad_value_set_between_steps_is_noticed() -> None:
+    optimizer = build({"w": weight(8, 6)})
+    train(optimizer, 1, 1)
+    optimizer.param_groups[0]["density"] = 2.0
+    with pytest.raises(ValueError, match="density"):
+        train(optimizer, 2, 4)
+
+
+# the interface of torch.optim.Optimizer
+
+
+def test_a_closure_is_called_once_with_gradients_on_and_its_loss_returned() -> None:
+    w = weight(8, 6)
+    optimizer = build({"w": w})
+    calls = []
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = w.square().sum()
+        loss.backward()
+        calls.append(1)
+        return loss
+
+    expected = float(w.square().sum())
+    with torch.no_grad():
+        loss = optimizer.step(closure)
+    assert len(calls) == 1
+    assert loss is not None
+    assert float(loss) == expected
+    assert float(w.square().sum()) < expected
+
+
+def test_step_hooks_are_called() -> None:
+    optimizer = build({"w": weight(8, 6)})
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    train(optimizer, 1, 1)
+    assert seen == ["before", "after"]
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_a_copy_of_the_optimizer_goes_on_alike(projection: str, how: str) -> None:
+    optimizer = build({"a": weight(8, 6), "b": weight(6, 8, seed=1)}, {"c": weight(5)}, projection=projection)
+    train(optimizer, 1, 5)
+    copied = copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+    train(optimizer, 6, 9)
+    train(copied, 6, 9)
+    for a, b in zip(weights(optimizer), weights(copied), strict=True):
+        assert a.data_ptr() != b.data_ptr()
+        assert torch.equal(a, b)
+
+
+def test_the_printed_form_shows_the_hyperparameters() -> None:
+    text = repr(build({"w": weight(8, 6)}, projection="columns", density=0.5))
+    assert "Frugal" in text
+    assert "columns" in text
+    assert "0.5" in text

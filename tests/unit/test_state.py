@@ -1,0 +1,283 @@
+"""The state: what it holds, how many bytes it takes, and how it survives a checkpoint."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from building import PROJECTIONS, build, clocks, parameters_of, train, weight, weights
+
+from frugal_dist import Frugal
+
+SHAPES = {"tall": (24, 16), "wide": (16, 40), "odd": (7, 5), "square": (12, 12)}
+
+
+def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Saved and read the strict way: plain tensors, numbers and containers only."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
+
+
+def build_all(dtype: torch.dtype = torch.float64, **options: Any) -> Frugal:
+    matrices = {name: weight(*shape, seed=i, dtype=dtype) for i, (name, shape) in enumerate(SHAPES.items())}
+    return build(matrices, {"norm": weight(11, dtype=dtype)}, **options)
+
+
+def copy_weights(source: Frugal, target: Frugal) -> None:
+    with torch.no_grad():
+        for a, b in zip(parameters_of(source), parameters_of(target), strict=True):
+            b.copy_(a)
+
+
+# resuming
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("side", ["std", "full"])
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_a_resumed_run_is_the_same_run(projection: str, side: str, steps: int) -> None:
+    """T = 3. Saved right after a refresh (1, 4), between (2), and right before one (3, 6): equal to the last bit."""
+    options: dict[str, Any] = {"projection": projection, "side": side, "weight_decay": 0.1, "seed": 4}
+    straight, resumed = build_all(**options), build_all(**options)
+    train(straight, 1, steps)
+    copy_weights(straight, resumed)
+    resumed.load_state_dict(through_a_file(straight.state_dict()))
+    for step in range(steps + 1, steps + 8):
+        train(straight, step, step)
+        train(resumed, step, step)
+        for a, b in zip(weights(straight), weights(resumed), strict=True):
+            assert torch.equal(a, b), f"step {step}"
+
+
+@pytest.mark.parametrize("on_refresh", ["keep", "project"])
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_a_resumed_run_that_carries_its_state_over(projection: str, on_refresh: str) -> None:
+    """`project` needs the old selection at the refresh, which may be the first step after the resume."""
+    straight, resumed = (build_all(projection=projection, on_refresh=on_refresh) for _ in range(2))
+    train(straight, 1, 3)
+    copy_weights(straight, resumed)
+    resumed.load_state_dict(through_a_file(straight.state_dict()))
+    train(straight, 4, 8)
+    train(resumed, 4, 8)
+    for a, b in zip(weights(straight), weights(resumed), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("state_full", ["lion", "sgdm"])
+def test_a_resumed_run_of_the_other_rules(state_full: str) -> None:
+    straight, resumed = (build_all(projection="columns", state_full=state_full) for _ in range(2))
+    train(straight, 1, 5)
+    copy_weights(straight, resumed)
+    resumed.load_state_dict(through_a_file(straight.state_dict()))
+    train(straight, 6, 8)
+    train(resumed, 6, 8)
+    for a, b in zip(weights(straight), weights(resumed), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_loading_over_a_run_that_went_elsewhere() -> None:
+    """Nothing of the state before the load may survive it, cached selections included."""
+    for projection in PROJECTIONS:
+        straight, other = (build_all(projection=projection) for _ in range(2))
+        train(straight, 1, 2)
+        train(other, 11, 18)
+        copy_weights(straight, other)
+        other.load_state_dict(through_a_file(straight.state_dict()))
+        train(straight, 3, 6)
+        train(other, 3, 6)
+        for a, b in zip(weights(straight), weights(other), strict=True):
+            assert torch.equal(a, b), projection
+
+
+def test_a_state_dict_from_before_the_first_step() -> None:
+    straight, resumed = build_all(), build_all()
+    resumed.load_state_dict(through_a_file(straight.state_dict()))
+    train(straight, 1, 4)
+    train(resumed, 1, 4)
+    for a, b in zip(weights(straight), weights(resumed), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_taking_a_state_dict_changes_nothing() -> None:
+    for projection in PROJECTIONS:
+        observed, alone = (build_all(projection=projection) for _ in range(2))
+        for step in range(1, 8):
+            observed.state_dict()
+            train(observed, step, step)
+            observed.state_dict()
+            train(alone, step, step)
+            for a, b in zip(weights(observed), weights(alone), strict=True):
+                assert torch.equal(a, b), projection
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_state_holds_tensors_only(projection: str) -> None:
+    """Checkpoint libraries drop or choke on anything else."""
+    optimizer = build_all(projection=projection)
+    train(optimizer, 1, 2)
+    for state in optimizer.state_dict()["state"].values():
+        assert state
+        assert all(isinstance(value, torch.Tensor) for value in state.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_loading_keeps_the_dtypes_that_were_saved(projection: str, dtype: torch.dtype) -> None:
+    """torch's own load casts state to the parameter's dtype: that would round fp32 moments to bf16."""
+    optimizer, resumed = build_all(dtype, projection=projection), build_all(dtype, projection=projection)
+    train(optimizer, 1, 2)
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    for a, b in zip(parameters_of(optimizer), parameters_of(resumed), strict=True):
+        for key, value in optimizer.state[a].items():
+            assert resumed.state[b][key].dtype == value.dtype, key
+            assert torch.equal(resumed.state[b][key], value), key
+
+
+def test_loaded_state_is_a_copy() -> None:
+    source, target = build_all(), build_all()
+    train(source, 1, 2)
+    target.load_state_dict(source.state_dict())
+    before = [value.clone() for p in parameters_of(source) for value in source.state[p].values()]
+    train(target, 3, 3)
+    after = [value for p in parameters_of(source) for value in source.state[p].values()]
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_loading_restores_the_hyperparameters() -> None:
+    source, target = build_all(density=0.5, lr=0.03), build_all(density=0.25, lr=0.01)
+    train(source, 1, 1)
+    target.load_state_dict(through_a_file(source.state_dict()))
+    assert [group["lr"] for group in target.param_groups] == [0.03, 0.03]
+    assert target.param_groups[0]["density"] == 0.5
+
+
+def test_loading_the_state_of_another_model_is_refused() -> None:
+    source = build({"a": weight(8, 6), "b": weight(8, 6)})
+    train(source, 1, 1)
+    with pytest.raises(ValueError, match="group"):
+        build({"a": weight(8, 6)}).load_state_dict(source.state_dict())
+
+
+# clocks
+
+
+def test_clocks_count_what_they_say() -> None:
+    """step: since the last reset. updates: never reset. refreshes: how many. refreshed_at: when last."""
+    optimizer = build_all()
+    w = parameters_of(optimizer)[0]
+    seen = []
+    for step in range(1, 6):
+        train(optimizer, step, step)
+        seen.append(clocks(optimizer, w))
+    assert [c["step"] for c in seen] == [1, 2, 3, 1, 2]
+    assert [c["updates"] for c in seen] == [1, 2, 3, 4, 5]
+    assert [c["refreshes"] for c in seen] == [1, 1, 1, 2, 2]
+    assert [c["refreshed_at"] for c in seen] == [0, 0, 0, 3, 3]
+
+
+@pytest.mark.parametrize("on_refresh", ["keep", "project"])
+def test_step_goes_on_where_the_state_does(on_refresh: str) -> None:
+    optimizer = build_all(on_refresh=on_refresh)
+    train(optimizer, 1, 5)
+    assert clocks(optimizer, parameters_of(optimizer)[0])["step"] == 5
+
+
+def test_regular_parameters_are_never_reset() -> None:
+    optimizer = build_all()
+    train(optimizer, 1, 5)
+    assert clocks(optimizer, parameters_of(optimizer)[-1])["step"] == 5
+
+
+# shapes and bytes
+
+
+def low_rank_shape(projection: str, side: str, shape: tuple[int, int], density: float) -> tuple[int, ...]:
+    rows, columns = shape
+    if projection == "columns":
+        return (rows, int(density * columns))
+    if projection == "rows":
+        return (int(density * rows), columns)
+    if projection == "randk":
+        return (int(density * rows * columns),)
+    if side == "full":
+        return (round(density * min(shape)),) * 2
+    right = side == "right" or (side == "std" and rows >= columns)
+    return (rows, round(density * columns)) if right else (round(density * rows), columns)
+
+
+@pytest.mark.parametrize("side", ["std", "left", "right", "full"])
+@pytest.mark.parametrize("projection", [p for p in PROJECTIONS if p != "blockwise"])
+def test_moments_have_the_shape_of_the_projected_gradient(projection: str, side: str) -> None:
+    optimizer = build_all(projection=projection, side=side, density=0.25)
+    train(optimizer, 1, 2)
+    for parameter, shape in zip(parameters_of(optimizer), SHAPES.values(), strict=False):
+        expected = low_rank_shape(projection, side, shape, 0.25)
+        assert optimizer.state[parameter]["exp_avg"].shape == expected
+        assert optimizer.state[parameter]["exp_avg_sq"].shape == expected
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_state_takes_the_bytes_of_the_formula(projection: str) -> None:
+    """float32: 8 bytes per stateful entry, 4 per entry of a basis, at most 4 per index of randk."""
+    density = 0.25
+    optimizer = build_all(torch.float32, projection=projection, density=density)
+    train(optimizer, 1, 4)
+    stateful = 11
+    extra = 0
+    for shape in SHAPES.values():
+        if projection == "blockwise":
+            continue
+        low_rank = low_rank_shape(projection, "std", shape, density)
+        stateful += torch.Size(low_rank).numel()
+        side = min(shape)
+        if projection in ("svd", "random"):
+            extra += 4 * side * round(density * side)
+        elif projection == "randk":
+            extra += 4 * low_rank[0]
+        else:
+            extra += 8 * max(low_rank)
+    if projection == "blockwise":
+        active = [p for p in parameters_of(optimizer)[:-1] if optimizer.state[p].get("exp_avg", p[:0]).numel()]
+        assert len(active) == 1
+        stateful += active[0].numel()
+    total, clock_bytes = 0, 0
+    for parameter in parameters_of(optimizer):
+        for value in optimizer.state[parameter].values():
+            size = value.untyped_storage().nbytes()
+            if value.ndim == 0:
+                clock_bytes += size
+            else:
+                total += size
+    assert 8 * stateful <= total <= 8 * stateful + extra
+    if projection in ("svd", "random"):
+        assert total == 8 * stateful + extra
+    assert clock_bytes <= 5 * 4 * 8, "a few counters per parameter"
+
+
+@pytest.mark.parametrize("state_full", ["lion", "sgdm"])
+def test_rules_with_one_moment_store_one(state_full: str) -> None:
+    optimizer = build_all(torch.float32, projection="columns", state_full=state_full)
+    train(optimizer, 1, 1)
+    for parameter in parameters_of(optimizer):
+        assert "exp_avg_sq" not in optimizer.state[parameter]
+
+
+def test_density_zero_stores_nothing_for_matrices() -> None:
+    for projection in PROJECTIONS:
+        optimizer = build_all(projection=projection, density=0.0)
+        train(optimizer, 1, 2)
+        for parameter in parameters_of(optimizer)[:-1]:
+            assert sum(value.numel() for value in optimizer.state[parameter].values() if value.ndim) == 0, projection
+
+
+def test_inactive_blocks_store_nothing() -> None:
+    optimizer = build_all(projection="blockwise", density=0.25, block_order="ascending")
+    train(optimizer, 1, 4)
+    sizes = [sum(v.numel() for v in optimizer.state[p].values() if v.ndim) for p in parameters_of(optimizer)]
+    assert sizes == [0, 2 * 16 * 40, 0, 0, 2 * 11], "the first block's state is freed when the second becomes active"
