@@ -58,26 +58,21 @@ def random_bases_of(
 
     def bases(name: str) -> Bases:
         rows, columns = matrices[name].shape
-        basis = optimizer.state[matrices[name]]["basis"].clone()
+        state = optimizer.state[matrices[name]]
         side = settings.side
         if side == "full":
             rank = round(settings.density * min(rows, columns))
-            left, right = split_full(basis, rows, columns, rank)
+            left, right = state["basis_left"].clone(), state["basis_right"].clone()
             check_orthonormal(left, rows, rank)
             check_orthonormal(right, columns, rank)
             return left, right
+        basis = state["basis"].clone()
         on_right = {"std": rows >= columns, "reverse_std": rows < columns}.get(side, side == "right")
         length = columns if on_right else rows
         check_orthonormal(basis, length, round(settings.density * length))
         return (None, basis) if on_right else (basis, None)
 
     return bases
-
-
-def split_full(basis: Tensor, rows: int, columns: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Both bases of side="full" lie in one tensor: the left one above the right one."""
-    assert basis.shape == (rows + columns, rank)
-    return basis[:rows], basis[rows:]
 
 
 def check_orthonormal(basis: Tensor, length: int, rank: int) -> None:
