@@ -146,10 +146,9 @@ def table(rows: list[Row], gap: int) -> str:
         refresh = "–" if row.refresh is None else f"{row.refresh:.1f}"
         mean = "–" if row.refresh is None else f"{(row.step * (gap - 1) + row.refresh) / gap / base:.2f}"
         goal = "–" if row.goal is None else f"{row.goal:g}"
-        lines.append(
-            f"| {row.name} | {row.step:.2f} | {row.ratio:.2f} | {row.ratio_low:.2f} to {row.ratio_high:.2f} | {refresh} | "
-            f"{mean} | {goal} | {row.verdict} |"
-        )
+        spread = f"{row.ratio_low:.2f} to {row.ratio_high:.2f}"
+        cells = [row.name, f"{row.step:.2f}", f"{row.ratio:.2f}", spread, refresh, mean, goal, row.verdict]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -1,0 +1,50 @@
+"""The benchmark script runs and reports what it promises. Nothing here looks at a time."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "step_time.py"
+
+
+@pytest.fixture
+def step_time(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("step_time", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(__import__("sys").modules, "step_time", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "LAYER", [(16, 16), (24, 16), (16, 24)])
+    return module
+
+
+def test_the_report_has_every_contender_once(
+    step_time: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "times.json"
+    step_time.main(["--device", "cpu", "--layers", "2", "--rounds", "3", "--warmup", "1", "--json", str(file)])
+    printed = capsys.readouterr().out
+    report = json.loads(file.read_text())
+    names = [row["name"] for row in report["rows"]]
+    assert names == ["fused AdamW", *step_time.PROJECTIONS]
+    assert all(f"| {name} |" in printed for name in names)
+    assert report["rows"][0]["ratio"] == 1.0
+    assert report["machine"]["device"] in printed
+    goals = {row["name"]: row["goal"] for row in report["rows"] if row["goal"] is not None}
+    assert goals == {"columns": 5.0, "randk": 6.0, "svd": 20.0, "blockwise": 1.5}
+
+
+def test_timed_steps_do_not_refresh(step_time: ModuleType) -> None:
+    """Else the step times of svd would be SVD times."""
+    weights = step_time.make_weights(1, step_time.torch.device("cpu"), step_time.torch.float32)
+    for gap, expected in ((10**9, 1), (1, 4)):
+        optimizer = step_time.make_frugal(weights, "svd", gap, 0.25)
+        for _ in range(4):
+            optimizer.step()
+        assert int(optimizer.state[weights[0]]["refreshes"]) == expected
