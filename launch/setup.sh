@@ -27,7 +27,7 @@ die() { printf 'setup: ERROR: %s\n' "$*" >&2; exit 1; }
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
 wants() { [[ ",$EXTRAS," == *",$1,"* ]]; }
 
-# --- long steps: always with a clock, the log's last line, and the end of the log when they fail -------------------------
+# --- long steps: always with a clock, the log's last line, and the end of the log when they fail ------------
 
 CHILD=
 stop_child() {
@@ -73,7 +73,7 @@ fail_with_log() {
     die "$1"
 }
 
-# --- system packages -----------------------------------------------------------------------------------------------------
+# --- system packages ----------------------------------------------------------------------------------------
 
 # apt_install WHY PACKAGE: install a missing Debian/Ubuntu package when we may, or say how.
 apt_install() {
@@ -106,7 +106,7 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
 PY
 }
 
-# --- the environment -----------------------------------------------------------------------------------------------------
+# --- the environment ----------------------------------------------------------------------------------------
 
 make_venv() {
     if "$VENV/bin/python" -c 'import pip' 2>/dev/null; then
@@ -167,7 +167,7 @@ install_project() {
         fail_with_log "pip could not install the project"
 }
 
-# --- DeepSpeed's C++ operation for CPU -----------------------------------------------------------------------------------
+# --- DeepSpeed's C++ operation for CPU ----------------------------------------------------------------------
 
 # held FILE: does a process of this machine have FILE open?
 held() {
@@ -215,7 +215,7 @@ build_op() {
 
 needs_op() { { wants deepspeed || wants all; } && ! has_gpu; }
 
-# --- main ----------------------------------------------------------------------------------------------------------------
+# --- main ---------------------------------------------------------------------------------------------------
 
 # The stamp's first line tells for what it was made, the second the extras that are in .venv.
 fingerprint() { { cat pyproject.toml; printf '%s' "${TORCH_SPEC:-}"; if has_gpu; then echo gpu; fi; } | cksum; }
