@@ -1,0 +1,87 @@
+"""The console script `frugal-dist`. Heavy modules are imported by the sub-command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a sub-command and return the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except ValueError as error:
+        print(f"frugal-dist: error: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        print(f"frugal-dist: error: {error}. Install it with: pip install 'frugal_dist[all]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="frugal-dist", description="Training with the FRUGAL optimizer.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_demo(commands.add_parser("demo", help="the quickstart: prepare its data, train its model"))
+
+    plot = commands.add_parser("plot", help="draw the loss curve of a run")
+    plot.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    plot.set_defaults(command=_plot)
+
+    memory = commands.add_parser("memory", help="optimizer-state memory of the papers' LLaMA sizes")
+    memory.add_argument("--density", type=float, default=0.25, help="share updated with state (default 0.25)")
+    memory.set_defaults(command=_memory)
+    return parser
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    steps = parser.add_subparsers(required=True, metavar="STEP")
+
+    prepare = steps.add_parser("prepare", help="text, tokenizer and token files; done once")
+    prepare.add_argument("--data", type=Path, required=True, help="folder for the prepared data")
+    prepare.add_argument("--source", default="auto", help="reviews, topics or auto (default)")
+    prepare.add_argument("--vocab-size", type=int, default=4096)
+    prepare.set_defaults(command=_demo_prepare)
+
+    train = steps.add_parser("train", help="one rank of the training; started by a launcher")
+    train.add_argument("--data", type=Path, required=True, help="folder of the prepared data")
+    train.add_argument("--run", type=Path, required=True, help="folder for what the run leaves behind")
+    train.add_argument("--config", type=Path, required=True, help="DeepSpeed JSON")
+    train.add_argument("--steps", type=int, help="number of optimizer steps")
+    train.set_defaults(command=_demo_train)
+
+
+def _demo_prepare(options: argparse.Namespace) -> int:
+    from frugal_dist.training.prepare import prepare_demo
+
+    prepare_demo(options.data, source=options.source, vocab_size=options.vocab_size)
+    return 0
+
+
+def _demo_train(options: argparse.Namespace) -> int:
+    from frugal_dist.training.demo import DemoSettings, train_demo
+
+    given = {} if options.steps is None else {"steps": options.steps}
+    return train_demo(DemoSettings(data=options.data, run=options.run, config=options.config, **given))
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from frugal_dist.training.plot import plot_run
+
+    print(plot_run(options.run))
+    return 0
+
+
+def _memory(options: argparse.Namespace) -> int:
+    from frugal_dist.planner import memory_table
+
+    print(memory_table(options.density))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

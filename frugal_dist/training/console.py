@@ -1,0 +1,38 @@
+"""Keep the terminal readable: libraries write to a log file, the user sees what is meant for the user."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+LOG_FILE = "output.txt"
+
+
+@contextmanager
+def quiet_console(log: Path) -> Iterator[TextIO]:
+    """Send stdout and stderr of this process, C++ code included, to `log`; yield the terminal.
+
+    It works on file descriptors, so it must be entered before noisy libraries are imported. All ranks append to the
+    same file.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.close(target)
+    terminal = os.fdopen(os.dup(saved[1]), "w", buffering=1, encoding="utf-8", errors="replace")
+    try:
+        yield terminal
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, descriptor in enumerate(saved, start=1):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        terminal.close()

@@ -1,0 +1,43 @@
+"""Validation loss over fixed tokens, and the unigram model to compare it with."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from frugal_dist.training.data import TokenRows, Tokens
+from frugal_dist.training.engines import Engine
+
+_ROWS_AT_ONCE = 16
+
+
+class Validation:
+    """The first `tokens` predicted tokens of a validation text, the same for every number of ranks."""
+
+    def __init__(self, rows: TokenRows, tokens: int) -> None:
+        self.rows = rows
+        self.count = min(rows.count, max(1, tokens // rows.length))
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are predicted."""
+        return self.count * self.rows.length
+
+    def loss(self, engine: Engine) -> float:
+        """Mean loss per token. Row i belongs to rank i mod world."""
+        # Every rank calls the model equally often, as sharded weights require; rows past the end count nothing.
+        turns = -(-self.count // engine.world)
+        total = 0.0
+        for first in range(0, turns, _ROWS_AT_ONCE):
+            mine = [turn * engine.world + engine.rank for turn in range(first, min(first + _ROWS_AT_ONCE, turns))]
+            rows = self.rows.take(min(number, self.count - 1) for number in mine)
+            losses = engine.losses(torch.from_numpy(rows)).view(len(mine), -1).double().sum(dim=1)
+            total += sum(float(loss) for number, loss in zip(mine, losses, strict=True) if number < self.count)
+        return engine.total([total])[0] / self.tokens
+
+    def unigram_loss(self, train: Tokens, vocab_size: int) -> float:
+        """Loss of guessing each token by its share of the training text, seen tokens or not (add one)."""
+        counts = np.bincount(train, minlength=vocab_size).astype(np.float64) + 1
+        log_share = np.log(counts / counts.sum())
+        targets = self.rows.tokens[1 : self.tokens + 1]
+        return -float(log_share[targets].mean())

@@ -1,0 +1,46 @@
+"""Metrics of a run: one JSON object a line, written by rank 0 and readable while the run goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends records to a file; without a path (ranks other than 0) it does nothing."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = path.open("w", encoding="utf-8") if path else None
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Write one record at once, so that a killed run keeps all it has reached."""
+        if self._file:
+            self._file.write(json.dumps({"kind": kind, **values}) + "\n")
+            self._file.flush()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file:
+            self._file.close()
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All records of a run."""
+    path = run / METRICS_FILE
+    if not path.is_file():
+        raise ValueError(f"{run} holds no {METRICS_FILE}; name the folder of a run.")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """The records of one kind, in order."""
+    return [record for record in records if record["kind"] == kind]
