@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# The test command: sets up .venv if needed, then style, types and tests.
+#
+#   bash tests/run.sh [--all] [-- PYTEST ARGUMENTS]
+#
+#   --all    also the tests marked heavy (long, or much memory)
+# Every step runs even when an earlier one failed; the summary at the end and the exit status tell.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+heavy=()
+while (($#)); do
+    case $1 in
+    --all) heavy=(--heavy) ;;
+    --) shift; break ;;
+    *) printf 'usage: bash tests/run.sh [--all] [-- PYTEST ARGUMENTS]\n' >&2; exit 2 ;;
+    esac
+    shift
+done
+
+bash launch/setup.sh all,dev || exit
+
+export PATH=$PWD/.venv/bin:$PATH
+export TORCH_EXTENSIONS_DIR=$PWD/.cache/torch_extensions
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# The tensors of tests are small and several processes share the cores: threads would only get in each other's way.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+summary=() failed=0
+step() {
+    local name=$1 start=$SECONDS verdict=ok
+    shift
+    printf '\n== %s\n' "$name"
+    "$@" || { verdict=FAILED; failed=1; }
+    summary+=("$(printf '%-14s %-7s %4d s' "$name" "$verdict" "$((SECONDS - start))")")
+}
+
+step "ruff check" ruff check .
+step "ruff format" ruff format --check .
+step "mypy" mypy
+step "shellcheck" shellcheck .ci/run launch/*.sh tests/*.sh
+step "pytest" python -m pytest "${heavy[@]}" "$@"
+
+printf '\n== summary\n'
+printf '%s\n' "${summary[@]}"
+((${#heavy[@]})) || printf 'Heavy tests were not run; "bash tests/run.sh --all" does. What was skipped and why stands above.\n'
+exit "$failed"

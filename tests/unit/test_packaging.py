@@ -1,0 +1,72 @@
+"""The wheel builds without network, holds what it must, and works when installed into an empty environment."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    done = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # setuptools leaves build/ and *.egg-info beside the source
+    tracked = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
+    for name in filter(None, tracked.split("\0")):
+        if name.startswith("frugal_dist/") or "/" not in name:
+            target = source / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((ROOT / name).read_bytes())
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet")
+    run(*pip, "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", folder, source, cwd=folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_every_module_and_no_tests(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    expected = {str(file.relative_to(ROOT)) for file in (ROOT / "frugal_dist").rglob("*.py")} | {"frugal_dist/py.typed"}
+    assert expected <= names
+    assert {name.partition("/")[0] for name in names} == {
+        "frugal_dist",
+        f"{'-'.join(wheel.name.split('-')[:2])}.dist-info",
+    }
+
+
+def test_the_wheel_states_license_dependencies_and_command(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    info = {name.partition(".dist-info/")[2]: name for name in archive.namelist() if ".dist-info/" in name}
+    metadata = archive.read(info["METADATA"]).decode()
+    assert "License-Expression: Apache-2.0" in metadata
+    assert "licenses/LICENSE" in info
+    needed = [line for line in metadata.splitlines() if line.startswith("Requires-Dist: ") and "extra ==" not in line]
+    assert [line.split()[1].split("<")[0].split(">")[0] for line in needed] == ["torch"]
+    assert "frugal-dist = frugal_dist.cli:main" in archive.read(info["entry_points.txt"]).decode()
+
+
+def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+    place = tmp_path / "venv"
+    venv.create(place, with_pip=False)
+    python = place / "bin" / "python"
+    # Only torch's own folder of packages is lent to it, after its own; the checkout is not on its path.
+    lent = sysconfig.get_paths()["purelib"]
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])", cwd=tmp_path).strip()
+    (Path(site) / "lent.pth").write_text(lent + "\n")
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python)
+    run(*pip, "install", "--quiet", "--no-deps", "--no-index", "--ignore-installed", wheel, cwd=tmp_path)
+    shown = run(python, "-c", "import frugal_dist; print(frugal_dist.__file__)", cwd=tmp_path)
+    assert Path(shown.strip()).is_relative_to(place)
+    assert "usage" in run(place / "bin" / "frugal-dist", "--help", cwd=tmp_path)
