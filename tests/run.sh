@@ -26,6 +26,7 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # The tensors of tests are small and several processes share the cores: threads would only get in each other's way.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
+trap "exit 130" INT
 summary=() failed=0
 step() {
     local name=$1 start=$SECONDS verdict=ok
