@@ -1,0 +1,161 @@
+"""Every hyperparameter of FRUGAL: declared, documented and checked once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "projection": ("svd", "random", "randperm", "columns", "rows", "randk", "blockwise"),
+    "side": ("std", "reverse_std", "right", "left", "full"),
+    "block_order": ("random", "ascending", "descending", "mirror"),
+    "state_full": ("adamw", "lion", "sgdm"),
+    "state_free": ("sign", "sgd", "none"),
+    "on_refresh": ("reset", "keep", "project"),
+    "svd_method": ("exact",),
+    "refresh_schedule": ("together", "staggered"),
+    "compute_layout": ("auto", "cut", "owner"),
+}
+DEFAULT_BETAS = {"adamw": (0.9, 0.999), "lion": (0.9, 0.99), "sgdm": (0.9, 0.999)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrugalConfig:
+    """The hyperparameters of one parameter group (FRUGAL, arXiv 2411.07837, Algorithms 1-5).
+
+    lr                   step size of the regular parameters; projected ones use ``lr * lr_scale``.
+    betas                AdamW's or Lion's; None means the rule's own: (0.9, 0.999), Lion (0.9, 0.99).
+    eps                  AdamW's epsilon.
+    weight_decay         decoupled, applied first, with the unscaled ``lr``.
+    density              rho, the share of a matrix that is updated with state, 0 to 1.
+    update_gap           T, updates between two projector refreshes.
+    projection           how the state-full part is chosen, see ``frugal_dist.projection``.
+    side                 of the basis projections; "std": right if rows >= columns, else left.
+    block_order          the order in which ``blockwise`` makes whole matrices state-full.
+    state_full           the rule of the state-full part: AdamW, Lion or SGD with momentum.
+    state_free           the rule of the rest: sign, plain SGD or none.
+    momentum             of ``sgdm``, torch.optim.SGD's rule.
+    lr_scale             s, scales both parts of a projected matrix.
+    state_free_lr_scale  s_free, scales the state-free part once more.
+    on_refresh           what becomes of the state at a refresh: reset, keep, or project into the new basis.
+    svd_method           "exact": a full SVD in fp32 (fp64 for fp64 gradients).
+    refresh_schedule     "together" (the paper), or "staggered": matrices take turns within update_gap.
+    compute_layout       where basis projections compute when storage is sharded: "auto" picks by cost.
+    residual_threshold   relative size below which a residual row (column for a left basis) counts as
+                         rounding noise and is not stepped; 0 turns it off.
+    seed                 of the random selections.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] | None = None
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    density: float = 0.25
+    update_gap: int = 200
+    projection: str = "svd"
+    side: str = "std"
+    block_order: str = "random"
+    state_full: str = "adamw"
+    state_free: str = "sign"
+    momentum: float = 0.9
+    lr_scale: float = 1.0
+    state_free_lr_scale: float = 1.0
+    on_refresh: str = "reset"
+    svd_method: str = "exact"
+    refresh_schedule: str = "together"
+    compute_layout: str = "auto"
+    residual_threshold: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key, allowed in CHOICES.items():
+            check_choice(key, getattr(self, key), allowed)
+        if self.betas is None:
+            object.__setattr__(self, "betas", DEFAULT_BETAS[self.state_full])
+        object.__setattr__(self, "betas", _pair_of_betas(self.betas))
+        for key in ("lr", "weight_decay", "lr_scale", "state_free_lr_scale", "eps", "residual_threshold"):
+            object.__setattr__(self, key, _number(key, getattr(self, key), low=0.0))
+        object.__setattr__(self, "density", _number("density", self.density, low=0.0, high=1.0))
+        object.__setattr__(self, "momentum", _number("momentum", self.momentum, low=0.0, high=1.0))
+        for key, low in (("update_gap", 1), ("seed", 0)):
+            object.__setattr__(self, key, _integer(key, getattr(self, key), low))
+
+    @property
+    def beta_pair(self) -> tuple[float, float]:
+        """The betas, resolved."""
+        assert self.betas is not None
+        return self.betas
+
+
+HYPERPARAMETERS = tuple(field.name for field in dataclasses.fields(FrugalConfig))
+
+
+def config_from(options: Mapping[str, Any]) -> FrugalConfig:
+    """The checked configuration of a parameter group; keys that are no hyperparameters are ignored."""
+    return FrugalConfig(**{key: options[key] for key in HYPERPARAMETERS if key in options})
+
+
+def check_choice(key: str, value: object, allowed: Iterable[str]) -> None:
+    """ValueError unless ``value`` is one of ``allowed``; suggests the closest."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise ValueError(f"{key}={value!r} is not known. Use one of {', '.join(allowed)}.{_suggestion(value, allowed)}")
+
+
+def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
+    """ValueError for the first key of ``given`` that is not in ``known``; suggests the closest."""
+    known = tuple(known)
+    for key in given:
+        if key not in known:
+            hint = _suggestion(key, known)
+            raise ValueError(f"{where}: unknown key {key!r}.{hint} Known keys: {', '.join(sorted(known))}.")
+
+
+def _suggestion(value: object, allowed: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(value), list(allowed), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _number(key: str, value: Any, low: float, high: float = math.inf) -> float:
+    if isinstance(value, (str, bool)) or value is None:
+        raise ValueError(f"{key}={value!r} must be a number, not {type(value).__name__}.")
+    number = float(value)
+    if not low <= number <= high or not math.isfinite(number):
+        limit = f"between {low:g} and {high:g}" if math.isfinite(high) else f"finite and at least {low:g}"
+        raise ValueError(f"{key}={value!r} must be {limit}.")
+    return number
+
+
+def _integer(key: str, value: Any, low: int) -> int:
+    if isinstance(value, (str, bool)) or int(value) != value or int(value) < low:
+        raise ValueError(f"{key}={value!r} must be a whole number, at least {low}.")
+    return int(value)
+
+
+def _pair_of_betas(betas: Any) -> tuple[float, float]:
+    pair = tuple(betas) if isinstance(betas, (list, tuple)) else ()
+    if len(pair) != 2 or not all(isinstance(b, (int, float)) and 0.0 <= b < 1.0 for b in pair):
+        raise ValueError(f"betas={betas!r} must be two numbers, each at least 0 and below 1.")
+    return float(pair[0]), float(pair[1])
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "frugal": {},
+    "galore": {"projection": "svd", "on_refresh": "keep", "state_free": "none", "lr_scale": 0.25},
+    "badam": {"projection": "blockwise", "state_free": "none"},
+    "signsgd": {"density": 0.0, "projection": "columns"},
+}
+
+
+def preset(name: str, **changes: Any) -> dict[str, Any]:
+    """Keyword arguments for ``Frugal`` that make it GaLore, BAdam or signSGD.
+
+    >>> preset("galore", density=0.5)["state_free"]
+    'none'
+    """
+    check_choice("preset", name, PRESETS)
+    return {**PRESETS[name], **changes}

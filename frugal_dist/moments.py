@@ -1,0 +1,161 @@
+"""What becomes of the moments at a refresh: reset, keep, or project into the new subspace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from frugal_dist.projection.basis import Basis, carry_first, carry_second
+from frugal_dist.projection.coordinates import Selection
+from frugal_dist.sharding.exchange import all_to_all
+from frugal_dist.sharding.route import Route
+from frugal_dist.sharding.tile import Tile
+from frugal_dist.work import (
+    CoordinatePiece,
+    Runtime,
+    Work,
+    basis_piece_shapes,
+    cut_selection,
+    moment_names,
+    same_slots,
+    whole_selection,
+)
+
+CARRY = {"exp_avg": carry_first, "exp_avg_sq": carry_second}
+
+
+def carry_basis_moments(work: Work, plan: Route, new: Basis, names: Sequence[str]) -> None:
+    """Treat the state at a basis refresh. With "keep", moments of another r (density changed) are projected."""
+    state, mode = work.state, work.config.on_refresh
+    old_shapes = basis_piece_shapes(work, plan, state.clock("size"))
+    shapes = basis_piece_shapes(work, plan, work.size)
+    old = state.basis(work.side)
+    carried: dict[str, list[Tensor]] = {}
+    if old is not None and (mode == "project" or (mode == "keep" and old_shapes != shapes)):
+        for name in names:
+            carried[name] = [CARRY[name](piece, old, new) for piece in state.pieces(name, old_shapes)]
+    state.ensure_moments(names, shapes, work.dtype, work.device)
+    for name, pieces in carried.items():
+        for target, piece in zip(state.pieces(name, shapes), pieces, strict=True):
+            target.copy_(piece)
+    if mode == "reset":
+        state.reset()
+
+
+def moves_between_ranks(runtime: Runtime, work: Work) -> bool:
+    """Whether "keep" or "project" of a coordinate projection moves moments from rank to rank at a refresh.
+
+    Decided from the layout alone. "project" follows entries, and entries stay where they are stored; only replicas that
+    share a list of single entries hand them around.
+    """
+    mode = work.config.on_refresh
+    if runtime.ranks.alone or work.family != "coordinates" or mode == "reset" or work.size == 0:
+        return False
+    if mode == "keep":
+        return not same_slots(work)
+    shared = runtime.shard_replicas and work.matrix.copies > 1
+    cut_along_selection = work.config.projection in ("columns", "rows") or (
+        work.config.projection == "randperm" and work.side != "full"
+    )
+    return shared and not cut_along_selection
+
+
+def move_coordinate_moments(
+    runtime: Runtime,
+    work: Work,
+    old: Sequence[CoordinatePiece],
+    new: Sequence[CoordinatePiece],
+    old_clocks: tuple[int, int],
+) -> None:
+    """Treat the state at a coordinate or block refresh; ``old_clocks`` are (refreshes, size) before it.
+
+    keep: slot i of the new selection takes over slot i of the old one. project: entries that stay selected keep their
+    moments, new ones start at zero. Blocks are always cleared.
+    """
+    state, names, mode = work.state, moment_names(work.config), work.config.on_refresh
+    first = old_clocks[0] == 0
+    shapes = [piece.mine for piece in new]
+    if first or mode == "reset" or work.family == "blocks":
+        state.ensure_moments(names, shapes, work.dtype, work.device)
+        state.reset()
+        return
+    if mode == "keep" and old_clocks[1] != work.size:
+        mode = "project"
+    if mode == "keep" and not moves_between_ranks(runtime, work):
+        return  # the same slots stay here, in the same order
+    before = {name: state.get(name) for name in names}
+    old_values = {name: value.view(-1) for name, value in before.items() if value is not None}
+    old_ids = _ids(work, old, whole_selection(work, old_clocks[0] - 1, old_clocks[1]), mode)
+    new_ids = _ids(work, new, whole_selection(work, old_clocks[0], work.size), mode)
+    for name in names:
+        state.put(name, None)
+    state.ensure_moments(names, shapes, work.dtype, work.device)
+    columns = [state.pieces(name, [(sum(prod(shape) for shape in shapes),)])[0] for name in names]
+    values = [old_values[name] for name in names]
+    _place(columns, new_ids, values, old_ids)
+    if moves_between_ranks(runtime, work):
+        _trade(runtime, work, mode, old_clocks, columns, new_ids, values, old_ids)
+
+
+def _trade(runtime: Runtime, work: Work, mode: str, old_clocks: tuple[int, int], columns: Sequence[Tensor],
+           new_ids: Tensor, values: Sequence[Tensor], old_ids: Tensor) -> None:  # fmt: skip
+    """Fetch the moments that other ranks held. Every rank draws every rank's selections, so nothing is negotiated."""
+    ranks = runtime.ranks
+    old_whole = whole_selection(work, old_clocks[0] - 1, old_clocks[1])
+    new_whole = whole_selection(work, old_clocks[0], work.size)
+    send: list[list[Tensor]] = [[] for _ in range(ranks.size)]
+    recv: list[list[Tensor]] = [[] for _ in range(ranks.size)]
+    landing = []
+    for other in range(ranks.size):
+        if other == ranks.rank:
+            continue
+        theirs_new = _ids(work, cut_selection(runtime, work, new_whole, other), new_whole, mode)
+        theirs_old = _ids(work, cut_selection(runtime, work, old_whole, other), old_whole, mode)
+        outgoing, incoming = _common(old_ids, theirs_new), _common(new_ids, theirs_old)
+        send[other] = [value[_positions(old_ids, outgoing)] for value in values]
+        recv[other] = [torch.empty(len(incoming), dtype=work.dtype, device=work.device) for _ in values]
+        landing.append((incoming, recv[other]))
+    all_to_all(ranks, send, recv, torch.empty(0, dtype=work.dtype, device=work.device))
+    for incoming, buffers in landing:
+        where = _positions(new_ids, incoming)
+        for column, buffer in zip(columns, buffers, strict=True):
+            column[where] = buffer
+
+
+def _ids(work: Work, pieces: Sequence[CoordinatePiece], selection: Selection, mode: str) -> Tensor:
+    """What each moment on a rank belongs to: a slot of R ("keep") or an entry of the matrix ("project"), flat."""
+    parts = []
+    for piece in pieces:
+        ids = selection.slots(piece.tile) if mode == "keep" else _entries(piece, work.matrix.cols)
+        start, stop = piece.my_bounds
+        parts.append(ids.reshape(piece.shape).narrow(piece.selection.free_dim, start, stop - start).reshape(-1))
+    return torch.cat(parts).to(work.device) if parts else torch.empty(0, dtype=torch.int64, device=work.device)
+
+
+def _entries(piece: CoordinatePiece, cols: int) -> Tensor:
+    """Flat positions in the matrix of a piece's entries, shaped as its R."""
+    tile: Tile = piece.tile
+    rows = torch.arange(*tile.rows).view(-1, 1) * cols
+    grid = rows + torch.arange(*tile.cols).view(1, -1)
+    return piece.selection.to(torch.device("cpu")).take(grid)
+
+
+def _common(a: Tensor, b: Tensor) -> Tensor:
+    """Sorted common values."""
+    return a[torch.isin(a, b)].sort().values
+
+
+def _positions(ids: Tensor, wanted: Tensor) -> Tensor:
+    """Where each of ``wanted`` stands in ``ids`` (all present)."""
+    order = ids.argsort()
+    return order[torch.searchsorted(ids[order], wanted)]
+
+
+def _place(columns: Sequence[Tensor], new_ids: Tensor, values: Sequence[Tensor], old_ids: Tensor) -> None:
+    common = _common(new_ids, old_ids)
+    target, source = _positions(new_ids, common), _positions(old_ids, common)
+    for column, value in zip(columns, values, strict=True):
+        column[target] = value[source]

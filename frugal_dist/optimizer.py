@@ -1,0 +1,273 @@
+"""class Frugal: parameter groups, binding to the engine, the order of a step. Everything else is below."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from frugal_dist import engines, saving
+from frugal_dist.config import HYPERPARAMETERS, FrugalConfig, check_choice, check_keys, config_from
+from frugal_dist.parameters import ParameterInfo, check_patterns, check_selection, is_projected_name, matches, report
+from frugal_dist.projection.blocks import active_count
+from frugal_dist.projection.numerics import full_precision
+from frugal_dist.projection.shapes import family, selection_size
+from frugal_dist.refresh import refresh
+from frugal_dist.sharding.exchange import agree_max
+from frugal_dist.sharding.storage import Original
+from frugal_dist.stepping import step_matrices
+from frugal_dist.work import Runtime
+from frugal_dist.workload import Load, ensure_state, load_of, step_regular
+
+BUCKET_BYTES = 64 * 2**20
+"""Bound of one packed exchange, over all ranks; peak scratch is up to three times that."""
+
+
+class Frugal(Optimizer):
+    """FRUGAL (Zmushko et al., ICML 2025, arXiv 2411.07837), the same on every engine and number of ranks.
+
+    Each projected matrix is updated by a state-full rule on a low-rank or coordinate part of its gradient and by a
+    state-free rule on the rest; all other parameters by the state-full rule alone.
+
+    ``params``: ``model.named_parameters()``, or torch-style groups whose members are tensors or (name, tensor) tuples.
+    A group's ``"projected": True/False`` decides for its members, otherwise their names decide; any hyperparameter may
+    be set per group. See ``FrugalConfig`` for what they mean, ``split_parameters`` to choose by module.
+
+    ``process_group``: the ranks that hold replicas of ordinary tensors. "auto": the default group if there is one.
+    None: this process is alone, no collectives ever. ``shard_state``: whether replicas share the low-rank state;
+    "auto": yes, except under DeepSpeed stage 0, whose checkpoints keep rank 0's state only. ``no_decay``: name patterns
+    without weight decay.
+
+    Raises ValueError, naming the parameter or key, for unknown or bad hyperparameters, unnamed parameters without
+    ``"projected"``, a pattern that matches nothing, nothing projected, and shapes that leave nothing state-full.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        density: float = 0.25,
+        update_gap: int = 200,
+        projection: str = "svd",
+        side: str = "std",
+        block_order: str = "random",
+        state_full: str = "adamw",
+        state_free: str = "sign",
+        momentum: float = 0.9,
+        lr_scale: float = 1.0,
+        state_free_lr_scale: float = 1.0,
+        on_refresh: str = "reset",
+        svd_method: str = "exact",
+        refresh_schedule: str = "together",
+        compute_layout: str = "auto",
+        residual_threshold: float = 0.0,
+        shard_state: bool | str = "auto",
+        process_group: Any = "auto",
+        no_decay: Sequence[str] | None = None,
+        seed: int = 0,
+        **unknown: Any,
+    ) -> None:
+        given = {key: value for key, value in locals().items() if key in HYPERPARAMETERS}
+        known = (*HYPERPARAMETERS, "shard_state", "process_group", "no_decay")
+        check_keys(unknown, known, "Frugal")
+        if not isinstance(shard_state, bool):
+            check_choice("shard_state", shard_state, ("auto",))
+        self._shard_state = shard_state
+        self._process_group = process_group
+        self._no_decay = [no_decay] if isinstance(no_decay, str) else no_decay
+        self._originals: list[Original] = []
+        self._runtime: Runtime | None = None
+        self._started: set[tuple[int, ...]] = set()
+        self._loaded = False
+        FrugalConfig(**given)
+        defaults = {**given, "betas": betas}
+        super().__init__(_as_groups(params), defaults)
+        check_patterns([original.name for original in self._originals], self._no_decay, "no_decay")
+        check_selection(self.parameter_report_rows())
+        self._check_shapes()
+
+    # --- parameters -------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its members may be tensors or (name, tensor) tuples."""
+        if len(self.param_groups) and self._runtime is not None:
+            self._runtime = None  # the table of all ranks is built anew at the next step
+        group = dict(param_group)
+        _check_group_keys(group)
+        members = group["params"]
+        members = [members] if isinstance(members, Tensor) else list(members)
+        named = [member if isinstance(member, tuple) else (None, member) for member in members]
+        group["params"] = [tensor for _, tensor in named]
+        super().add_param_group(group)
+        index = len(self.param_groups) - 1
+        added = self.param_groups[index]
+        if added["betas"] is None:
+            added["betas"] = config_from(added).betas
+        config_from(added)
+        for position, (name, tensor) in enumerate(named):
+            self._originals.append(self._original(name, tensor, group.get("projected"), index, position))
+        _check_unique(self._originals)
+
+    def _original(
+        self, name: str | None, tensor: Tensor, projected: bool | None, group: int, position: int
+    ) -> Original:
+        shape = engines.full_shape(tensor)
+        name = name or engines.name_of(tensor)
+        if name is None:
+            name = f"group{group}.{position}"
+            if projected is None:
+                raise ValueError(
+                    f"Parameter {position} of group {group} (shape {shape}) has no name, so Frugal cannot tell whether "
+                    'to project it. Pass model.named_parameters() or split_parameters(model), or put "projected": True or '
+                    "False into its group."
+                )
+        if projected and len(shape) not in (2, 3):
+            raise ValueError(
+                f"{name} has shape {shape}: only matrices (2-D) and stacks of them (3-D) can be projected. "
+                'Put it into a group with "projected": False.'
+            )
+        decided = is_projected_name(name, shape) if projected is None else bool(projected)
+        return Original(name, shape, decided, not matches(name, self._no_decay), group, position)
+
+    def _check_shapes(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            config = config_from(group)
+            mine = [original for original in self._originals if original.group == index and original.projected]
+            if family(config) == "blocks" and mine:
+                active_count(config, sum(original.stack for original in mine))
+                continue
+            for original in mine:
+                selection_size(config, original.name, *original.matrix_shape)
+
+    def parameter_report_rows(self) -> list[ParameterInfo]:
+        """How every parameter is treated, in order."""
+        return [ParameterInfo(o.name, o.shape, o.projected, o.decay) for o in self._originals]
+
+    def parameter_report(self) -> str:
+        """A readable table of every parameter and its treatment."""
+        return report(self.parameter_report_rows())
+
+    # --- a step -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update. Collective: every rank calls it equally often, with or without gradients.
+
+        Raises ValueError (on all ranks alike) if the ranks disagree about the model or the engine is not supported,
+        RuntimeError if a projector refresh keeps failing.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with full_precision():
+            runtime = self._bind()
+            load = load_of(runtime, self.state)
+            if self._starts(runtime, load):
+                return loss
+            stepped = refresh(runtime, load.works)
+            step_matrices(runtime, load.works, stepped)
+            step_regular(load)
+        return loss
+
+    def _starts(self, runtime: Runtime, load: Load) -> bool:
+        """Whether this is the all-zero call by which engines create the state: it leaves weights and clocks alone."""
+        ensure_state(runtime, load)
+        if load.key in self._started:
+            return False
+        device = load.device
+        running, moving = agree_max(runtime.ranks, [int(load.has_run()), int(load.has_gradient())], device)
+        if running or moving:
+            self._started.add(load.key)
+        return not (running or moving)
+
+    def _bind(self) -> Runtime:
+        """Find out, once, how the engine stores the parameters. Collective on more than one rank."""
+        if self._runtime is None:
+            self._started.clear()
+            runtime = engines.bind(self, self._originals, self._process_group, self._shard_state, BUCKET_BYTES)
+            if self._loaded:
+                saving.unpack_all(runtime, self.state)
+                self._loaded = False
+            self._runtime = runtime
+        return self._runtime
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's form. Keys of tensors of which this rank holds a part end in "@rank1of4": save one file per rank, use
+        torch.distributed.checkpoint, or ``frugal_dist.checkpoint``.
+        """
+        plain = super().state_dict()
+        if self._runtime is None:  # nothing yet, or as it was loaded
+            return plain
+        packed = saving.pack_all(self._runtime, self.state)
+        order = [tensor for group in self.param_groups for tensor in group["params"]]
+        state = {number: packed[id(tensor)] for number, tensor in enumerate(order) if id(tensor) in packed}
+        return {**plain, "state": state}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue exactly where ``state_dict`` was taken, on the same engine and number of ranks.
+
+        Dtypes stay as saved. What does not fit raises ValueError: here on one process, on all ranks alike at the next
+        step otherwise.
+        """
+        super().load_state_dict({**state_dict, "state": {}})
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        order = [tensor for group in self.param_groups for tensor in group["params"]]
+        self.state.clear()
+        for number, tensor in zip(saved, order, strict=True):
+            if number in state_dict["state"]:
+                self.state[tensor] = saving.placed(state_dict["state"][number], tensor.device)
+        self._runtime, self._loaded = None, True
+        if engines.is_alone(self._process_group):
+            with full_precision():
+                self._bind()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: everything but what is found out again at the next step."""
+        kept = ("_originals", "_shard_state", "_no_decay", "_loaded")
+        state = {**super().__getstate__(), **{key: self.__dict__[key] for key in kept}}
+        group = self._process_group
+        return {**state, "_process_group": group if group is None or isinstance(group, str) else "auto"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_loaded", False)
+        self.__dict__.update(_runtime=None, _started=set())
+
+
+def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
+    if isinstance(params, Tensor):
+        raise ValueError("params must be named parameters or groups, not a single tensor.")
+    members = list(params)
+    if not members:
+        raise ValueError("params is empty: pass model.named_parameters() or split_parameters(model).")
+    return members if isinstance(members[0], dict) else [{"params": members}]
+
+
+def _check_group_keys(group: dict[str, Any]) -> None:
+    """Groups may carry keys of their own, but a misspelled hyperparameter must not pass silently."""
+    for key in group:
+        close = difflib.get_close_matches(key, HYPERPARAMETERS, n=1, cutoff=0.8)
+        if key not in HYPERPARAMETERS and close:
+            raise ValueError(f"Parameter group: unknown key {key!r}. Did you mean {close[0]!r}?")
+
+
+def _check_unique(originals: Sequence[Original]) -> None:
+    seen: set[str] = set()
+    for original in originals:
+        if original.name in seen:
+            raise ValueError(
+                f"Two parameters are called {original.name!r}. Names must be unique: they identify the state."
+            )
+        seen.add(original.name)

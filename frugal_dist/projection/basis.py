@@ -1,0 +1,116 @@
+"""Basis projections: svd and random. down(G) = G Q (right), P^T G (left) or P^T G Q (full); up() is the adjoint.
+
+All functions work on a whole matrix and on a compute tile alike: a right basis leaves rows free, a left one columns,
+so a tile that is cut only along its free dimension needs nothing from elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import frugal_dist.projection.coordinates as coordinates
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Orthonormal columns: ``left`` (P, rows x r) and/or ``right`` (Q, cols x r), contiguous, fp32 or fp64."""
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    @property
+    def parts(self) -> list[Tensor]:
+        return [part for part in (self.left, self.right) if part is not None]
+
+
+def basis_shapes(side: str, rows: int, cols: int, r: int) -> dict[str, tuple[int, int]]:
+    """Shapes of the parts by name, in the order in which they travel."""
+    shapes = {"left": (rows, r), "right": (cols, r)}
+    return shapes if side == "full" else {side: shapes[side]}
+
+
+def down(grad: Tensor, basis: Basis) -> Tensor:
+    """R, the projected gradient."""
+    low = grad if basis.left is None else basis.left.T @ grad
+    return low if basis.right is None else low @ basis.right
+
+
+def up(low: Tensor, basis: Basis) -> Tensor:
+    """The adjoint of ``down``: back to the shape of the gradient."""
+    high = low if basis.left is None else basis.left @ low
+    return high if basis.right is None else high @ basis.right.T
+
+
+def add_up_(out: Tensor, low: Tensor, basis: Basis, alpha: float = 1.0) -> Tensor:
+    """Out += alpha * up(low), without a temporary of out's size."""
+    if basis.right is None:
+        assert basis.left is not None
+        return out.addmm_(basis.left, low, alpha=alpha)
+    return out.addmm_(low if basis.left is None else basis.left @ low, basis.right.T, alpha=alpha)
+
+
+def residual(grad: Tensor, low: Tensor, basis: Basis) -> Tensor:
+    """Grad - up(low), in a new tensor."""
+    if basis.right is None:
+        assert basis.left is not None
+        return torch.addmm(grad, basis.left, low, alpha=-1.0)
+    return torch.addmm(grad, low if basis.left is None else basis.left @ low, basis.right.T, alpha=-1.0)
+
+
+def silence_noise_(rest: Tensor, grad: Tensor, side: str, threshold: float) -> Tensor:
+    """Zero the rows (columns for a left basis) of a residual that are rounding noise relative to the gradient's.
+
+    With r >= rank(G) the residual is about 1e-6 of G, yet its sign would move nearly every entry by a full step.
+    """
+    if threshold > 0.0:
+        dim = 0 if side == "left" else 1
+        noise = rest.norm(dim=dim, keepdim=True) <= threshold * grad.norm(dim=dim, keepdim=True)
+        rest.masked_fill_(noise, 0.0)
+    return rest
+
+
+def exact_svd(grad: Tensor, side: str, r: int) -> Basis:
+    """The top-r singular vectors of a finite matrix (GaLore's and FRUGAL's projector).
+
+    Copies what it keeps: a view would keep the whole factor alive. Raises what torch.linalg.svd raises.
+    """
+    left, _, right_t = torch.linalg.svd(grad, full_matrices=False)
+    return Basis(
+        left=left[:, :r].clone(memory_format=torch.contiguous_format) if side in ("left", "full") else None,
+        right=right_t[:r].T.clone(memory_format=torch.contiguous_format) if side in ("right", "full") else None,
+    )
+
+
+def random_basis(
+    rows: int, cols: int, side: str, r: int, *, seed: int, name: str, refresh: int, dtype: torch.dtype
+) -> Basis:
+    """Orthonormalised Gaussian columns on the CPU, from (seed, name, refresh)."""
+    parts = {}
+    for part, (length, width) in basis_shapes(side, rows, cols, r).items():
+        generator = coordinates.seeded_generator(seed, f"{name}|{part}", refresh, length, width)
+        gaussian = torch.randn(length, width, generator=generator, dtype=torch.float64)
+        parts[part] = torch.linalg.qr(gaussian).Q.to(dtype).contiguous()
+    return Basis(**parts)
+
+
+def carry_first(moment: Tensor, old: Basis, new: Basis) -> Tensor:
+    """A first moment in a new basis: m <- (P'^T P) m (Q^T Q')."""
+    return _carry(moment, old, new, squared=False)
+
+
+def carry_second(moment: Tensor, old: Basis, new: Basis) -> Tensor:
+    """A second moment in a new basis: the squared overlaps keep it non-negative and exact for independent entries."""
+    return _carry(moment, old, new, squared=True)
+
+
+def _carry(moment: Tensor, old: Basis, new: Basis, squared: bool) -> Tensor:
+    if old.left is not None and new.left is not None:
+        overlap = new.left.T @ old.left
+        moment = (overlap.square() if squared else overlap) @ moment
+    if old.right is not None and new.right is not None:
+        overlap = old.right.T @ new.right
+        moment = moment @ (overlap.square() if squared else overlap)
+    return moment

@@ -1,0 +1,88 @@
+"""Sizes of projections: which side, how many columns of a basis, how many coordinates. Pure arithmetic."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+from frugal_dist.config import FrugalConfig
+
+FAMILY = {
+    "svd": "basis",
+    "random": "basis",
+    "randperm": "coordinates",
+    "columns": "coordinates",
+    "rows": "coordinates",
+    "randk": "coordinates",
+    "blockwise": "blocks",
+}
+
+
+class Rect(Protocol):
+    """A rectangle of a matrix: half-open ranges of rows and columns."""
+
+    @property
+    def rows(self) -> tuple[int, int]: ...
+
+    @property
+    def cols(self) -> tuple[int, int]: ...
+
+
+def family(config: FrugalConfig) -> str:
+    """One of "basis", "coordinates" or "blocks"; density 0 selects no coordinates, whatever the projection."""
+    return FAMILY[config.projection] if config.density > 0 else "coordinates"
+
+
+def resolve_side(side: str, rows: int, cols: int) -> str:
+    """One of "right", "left" and "full" for a matrix (paper: right if rows >= cols, else left)."""
+    tall = rows >= cols
+    if side == "std":
+        return "right" if tall else "left"
+    if side == "reverse_std":
+        return "left" if tall else "right"
+    return side
+
+
+def basis_columns(config: FrugalConfig, name: str, rows: int, cols: int) -> int:
+    """R of a basis projection or of randperm: round(density * dim of the side). ValueError for r = 0 or too large."""
+    side = resolve_side(config.side, rows, cols)
+    dim = {"right": cols, "left": rows, "full": min(rows, cols)}[side]
+    r = round(config.density * dim)
+    if r == 0:
+        raise ValueError(_empty(config, name, rows, cols, f"r = round({config.density:g} * {dim})"))
+    if config.projection == "svd" and r > min(rows, cols):
+        raise ValueError(
+            f"{name} is {rows}x{cols} and density={config.density:g} with side={config.side!r} asks for r = {r} basis "
+            f"columns, but a gradient of this shape has rank at most {min(rows, cols)}. "
+            "Lower density, use side='std', or leave this parameter out of the projected ones."
+        )
+    return r
+
+
+def coordinate_count(config: FrugalConfig, name: str, rows: int, cols: int) -> int:
+    """How many columns, rows or entries are state-full: floor(density * dim). ValueError for 0 at density > 0."""
+    if config.density == 0:
+        return 0
+    if config.projection == "randperm":
+        return basis_columns(config, name, rows, cols)
+    dim = {"columns": cols, "rows": rows, "randk": rows * cols}[config.projection]
+    count = math.floor(config.density * dim)
+    if count == 0:
+        raise ValueError(_empty(config, name, rows, cols, f"floor({config.density:g} * {dim})"))
+    return count
+
+
+def selection_size(config: FrugalConfig, name: str, rows: int, cols: int) -> int:
+    """R of a basis, or the number of selected columns, rows or entries; 0 for an empty matrix."""
+    if rows * cols == 0 or config.density == 0:
+        return 0
+    size = basis_columns if family(config) == "basis" else coordinate_count
+    return size(config, name, rows, cols)
+
+
+def _empty(config: FrugalConfig, name: str, rows: int, cols: int, formula: str) -> str:
+    return (
+        f"{name} is {rows}x{cols}: projection={config.projection!r}, side={config.side!r} gives {formula} = 0, so "
+        "nothing of it would be state-full. Raise density, choose another projection or side, or leave this parameter "
+        "out of the projected ones. (density=0 asks for pure state-free steps.)"
+    )

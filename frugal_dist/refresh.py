@@ -1,0 +1,304 @@
+"""The projector refresh: when, by whom, with what status. Decided together, computed once by an owner, broadcast.
+
+A NaN, a zero gradient or a failed SVD is a status that all ranks learn; no rank raises or skips alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from frugal_dist.clock import due, offset
+from frugal_dist.moments import carry_basis_moments, move_coordinate_moments, moves_between_ranks
+from frugal_dist.projection.basis import Basis, basis_shapes, exact_svd, random_basis
+from frugal_dist.replicas import fingerprints, mismatched, resynchronise
+from frugal_dist.sharding.exchange import agree_max, all_to_all, broadcast
+from frugal_dist.sharding.plan import moves_for, owner_layout
+from frugal_dist.sharding.route import fill_buckets
+from frugal_dist.sharding.tile import elements, owned, whole
+from frugal_dist.work import Agreed, Runtime, Work, basis_route, coordinate_cut, moment_names
+
+NEW, FAILED = 0.0, 1.0
+ATTEMPTS = 3
+"""Consecutive failed refreshes of one matrix after which all ranks raise."""
+
+
+@dataclass
+class Report:
+    """What all ranks agreed on about one matrix in this call."""
+
+    updates: int
+    present: bool = False
+    finite: bool = True
+    zero: bool = False
+
+
+def refresh(runtime: Runtime, works: Sequence[Work]) -> list[Work]:
+    """Refresh what is due; return the works to be stepped now (without those that have no gradient or are skipped)."""
+    suspects = _suspects(runtime, works)
+    reports = _agree(runtime, suspects) if suspects else {}
+    _refresh_coordinates(runtime, works, reports)
+    due_bases = [work for work in suspects if work.family == "basis" and _due(work)]
+    _refresh_bases(runtime, [work for work in due_bases if _usable(work, reports[work.matrix.index])])
+    _remember(runtime, suspects, reports)
+    return [work for work in works if work.grads is not None and _can_step(work, reports)]
+
+
+# --- deciding together -----------------------------------------------------------------------------
+
+
+def _due(work: Work, updates: int | None = None, refreshed_at: int | None = None) -> bool:
+    config, matrix = work.config, work.matrix
+    updates = work.state.clock("updates") if updates is None else updates
+    refreshed_at = work.state.clock("refreshed_at") if refreshed_at is None else refreshed_at
+    schedule = "together" if work.family == "blocks" else config.refresh_schedule
+    shift = offset(schedule, matrix.block, matrix.blocks, config.update_gap)
+    return due(updates, refreshed_at, config.update_gap, shift)
+
+
+def _takes_part(runtime: Runtime, work: Work) -> bool:
+    """Whether a matrix' refresh needs all ranks: bases, replicas that compare, moments that move.
+
+    Freezing (requires_grad) is a decision of the program, the same on all ranks; a missing gradient is not.
+    """
+    if work.frozen:
+        return False
+    if work.family == "basis":
+        return True
+    shared = runtime.shard_replicas and work.matrix.copies > 1
+    return not runtime.ranks.alone and (shared or moves_between_ranks(runtime, work))
+
+
+def _suspects(runtime: Runtime, works: Sequence[Work]) -> list[Work]:
+    """The matrices that may be due, judged from counts that were agreed on: the same list on every rank.
+
+    A missing gradient can only delay a matrix, so counting every call as an update never comes too late.
+    """
+    found = []
+    for work in works:
+        if not _takes_part(runtime, work):
+            continue
+        known = runtime.agreed.get(work.matrix.index)
+        if runtime.ranks.alone:
+            suspect = _due(work)
+        else:
+            suspect = known is None or _due(work, known.updates + known.calls, known.refreshed_at)
+        if suspect:
+            found.append(work)
+        elif known is not None:
+            known.calls += 1
+    return found
+
+
+def _agree(runtime: Runtime, suspects: Sequence[Work]) -> dict[int, Report]:
+    """One small all-reduce: counts, presence and health of the gradients, equality of replicas."""
+    values = []
+    for work, (finite, nonzero) in zip(suspects, _gradient_health(suspects), strict=True):
+        updates = work.state.clock("updates")
+        values += [updates, -updates, int(work.grads is not None), int(not finite), int(nonzero)]
+    compared = [] if runtime.ranks.alone else suspects
+    agreed = agree_max(runtime.ranks, [*values, *fingerprints(runtime, compared)], suspects[0].device)
+    reports = {}
+    for position, work in enumerate(suspects):
+        most, negative_least, present, bad, moving = agreed[5 * position : 5 * position + 5]
+        if most != -negative_least:
+            _warn(
+                runtime, f"{work.matrix.name}: ranks counted {-negative_least} to {most} updates; all go on with {most}"
+            )
+            work.state.set_clock("updates", most)
+        reports[work.matrix.index] = Report(most, bool(present), not bad, not moving)
+    resynchronise(runtime, mismatched(runtime, compared, agreed[5 * len(suspects) :]))
+    return reports
+
+
+def _gradient_health(works: Sequence[Work]) -> list[tuple[bool, bool]]:
+    """(finite, nonzero) of every work's local gradient, with one transfer to the host."""
+    extremes: list[Tensor] = []
+    spans: list[tuple[int, int]] = []
+    for work in works:
+        checked = work.grads if work.family == "basis" and work.grads is not None and _due(work) else []
+        pairs = [torch.stack(torch.aminmax(grad)).float() for grad in checked if grad.numel()]
+        spans.append((len(extremes), len(extremes) + len(pairs)))
+        extremes += pairs
+    host = torch.stack(extremes).cpu() if extremes else torch.empty(0, 2)
+    finite, nonzero = torch.isfinite(host).all(dim=1), (host != 0).any(dim=1)
+    return [(bool(finite[a:b].all()), bool(nonzero[a:b].any())) for a, b in spans]
+
+
+def _usable(work: Work, report: Report) -> bool:
+    return not work.empty and report.present and report.finite and not report.zero
+
+
+def _can_step(work: Work, reports: dict[int, Report]) -> bool:
+    """Skip a matrix whose gradient is not finite at its refresh, and one that never had a projector."""
+    if work.family != "basis" or work.empty:
+        return True
+    report = reports.get(work.matrix.index)
+    return work.state.clock("refreshes") > 0 and (report is None or report.finite)
+
+
+def _remember(runtime: Runtime, suspects: Sequence[Work], reports: dict[int, Report]) -> None:
+    """Note what was agreed, this call's update included."""
+    for work in suspects:
+        report = reports[work.matrix.index]
+        advanced = int(report.present and _can_step(work, reports))
+        runtime.agreed[work.matrix.index] = Agreed(report.updates + advanced, work.state.clock("refreshed_at"))
+
+
+# --- coordinates and blocks: nothing to compute, only to draw --------------------------------------
+
+
+def _refresh_coordinates(runtime: Runtime, works: Sequence[Work], reports: dict[int, Report]) -> None:
+    for work in works:
+        if work.family == "basis" or not _due(work):
+            continue
+        report = reports.get(work.matrix.index)
+        present = work.grads is not None if report is None else report.present
+        if present:
+            old = coordinate_cut(runtime, work).pieces
+            before = (work.state.clock("refreshes"), work.state.clock("size"))
+            _advance(work, work.size)
+            move_coordinate_moments(runtime, work, old, coordinate_cut(runtime, work).pieces, before)
+
+
+def _advance(work: Work, size: int) -> None:
+    state = work.state
+    state.set_clock("refreshes", state.clock("refreshes") + 1)
+    state.set_clock("refreshed_at", state.clock("updates"))
+    state.set_clock("size", size)
+
+
+# --- bases: gathered by their owner, computed once, published --------------------------------------
+
+
+def _refresh_bases(runtime: Runtime, works: Sequence[Work]) -> None:
+    """In bounded buckets, so that scratch stays small and a long SVD never runs into a collective's time-out."""
+    for dtype in sorted({work.dtype for work in works}, key=str):
+        same = [work for work in works if work.dtype == dtype]
+        loads = [_load(runtime, work) for work in same]
+        for bucket in fill_buckets(loads, runtime.bucket_bytes // dtype.itemsize):
+            _refresh_bucket(runtime, [same[i] for i in bucket])
+
+
+def _load(runtime: Runtime, work: Work) -> tuple[int, ...]:
+    """Elements that each rank may hold for this refresh: its own part, and the whole matrix at the owner."""
+    matrix = work.matrix
+    extra = [matrix.rows * matrix.cols if rank == matrix.owner else 0 for rank in range(runtime.ranks.size)]
+    return tuple(elements(tiles) + more for tiles, more in zip(matrix.storage, extra, strict=True))
+
+
+def _refresh_bucket(runtime: Runtime, works: Sequence[Work]) -> None:
+    gathered = _gather(runtime, works)
+    for owner in range(runtime.ranks.size):
+        mine = [work for work in works if work.matrix.owner == owner]
+        if not mine:
+            continue
+        found = [_compute(work, gathered[work.matrix.index]) if owner == runtime.ranks.rank else None for work in mine]
+        _publish(runtime, mine, found, owner)
+
+
+def _gather(runtime: Runtime, works: Sequence[Work]) -> dict[int, Tensor]:
+    """The whole gradients of the matrices this rank owns."""
+    ranks = runtime.ranks
+    send: list[list[Tensor]] = [[] for _ in range(ranks.size)]
+    recv: list[list[Tensor]] = [[] for _ in range(ranks.size)]
+    found, landing = {}, []
+    travels = False
+    for work in works:
+        matrix = work.matrix
+        everything = whole(matrix.rows, matrix.cols)[0]
+        home = owned(matrix.storage[matrix.owner], everything)
+        if home is not None:
+            if matrix.owner == ranks.rank:
+                found[matrix.index] = work.local_grad(home)
+            continue
+        travels = True
+        if matrix.owner == ranks.rank:
+            found[matrix.index] = torch.empty(matrix.rows, matrix.cols, dtype=work.dtype, device=work.device)
+        target = owner_layout(ranks.size, matrix.owner, matrix.rows, matrix.cols)
+        for move in moves_for(matrix.storage, target, ranks.rank, matrix.index):
+            if move.source == ranks.rank:
+                piece = work.local_grad(move.source_tile)[move.area.within(move.source_tile)]
+                if move.target == ranks.rank:
+                    found[matrix.index][move.area.within(everything)] = piece
+                else:
+                    send[move.target].append(piece)
+            else:
+                landing.append(found[matrix.index][move.area.within(everything)])
+                recv[move.source].append(landing[-1])
+    if travels:
+        all_to_all(ranks, send, recv, torch.empty(0, dtype=works[0].dtype, device=works[0].device))
+    return found
+
+
+def _compute(work: Work, grad: Tensor) -> Basis | None:
+    """The new basis, or None. Never raises: the other ranks are waiting for the outcome."""
+    refresh_number = work.state.clock("refreshes")
+    attempts = [(grad.device, work.dtype), (torch.device("cpu"), work.dtype), (torch.device("cpu"), torch.float64)]
+    troubles = []
+    for device, dtype in attempts:
+        try:
+            basis = _basis_of(work, grad.to(device, dtype), refresh_number)
+            if all(bool(torch.isfinite(part).all()) for part in basis.parts):
+                return Basis(**{k: v.to(work.device, work.dtype) for k, v in vars(basis).items() if v is not None})
+            troubles.append("the result is not finite")
+        except Exception as error:  # whatever went wrong becomes a status; a traceback here would hang the others
+            troubles.append(f"{type(error).__name__}: {error}")
+    warnings.warn(f"{work.matrix.name}: the refresh failed on its owner: {'; '.join(troubles)}", stacklevel=2)
+    return None
+
+
+def _basis_of(work: Work, grad: Tensor, number: int) -> Basis:
+    if work.config.projection == "svd":
+        return exact_svd(grad, work.side, work.size)
+    rows, cols = grad.shape
+    name, seed = work.matrix.name, work.config.seed
+    return random_basis(rows, cols, work.side, work.size, seed=seed, name=name, refresh=number, dtype=grad.dtype)
+
+
+def _publish(runtime: Runtime, works: Sequence[Work], found: Sequence[Basis | None], owner: int) -> None:
+    """Owner's statuses and bases to everyone, then the state follows. All ranks use the same contiguous bytes."""
+    like = torch.empty(0, dtype=works[0].dtype, device=works[0].device)
+    status = torch.tensor([FAILED if basis is None else NEW for basis in found], dtype=like.dtype, device=like.device)
+    pieces, bases = [status], []
+    for work, basis in zip(works, found, strict=True):
+        shapes = basis_shapes(work.side, work.matrix.rows, work.matrix.cols, work.size)
+        if basis is None:
+            basis = Basis(
+                **{name: torch.zeros(shape, dtype=like.dtype, device=like.device) for name, shape in shapes.items()}
+            )
+        bases.append(basis)
+        if any(tiles for rank, tiles in enumerate(basis_route(runtime, work).layout) if rank != owner):
+            pieces += basis.parts
+    broadcast(runtime.ranks, owner, pieces, like)
+    for work, basis, code in zip(works, bases, status.tolist(), strict=True):
+        _adopt(runtime, work, basis) if code == NEW else _count_failure(runtime, work, owner)
+
+
+def _adopt(runtime: Runtime, work: Work, basis: Basis) -> None:
+    runtime.failures.pop(work.matrix.index, None)
+    plan = basis_route(runtime, work)
+    carry_basis_moments(work, plan, basis, moment_names(work.config))
+    if plan.tiles:
+        work.state.set_basis(work.side, basis)
+    _advance(work, work.size)
+
+
+def _count_failure(runtime: Runtime, work: Work, owner: int) -> None:
+    """Go on with the old projector; raise on all ranks together when it keeps failing."""
+    count = runtime.failures.get(work.matrix.index, 0) + 1
+    runtime.failures[work.matrix.index] = count
+    if count >= ATTEMPTS:
+        raise RuntimeError(
+            f"{work.matrix.name}: the projector refresh failed {count} times in a row on rank {owner} (its warnings "
+            "say why). Lower the learning rate, clip gradients, or choose a projection that needs no SVD, such as columns."
+        )
+
+
+def _warn(runtime: Runtime, text: str) -> None:
+    if runtime.ranks.rank == 0:
+        warnings.warn(text, stacklevel=3)

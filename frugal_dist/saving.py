@@ -1,0 +1,202 @@
+"""The state as it goes into ``state_dict`` and comes back: same engine, same ranks, bit for bit.
+
+Two things differ from the live state. Keys of tensors of which a rank holds only its part name the rank, because
+torch.distributed.checkpoint takes equal keys for copies. And where the number of selected entries on a rank changes
+from refresh to refresh, moments travel dense, in the shape of the stored tile: a template made before loading must fit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, MutableMapping
+
+import torch
+from torch import Tensor
+
+from frugal_dist.sharding.exchange import gather_objects
+from frugal_dist.sharding.storage import Box
+from frugal_dist.sharding.tile import is_replicated
+from frugal_dist.state import CLOCKS, MOMENTS, MatrixState
+from frugal_dist.work import (
+    CoordinatePiece,
+    Runtime,
+    Work,
+    basis_piece_shapes,
+    basis_route,
+    coordinate_cut,
+    cut_selection,
+    moment_names,
+    same_slots,
+    whole_selection,
+)
+from frugal_dist.workload import Regular, load_of
+
+_PART = re.compile(r"^(?P<key>.*)@rank(?P<rank>\d+)of(?P<size>\d+)$")
+Store = dict[str, Tensor]
+
+
+def pack_all(runtime: Runtime, state: MutableMapping[Tensor, Store]) -> dict[int, Store]:
+    """The state of every carrier, by its id, in saved form. Tensors that need no change are not copied."""
+    load = load_of(runtime, state)
+    packed = {id(carrier): dict(store) for carrier, store in state.items() if store}
+    owner = {id(store): id(carrier) for carrier, store in state.items()}
+    for work in load.works:
+        if work.state.get("updates") is not None:
+            saved = MatrixState(packed[owner[id(work.state.store)]], work.state.prefix)
+            dense = _travels_dense(runtime, work)
+            for name in moment_names(work.config):
+                value = _to_dense(runtime, work, name) if dense else work.state.get(name)
+                saved.put(name, None)
+                saved.put(_key(runtime, name, _is_part(runtime, work)), value)
+    for one in load.regular:
+        if one.state.get("step") is not None and _is_regular_part(runtime, one):
+            saved = MatrixState(packed[owner[id(one.state.store)]], one.state.prefix)
+            for name in moment_names(one.config):
+                value = saved.get(name)
+                saved.put(name, None)
+                saved.put(_key(runtime, name, True), value)
+    return packed
+
+
+def unpack_all(runtime: Runtime, state: MutableMapping[Tensor, Store]) -> None:
+    """Turn what was loaded into live state. Collective; ValueError on all ranks alike if anything does not fit."""
+    problem = ""
+    try:
+        for store in state.values():
+            _strip_parts(runtime, store)
+        load = load_of(runtime, state)
+        for work in load.works:
+            _adopt(runtime, work)
+        for one in load.regular:
+            _check_regular(one)
+    except ValueError as error:
+        problem = str(error)
+    for rank, text in enumerate(gather_objects(runtime.ranks, problem)):
+        if text:
+            raise ValueError(text if runtime.ranks.alone else f"rank {rank}: {text}")
+
+
+def placed(store: Mapping[str, Tensor], device: torch.device) -> Store:
+    """A copy for live use: counts on the CPU, the rest with the parameter, dtypes as saved."""
+    found = {}
+    for key, value in store.items():
+        is_clock = key.rpartition("/")[2] in CLOCKS
+        found[key] = value.detach().clone().to("cpu" if is_clock else device)
+    return found
+
+
+def _key(runtime: Runtime, name: str, part: bool) -> str:
+    return f"{name}@rank{runtime.ranks.rank}of{runtime.ranks.size}" if part else name
+
+
+def _is_part(runtime: Runtime, work: Work) -> bool:
+    """Whether ranks hold different moments of this matrix."""
+    if runtime.ranks.alone:
+        return False
+    if work.family == "basis" and not work.empty:
+        return not is_replicated(basis_route(runtime, work).layout)
+    return runtime.shard_replicas or not is_replicated(work.matrix.storage)
+
+
+def _is_regular_part(runtime: Runtime, one: Regular) -> bool:
+    return not runtime.ranks.alone and tuple(one.weight.shape) != one.shape
+
+
+def _travels_dense(runtime: Runtime, work: Work) -> bool:
+    boxed = isinstance(runtime.storage.part(work.matrix.original), Box)
+    return boxed and work.family != "basis" and not work.empty and not same_slots(work)
+
+
+def _to_dense(runtime: Runtime, work: Work, name: str) -> Tensor:
+    pieces = coordinate_cut(runtime, work).pieces
+    found = []
+    for piece, own in zip(pieces, work.state.pieces(name, [piece.mine for piece in pieces]), strict=True):
+        values = torch.zeros(piece.shape, dtype=work.dtype, device=work.device)
+        _share(piece, values).copy_(own)
+        dense = torch.zeros(piece.tile.height, piece.tile.width, dtype=work.dtype, device=work.device)
+        piece.selection.put_(dense, values)
+        found.append(dense)
+    return found[0] if len(found) == 1 else torch.zeros(0, dtype=work.dtype, device=work.device)
+
+
+def _from_dense(runtime: Runtime, work: Work, name: str) -> Tensor:
+    pieces = coordinate_cut(runtime, work).pieces
+    saved = work.state.get(name)
+    if saved is None or saved.numel() != sum(piece.tile.numel for piece in pieces):
+        raise ValueError(_misfit(work, name, saved, [(piece.tile.height, piece.tile.width) for piece in pieces]))
+    if not pieces:
+        return torch.zeros(0, dtype=work.dtype, device=work.device)
+    (piece,) = pieces
+    dense = saved.view(piece.tile.height, piece.tile.width)
+    return _share(piece, piece.selection.take(dense)).contiguous().clone()
+
+
+def _share(piece: CoordinatePiece, values: Tensor) -> Tensor:
+    start, stop = piece.my_bounds
+    return values.narrow(piece.selection.free_dim, start, stop - start)
+
+
+def _strip_parts(runtime: Runtime, store: Store) -> None:
+    for key in list(store):
+        match = _PART.match(key)
+        if match is None:
+            continue
+        rank, size = int(match["rank"]), int(match["size"])
+        if (rank, size) != (runtime.ranks.rank, runtime.ranks.size):
+            raise ValueError(
+                f"{match['key']!r} was saved by rank {rank} of {size}, but this is rank {runtime.ranks.rank} of "
+                f"{runtime.ranks.size}. state_dict holds a rank's own part: save one file per rank or use "
+                "torch.distributed.checkpoint; for another number of ranks use frugal_dist.checkpoint."
+            )
+        store[match["key"]] = store.pop(key)
+
+
+def _adopt(runtime: Runtime, work: Work) -> None:
+    state = work.state
+    if not any(state.get(name) is not None for name in (*CLOCKS, *MOMENTS)):
+        return  # never stepped when it was saved
+    missing = [name for name in (*CLOCKS, *moment_names(work.config)) if state.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"{work.matrix.name}: the loaded state has no {', '.join(missing)} for this rank. It was saved by another "
+            "optimizer, another number of ranks, or only by rank 0."
+        )
+    if _travels_dense(runtime, work):
+        for name in moment_names(work.config):
+            state.put(name, _from_dense(runtime, work, name))
+        return
+    if work.family == "basis" and not work.empty:
+        shapes = basis_piece_shapes(work, basis_route(runtime, work), state.clock("size"))
+    else:
+        shapes = [piece.mine for piece in _expected_pieces(runtime, work)]
+    size = sum(torch.Size(shape).numel() for shape in shapes)
+    for name in moment_names(work.config):
+        value = state.get(name)
+        if value is None or value.numel() != size:
+            raise ValueError(_misfit(work, name, value, shapes))
+
+
+def _expected_pieces(runtime: Runtime, work: Work) -> list[CoordinatePiece]:
+    refreshes = work.state.clock("refreshes")
+    if refreshes:
+        return coordinate_cut(runtime, work).pieces
+    size = 0 if work.empty else work.size  # created, but never refreshed
+    return cut_selection(runtime, work, whole_selection(work, 0, size), runtime.ranks.rank)
+
+
+def _check_regular(one: Regular) -> None:
+    if one.state.get("step") is None:
+        return
+    for name in moment_names(one.config):
+        value = one.state.get(name)
+        if value is None or value.numel() != one.weight.numel():
+            found = "nothing" if value is None else f"{value.numel()} elements"
+            raise ValueError(f"{one.name}: the loaded {name} has {found}, this rank needs {one.weight.numel()}.")
+
+
+def _misfit(work: Work, name: str, value: Tensor | None, shapes: object) -> str:
+    found = "nothing" if value is None else f"shape {tuple(value.shape)}"
+    return (
+        f"{work.matrix.name}: the loaded {name} has {found}, but density={work.config.density:g}, projection="
+        f"{work.config.projection!r} on this rank needs {shapes}. Load with the hyperparameters it was saved with."
+    )

@@ -1,0 +1,90 @@
+"""Storage of DTensors: FSDP2 on any dim, HSDP. The only user of torch's DTensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from frugal_dist.sharding.storage import Box, Original, Part
+
+
+@dataclass(frozen=True)
+class DTensorStorage:
+    """Parameters of ``fully_shard``: local shards, and ordinary tensors that were left out of it as replicas."""
+
+    groups: Sequence[dict[str, Any]]
+    originals: Sequence[Original]
+    shares_replicas: bool = True
+
+    def call(self) -> Sequence[int]:
+        return range(len(self.originals))
+
+    def part(self, i: int) -> Part:
+        carrier, original = self.carrier(i), self.originals[i]
+        if not isinstance(carrier, DTensor):
+            return Box(tuple((0, size) for size in original.shape))
+        return Box(_spans(original.name, carrier))
+
+    def carrier(self, i: int) -> Tensor:
+        original = self.originals[i]
+        param: Tensor = self.groups[original.group]["params"][original.position]
+        return param
+
+    def options(self, i: int) -> dict[str, Any]:
+        return self.groups[self.originals[i].group]
+
+    def weight(self, i: int) -> Tensor:
+        return _local(self.carrier(i).detach())
+
+    def grad(self, i: int) -> Tensor | None:
+        grad = self.carrier(i).grad
+        return None if grad is None else _local(grad)
+
+
+def mesh_group(tensors: Sequence[Tensor]) -> Any:
+    """The process group of all ranks that share these DTensors; ValueError if they live on different meshes."""
+    meshes = {tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}
+    if len(meshes) != 1:
+        raise ValueError(
+            f"The DTensor parameters live on {len(meshes)} different device meshes. Frugal needs one: shard all "
+            "projected parameters over the same mesh (expert or pipeline parallelism is not supported)."
+        )
+    mesh = meshes.pop()
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    if mesh.size() == dist.get_world_size():
+        return dist.group.WORLD
+    return mesh._flatten().get_group()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _spans(name: str, tensor: DTensor) -> tuple[tuple[int, int], ...]:
+    """The half-open range of each dim that this rank holds. Checks the placements: one Shard, else Replicate."""
+    placements = tensor.placements
+    shards = [(axis, p) for axis, p in enumerate(placements) if type(p) is Shard]
+    if len(shards) > 1 or any(type(p) not in (Shard, Replicate) for p in placements):
+        raise ValueError(
+            f"{name}: placements {tuple(placements)} are not supported. Frugal knows FSDP2 (Shard on one mesh axis) "
+            "and HSDP (Replicate x Shard); tensor parallelism, _StridedShard and Partial are not."
+        )
+    spans = [(0, size) for size in tensor.shape]
+    for axis, placement in shards:
+        length = tensor.shape[placement.dim]
+        chunk = -(-length // tensor.device_mesh.size(axis))  # torch.chunk's rule: equal pieces, the last ones shorter
+        start = min(chunk * tensor.device_mesh.get_local_rank(axis), length)
+        spans[placement.dim] = (start, min(start + chunk, length))
+    expected = tuple(stop - start for start, stop in spans)
+    if tuple(tensor.to_local().shape) != expected:
+        raise ValueError(
+            f"{name}: this rank's shard is {tuple(tensor.to_local().shape)}, but {tuple(placements)} of "
+            f"{tuple(tensor.shape)} should give {expected}. This torch version shards in a way Frugal does not know."
+        )
+    return tuple(spans)

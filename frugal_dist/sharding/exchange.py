@@ -1,0 +1,132 @@
+"""The only collectives of a step: packed pieces between ranks. Sizes come from agreed tables, never from tensors.
+
+Every function is a no-op on one process. Calls go through ``torch.distributed`` at call time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that run this optimizer together. ``group`` is None for a process that is alone."""
+
+    group: Any
+    rank: int
+    size: int
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
+
+    def device(self, tensor_device: torch.device) -> torch.device:
+        """Where collectives on tensors of this device run: there, or where the backend can."""
+        types = {device.type for device in self.group._device_types}
+        if tensor_device.type in types:
+            return tensor_device
+        return torch.device(sorted(types)[0])
+
+
+ALONE = Ranks(group=None, rank=0, size=1)
+
+
+def ranks_of(process_group: Any) -> Ranks:
+    """``process_group``: "auto" (the default group if initialised), None (alone) or a ProcessGroup."""
+    if isinstance(process_group, str):
+        if process_group != "auto":
+            raise ValueError(f"process_group={process_group!r}: use 'auto', None or a torch ProcessGroup.")
+        if not (dist.is_available() and dist.is_initialized()):
+            return ALONE
+        process_group = dist.group.WORLD
+    if process_group is None:
+        return ALONE
+    return Ranks(process_group, dist.get_rank(process_group), dist.get_world_size(process_group))
+
+
+def gather_objects(ranks: Ranks, value: object) -> list[Any]:
+    """``value`` of every rank; set-up only."""
+    if ranks.alone:
+        return [value]
+    found: list[Any] = [None] * ranks.size
+    dist.all_gather_object(found, value, group=ranks.group)
+    return found
+
+
+def agree_max(ranks: Ranks, values: Sequence[int], device: torch.device) -> list[int]:
+    """Elementwise maximum over the ranks of a short list of integers."""
+    if ranks.alone or not values:
+        return list(values)
+    vector = torch.tensor(list(values), dtype=torch.int64, device=ranks.device(device))
+    dist.all_reduce(vector, op=dist.ReduceOp.MAX, group=ranks.group)
+    return [int(value) for value in vector.tolist()]
+
+
+def all_to_all(ranks: Ranks, send: Sequence[Sequence[Tensor]], recv: Sequence[Sequence[Tensor]], like: Tensor) -> None:
+    """Send ``send[k]`` to rank k and fill ``recv[k]`` from rank k: one collective, packed in ``like``'s dtype.
+
+    Both sides must list the same pieces in the same order. Empty lists are fine; every rank must call.
+    """
+    assert not send[ranks.rank] and not recv[ranks.rank], "a rank does not write to itself"
+    device = ranks.device(like.device)
+    outgoing = _pack([piece for pieces in send for piece in pieces], like.dtype, device)
+    sizes = [sum(piece.numel() for piece in pieces) for pieces in recv]
+    incoming = torch.empty(sum(sizes), dtype=like.dtype, device=device)
+    dist.all_to_all_single(
+        incoming,
+        outgoing,
+        output_split_sizes=sizes,
+        input_split_sizes=[sum(piece.numel() for piece in pieces) for pieces in send],
+        group=ranks.group,
+    )
+    _unpack(incoming, [piece for pieces in recv for piece in pieces])
+
+
+def all_gather(ranks: Ranks, mine: Sequence[Tensor], recv: Sequence[Sequence[Tensor]], like: Tensor) -> None:
+    """Every rank sends ``mine`` to all; ``recv[k]`` is filled from rank k, the own rank's included.
+
+    Padded to the longest contribution, which every rank can compute from the shapes in ``recv``.
+    """
+    device = ranks.device(like.device)
+    longest = max(sum(piece.numel() for piece in pieces) for pieces in recv)
+    outgoing = torch.zeros(longest, dtype=like.dtype, device=device)
+    packed = _pack(mine, like.dtype, device)
+    outgoing[: packed.numel()].copy_(packed)
+    incoming = torch.empty(longest * ranks.size, dtype=like.dtype, device=device)
+    dist.all_gather_into_tensor(incoming, outgoing, group=ranks.group)
+    for rank, pieces in enumerate(recv):
+        _unpack(incoming[rank * longest : (rank + 1) * longest], pieces)
+
+
+def broadcast(ranks: Ranks, source: int, pieces: Sequence[Tensor], like: Tensor) -> None:
+    """Overwrite ``pieces`` on all ranks with those of group rank ``source``; the source uses the same bytes."""
+    if ranks.alone or not pieces:
+        return
+    packed = _pack(pieces, like.dtype, ranks.device(like.device))
+    dist.broadcast(packed, src=dist.get_global_rank(ranks.group, source), group=ranks.group)
+    _unpack(packed, pieces)
+
+
+def _pack(pieces: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    packed = torch.empty(sum(piece.numel() for piece in pieces), dtype=dtype, device=device)
+    _copy(packed, pieces, outward=False)
+    return packed
+
+
+def _unpack(packed: Tensor, pieces: Sequence[Tensor]) -> None:
+    _copy(packed, pieces, outward=True)
+
+
+def _copy(packed: Tensor, pieces: Sequence[Tensor], outward: bool) -> None:
+    start = 0
+    for piece in pieces:
+        stop = start + piece.numel()
+        view = packed[start:stop].view(piece.shape)
+        (piece.copy_(view) if outward else view.copy_(piece))
+        start = stop

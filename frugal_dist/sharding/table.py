@@ -1,0 +1,118 @@
+"""The table everything stands on: for every matrix its tiles on every rank, exchanged once and verified."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from frugal_dist.sharding.exchange import Ranks, gather_objects
+from frugal_dist.sharding.plan import assign_owners, refresh_cost
+from frugal_dist.sharding.storage import Original, Storage
+from frugal_dist.sharding.tile import Layout, check_cover, holders
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One projected matrix: a 2-D parameter, or one member of a 3-D stack of expert weights.
+
+    ``index`` counts over all matrices; ``block`` is its position among the ``blocks`` matrices of its group.
+    """
+
+    name: str
+    original: int
+    member: int
+    rows: int
+    cols: int
+    index: int
+    block: int
+    blocks: int
+    storage: Layout
+    owner: int
+
+    @property
+    def copies(self) -> int:
+        """How many ranks hold each element."""
+        return len(next(iter(holders(self.storage).values()), (0,)))
+
+
+@dataclass(frozen=True)
+class Table:
+    """All matrices in order, and the regular parameters' positions."""
+
+    matrices: tuple[Matrix, ...]
+    regular: tuple[int, ...]
+
+
+def build_table(ranks: Ranks, originals: Sequence[Original], storage: Storage, options: object, problem: str) -> Table:
+    """Exchange every rank's description, check that all agree, and lay out the matrices.
+
+    ``options`` is anything that must be equal on all ranks (hyperparameters); ``problem`` a local error text, "" if
+    none. Raises ValueError on all ranks alike, whichever rank has the trouble.
+    """
+    mine = _describe(originals, storage, options, problem)
+    everyone = gather_objects(ranks, mine)
+    _check_agreement(everyone)
+    sizes = _matrix_list(originals)
+    owners = assign_owners([refresh_cost(rows, cols) for _, _, rows, cols in sizes], ranks.size)
+    blocks = [sum(originals[i].group == group for i, *_ in sizes) for group in range(_groups(originals))]
+    seen = [0] * len(blocks)
+    matrices = []
+    for index, (i, member, rows, cols) in enumerate(sizes):
+        name = originals[i].name if originals[i].stack == 1 else f"{originals[i].name}[{member}]"
+        layout: Layout = tuple(description["tiles"][index] for description in everyone)
+        check_cover(name, layout, rows, cols)
+        group = originals[i].group
+        matrices.append(Matrix(name, i, member, rows, cols, index, seen[group], blocks[group], layout, owners[index]))
+        seen[group] += 1
+    return Table(tuple(matrices), tuple(i for i, original in enumerate(originals) if not original.projected))
+
+
+def _groups(originals: Sequence[Original]) -> int:
+    return 1 + max((original.group for original in originals), default=-1)
+
+
+def _matrix_list(originals: Sequence[Original]) -> list[tuple[int, int, int, int]]:
+    """(parameter, member, rows, cols) of every matrix, in the order of groups and parameters."""
+    return [
+        (i, member, *original.matrix_shape)
+        for i, original in enumerate(originals)
+        if original.projected
+        for member in range(original.stack)
+    ]
+
+
+def _describe(originals: Sequence[Original], storage: Storage, options: object, problem: str) -> dict[str, Any]:
+    tiles = []
+    if not problem:
+        try:
+            for i, member, _, _ in _matrix_list(originals):
+                tiles.append(storage.part(i).tiles(originals[i], member))
+        except ValueError as error:
+            problem = str(error)
+    return {"problem": problem, "originals": list(originals), "options": options, "tiles": tiles}
+
+
+def _check_agreement(everyone: Sequence[dict[str, Any]]) -> None:
+    for rank, other in enumerate(everyone):
+        if other["problem"]:
+            raise ValueError(other["problem"] if len(everyone) == 1 else f"rank {rank}: {other['problem']}")
+    first = everyone[0]
+    for rank, other in enumerate(everyone):
+        if len(other["originals"]) != len(first["originals"]):
+            raise ValueError(
+                f"rank 0 optimizes {len(first['originals'])} parameters, rank {rank} {len(other['originals'])}. "
+                "All ranks must build the same model and the same parameter groups."
+            )
+        for mine, theirs in zip(first["originals"], other["originals"], strict=True):
+            if mine != theirs:
+                raise ValueError(
+                    f"rank 0 and rank {rank} disagree about a parameter: {mine.name} {mine.shape} (projected="
+                    f"{mine.projected}, group {mine.group}) against {theirs.name} {theirs.shape} (projected="
+                    f"{theirs.projected}, group {theirs.group}). Names, shapes and order must be equal on all ranks."
+                )
+        if other["options"] != first["options"]:
+            raise ValueError(
+                f"rank 0 and rank {rank} have different hyperparameters: {first['options']} against "
+                f"{other['options']}. Give every rank the same ones, the seed included."
+            )

@@ -1,0 +1,98 @@
+"""The state of one matrix on this rank: a window on ``optimizer.state``. Tensors only, so weights-only loads work."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from frugal_dist.projection.basis import Basis
+
+CLOCKS = ("step", "updates", "refreshes", "refreshed_at", "size")
+"""step: Adam's t since the last reset. updates: k, never reset. refreshes: so far. refreshed_at: k then, -1: never.
+size: r, or the number of selected columns, rows, entries or blocks, at the last refresh."""
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MatrixState:
+    """``store`` is the state of the carrier tensor; ``prefix`` tells matrices apart that share a carrier."""
+
+    store: MutableMapping[str, Tensor]
+    prefix: str = ""
+
+    def ensure_clocks(self) -> None:
+        for name in CLOCKS:
+            if self.prefix + name not in self.store:
+                self.store[self.prefix + name] = torch.tensor(-1 if name == "refreshed_at" else 0)
+
+    def clock(self, name: str) -> int:
+        return int(self.store[self.prefix + name])
+
+    def set_clock(self, name: str, value: int) -> None:
+        self.store[self.prefix + name].fill_(value)
+
+    def get(self, name: str) -> Tensor | None:
+        return self.store.get(self.prefix + name)
+
+    def put(self, name: str, value: Tensor | None) -> None:
+        if value is None:
+            self.store.pop(self.prefix + name, None)
+        else:
+            self.store[self.prefix + name] = value
+
+    def ensure_moments(self, names: Sequence[str], shapes: Sequence[Shape], dtype: torch.dtype, device: object) -> None:
+        """Zero moments where there are none of the right size; one tensor per moment, whatever the number of pieces."""
+        for name in MOMENTS:
+            if name not in names:
+                self.put(name, None)
+                continue
+            size = sum(prod(shape) for shape in shapes)
+            present = self.get(name)
+            if present is None or present.numel() != size or present.dtype != dtype:
+                shape = shapes[0] if len(shapes) == 1 else (size,)
+                self.put(name, torch.zeros(shape, dtype=dtype, device=torch.device(str(device))))
+
+    def drop_moments(self) -> None:
+        for name in MOMENTS:
+            self.put(name, None)
+
+    def reset(self) -> None:
+        """Zero the moments and Adam's t."""
+        for name in MOMENTS:
+            moment = self.get(name)
+            if moment is not None:
+                moment.zero_()
+        self.set_clock("step", 0)
+
+    def pieces(self, name: str, shapes: Sequence[Shape]) -> list[Tensor]:
+        """Views of one moment, one per piece."""
+        flat = self.store[self.prefix + name].view(-1)
+        found, start = [], 0
+        for shape in shapes:
+            found.append(flat[start : start + prod(shape)].view(shape))
+            start += prod(shape)
+        assert start == flat.numel(), f"{self.prefix}{name}: {flat.numel()} elements, pieces need {start}"
+        return found
+
+    def basis(self, side: str) -> Basis | None:
+        """The basis, or None before the first refresh and on ranks that do not use it."""
+        if self.clock("refreshes") == 0:
+            return None
+        if side == "full":
+            left, right = self.get("basis_left"), self.get("basis_right")
+            return Basis(left, right) if left is not None else None
+        only = self.get("basis")
+        return None if only is None else Basis(**{side: only})
+
+    def set_basis(self, side: str, basis: Basis) -> None:
+        if side == "full":
+            self.put("basis_left", basis.left)
+            self.put("basis_right", basis.right)
+        else:
+            self.put("basis", basis.parts[0])

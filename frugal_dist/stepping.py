@@ -1,0 +1,308 @@
+"""The step of all matrices of one call: what is stored where it computes first, then the rest in packed exchanges.
+
+Which matrices communicate, in which buckets and with what sizes follows from the table alone; a rank without a gradient
+sends zeros and takes part all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from frugal_dist.projection.basis import Basis
+from frugal_dist.sharding.exchange import all_gather, all_to_all
+from frugal_dist.sharding.route import Route, fill_buckets
+from frugal_dist.sharding.tile import Tile, elements, is_replicated
+from frugal_dist.update import (
+    basis_delta,
+    basis_step_,
+    coordinate_share,
+    decay_,
+    finish_coordinates,
+    update_coordinates,
+)
+from frugal_dist.work import (
+    CoordinatePiece,
+    Runtime,
+    Work,
+    basis_piece_shapes,
+    basis_route,
+    coordinate_cut,
+    moments_of,
+)
+
+Lists = list[list[Tensor]]
+
+
+def step_matrices(runtime: Runtime, works: Sequence[Work], stepped: Sequence[Work]) -> None:
+    """Update the matrices ``stepped``; ``works`` are all of the call, so that every rank joins every exchange."""
+    active = {work.matrix.index for work in stepped}
+    for work in stepped:
+        work.state.set_clock("step", work.state.clock("step") + 1)
+        for weight in work.weights:
+            decay_(weight, work.config.lr, work.decay)
+    remote = [work for work in works if _travels(runtime, work)]
+    far = {work.matrix.index for work in remote}
+    for work in stepped:
+        if work.matrix.index not in far:
+            _STEP_HERE[work.family](runtime, work)
+    for bucket in _buckets(runtime, remote):
+        _step_bucket(runtime, bucket, active)
+    for work in stepped:
+        work.state.set_clock("updates", work.state.clock("updates") + 1)
+
+
+# --- matrices that compute where they are stored ---------------------------------------------------
+
+
+def _coordinates_here(runtime: Runtime, work: Work) -> None:
+    pieces = coordinate_cut(runtime, work).pieces
+    moments = moments_of(work, [piece.mine for piece in pieces])
+    assert work.grads is not None
+    chosen = [piece.selection for piece in pieces]
+    update_coordinates(work.weights, work.grads, chosen, moments, work.state.clock("step"), work.config)
+
+
+def _basis_here(runtime: Runtime, work: Work) -> None:
+    plan = basis_route(runtime, work)
+    _basis_tiles_in_place(work, plan)
+
+
+def _basis_tiles_in_place(work: Work, plan: Route) -> None:
+    moments = _basis_moments(work, plan)
+    basis = work.state.basis(work.side)
+    for tile, home, here, moment in zip(plan.tiles, plan.home, plan.in_place, moments, strict=True):
+        if here:
+            assert basis is not None and home is not None
+            area = tile.within(home)
+            weight, grad = work.local_weight(home)[area], work.local_grad(home)[area]
+            basis_step_(weight, grad, basis, work.side, moment, work.state.clock("step"), work.config)
+
+
+_STEP_HERE: dict[str, Callable[[Runtime, Work], None]] = {
+    "basis": _basis_here,
+    "coordinates": _coordinates_here,
+    "blocks": _coordinates_here,
+}
+
+
+def _basis_moments(work: Work, plan: Route) -> list[tuple[Tensor, ...]]:
+    return moments_of(work, basis_piece_shapes(work, plan, work.state.clock("size")))
+
+
+# --- matrices that need an exchange ----------------------------------------------------------------
+
+
+@dataclass
+class Parcel:
+    """What one matrix sends and receives, per rank; ``finish`` runs when everything has arrived."""
+
+    send: Lists
+    recv: Lists
+    finish: Callable[[], None]
+
+
+@dataclass
+class Packing:
+    """All parcels of a bucket, in matrix order."""
+
+    size: int
+    parcels: list[Parcel] = field(default_factory=list)
+
+    def merged(self, which: str) -> Lists:
+        lists: Lists = [[] for _ in range(self.size)]
+        for parcel in self.parcels:
+            for rank, pieces in enumerate(getattr(parcel, which)):
+                lists[rank].extend(pieces)
+        return lists
+
+
+def _travels(runtime: Runtime, work: Work) -> bool:
+    """Whether any rank exchanges anything for this matrix; the same answer on every rank.
+
+    A matrix that never was refreshed is not stepped by anyone.
+    """
+    if runtime.ranks.alone or work.empty or work.state.clock("refreshes") == 0:
+        return False
+    if work.family == "basis":
+        plan = basis_route(runtime, work)
+        return plan.travels_in or plan.travels_out
+    if not runtime.shard_replicas or work.matrix.copies == 1:
+        return False
+    return not coordinate_cut(runtime, work).nothing
+
+
+def _buckets(runtime: Runtime, works: Sequence[Work]) -> list[list[Work]]:
+    """Equal dtype and equal kind of collective in a bucket, bounded by ``bucket_bytes``."""
+    groups: dict[tuple[str, bool], list[Work]] = {}
+    for work in works:
+        groups.setdefault((str(work.dtype), is_replicated(work.matrix.storage)), []).append(work)
+    buckets = []
+    for key in sorted(groups):
+        same = groups[key]
+        loads = [_load(runtime, work) for work in same]
+        limit = runtime.bucket_bytes // same[0].dtype.itemsize
+        buckets += [[same[i] for i in bucket] for bucket in fill_buckets(loads, limit)]
+    return buckets
+
+
+def _load(runtime: Runtime, work: Work) -> tuple[int, ...]:
+    if work.family == "basis":
+        return basis_route(runtime, work).load
+    return tuple(elements(tiles) for tiles in work.matrix.storage)
+
+
+def _step_bucket(runtime: Runtime, works: Sequence[Work], active: set[int]) -> None:
+    ranks, like = runtime.ranks, torch.empty(0, dtype=works[0].dtype, device=works[0].device)
+    gradients = _fetch_gradients(runtime, works, like)
+    packing = Packing(ranks.size)
+    for work in works:
+        prepare = _basis_parcel if work.family == "basis" else _coordinate_parcel
+        packing.parcels.append(prepare(runtime, work, gradients, work.matrix.index in active))
+    if is_replicated(works[0].matrix.storage):
+        mine = packing.merged("send")[ranks.rank]
+        all_gather(ranks, mine, packing.merged("recv"), like)
+    else:
+        all_to_all(ranks, packing.merged("send"), packing.merged("recv"), like)
+    for parcel in packing.parcels:
+        parcel.finish()
+
+
+def _fetch_gradients(runtime: Runtime, works: Sequence[Work], like: Tensor) -> dict[tuple[int, Tile], Tensor]:
+    """The gradients of compute tiles that are not part of one local storage tile."""
+    ranks = runtime.ranks
+    send: Lists = [[] for _ in range(ranks.size)]
+    recv: Lists = [[] for _ in range(ranks.size)]
+    found: dict[tuple[int, Tile], Tensor] = {}
+    plans = [(work, basis_route(runtime, work)) for work in works if work.family == "basis"]
+    for work, plan in plans:
+        for tile, home in zip(plan.tiles, plan.home, strict=True):
+            if home is None:
+                found[work.matrix.index, tile] = torch.empty(
+                    tile.height, tile.width, dtype=like.dtype, device=like.device
+                )
+        for move in plan.gradient_in:
+            if move.source == ranks.rank:
+                piece = work.local_grad(move.source_tile)[move.area.within(move.source_tile)]
+                if move.target == ranks.rank:
+                    found[work.matrix.index, move.target_tile][move.area.within(move.target_tile)] = piece
+                else:
+                    send[move.target].append(piece)
+            else:
+                target = found[work.matrix.index, move.target_tile]
+                recv[move.source].append(target[move.area.within(move.target_tile)])
+    if any(plan.travels_in for _, plan in plans):
+        all_to_all(ranks, send, recv, like)
+    return found
+
+
+def _basis_parcel(runtime: Runtime, work: Work, gradients: dict[tuple[int, Tile], Tensor], active: bool) -> Parcel:
+    """Compute this rank's tiles; send each holder of a tile its part of the update."""
+    plan, rank = basis_route(runtime, work), runtime.ranks.rank
+    if active:
+        _basis_tiles_in_place(work, plan)
+    deltas = _deltas(work, plan, gradients, active)
+    if plan.gathered:
+        return _gathered_parcel(runtime, work, plan, deltas)
+    send: Lists = [[] for _ in range(runtime.ranks.size)]
+    recv: Lists = [[] for _ in range(runtime.ranks.size)]
+    arrivals: list[tuple[Tile, Tile, Tensor]] = []
+    for move in plan.update_out:
+        if move.source == rank:
+            piece = deltas[move.source_tile][move.area.within(move.source_tile)]
+            if move.target != rank:
+                send[move.target].append(piece)
+        else:
+            piece = torch.empty(move.area.height, move.area.width, dtype=work.dtype, device=work.device)
+            recv[move.source].append(piece)
+        if move.target == rank:
+            arrivals.append((move.target_tile, move.area, piece))
+    return Parcel(send, recv, lambda: _add_all(work, arrivals))
+
+
+def _gathered_parcel(runtime: Runtime, work: Work, plan: Route, deltas: dict[Tile, Tensor]) -> Parcel:
+    """Replicas: everyone gets everyone's update, so all add identical bits."""
+    home = work.tiles[0]
+    send: Lists = [[] for _ in range(runtime.ranks.size)]
+    send[runtime.ranks.rank] = [deltas[tile] for tile in plan.tiles]
+    recv = [
+        [torch.empty(tile.height, tile.width, dtype=work.dtype, device=work.device) for tile in tiles]
+        for tiles in plan.layout
+    ]
+    arrivals = [
+        (home, tile, piece)
+        for tiles, pieces in zip(plan.layout, recv, strict=True)
+        for tile, piece in zip(tiles, pieces, strict=True)
+    ]
+    return Parcel(send, recv, lambda: _add_all(work, arrivals))
+
+
+def _add_all(work: Work, arrivals: Sequence[tuple[Tile, Tile, Tensor]]) -> None:
+    for home, area, piece in arrivals:
+        work.local_weight(home)[area.within(home)].add_(piece)
+
+
+def _deltas(work: Work, plan: Route, gradients: dict[tuple[int, Tile], Tensor], active: bool) -> dict[Tile, Tensor]:
+    """The updates of the compute tiles that are not stepped in place; zeros for a matrix that is skipped."""
+    found: dict[Tile, Tensor] = {}
+    basis: Basis | None = work.state.basis(work.side)
+    moments = _basis_moments(work, plan) if plan.tiles else []
+    for tile, home, here, moment in zip(plan.tiles, plan.home, plan.in_place, moments, strict=True):
+        if here:
+            continue
+        if not active:
+            found[tile] = torch.zeros(tile.height, tile.width, dtype=work.dtype, device=work.device)
+            continue
+        assert basis is not None
+        key = (work.matrix.index, tile)
+        grad = gradients[key] if home is None else work.local_grad(home)[tile.within(home)]
+        found[tile] = basis_delta(grad, basis, work.side, moment, work.state.clock("step"), work.config)
+    return found
+
+
+def _coordinate_parcel(runtime: Runtime, work: Work, gradients: object, active: bool) -> Parcel:
+    """Each holder of a tile computes its share of the state-full update; the state-free step is everybody's own."""
+    ranks = runtime.ranks
+    pieces = coordinate_cut(runtime, work).pieces
+    moments = moments_of(work, [piece.mine for piece in pieces])
+    gathered = is_replicated(work.matrix.storage)
+    send: Lists = [[] for _ in range(ranks.size)]
+    recv: Lists = [[] for _ in range(ranks.size)]
+    updates = []
+    for position, (piece, moment) in enumerate(zip(pieces, moments, strict=True)):
+        update = torch.zeros(piece.shape, dtype=work.dtype, device=work.device)
+        updates.append(update)
+        share = torch.zeros(piece.mine, dtype=work.dtype, device=work.device)
+        if active and work.grads is not None:
+            grad, clock = work.grads[position], work.state.clock("step")
+            share = coordinate_share(grad, piece.selection, piece.my_bounds, moment, clock, work.config)
+        _post(piece, share, update, send, recv, gathered)
+    return Parcel(send, recv, lambda: _finish_coordinates(work, pieces, updates, active))
+
+
+def _post(piece: CoordinatePiece, share: Tensor, update: Tensor, send: Lists, recv: Lists, gathered: bool) -> None:
+    for holder, (start, stop) in zip(piece.holders, piece.bounds, strict=True):
+        window = update.narrow(piece.selection.free_dim, start, stop - start)
+        if holder == piece.rank:
+            window.copy_(share)
+            if gathered:
+                send[holder].append(share)
+                recv[holder].append(window)
+        else:
+            recv[holder].append(window)
+            if not gathered:
+                send[holder].append(share)
+
+
+def _finish_coordinates(work: Work, pieces: Sequence[CoordinatePiece], updates: Sequence[Tensor], active: bool) -> None:
+    if not active or work.grads is None:
+        return
+    chosen = [piece.selection for piece in pieces]
+    picked = []
+    for selection, weight, update in zip(chosen, work.weights, updates, strict=True):
+        values = selection.take(weight)
+        picked.append(update.add_(values))
+    finish_coordinates(work.weights, work.grads, chosen, picked, work.config)

@@ -1,0 +1,232 @@
+"""What one step() call works on: every matrix with its tensors of this moment, its state and its layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from frugal_dist.config import FrugalConfig
+from frugal_dist.projection.blocks import active_blocks, active_count
+from frugal_dist.projection.coordinates import NOTHING, Selection
+from frugal_dist.projection.draw import draw_selection, whole_block
+from frugal_dist.projection.numerics import compute_dtype
+from frugal_dist.projection.shapes import family, resolve_side, selection_size
+from frugal_dist.rules import STATE_FULL
+from frugal_dist.sharding.exchange import Ranks
+from frugal_dist.sharding.plan import compute_layout
+from frugal_dist.sharding.route import Route, route
+from frugal_dist.sharding.storage import Original, Storage
+from frugal_dist.sharding.table import Matrix, Table
+from frugal_dist.sharding.tile import Layout, Tile, Tiles, holders, split_evenly
+from frugal_dist.state import MatrixState, Shape
+
+
+@dataclass
+class Agreed:
+    """Counts of a matrix that all ranks agreed on, and how many calls ago."""
+
+    updates: int
+    refreshed_at: int
+    calls: int = 0
+
+
+@dataclass
+class Runtime:
+    """Everything that is fixed once the first step has seen the engine. Nothing in it is saved; all of it derives."""
+
+    ranks: Ranks
+    storage: Storage
+    originals: Sequence[Original]
+    table: Table
+    shard_replicas: bool
+    bucket_bytes: int
+    layouts: dict[int, Layout] = field(default_factory=dict)
+    cuts: dict[int, Cut] = field(default_factory=dict)
+    agreed: dict[int, Agreed] = field(default_factory=dict)
+    failures: dict[int, int] = field(default_factory=dict)
+
+    def by_original(self) -> dict[int, list[Matrix]]:
+        """The matrices of every projected parameter."""
+        found: dict[int, list[Matrix]] = {}
+        for matrix in self.table.matrices:
+            found.setdefault(matrix.original, []).append(matrix)
+        return found
+
+
+@dataclass
+class Work:
+    """One matrix in one call. ``weights`` and ``grads`` are 2-D views, one for each of ``tiles``, this rank's part."""
+
+    matrix: Matrix
+    config: FrugalConfig
+    decay: float
+    state: MatrixState
+    tiles: Tiles
+    weights: list[Tensor]
+    grads: list[Tensor] | None
+    device: torch.device
+    weight_dtype: torch.dtype
+    frozen: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of moments, bases and exchanged pieces."""
+        return compute_dtype(self.weight_dtype)
+
+    @property
+    def family(self) -> str:
+        return family(self.config)
+
+    @property
+    def side(self) -> str:
+        return resolve_side(self.config.side, self.matrix.rows, self.matrix.cols)
+
+    @property
+    def size(self) -> int:
+        """What the next refresh will select: r, or a number of columns, rows, entries or blocks."""
+        if self.family == "blocks":
+            return active_count(self.config, self.matrix.blocks)
+        return selection_size(self.config, self.matrix.name, self.matrix.rows, self.matrix.cols)
+
+    def local_grad(self, tile: Tile) -> Tensor:
+        """The gradient of one storage tile of this rank; zeros if there is none."""
+        position = self.tiles.index(tile)
+        return self.grads[position] if self.grads is not None else torch.zeros_like(self.weights[position])
+
+    def local_weight(self, tile: Tile) -> Tensor:
+        """The weights of one storage tile of this rank."""
+        return self.weights[self.tiles.index(tile)]
+
+    @property
+    def empty(self) -> bool:
+        return self.matrix.rows * self.matrix.cols == 0
+
+
+_RANDPERM = {"right": "columns", "left": "rows", "full": "submatrix"}
+
+
+def same_slots(work: Work) -> bool:
+    """Whether a rank keeps the same slots of R whatever is selected: columns stored at full width, rows at full height.
+
+    Otherwise how many selected entries a rank holds changes from refresh to refresh.
+    """
+    kind = _RANDPERM[work.side] if work.config.projection == "randperm" else work.config.projection
+    tiles = [tile for rank in work.matrix.storage for tile in rank]
+    rows_whole = all(tile.height == work.matrix.rows for tile in tiles)
+    cols_whole = all(tile.width == work.matrix.cols for tile in tiles)
+    needed = {"columns": cols_whole, "rows": rows_whole, "blockwise": False}
+    return needed.get(kind, rows_whole and cols_whole)
+
+
+@dataclass(frozen=True)
+class CoordinatePiece:
+    """The selected entries of one storage tile, and this rank's share of their state among the tile's holders."""
+
+    tile: Tile
+    selection: Selection
+    shape: Shape
+    holders: tuple[int, ...]
+    bounds: tuple[tuple[int, int], ...]
+    rank: int
+
+    @property
+    def shared(self) -> bool:
+        return len(self.holders) > 1
+
+    def share_shape(self, rank: int) -> Shape:
+        start, stop = self.bounds[self.holders.index(rank)]
+        dim = self.selection.free_dim
+        return (*self.shape[:dim], stop - start, *self.shape[dim + 1 :])
+
+    @property
+    def mine(self) -> Shape:
+        return self.share_shape(self.rank)
+
+    @property
+    def my_bounds(self) -> tuple[int, int]:
+        return self.bounds[self.holders.index(self.rank)]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A selection on this rank. ``nothing``: no rank has a state-full entry."""
+
+    key: tuple[int, int]
+    pieces: list[CoordinatePiece]
+    nothing: bool
+
+
+def basis_route(runtime: Runtime, work: Work) -> Route:
+    """Where a basis matrix computes; the same answer on every rank, and for the whole run: the state lies there."""
+    matrix = work.matrix
+    if matrix.index not in runtime.layouts:
+        runtime.layouts[matrix.index] = compute_layout(
+            matrix.storage,
+            matrix.rows,
+            matrix.cols,
+            work.side,
+            work.size,
+            matrix.index,
+            matrix.owner,
+            work.config.compute_layout,
+            runtime.shard_replicas,
+        )
+    return route(matrix.storage, runtime.layouts[matrix.index], runtime.ranks.rank, matrix.index)
+
+
+def whole_selection(work: Work, refresh: int, size: int) -> Selection:
+    """The state-full entries of the whole matrix after refresh number ``refresh`` (0 first)."""
+    matrix, config = work.matrix, work.config
+    if work.family == "blocks":
+        active = matrix.block in active_blocks(config, matrix.blocks, refresh, size)
+        return whole_block(matrix.rows, matrix.cols) if active else NOTHING
+    return draw_selection(config, matrix.name, matrix.rows, matrix.cols, refresh, size)
+
+
+def coordinate_cut(runtime: Runtime, work: Work) -> Cut:
+    """The selection of a coordinate or block projection since its last refresh, cut for this rank; drawn once."""
+    refreshes, size = work.state.clock("refreshes"), work.state.clock("size")
+    known = runtime.cuts.get(work.matrix.index)
+    if known is None or known.key != (refreshes, size):
+        selection = whole_selection(work, refreshes - 1, size) if refreshes else NOTHING
+        pieces = cut_selection(runtime, work, selection, runtime.ranks.rank)
+        known = Cut((refreshes, size), pieces, selection is NOTHING)
+        runtime.cuts[work.matrix.index] = known
+    return known
+
+
+def cut_selection(runtime: Runtime, work: Work, selection: Selection, rank: int) -> list[CoordinatePiece]:
+    """The pieces of a selection on ``rank``: one per storage tile, shared evenly among the tile's holders."""
+    held = holders(work.matrix.storage)
+    pieces = []
+    for tile in work.matrix.storage[rank]:
+        ranks = held[tile] if runtime.shard_replicas else (rank,)
+        local = selection.local(tile)
+        shape = local.shape(tile.height, tile.width)
+        bounds = split_evenly(shape[local.free_dim], len(ranks), work.matrix.index)
+        pieces.append(CoordinatePiece(tile, local.to(work.device), shape, ranks, tuple(bounds), rank))
+    return pieces
+
+
+def basis_piece_shapes(work: Work, plan: Route, r: int) -> list[Shape]:
+    """R's shape on each compute tile of this rank."""
+    shape: Callable[[Tile], Shape] = {
+        "right": lambda tile: (tile.height, r),
+        "left": lambda tile: (r, tile.width),
+        "full": lambda tile: (r, r),
+    }[work.side]
+    return [shape(tile) for tile in plan.tiles]
+
+
+def moment_names(config: FrugalConfig) -> tuple[str, ...]:
+    """The moments of the state-full rule."""
+    return STATE_FULL[config.state_full].moments
+
+
+def moments_of(work: Work, shapes: Sequence[Shape]) -> list[tuple[Tensor, ...]]:
+    """For each piece its tuple of moments."""
+    columns = [work.state.pieces(name, shapes) for name in moment_names(work.config)]
+    return list(zip(*columns, strict=True))

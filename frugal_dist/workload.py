@@ -1,0 +1,176 @@
+"""From parameters to work: the tensors and state of one step() call, and the step of the regular parameters."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from frugal_dist.config import FrugalConfig, config_from
+from frugal_dist.projection.basis import basis_shapes
+from frugal_dist.projection.numerics import compute_dtype
+from frugal_dist.sharding.storage import Box, Original
+from frugal_dist.sharding.table import Matrix
+from frugal_dist.state import MatrixState
+from frugal_dist.update import update_regular
+from frugal_dist.work import (
+    Runtime,
+    Work,
+    basis_piece_shapes,
+    basis_route,
+    cut_selection,
+    moment_names,
+    whole_selection,
+)
+
+State = MutableMapping[Tensor, dict[str, Tensor]]
+
+
+@dataclass
+class Regular:
+    """A regular parameter, or this rank's part of it; ``shape`` is the whole one's."""
+
+    name: str
+    shape: tuple[int, ...]
+    config: FrugalConfig
+    decay: float
+    state: MatrixState
+    weight: Tensor
+    grad: Tensor | None
+
+
+@dataclass
+class Load:
+    """One call: its matrices and its regular parameters. ``key`` names the call."""
+
+    key: tuple[int, ...]
+    works: list[Work]
+    regular: list[Regular]
+    device: torch.device
+
+    def has_run(self) -> bool:
+        """Whether any state has ever moved."""
+        counts = [work.state.clock("updates") for work in self.works] + [
+            one.state.clock("step") for one in self.regular
+        ]
+        return any(counts)
+
+    def has_gradient(self) -> bool:
+        """Whether any local gradient is not all zeros (a NaN counts)."""
+        grads = [grad for work in self.works for grad in work.grads or []]
+        grads += [one.grad for one in self.regular if one.grad is not None]
+        return any(bool(grad.any()) for grad in grads)
+
+
+def load_of(runtime: Runtime, state: State) -> Load:
+    """Look up everything anew: engines replace parameters and gradients between calls."""
+    call = tuple(runtime.storage.call())
+    configs: dict[int, FrugalConfig] = {}
+    works: list[Work] = []
+    regular: list[Regular] = []
+    matrices = runtime.by_original()
+    device = torch.device("cpu")
+    for i in call:
+        original = runtime.originals[i]
+        options = runtime.storage.options(i)
+        config = configs.setdefault(id(options), config_from(options))
+        weight, grad = runtime.storage.weight(i), runtime.storage.grad(i)
+        device = weight.device
+        _check_gradient(original, grad)
+        store = state[runtime.storage.carrier(i)]
+        decay = config.weight_decay if original.decay else 0.0
+        if original.projected:
+            works += [_work(runtime, i, matrix, config, decay, store, weight, grad) for matrix in matrices[i]]
+        else:
+            prefix = "" if isinstance(runtime.storage.part(i), Box) else f"{original.name}/"
+            regular.append(
+                Regular(original.name, original.shape, config, decay, MatrixState(store, prefix), weight, grad)
+            )
+    return Load(call, works, regular, device)
+
+
+def _work(runtime: Runtime, i: int, matrix: Matrix, config: FrugalConfig, decay: float,
+          store: dict[str, Tensor], weight: Tensor, grad: Tensor | None) -> Work:  # fmt: skip
+    original, part = runtime.originals[i], runtime.storage.part(i)
+    alone_here = isinstance(part, Box) and original.stack == 1
+    return Work(
+        matrix=matrix,
+        config=config,
+        decay=decay,
+        state=MatrixState(store, "" if alone_here else f"{matrix.name}/"),
+        tiles=matrix.storage[runtime.ranks.rank],
+        weights=part.views(weight, original, matrix.member),
+        grads=None if grad is None else part.views(grad, original, matrix.member),
+        device=weight.device,
+        weight_dtype=weight.dtype,
+        frozen=not runtime.storage.carrier(i).requires_grad,
+    )
+
+
+def _check_gradient(original: Original, grad: Tensor | None) -> None:
+    if grad is None:
+        return
+    if grad.layout != torch.strided:
+        raise ValueError(
+            f"{original.name} has a sparse gradient; Frugal needs dense ones. Use nn.Embedding(..., sparse=False)."
+        )
+    if not grad.is_floating_point():
+        raise ValueError(f"{original.name} has a gradient of dtype {grad.dtype}; Frugal needs real floating point.")
+
+
+def ensure_state(runtime: Runtime, load: Load) -> None:
+    """Create whatever state is missing. Idempotent; the shapes are those after the first refresh."""
+    for work in load.works:
+        fresh = work.state.get("updates") is None
+        work.state.ensure_clocks()
+        if fresh:
+            _create(runtime, work)
+    for one in load.regular:
+        if one.state.get("step") is None:
+            one.state.put("step", torch.tensor(0))
+            names = moment_names(one.config)
+            one.state.ensure_moments(
+                names, [tuple(one.weight.shape)], compute_dtype(one.weight.dtype), one.weight.device
+            )
+
+
+def _create(runtime: Runtime, work: Work) -> None:
+    names = moment_names(work.config)
+    if work.family != "basis" or work.empty:
+        size = 0 if work.empty else work.size
+        pieces = cut_selection(runtime, work, whole_selection(work, 0, size), runtime.ranks.rank)
+        work.state.ensure_moments(names, [piece.mine for piece in pieces], work.dtype, work.device)
+        return
+    plan = basis_route(runtime, work)
+    work.state.set_clock("size", work.size)
+    work.state.ensure_moments(names, basis_piece_shapes(work, plan, work.size), work.dtype, work.device)
+    if plan.tiles:
+        for side, shape in basis_shapes(work.side, work.matrix.rows, work.matrix.cols, work.size).items():
+            key = "basis" if work.side != "full" else f"basis_{side}"
+            work.state.put(key, torch.zeros(shape, dtype=work.dtype, device=work.device))
+
+
+def step_regular(load: Load) -> None:
+    """The state-full rule alone, one fused call for all parameters that share settings and count."""
+    groups: dict[tuple[object, ...], list[Regular]] = {}
+    for one in load.regular:
+        if one.grad is not None:  # an empty shard counts too: its clock is saved as everyone's
+            one.state.set_clock("step", one.state.clock("step") + 1)
+            key = (one.config, one.decay, one.state.clock("step"), one.weight.dtype, one.weight.device)
+            groups.setdefault(key, []).append(one)
+    for members in groups.values():
+        _step_group(members)
+
+
+def _step_group(members: Sequence[Regular]) -> None:
+    first = members[0]
+    moments = []
+    for one in members:
+        names = moment_names(one.config)
+        moments.append(tuple(one.state.pieces(name, [tuple(one.weight.shape)])[0] for name in names))
+    grads = [one.grad for one in members if one.grad is not None]
+    assert len(grads) == len(members)
+    weights = [one.weight for one in members]
+    update_regular(weights, grads, moments, first.state.clock("step"), first.decay, first.config)
