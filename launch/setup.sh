@@ -83,7 +83,7 @@ apt_install() {
             "apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $2" ||
             fail_with_log "$1, and installing $2 failed"
     else
-        die "$1. Install it, for example: sudo apt-get install $2"
+        die "$1. Install $2. On Debian and Ubuntu this has all you need: sudo apt-get install python3-venv python3-dev g++"
     fi
 }
 
