@@ -18,7 +18,7 @@ DENSITY = 0.5
 def weight(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.nn.Parameter:
     """A random parameter. The same numbers for every dtype, up to rounding."""
     generator = torch.Generator().manual_seed(1000 + seed)
-    return torch.nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype))
+    return torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
 
 
 def build(

@@ -221,7 +221,12 @@ def test_a_frozen_parameter_that_is_unfrozen_later(projection: str) -> None:
 @pytest.mark.parametrize("projected", [True, False])
 def test_a_sparse_gradient_is_a_clear_error(projected: bool) -> None:
     w = weight(8, 6)
-    optimizer = Frugal([{"params": [("embed.weight", w)], "projected": projected}])
+    optimizer = Frugal(
+        [
+            {"params": [("embed.weight", w)], "projected": projected},
+            {"params": [("q_proj.weight", weight(8, 6))], "projected": True},
+        ]
+    )
     w.grad = torch.ones(8, 6, dtype=torch.float64).to_sparse()
     with pytest.raises(ValueError, match=r"(?s)(?=.*sparse)(?=.*embed\.weight)"):
         optimizer.step()
@@ -323,3 +328,17 @@ def test_a_step_under_inference_of_gradients_builds_no_graph() -> None:
         assert parameter.grad_fn is None
         assert parameter.requires_grad
         assert not any(value.requires_grad for value in optimizer.state[parameter].values())
+
+
+@pytest.mark.parametrize("scale", [1e-60, 1e60])
+def test_float64_gradients_beyond_the_range_of_float32(scale: float) -> None:
+    """They are neither zero nor infinite: the refresh takes place, and the basis is that of the scaled-back gradient."""
+    w, ordinary = weight(8, 6), weight(8, 6)
+    extreme, plain = build({"w": w}, eps=0.0), build({"w": ordinary}, eps=0.0)
+    for step in range(1, 5):
+        ordinary.grad = weight(8, 6, seed=step).detach()
+        w.grad = scale * ordinary.grad
+        extreme.step()
+        plain.step()
+    assert clocks(extreme, w)["refreshes"] == 2
+    assert torch.allclose(w, ordinary, atol=1e-10, rtol=0)
