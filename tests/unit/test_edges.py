@@ -332,7 +332,7 @@ def test_a_step_under_inference_of_gradients_builds_no_graph() -> None:
 
 @pytest.mark.parametrize("scale", [1e-60, 1e60])
 def test_float64_gradients_beyond_the_range_of_float32(scale: float) -> None:
-    """They are neither zero nor infinite: the refresh takes place, and the basis is that of the scaled-back gradient."""
+    """They are neither zero nor infinite: the refresh takes place, and the scale changes nothing."""
     w, ordinary = weight(8, 6), weight(8, 6)
     extreme, plain = build({"w": w}, eps=0.0), build({"w": ordinary}, eps=0.0)
     for step in range(1, 5):
