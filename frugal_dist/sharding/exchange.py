@@ -29,7 +29,7 @@ class Ranks:
     def device(self, tensor_device: torch.device) -> torch.device:
         """Where collectives on tensors of this device run: there, or where the backend can."""
         types = {device.type for device in self.group._device_types}
-        if tensor_device.type in types:
+        if not types or tensor_device.type in types:  # a group without a list takes what it is given
             return tensor_device
         return torch.device(sorted(types)[0])
 
@@ -99,9 +99,14 @@ def all_gather(ranks: Ranks, mine: Sequence[Tensor], recv: Sequence[Sequence[Ten
     packed = _pack(mine, like.dtype, device)
     outgoing[: packed.numel()].copy_(packed)
     incoming = torch.empty(longest * ranks.size, dtype=like.dtype, device=device)
-    dist.all_gather_into_tensor(incoming, outgoing, group=ranks.group)
+    _gather_flat()(incoming, outgoing, group=ranks.group)
     for rank, pieces in enumerate(recv):
         _unpack(incoming[rank * longest : (rank + 1) * longest], pieces)
+
+
+def _gather_flat() -> Any:
+    """torch 2.13 renamed all_gather_into_tensor and warns about the old name."""
+    return getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def broadcast(ranks: Ranks, source: int, pieces: Sequence[Tensor], like: Tensor) -> None:

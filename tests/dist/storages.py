@@ -1,0 +1,190 @@
+"""Ways to store the same parameters on several ranks, for tests: replicas, DTensors, flat partitions as ZeRO's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+from frugal_dist import Frugal, engines
+from frugal_dist.sharding.storage import Box, Interval, Original, Part
+
+Named = dict[str, Tensor]
+
+
+@dataclass
+class Held:
+    """Parameters as one rank holds them. ``step(grads)`` makes one optimizer step with the whole gradients."""
+
+    optimizer: Frugal
+    step: Callable[[Named], None]
+    full: Callable[[], Named]
+
+
+def groups_of(named: dict[str, nn.Parameter], projected: set[str]) -> list[dict[str, Any]]:
+    parts = [[(n, p) for n, p in named.items() if (n in projected) is wanted] for wanted in (True, False)]
+    return [{"params": part, "projected": wanted} for part, wanted in zip(parts, (True, False), strict=True) if part]
+
+
+def _set_grads(named: dict[str, nn.Parameter], grads: Named, place: Callable[[Tensor, nn.Parameter], Tensor]) -> None:
+    for name, param in named.items():
+        grad = grads.get(name)
+        param.grad = None if grad is None else place(grad, param)
+
+
+def replicas(weights: Named, projected: set[str], options: dict[str, Any]) -> Held:
+    """Every rank holds everything: DDP, or one process."""
+    named = {name: nn.Parameter(weight.clone()) for name, weight in weights.items()}
+    optimizer = Frugal(groups_of(named, projected), **options)
+
+    def step(grads: Named) -> None:
+        _set_grads(named, grads, lambda grad, param: grad.to(param.dtype).clone())
+        optimizer.step()
+
+    return Held(optimizer, step, lambda: {name: param.detach().clone() for name, param in named.items()})
+
+
+def dtensors(
+    weights: Named, projected: set[str], options: dict[str, Any], shape: Sequence[int], placements: Sequence[Placement]
+) -> Held:
+    """DTensors over a mesh of ``shape``: FSDP2 Shard(0) or Shard(1), HSDP. Vectors are sharded on dim 0."""
+    mesh = init_device_mesh("cpu", tuple(shape))
+
+    def places(tensor: Tensor) -> list[Placement]:
+        return [Shard(min(p.dim, tensor.dim() - 1)) if isinstance(p, Shard) else p for p in placements]
+
+    def put(tensor: Tensor) -> DTensor:
+        return distribute_tensor(tensor.clone(), mesh, places(tensor))
+
+    named = {name: nn.Parameter(put(weight)) for name, weight in weights.items()}
+    optimizer = Frugal(groups_of(named, projected), **options)
+
+    def step(grads: Named) -> None:
+        _set_grads(named, grads, lambda grad, param: put(grad))
+        optimizer.step()
+
+    return Held(optimizer, step, lambda: {name: param.detach().full_tensor() for name, param in named.items()})
+
+
+class FlatStorage:
+    """ZeRO's flat partitions, simulated: each sub-group's parameters are concatenated (or cut one by one) and sliced.
+
+    The optimizer's groups hold one flat tensor per sub-group; ``current`` is the sub-group that steps now.
+    """
+
+    shares_replicas = True
+
+    def __init__(self, originals: Sequence[Original], weights: Named, subgroups: int, each: bool) -> None:
+        self.originals, self.each = originals, each
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.members: list[list[int]] = [list(range(len(originals)))[k::subgroups] for k in range(subgroups)]
+        self.parts: dict[int, tuple[int, Interval, int]] = {}
+        self.flats = [nn.Parameter(self._cut(k, weights)) for k in range(subgroups)]
+        self.current = 0
+        self.options_of: Callable[[int], dict[str, Any]] = lambda i: {}
+
+    def _spans(self, members: Sequence[int]) -> list[tuple[int, int, int]]:
+        """(parameter, start, stop) of what this rank holds, in flat order."""
+        sizes = {i: torch.Size(self.originals[i].shape).numel() for i in members}
+        found, base, total = [], 0, sum(sizes.values())
+        share = -(-total // self.size)
+        for i in members:
+            chunk = -(-sizes[i] // self.size)
+            start, stop = (self.rank * chunk, (self.rank + 1) * chunk) if self.each else (0, sizes[i])
+            if not self.each:
+                start, stop = self.rank * share - base, (self.rank + 1) * share - base
+            base += sizes[i]
+            start, stop = max(start, 0), min(stop, sizes[i])
+            found.append((i, min(start, max(stop, 0)), max(stop, 0)))
+        return found
+
+    def _cut(self, k: int, weights: Named) -> Tensor:
+        pieces, offset = [], 0
+        for i, start, stop in self._spans(self.members[k]):
+            self.parts[i] = (k, Interval(start, stop), offset)
+            pieces.append(weights[self.originals[i].name].reshape(-1)[start:stop])
+            offset += stop - start
+        padding = torch.zeros(3, dtype=pieces[0].dtype)
+        return torch.cat([*pieces, padding])
+
+    def call(self) -> Sequence[int]:
+        return self.members[self.current]
+
+    def part(self, i: int) -> Part:
+        return self.parts[i][1]
+
+    def carrier(self, i: int) -> Tensor:
+        return self.flats[self.parts[i][0]]
+
+    def options(self, i: int) -> dict[str, Any]:
+        return self.options_of(i)
+
+    def _slice(self, i: int, flat: Tensor) -> Tensor:
+        _, part, offset = self.parts[i]
+        return flat[offset : offset + part.stop - part.start]
+
+    def weight(self, i: int) -> Tensor:
+        return self._slice(i, self.carrier(i).detach())
+
+    def grad(self, i: int) -> Tensor | None:
+        grad = self.carrier(i).grad
+        return None if grad is None else self._slice(i, grad)
+
+
+def flats(weights: Named, projected: set[str], options: dict[str, Any], subgroups: int, each: bool) -> Held:
+    """Flat partitions: ``each`` False as ZeRO-1/2 (all concatenated), True as ZeRO-3 (every parameter cut)."""
+    named = {name: nn.Parameter(weight.clone()) for name, weight in weights.items()}
+    optimizer = Frugal(groups_of(named, projected), **options)
+    storage = FlatStorage(optimizer._originals, weights, subgroups, each)
+    group_options = [dict(group) for group in optimizer.param_groups]
+    storage.options_of = lambda i: group_options[storage.originals[i].group]
+    optimizer.test_storage = storage  # found by the patched engines._choose
+    for k, group in enumerate(optimizer.param_groups):
+        group["params"] = storage.flats if k == 0 else []
+
+    def step(grads: Named) -> None:
+        for k in range(subgroups):
+            gradients = {storage.originals[i].name: grads[storage.originals[i].name] for i in storage.members[k]}
+            storage.flats[k].grad = _flat_grad(storage, k, gradients)
+            storage.current = k
+            optimizer.step()
+
+    return Held(optimizer, step, lambda: _gather(storage))
+
+
+def _flat_grad(storage: FlatStorage, k: int, grads: Named) -> Tensor:
+    grad = torch.zeros_like(storage.flats[k])
+    for i in storage.members[k]:
+        _, part, offset = storage.parts[i]
+        piece = grads[storage.originals[i].name].reshape(-1)[part.start : part.stop]
+        grad[offset : offset + piece.numel()] = piece
+    return grad
+
+
+def _gather(storage: FlatStorage) -> Named:
+    mine = [(i, part.start, storage.weight(i).clone()) for i, (_, part, _) in storage.parts.items()]
+    everyone: list[Any] = [None] * storage.size
+    dist.all_gather_object(everyone, mine)
+    found = {o.name: torch.full(o.shape, float("nan"), dtype=storage.flats[0].dtype) for o in storage.originals}
+    for pieces in everyone:
+        for i, start, piece in pieces:
+            found[storage.originals[i].name].view(-1)[start : start + piece.numel()] = piece
+    return found
+
+
+_choose = engines._choose
+
+
+def choose_with_simulation(optimizer: Any, originals: Any, process_group: Any, ranks: Any) -> Any:
+    """engines._choose, but an optimizer that carries a simulated storage gets that."""
+    simulated = getattr(optimizer, "test_storage", None)
+    return (ranks, simulated) if simulated is not None else _choose(optimizer, originals, process_group, ranks)
+
+
+__all__ = ["Box", "Held", "Replicate", "Shard", "choose_with_simulation", "dtensors", "flats", "groups_of", "replicas"]
