@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -37,5 +37,4 @@ def build_llama(size: str, vocab_size: int, sequence_length: int) -> LlamaForCau
 def token_losses(model: nn.Module, rows: Tensor) -> Tensor:
     """Cross entropy of every predicted token; rows hold one token more than the model reads."""
     logits = model(input_ids=rows[:, :-1]).logits.float()
-    losses = functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
-    return cast("Tensor", losses)
+    return functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")

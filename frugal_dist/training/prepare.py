@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from frugal_dist.training.data import Tokens, read_tokens, write_tokens
 from frugal_dist.training.text import demo_corpus
-from frugal_dist.training.tokenizer import SEPARATOR, load_tokenizer, train_tokenizer
+from frugal_dist.training.tokenizer import load_tokenizer, separator_id, train_tokenizer
 
 FORMAT = 1  # raise it when the same settings would give other files
 _DESCRIPTION = "prepared.json"
@@ -44,7 +44,7 @@ def prepare_demo(folder: Path, *, source: str = "auto", vocab_size: int = 4096) 
     tokenizer.save(str(folder / "tokenizer.json"))
     # Little text may not fill the vocabulary; a file saved and read again is what training will see.
     tokenizer = load_tokenizer(folder / "tokenizer.json")
-    separator = tokenizer.token_to_id(SEPARATOR)
+    separator = separator_id(tokenizer)
     counts = [
         write_tokens(folder / f"{name}.bin", _progress(documents, name), tokenizer, separator)
         for name, documents in (("train", corpus.train), ("validation", corpus.validation))

@@ -38,6 +38,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer.from_file(str(path))
 
 
+def separator_id(tokenizer: Tokenizer) -> int:
+    """The token that ends a document."""
+    found = tokenizer.token_to_id(SEPARATOR)
+    if found is None:
+        raise ValueError(f"the tokenizer has no {SEPARATOR!r}; it was not made by `frugal-dist demo prepare`.")
+    return int(found)
+
+
 def _limited(documents: Iterable[str], characters: int) -> Iterator[str]:
     """Documents until so many characters were given out."""
     for document in documents:

