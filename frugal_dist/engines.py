@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from frugal_dist.config import HYPERPARAMETERS
 from frugal_dist.sharding import zero
-from frugal_dist.sharding.exchange import ALONE, Ranks, ranks_of
+from frugal_dist.sharding.exchange import Ranks, ranks_of
 from frugal_dist.sharding.plain import PlainStorage
 from frugal_dist.sharding.storage import Original, Storage
 from frugal_dist.sharding.table import build_table
@@ -27,54 +27,65 @@ def name_of(tensor: Tensor) -> str | None:
     return zero.name_of(tensor)
 
 
+def announce(optimizer_class: type[Any]) -> None:
+    """Make the optimizer known to engines that keep a list of those they trust."""
+    zero.announce(optimizer_class)
+
+
 def is_alone(process_group: Any) -> bool:
     """Whether no collective will ever be needed."""
     return ranks_of(process_group).alone
 
 
-def bind(
-    optimizer: Optimizer,
-    originals: Sequence[Original],
-    process_group: Any,
-    shard_state: bool | str,
-    bucket_bytes: int,
-) -> Runtime:
+@dataclass(frozen=True)
+class Request:
+    """What the optimizer knows: its parameters as given, its groups, and what the user asked for."""
+
+    originals: Sequence[Original]
+    sources: Sequence[Tensor | None]
+    groups: Sequence[dict[str, Any]]
+    active: Callable[[], list[Tensor]]
+    process_group: Any
+    shard_state: bool | str
+    bucket_bytes: int
+
+
+def bind(request: Request) -> Runtime:
     """Choose the storage, exchange and verify the table. Collective. Raises ValueError on all ranks alike."""
-    ranks = ranks_of(process_group)
-    problem = ""
+    ranks, originals, problem = ranks_of(request.process_group), request.originals, ""
     try:
-        ranks, storage = _choose(optimizer, originals, process_group, ranks)
+        ranks, originals, storage = _choose(request, ranks)
     except ValueError as error:  # all ranks must hear of it before any of them raises
-        storage, problem = PlainStorage(optimizer.param_groups, originals), str(error)
-    options = [{key: group.get(key) for key in HYPERPARAMETERS} for group in optimizer.param_groups]
-    table = build_table(ranks, originals, storage, (options, shard_state), problem)
-    share = shard_state if isinstance(shard_state, bool) else storage.shares_replicas
-    return Runtime(ranks, storage, originals, table, share and not ranks.alone, bucket_bytes)
+        storage, problem = PlainStorage(request.groups, originals), str(error)
+    options = [{key: group.get(key) for key in HYPERPARAMETERS} for group in request.groups]
+    table = build_table(ranks, originals, storage, (options, request.shard_state), problem)
+    share = request.shard_state if isinstance(request.shard_state, bool) else storage.shares_replicas
+    return Runtime(ranks, storage, originals, table, share and not ranks.alone, request.bucket_bytes)
 
 
-def _choose(
-    optimizer: Optimizer, originals: Sequence[Original], process_group: Any, ranks: Ranks
-) -> tuple[Ranks, Storage]:
-    groups = optimizer.param_groups
-    tensors = [tensor for group in groups for tensor in group["params"]]
-    _refuse_fsdp1(tensors)
-    if any(type(tensor).__name__ == "DTensor" or hasattr(tensor, "device_mesh") for tensor in tensors):
-        return _dtensor(groups, originals, tensors, process_group)
-    return ranks, PlainStorage(groups, originals)
+def _choose(request: Request, ranks: Ranks) -> tuple[Ranks, Sequence[Original], Storage]:
+    held = [tensor for group in request.groups for tensor in group["params"]]
+    found = zero.storage_under_deepspeed(request.originals, request.sources, request.groups, request.active)
+    if found is not None:
+        process_group, originals, storage = found
+        auto = isinstance(request.process_group, str)
+        return ranks_of(process_group if auto else request.process_group), originals, storage
+    _refuse_fsdp1(held)
+    if any(hasattr(tensor, "device_mesh") for tensor in held):
+        return _dtensor(request, held)
+    return ranks, request.originals, PlainStorage(request.groups, request.originals)
 
 
-def _dtensor(
-    groups: Sequence[dict[str, Any]], originals: Sequence[Original], tensors: Sequence[Tensor], process_group: Any
-) -> tuple[Ranks, Storage]:
+def _dtensor(request: Request, held: Sequence[Tensor]) -> tuple[Ranks, Sequence[Original], Storage]:
     from frugal_dist.sharding import dtensor  # torch.distributed.tensor is slow to import: only where it is used
 
-    if process_group is None:
+    if request.process_group is None:
         raise ValueError(
             "The parameters are DTensors, sharded over ranks, but process_group=None says this process is alone."
         )
-    group = dtensor.mesh_group(tensors) if isinstance(process_group, str) else process_group
-    ranks = ranks_of(group)
-    return (ALONE if ranks.size == 1 else ranks), dtensor.DTensorStorage(groups, originals)
+    group = dtensor.mesh_group(held) if isinstance(request.process_group, str) else request.process_group
+    storage = dtensor.DTensorStorage(request.groups, request.originals)
+    return ranks_of(group), request.originals, storage
 
 
 def _refuse_fsdp1(tensors: Sequence[Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -84,6 +85,8 @@ class Frugal(Optimizer):
         self._process_group = process_group
         self._no_decay = [no_decay] if isinstance(no_decay, str) else no_decay
         self._originals: list[Original] = []
+        self._sources: list[Callable[[], Tensor | None]] = []  # weak: engines replace parameters, ZeRO asks for them
+        self._groups: list[dict[str, Any]] = []  # all groups, also while DeepSpeed shows one of them only
         self._runtime: Runtime | None = None
         self._started: set[tuple[int, ...]] = set()
         self._loaded = False
@@ -93,6 +96,7 @@ class Frugal(Optimizer):
         check_patterns([original.name for original in self._originals], self._no_decay, "no_decay")
         check_selection(self.parameter_report_rows())
         self._check_shapes()
+        engines.announce(type(self))
 
     # --- parameters -------------------------------------------------------------------------------------------------
 
@@ -112,7 +116,9 @@ class Frugal(Optimizer):
         if added["betas"] is None:
             added["betas"] = config_from(added).betas
         config_from(added)
+        self._groups.append(added)
         for position, (name, tensor) in enumerate(named):
+            self._sources.append(weakref.ref(tensor))
             self._originals.append(self._original(name, tensor, group.get("projected"), index, position))
         _check_unique(self._originals)
 
@@ -126,8 +132,8 @@ class Frugal(Optimizer):
             if projected is None:
                 raise ValueError(
                     f"Parameter {position} of group {group} (shape {shape}) has no name, so Frugal cannot tell whether "
-                    'to project it. Pass model.named_parameters() or split_parameters(model), or put "projected": True or '
-                    "False into its group."
+                    'to project it. Pass model.named_parameters() or split_parameters(model), or put "projected": True '
+                    "or False into its group."
                 )
         if projected and len(shape) not in (2, 3):
             raise ValueError(
@@ -193,7 +199,17 @@ class Frugal(Optimizer):
         """Find out, once, how the engine stores the parameters. Collective on more than one rank."""
         if self._runtime is None:
             self._started.clear()
-            runtime = engines.bind(self, self._originals, self._process_group, self._shard_state, BUCKET_BYTES)
+            runtime = engines.bind(
+                engines.Request(
+                    originals=self._originals,
+                    sources=[source() for source in self._sources],
+                    groups=self._groups,
+                    active=lambda: [tensor for group in self.param_groups for tensor in group["params"]],
+                    process_group=self._process_group,
+                    shard_state=self._shard_state,
+                    bucket_bytes=BUCKET_BYTES,
+                )
+            )
             if self._loaded:
                 saving.unpack_all(runtime, self.state)
                 self._loaded = False
@@ -228,6 +244,7 @@ class Frugal(Optimizer):
         for number, tensor in zip(saved, order, strict=True):
             if number in state_dict["state"]:
                 self.state[tensor] = saving.placed(state_dict["state"][number], tensor.device)
+        self._groups = list(self.param_groups)
         self._runtime, self._loaded = None, True
         if engines.is_alone(self._process_group):
             with full_precision():
@@ -243,6 +260,9 @@ class Frugal(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_loaded", False)
+        if "_originals" in state:  # unpickled or copied: the sources of a DeepSpeed engine do not come along
+            self._groups = list(self.param_groups)
+            self._sources = [lambda: None for _ in self._originals]
         self.__dict__.update(_runtime=None, _started=set())
 
 

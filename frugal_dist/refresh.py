@@ -295,7 +295,7 @@ def _count_failure(runtime: Runtime, work: Work, owner: int) -> None:
     if count >= ATTEMPTS:
         raise RuntimeError(
             f"{work.matrix.name}: the projector refresh failed {count} times in a row on rank {owner} (its warnings "
-            "say why). Lower the learning rate, clip gradients, or choose a projection that needs no SVD, such as columns."
+            "say why). Lower the learning rate, clip gradients, or choose a projection that needs no SVD (columns)."
         )
 
 

@@ -47,7 +47,8 @@ def ranks_of(process_group: Any) -> Ranks:
         process_group = dist.group.WORLD
     if process_group is None:
         return ALONE
-    return Ranks(process_group, dist.get_rank(process_group), dist.get_world_size(process_group))
+    size = dist.get_world_size(process_group)
+    return ALONE if size == 1 else Ranks(process_group, dist.get_rank(process_group), size)
 
 
 def gather_objects(ranks: Ranks, value: object) -> list[Any]:
@@ -105,7 +106,7 @@ def all_gather(ranks: Ranks, mine: Sequence[Tensor], recv: Sequence[Sequence[Ten
 
 
 def _gather_flat() -> Any:
-    """torch 2.13 renamed all_gather_into_tensor and warns about the old name."""
+    """Newer torch (2.13) renamed all_gather_into_tensor and warns about the old name."""
     return getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 

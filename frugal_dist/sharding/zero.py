@@ -1,10 +1,24 @@
-"""Storage under DeepSpeed ZeRO. The only reader of DeepSpeed's internals."""
+"""Storage under DeepSpeed: ZeRO-1/2/3, BF16_Optimizer, and stage 0. The only reader of DeepSpeed's internals.
+
+ZeRO flattens and cuts parameters, so the optimizer sees 1-D partitions. Where each parameter lies in them is read from
+what DeepSpeed keeps on the original parameters, and checked against the weights themselves before the first update.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from frugal_dist.sharding.plain import PlainStorage
+from frugal_dist.sharding.storage import Interval, Original, Part, Storage
+
+Group = dict[str, Any]
 
 
 def full_shape(tensor: Tensor) -> tuple[int, ...]:
@@ -15,4 +29,209 @@ def full_shape(tensor: Tensor) -> tuple[int, ...]:
 def name_of(tensor: Tensor) -> str | None:
     """DeepSpeed notes the names of a model's parameters before it builds the optimizer."""
     debug = sys.modules.get("deepspeed.utils.debug")
-    return None if debug is None else debug.param_names.get(tensor)
+    return debug.param_names[tensor] if debug is not None and tensor in debug.param_names else None
+
+
+def announce(optimizer_class: type[Any]) -> None:
+    """Tell DeepSpeed, if it is loaded, that ZeRO may wrap this optimizer: no zero_allow_untested_optimizer needed."""
+    utils = sys.modules.get("deepspeed.runtime.zero.utils")
+    if utils is not None and optimizer_class not in utils.ZERO_SUPPORTED_OPTIMIZERS:
+        utils.ZERO_SUPPORTED_OPTIMIZERS.append(optimizer_class)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this rank's part of a parameter lies: an interval of it, at ``offset`` of the flat tensor ``flat()``.
+
+    ``low`` is the same part of the model's own (low-precision) weights, None if it cannot be looked at.
+    """
+
+    start: int
+    numel: int
+    offset: int
+    flat: Callable[[], Tensor]
+    low: Callable[[], Tensor | None]
+
+
+@dataclass
+class ZeroStorage:
+    """``places`` has one entry per original; ``active`` gives the flat tensors that the running call is about."""
+
+    originals: Sequence[Original]
+    groups: Sequence[Group]
+    places: Sequence[Place]
+    active: Callable[[], list[Tensor]]
+    shares_replicas: bool = True
+
+    def call(self) -> Sequence[int]:
+        flats = {id(flat) for flat in self.active()}
+        return [i for i, place in enumerate(self.places) if id(place.flat()) in flats]
+
+    def part(self, i: int) -> Part:
+        place = self.places[i]
+        return Interval(place.start, place.start + place.numel)
+
+    def carrier(self, i: int) -> Tensor:
+        return self.places[i].flat()
+
+    def options(self, i: int) -> Group:
+        return self.groups[self.originals[i].group]
+
+    def weight(self, i: int) -> Tensor:
+        return _slice(self.places[i], self.carrier(i).detach())
+
+    def grad(self, i: int) -> Tensor | None:
+        grad = self.carrier(i).grad
+        return None if grad is None else _slice(self.places[i], grad)
+
+
+def storage_under_deepspeed(
+    originals: Sequence[Original],
+    sources: Sequence[Tensor | None],
+    groups: Sequence[Group],
+    active: Callable[[], list[Tensor]],
+) -> tuple[Any, Sequence[Original], Storage] | None:
+    """(process group, trainable originals, storage), or None if DeepSpeed does not hold these parameters.
+
+    ``sources`` are the model's own parameters, as given to the optimizer. Raises ValueError for what is not supported.
+    """
+    if not any(source is not None and name_of(source) is not None for source in sources):
+        return None
+    present = [source for source in sources if source is not None]
+    if len(present) != len(sources):
+        raise ValueError(
+            "The model's parameters were replaced after the optimizer was built; build it after the model."
+        )
+    if any(hasattr(source, "_z3_optimizer") for source in present):
+        return _zero3(originals, present, groups, active)
+    if any(hasattr(source, "_hp_mapping") for source in present):
+        return _zero12(originals, present, groups, active)
+    return _stage0(originals, present, groups)
+
+
+def _zero3(originals: Sequence[Original], sources: Sequence[Tensor], groups: Sequence[Group],
+           active: Callable[[], list[Tensor]]) -> tuple[Any, Sequence[Original], Storage]:  # fmt: skip
+    kept = [(o, s) for o, s in zip(originals, sources, strict=True) if hasattr(s, "_z3_optimizer")]
+    zero = kept[0][1]._z3_optimizer
+    _refuse_zero3(zero)
+    places = [_zero3_place(zero, source) for _, source in kept]
+    return _checked(zero.dp_process_group, [original for original, _ in kept], groups, places, active)
+
+
+def _zero3_place(zero: Any, source: Any) -> Place:
+    subgroup, offset, share = zero.grad_position[zero.get_param_id(source)]
+    start = dist.get_rank(zero.dp_process_group) * share
+    numel = max(0, min(share, source.ds_numel - start))
+    return Place(
+        start=min(start, source.ds_numel),
+        numel=numel,
+        offset=offset,
+        flat=lambda: zero.fp32_partitioned_groups_flat[subgroup],
+        low=lambda: source.ds_tensor.flatten()[:numel] if source.ds_tensor.numel() >= numel else None,
+    )
+
+
+def _zero12(originals: Sequence[Original], sources: Sequence[Tensor], groups: Sequence[Group],
+            active: Callable[[], list[Tensor]]) -> tuple[Any, Sequence[Original], Storage]:  # fmt: skip
+    kept = [(o, s) for o, s in zip(originals, sources, strict=True) if hasattr(s, "_hp_mapping")]
+    process_groups: list[Any] = [getattr(source, "_dp_group", None) for _, source in kept]
+    families = {id(group): group for group in process_groups}
+    if len(families) != 1:
+        raise ValueError(
+            "The parameters belong to several data-parallel groups (DeepSpeed MoE with expert parallelism), which "
+            "Frugal does not support. Set the expert-parallel size to 1."
+        )
+    places = [_zero12_place(groups[original.group], source) for original, source in kept]
+    return _checked(next(iter(families.values())), [original for original, _ in kept], groups, places, active)
+
+
+def _zero12_place(group: Group, source: Any) -> Place:
+    mapping = source._hp_mapping
+    if mapping is None:  # nothing of it on this rank
+        return Place(0, 0, 0, lambda: _flat_of(group), lambda: None)
+    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return Place(
+        start=here.start,
+        numel=here.numel,
+        offset=there.start,
+        flat=lambda: _flat_of(group),
+        low=lambda: source.detach().flatten()[here.start : here.start + here.numel],
+    )
+
+
+def _flat_of(group: Group) -> Tensor:
+    flat: Tensor = group["params"][0]
+    return flat
+
+
+def _stage0(
+    originals: Sequence[Original], sources: Sequence[Tensor], groups: Sequence[Group]
+) -> tuple[Any, Sequence[Original], Storage]:
+    """No ZeRO: the parameters themselves (fp32), or fp32 clones of the trainable ones, in order (bf16)."""
+    from deepspeed.utils import groups as deepspeed_groups
+
+    process_group = deepspeed_groups._get_data_parallel_group()
+    held = [tensor for group in groups for tensor in group["params"]]
+    if {id(tensor) for tensor in held} <= {id(source) for source in sources}:
+        return process_group, originals, PlainStorage(groups, originals, shares_replicas=False)
+    if any(source.dtype == torch.float16 for source in sources):
+        raise ValueError(
+            "DeepSpeed stage 0 with fp16 divides the gradients by the loss scale once too often (seen in 0.19). Use "
+            '"zero_optimization": {"stage": 1} or bf16.'
+        )
+    kept, counts = [], [0] * len(groups)
+    for original, source in zip(originals, sources, strict=True):
+        if source.requires_grad:
+            kept.append(replace(original, position=counts[original.group]))
+            counts[original.group] += 1
+    if counts != [len(group["params"]) for group in groups]:
+        raise ValueError(
+            "DeepSpeed's fp32 copies do not match the trainable parameters one to one; nothing was updated."
+        )
+    return process_group, kept, PlainStorage(groups, kept, shares_replicas=False)
+
+
+# --- trust, but verify --------------------------------------------------------------------------------------------
+
+
+def _refuse_zero3(zero: Any) -> None:
+    """What ZeRO-3 can be asked for beyond plain sharding and CPU offload."""
+    refused = {
+        "SuperOffload": "Super" in type(zero).__name__,
+        "ZenFlow": bool(getattr(zero, "zenflow", False)),
+        "NVMe offload of the optimizer": bool(getattr(zero, "swap_optimizer", False)),
+        "a partial offload ratio": bool(zero.offload_optimizer) and getattr(zero, "partial_offload", 1.0) != 1.0,
+        "hpZ (zero_hpz_partition_size > 1)": getattr(zero, "zero_hpz_partition_size", 1) > 1,
+        "MiCS": "MiCS" in type(zero).__name__,
+    }
+    for feature, present in refused.items():
+        if present:
+            raise ValueError(
+                f"DeepSpeed's {feature} is not supported by Frugal. Use plain ZeRO-3, or offload the optimizer to the "
+                'CPU with "offload_optimizer": {"device": "cpu"}.'
+            )
+
+
+def _checked(process_group: Any, originals: Sequence[Original], groups: Sequence[Group], places: Sequence[Place],
+             active: Callable[[], list[Tensor]]) -> tuple[Any, Sequence[Original], Storage]:  # fmt: skip
+    """Compare every mapped piece with the model's weights: a wrong mapping would train garbage in silence."""
+    storage = ZeroStorage(originals, groups, places, active)
+    for i, (original, place) in enumerate(zip(originals, places, strict=True)):
+        flat = place.flat()
+        if flat.dtype != torch.float32:
+            raise ValueError(
+                f"DeepSpeed keeps {flat.dtype} master weights. Frugal needs fp32 ones: remove "
+                "bf16_master_weights_and_grads / fp16_master_weights_and_grads from the config."
+            )
+        low, high = place.low(), storage.weight(i)
+        if low is not None and not torch.equal(high.to(low.device, low.dtype), low):
+            raise ValueError(
+                f"{original.name}: elements {place.start} to {place.start + place.numel} are not where DeepSpeed says "
+                "they are in its flat partition. This combination of options is not supported (round_robin_gradients "
+                "is known to cause it: set it to false); nothing was updated."
+            )
+    return process_group, originals, storage
+
+
+def _slice(place: Place, flat: Tensor) -> Tensor:
+    return flat[place.offset : place.offset + place.numel]

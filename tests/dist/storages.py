@@ -144,7 +144,7 @@ def flats(weights: Named, projected: set[str], options: dict[str, Any], subgroup
     storage = FlatStorage(optimizer._originals, weights, subgroups, each)
     group_options = [dict(group) for group in optimizer.param_groups]
     storage.options_of = lambda i: group_options[storage.originals[i].group]
-    optimizer.test_storage = storage  # found by the patched engines._choose
+    SIMULATED[id(optimizer._originals)] = storage
     for k, group in enumerate(optimizer.param_groups):
         group["params"] = storage.flats if k == 0 else []
 
@@ -179,12 +179,13 @@ def _gather(storage: FlatStorage) -> Named:
 
 
 _choose = engines._choose
+SIMULATED: dict[int, Any] = {}
 
 
-def choose_with_simulation(optimizer: Any, originals: Any, process_group: Any, ranks: Any) -> Any:
+def choose_with_simulation(request: Any, ranks: Any) -> Any:
     """engines._choose, but an optimizer that carries a simulated storage gets that."""
-    simulated = getattr(optimizer, "test_storage", None)
-    return (ranks, simulated) if simulated is not None else _choose(optimizer, originals, process_group, ranks)
+    simulated = SIMULATED.get(id(request.originals))
+    return _choose(request, ranks) if simulated is None else (ranks, request.originals, simulated)
 
 
 __all__ = ["Box", "Held", "Replicate", "Shard", "choose_with_simulation", "dtensors", "flats", "groups_of", "replicas"]
