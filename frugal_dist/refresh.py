@@ -192,13 +192,17 @@ def _load(runtime: Runtime, work: Work) -> tuple[int, ...]:
 
 
 def _refresh_bucket(runtime: Runtime, works: Sequence[Work]) -> None:
+    """All owners compute at the same time; only then the first of them publishes."""
     gathered = _gather(runtime, works)
+    found = {
+        work.matrix.index: _compute(work, gathered[work.matrix.index])
+        for work in works
+        if work.matrix.owner == runtime.ranks.rank
+    }
     for owner in range(runtime.ranks.size):
         mine = [work for work in works if work.matrix.owner == owner]
-        if not mine:
-            continue
-        found = [_compute(work, gathered[work.matrix.index]) if owner == runtime.ranks.rank else None for work in mine]
-        _publish(runtime, mine, found, owner)
+        if mine:
+            _publish(runtime, mine, [found.get(work.matrix.index) for work in mine], owner)
 
 
 def _gather(runtime: Runtime, works: Sequence[Work]) -> dict[int, Tensor]:
