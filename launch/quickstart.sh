@@ -9,6 +9,11 @@
 #   DATA_DIR    folder of the prepared text (default: .cache/quickstart)
 #   CONFIG      another DeepSpeed JSON
 set -euo pipefail
+
+# What the caller names is meant from where the caller stands.
+for name in RUN_DIR DATA_DIR CONFIG; do
+    [[ -z ${!name:-} || ${!name} == /* ]] || printf -v "$name" '%s/%s' "$PWD" "${!name}"
+done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { printf 'quickstart: %s\n' "$*"; }

@@ -69,6 +69,7 @@ def _train(settings: DemoSettings, terminal: TextIO) -> None:
     from frugal_dist.training.metrics import METRICS_FILE, MetricsLog
     from frugal_dist.training.models import build_llama
     from frugal_dist.training.prepare import open_prepared
+    from frugal_dist.training.progress import Progress
 
     config = read_deepspeed_config(settings.config)
     data, train_tokens, validation_tokens = open_prepared(settings.data)
@@ -97,7 +98,9 @@ def _train(settings: DemoSettings, terminal: TextIO) -> None:
             unigram_loss=unigram_loss,
             deepspeed=config,
         )
-        outcome = Training(engine, batches, validation, metrics, terminal, settings.steps).run()
+        every = max(100, math.ceil(settings.steps / 5))
+        with Progress(settings.steps, terminal, shown=engine.rank == 0) as progress:
+            outcome = Training(engine, batches, validation, metrics, progress, settings.steps, every).run()
         summary = _summary(engine, outcome, parameters, validation.tokens, unigram_loss)
         _finish(settings, engine, summary, metrics, terminal)
     engine.close()

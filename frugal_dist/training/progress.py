@@ -1,0 +1,61 @@
+"""Progress on rank 0: a bar on a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TextIO
+
+from tqdm import tqdm
+
+_BAR = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}, {elapsed} gone, {remaining} left{postfix}"
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+class Progress:
+    """Shows how far a training is, its loss, its speed and the time left."""
+
+    def __init__(self, total: int, terminal: TextIO, shown: bool) -> None:
+        self.total = total
+        self.terminal = terminal
+        self.shown = shown
+        self._lines = shown and not terminal.isatty()
+        self._last_line = time.monotonic()
+        self._bar: tqdm[None] = tqdm(
+            total=total,
+            file=terminal,
+            disable=not shown or self._lines,
+            mininterval=0.5,
+            bar_format=_BAR,
+            dynamic_ncols=True,
+        )
+        self._start = time.monotonic()
+        self._done = 0
+
+    def step(self) -> None:
+        """One more step is done."""
+        self._done += 1
+        self._bar.update()
+
+    def figures(self, loss: float, tokens_per_second: float) -> None:
+        """New figures to show beside the bar."""
+        text = f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
+        self._bar.set_postfix_str(text, refresh=False)
+        now = time.monotonic()
+        if self._lines and self._done and now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            left = (now - self._start) / self._done * (self.total - self._done)
+            self.say(f"step {self._done:>5}/{self.total}: {text}, {tqdm.format_interval(left)} left")
+
+    def say(self, line: str) -> None:
+        """A line that stays, above the bar."""
+        if self.shown:
+            tqdm.write(line, file=self.terminal)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()

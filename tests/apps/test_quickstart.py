@@ -1,0 +1,131 @@
+"""The quickstart itself, as a user starts it: the real script, the real deepspeed launcher, two ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+psutil = pytest.importorskip("psutil", reason="the quickstart needs DeepSpeed, which brings psutil")
+pytest.importorskip("deepspeed", reason="the quickstart needs DeepSpeed")
+
+from frugal_dist.training.metrics import of_kind, read_metrics  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "launch" / "quickstart.sh"
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Prepared by the first run and found by the others; the user's own folder is left alone."""
+    return tmp_path_factory.mktemp("quickstart_data")
+
+
+def _environment(run: Path, data: Path, **more: str) -> dict[str, str]:
+    return {**os.environ, "RUN_DIR": str(run), "DATA_DIR": str(data), **more}
+
+
+def _processes(run: Path) -> list[int]:
+    """Everything that was started for this run: launchers and ranks carry its folder in their command line."""
+    everyone = psutil.process_iter(["cmdline"])
+    return [process.pid for process in everyone if str(run) in (process.info["cmdline"] or [])]
+
+
+def test_quickstart_trains_and_reports(tmp_path, data):
+    run = tmp_path / "run"
+    done = subprocess.run(
+        ["bash", SCRIPT, "--steps", "20"], env=_environment(run, data), capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = read_metrics(run)
+    first, last = of_kind(records, "validation")
+    assert (first["step"], last["step"]) == (0, 20)
+    assert last["perplexity"] < 0.5 * first["perplexity"]
+    assert of_kind(records, "train")[-1]["loss"] < of_kind(records, "train")[0]["loss"] < first["loss"]
+
+    (setup,), (summary,) = of_kind(records, "run"), of_kind(records, "summary")
+    assert (setup["ranks"], setup["optimizer"]) == (2, "Frugal")
+    assert setup["deepspeed"]["zero_optimization"]["stage"] == 2
+    # Embedding and head keep full moments, the Linear layers a quarter: clearly less than AdamW, far more than nothing.
+    assert 0.4 < sum(summary["state_bytes"]) / (8 * summary["parameters"]) < 0.7
+
+    assert (run / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "checkpoint" / "latest").read_text().strip() == "global_step20"
+    report = (run / "report.txt").read_text()
+    assert "Unigram perplexity" in report
+    assert report.strip() in done.stderr
+    # What libraries print is in the log, not on the terminal.
+    assert "Warning" not in done.stdout + done.stderr
+    assert not _processes(run)
+
+
+def test_failure_shows_the_log_and_a_run_is_never_overwritten(tmp_path, data):
+    run = tmp_path / "run"
+    broken = tmp_path / "broken.json"
+    text = (ROOT / "ds_configs" / "quickstart_zero2.json").read_text()
+    assert '"density": 0.25' in text
+    broken.write_text(text.replace('"density": 0.25', '"density": 7'))
+    environment = _environment(run, data, CONFIG=str(broken))
+    done = subprocess.run(["bash", SCRIPT, "--steps", "2"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "last lines of" in done.stderr
+    assert "density" in done.stderr
+    assert "the training failed" in done.stderr
+    assert not _processes(run)
+
+    (run / "metrics.jsonl").touch()
+    again = subprocess.run(["bash", SCRIPT], env=environment, capture_output=True, text=True)
+    assert again.returncode == 1
+    assert "already holds a run" in again.stderr
+
+
+@pytest.fixture(params=["output.txt", "metrics.jsonl"], ids=["while loading", "while training"])
+def interrupted(request, tmp_path, data) -> Iterator[tuple[subprocess.Popen[str], Path, float]]:
+    """A quickstart that got Ctrl-C once this file had appeared; the time is when."""
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        ["bash", SCRIPT],
+        env=_environment(run, data),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while not (run / request.param).exists() and process.poll() is None:
+            time.sleep(0.2)
+        assert process.poll() is None, process.communicate()
+        assert _processes(run)
+        os.killpg(process.pid, signal.SIGINT)  # what a terminal does to the foreground process group
+        yield process, run, time.monotonic()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.communicate(timeout=60)
+
+
+def test_ctrl_c_stops_everything(interrupted):
+    process, run, when = interrupted
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - when < 20
+    assert process.returncode == 130
+    assert "stopped; the same command starts again" in errors
+    assert "Traceback" not in errors
+    assert not _processes(run)
+
+
+def test_mistakes_on_the_command_line():
+    for arguments, message in ((["--steps", "no"], '--steps needs a number above 0, found "no"'), (["-x"], '"-x"')):
+        done = subprocess.run(["bash", SCRIPT, *arguments], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert message in done.stderr
+    shown = subprocess.run(["bash", SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "RUN_DIR" in shown
+    assert "#" not in shown
