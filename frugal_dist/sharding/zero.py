@@ -32,6 +32,11 @@ def name_of(tensor: Tensor) -> str | None:
     return debug.param_names[tensor] if debug is not None and tensor in debug.param_names else None
 
 
+def _belongs(source: Tensor) -> bool:
+    """Whether a DeepSpeed engine holds this parameter; its list of names alone would not do, it is emptied early."""
+    return any(hasattr(source, mark) for mark in ("_z3_optimizer", "_hp_mapping")) or name_of(source) is not None
+
+
 def announce(optimizer_class: type[Any]) -> None:
     """Tell DeepSpeed, if it is loaded, that ZeRO may wrap this optimizer: no zero_allow_untested_optimizer needed."""
     utils = sys.modules.get("deepspeed.runtime.zero.utils")
@@ -95,7 +100,7 @@ def storage_under_deepspeed(
 
     ``sources`` are the model's own parameters, as given to the optimizer. Raises ValueError for what is not supported.
     """
-    if not any(source is not None and name_of(source) is not None for source in sources):
+    if not any(source is not None and _belongs(source) for source in sources):
         return None
     present = [source for source in sources if source is not None]
     if len(present) != len(sources):
