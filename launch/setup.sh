@@ -38,7 +38,7 @@ stop_child() {
 }
 trap stop_child INT TERM HUP
 
-last_line() { grep -v "^== " "$LOG" 2>/dev/null | tail -n 1 | tr -d "\r" | cut -c "1-${1:-70}"; }
+last_line() { grep -v "^== " "$LOG" 2>/dev/null | tail -n 1 | LC_ALL=C tr -cd ' -~' | cut -c "1-${1:-70}"; }
 
 # with_clock TEXT COMMAND...: run COMMAND, its output in $LOG, while showing TEXT and the seconds.
 with_clock() {
