@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from building import DENSITY, PROJECTIONS, build, clocks, parameters_of, set_grads, train, weight, weights
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from frugal_dist import Frugal
 
@@ -122,9 +124,10 @@ def test_every_float_dtype(projection: str, dtype: torch.dtype) -> None:
     """One step in a short dtype is the float64 step, rounded. SGD as state-free rule: it has no jumps."""
     w, exact = weight(8, 6, dtype=dtype), weight(8, 6)
     exact.data.copy_(w.detach())
-    options = {"projection": projection, "state_free": "sgd", "eps": 1e-2, "density": 1.0}
-    if projection == "svd":
-        options["density"] = DENSITY
+    density = 1.0 if projection == "blockwise" else DENSITY
+    # A large lr: every factor of the update must show above the rounding of the weight.
+    options: dict[str, Any] = {"projection": projection, "state_free": "sgd", "eps": 1e-2, "density": density}
+    options |= {"lr": 0.5, "weight_decay": 0.2, "lr_scale": 0.7, "state_free_lr_scale": 0.6}
     first, second = build({"w": w}, {"b": weight(5, dtype=dtype)}, **options), build({"w": exact}, **options)
     w.grad = weight(8, 6, seed=4, dtype=dtype).detach()
     exact.grad = w.grad.double()
@@ -295,6 +298,30 @@ def test_reduced_matmul_precision_changes_nothing(projection: str, side: str) ->
         assert torch.equal(run(), expected)
         probe = torch.ones(2, 2) @ torch.ones(2, 2)
         assert probe.dtype == torch.bfloat16, "step() must leave autocast on"
+
+
+class PrecisionProbe(TorchDispatchMode):
+    """Notes the precision that is set at the moment of every matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, str]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+            self.seen.append((backends[0].fp32_precision, backends[1].fp32_precision))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("on_refresh", ["reset", "project"])
+def test_every_matrix_product_of_a_step_is_a_full_one(on_refresh: str) -> None:
+    """Few CPUs compute worse when asked to, so the test above alone would not notice on the others, nor for a GPU."""
+    optimizer = build({"w": weight(8, 6, dtype=torch.float32)}, on_refresh=on_refresh)
+    with float32_precision("medium"), PrecisionProbe() as probe:
+        train(optimizer, 1, 4)
+    assert len(probe.seen) >= 3 * 4
+    assert set(probe.seen) == {("ieee", "ieee")}
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
