@@ -56,7 +56,7 @@ with_clock() {
             shown=$((SECONDS - start))
             say "$text: $shown s  $(last_line)"
         fi
-        sleep 0.5
+        sleep 0.2
     done
     wait "$CHILD" || rc=$?
     CHILD=
@@ -180,11 +180,14 @@ held() {
 
 # A build that was killed leaves its lock behind, and every later build would wait for it for ever, in silence.
 clear_stale_lock() {
-    local lock=$TORCH_EXTENSIONS_DIR/$OP/lock start=$SECONDS
+    local lock=$TORCH_EXTENSIONS_DIR/$OP/lock start=$SECONDS next=0
     while [[ -e $lock ]]; do
         if held "$lock"; then
-            say "another process is building $OP; waiting, $((SECONDS - start)) s"
-            sleep 10
+            if ((SECONDS - start >= next)); then
+                say "another process is building $OP; waiting, $((SECONDS - start)) s"
+                next=$((next + 15))
+            fi
+            sleep 1
         else
             say "removing the lock of a build that was killed ($lock)"
             rm -f "$lock"

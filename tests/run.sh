@@ -39,7 +39,7 @@ step() {
 step "ruff check" ruff check .
 step "ruff format" ruff format --check .
 step "mypy" mypy
-step "shellcheck" shellcheck .ci/run launch/*.sh tests/*.sh
+step "shellcheck" shellcheck .ci/run launch/*.sh tests/*.sh tests/launch/*.sh
 step "pytest" python -m pytest "${heavy[@]}" "$@"
 
 printf '\n== summary\n'
