@@ -1,12 +1,12 @@
 """FRUGAL (ICML 2025, arXiv 2411.07837) for large language models on many GPUs. Importing registers it for DeepSpeed."""
 
-from frugal_dist import projection
+from frugal_dist import checkpoint, projection
 from frugal_dist.config import PRESETS, FrugalConfig, preset
 from frugal_dist.integrations import deepspeed as _deepspeed
 from frugal_dist.optimizer import Frugal
 from frugal_dist.parameters import split_parameters
 
 __version__ = "0.1.0"
-__all__ = ["PRESETS", "Frugal", "FrugalConfig", "preset", "projection", "split_parameters"]
+__all__ = ["PRESETS", "Frugal", "FrugalConfig", "checkpoint", "preset", "projection", "split_parameters"]
 
 _deepspeed.register(Frugal)

@@ -32,6 +32,22 @@ def announce(optimizer_class: type[Any]) -> None:
     zero.announce(optimizer_class)
 
 
+def counts_of(model_or_engine: Any) -> dict[str, Any]:
+    """An engine's own counts (steps, schedule, loss scale), to be saved with the weights."""
+    return zero.counts_of(model_or_engine)
+
+
+def after_loading(model_or_engine: Any, counts: dict[str, Any]) -> None:
+    """Bring an engine in line with new master weights: its low-precision copies and its counts."""
+    zero.after_loading(model_or_engine, counts)
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A parameter that is not optimized, whole, wherever it is sharded. Collective."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor.detach() if gather is None else gather()
+
+
 def is_alone(process_group: Any) -> bool:
     """Whether no collective will ever be needed."""
     return ranks_of(process_group).alone

@@ -250,6 +250,22 @@ class Frugal(Optimizer):
             with full_precision():
                 self._bind()
 
+    @torch.no_grad()
+    def everything(self) -> tuple[Runtime, Load]:
+        """All matrices and regular parameters with their state, for ``frugal_dist.checkpoint``. Collective at first."""
+        with full_precision():
+            runtime = self._bind()
+            load = load_of(runtime, self.state, everything=True)
+            ensure_state(runtime, load)
+            return runtime, load
+
+    def loaded(self) -> None:
+        """Counts were set from outside: agree on them anew at the next step."""
+        self._started.clear()
+        if self._runtime is not None:
+            self._runtime.agreed.clear()
+            self._runtime.cuts.clear()
+
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: everything but what is found out again at the next step."""
         kept = ("_originals", "_shard_state", "_no_decay", "_loaded")

@@ -37,7 +37,7 @@ Store = dict[str, Tensor]
 
 def pack_all(runtime: Runtime, state: MutableMapping[Tensor, Store]) -> dict[int, Store]:
     """The state of every carrier, by its id, in saved form. Tensors that need no change are not copied."""
-    load = load_of(runtime, state)
+    load = load_of(runtime, state, everything=True)
     packed = {id(carrier): dict(store) for carrier, store in state.items() if store}
     owner = {id(store): id(carrier) for carrier, store in state.items()}
     for work in load.works:
@@ -64,7 +64,7 @@ def unpack_all(runtime: Runtime, state: MutableMapping[Tensor, Store]) -> None:
     try:
         for store in state.values():
             _strip_parts(runtime, store)
-        load = load_of(runtime, state)
+        load = load_of(runtime, state, everything=True)
         for work in load.works:
             _adopt(runtime, work)
         for one in load.regular:

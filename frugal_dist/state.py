@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from frugal_dist.projection.basis import Basis
+from frugal_dist.projection.basis import Basis, basis_shapes
 
 CLOCKS = ("step", "updates", "refreshes", "refreshed_at", "size")
 """step: Adam's t since the last reset. updates: k, never reset. refreshes: so far. refreshed_at: k then, -1: never.
@@ -89,6 +89,14 @@ class MatrixState:
             return Basis(left, right) if left is not None else None
         only = self.get("basis")
         return None if only is None else Basis(**{side: only})
+
+    def ensure_basis(self, side: str, shape: tuple[int, int], r: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Zero bases of a rows x cols matrix where there are none of the right size."""
+        for part, size in basis_shapes(side, *shape, r).items():
+            key = "basis" if side != "full" else f"basis_{part}"
+            present = self.get(key)
+            if present is None or tuple(present.shape) != size:
+                self.put(key, torch.zeros(size, dtype=dtype, device=device))
 
     def set_basis(self, side: str, basis: Basis) -> None:
         if side == "full":

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from frugal_dist.config import FrugalConfig, config_from
-from frugal_dist.projection.basis import basis_shapes
 from frugal_dist.projection.numerics import compute_dtype
 from frugal_dist.sharding.storage import Box, Original
 from frugal_dist.sharding.table import Matrix
@@ -64,9 +63,12 @@ class Load:
         return any(bool(grad.any()) for grad in grads)
 
 
-def load_of(runtime: Runtime, state: State) -> Load:
-    """Look up everything anew: engines replace parameters and gradients between calls."""
-    call = tuple(runtime.storage.call())
+def load_of(runtime: Runtime, state: State, everything: bool = False) -> Load:
+    """Look up everything anew: engines replace parameters and gradients between calls.
+
+    ``everything``: all parameters, not only those that this step() call is about.
+    """
+    call = tuple(range(len(runtime.originals)) if everything else runtime.storage.call())
     configs: dict[int, FrugalConfig] = {}
     works: list[Work] = []
     regular: list[Regular] = []
@@ -147,9 +149,7 @@ def _create(runtime: Runtime, work: Work) -> None:
     work.state.set_clock("size", work.size)
     work.state.ensure_moments(names, basis_piece_shapes(work, plan, work.size), work.dtype, work.device)
     if plan.tiles:
-        for side, shape in basis_shapes(work.side, work.matrix.rows, work.matrix.cols, work.size).items():
-            key = "basis" if work.side != "full" else f"basis_{side}"
-            work.state.put(key, torch.zeros(shape, dtype=work.dtype, device=work.device))
+        work.state.ensure_basis(work.side, (work.matrix.rows, work.matrix.cols), work.size, work.dtype, work.device)
 
 
 def step_regular(load: Load) -> None:

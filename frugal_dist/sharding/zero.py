@@ -196,6 +196,65 @@ def _stage0(
     return process_group, kept, PlainStorage(groups, kept, shares_replicas=False)
 
 
+# --- around portable checkpoints --------------------------------------------------------------------------------------
+
+COUNTS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+def counts_of(engine: Any) -> dict[str, Any]:
+    """Steps, schedule and loss scale of a DeepSpeed engine; nothing for a plain model."""
+    if not _is_engine(engine):
+        return {}
+    counts = {name: int(getattr(engine, name)) for name in COUNTS}
+    schedule = None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict()
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return {"counts": counts, "schedule": schedule, "scale": float(getattr(scaler, "cur_scale", 1.0))}
+
+
+def after_loading(engine: Any, saved: dict[str, Any]) -> None:
+    """Copy new fp32 masters into the model's own weights; restore counts that another DeepSpeed engine saved."""
+    if not _is_engine(engine):
+        return
+    _update_low_precision(engine.optimizer)
+    for name, value in saved.get("counts", {}).items():
+        setattr(engine, name, value)
+    if engine.lr_scheduler is not None and saved.get("schedule"):
+        engine.lr_scheduler.load_state_dict(saved["schedule"])
+    scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
+    if hasattr(scaler, "cur_scale") and saved:
+        scaler.cur_scale = saved["scale"]
+
+
+def _is_engine(engine: Any) -> bool:
+    return all(hasattr(engine, name) for name in COUNTS)
+
+
+def _update_low_precision(wrapper: Any) -> None:
+    if hasattr(wrapper, "update_lp_params"):  # ZeRO-1/2, BF16_Optimizer
+        wrapper.update_lp_params()
+    elif hasattr(wrapper, "fp16_partitioned_groups_flat"):  # ZeRO-3
+        _update_zero3(wrapper)
+    elif hasattr(wrapper, "fp32_groups"):  # stage 0 in bf16
+        for masters, copies in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+            for master, copy in zip(masters, copies, strict=True):
+                copy.data.copy_(master.data)
+
+
+def _update_zero3(zero: Any) -> None:
+    """What ZeRO-3 does itself after loading: flat masters into flat copies, those into the partitions."""
+    persistent = zero.persistent_parameters
+    if persistent:
+        persistent[0].partition(persistent)
+    for number, master in enumerate(zero.fp32_partitioned_groups_flat):
+        flat = zero.fp16_partitioned_groups_flat[number]
+        flat.data.copy_(master.data)
+        pieces = zero.unflatten(flat, zero.fp16_partitioned_groups[number])
+        for partition, piece in zip(zero.fp16_partitioned_groups[number], pieces, strict=True):
+            partition.data = piece.data
+    if persistent:
+        persistent[0].all_gather(persistent)
+
+
 # --- trust, but verify --------------------------------------------------------------------------------------------
 
 

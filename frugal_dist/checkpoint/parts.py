@@ -1,0 +1,177 @@
+"""The canonical form: every tensor by parameter name in its whole shape, a rank's part as rectangles of it.
+
+Matrices keep their shape (a stack's members are "name[e]"), moments have R's shape, regular parameters are seen as
+(first dim, rest). So what one engine wrote any other can read, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frugal_dist.projection.coordinates import Selection
+from frugal_dist.sharding.storage import Box, Interval, Original
+from frugal_dist.sharding.tile import Tile, interval_tiles
+from frugal_dist.work import (
+    CoordinatePiece,
+    Runtime,
+    Work,
+    basis_piece_shapes,
+    basis_route,
+    coordinate_cut,
+    moment_names,
+    whole_selection,
+)
+from frugal_dist.workload import Load, Regular
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A rectangle of a named 2-D tensor, and the live memory that holds it on this rank (a view, or None)."""
+
+    name: str
+    shape: tuple[int, int]
+    area: Tile
+    data: Tensor
+
+
+def weight_chunks(runtime: Runtime, load: Load) -> Iterator[Chunk]:
+    """The weights the optimizer updates: fp32 masters where the engine keeps them."""
+    for work in load.works:
+        for tile, weight in zip(work.tiles, work.weights, strict=True):
+            yield Chunk(f"weight/{work.matrix.name}", (work.matrix.rows, work.matrix.cols), tile, weight)
+    for i, one in regular_entries(runtime, load):
+        for area, view in _regular_views(runtime, i, one.weight):
+            yield Chunk(f"weight/{one.name}", flat_shape(one.shape), area, view)
+
+
+def regular_entries(runtime: Runtime, load: Load) -> list[tuple[int, Regular]]:
+    """The regular parameters of a call with their positions among the originals."""
+    positions = [i for i in load.key if not runtime.originals[i].projected]
+    return list(zip(positions, load.regular, strict=True))
+
+
+def regular_state_chunks(runtime: Runtime, load: Load) -> Iterator[Chunk]:
+    """The moments of regular parameters, cut as their weights are."""
+    for i, one in regular_entries(runtime, load):
+        if one.state.get("step") is None:
+            continue
+        for name in moment_names(one.config):
+            moment = one.state.pieces(name, [tuple(one.weight.shape)])[0]
+            for area, view in _regular_views(runtime, i, moment):
+                yield Chunk(f"state/{one.name}/{name}", flat_shape(one.shape), area, view)
+
+
+def state_chunks(runtime: Runtime, work: Work) -> Iterator[Chunk]:
+    """Moments and basis of one matrix as this rank holds them."""
+    if work.empty or work.state.get("updates") is None or work.state.clock("refreshes") == 0:
+        return
+    yield from _BY_FAMILY[work.family](runtime, work)
+
+
+def _basis_chunks(runtime: Runtime, work: Work) -> Iterator[Chunk]:
+    plan, r, matrix = basis_route(runtime, work), work.state.clock("size"), work.matrix
+    if not plan.tiles:
+        return
+    prefix = f"state/{matrix.name}/"
+    for key in ("basis", "basis_left", "basis_right"):
+        part = work.state.get(key)
+        if part is not None:
+            yield Chunk(prefix + key, (part.shape[0], part.shape[1]), _all_of(part), part)
+    shape = {"right": (matrix.rows, r), "left": (r, matrix.cols), "full": (r, r)}[work.side]
+    shapes = basis_piece_shapes(work, plan, r)
+    for name in moment_names(work.config):
+        for tile, piece in zip(plan.tiles, work.state.pieces(name, shapes), strict=True):
+            rows = tile.rows if work.side == "right" else (0, r)
+            cols = tile.cols if work.side == "left" else (0, r)
+            yield Chunk(prefix + name, shape, Tile(rows, cols), piece)
+
+
+def _coordinate_chunks(runtime: Runtime, work: Work) -> Iterator[Chunk]:
+    cut = coordinate_cut(runtime, work)
+    if cut.nothing:
+        return
+    whole = whole_selection(work, work.state.clock("refreshes") - 1, work.state.clock("size"))
+    shape = two_dims(whole.shape(work.matrix.rows, work.matrix.cols))
+    shapes = [piece.mine for piece in cut.pieces]
+    for name in moment_names(work.config):
+        for piece, values in zip(cut.pieces, work.state.pieces(name, shapes), strict=True):
+            for area, view in _slot_views(whole, piece, values, shape[1]):
+                yield Chunk(f"state/{work.matrix.name}/{name}", shape, area, view)
+
+
+_BY_FAMILY = {"basis": _basis_chunks, "coordinates": _coordinate_chunks, "blocks": _coordinate_chunks}
+
+
+def _slot_views(whole: Selection, piece: CoordinatePiece, values: Tensor, width: int) -> Iterator[tuple[Tile, Tensor]]:
+    """A share of R as rectangles of the whole R: one, unless the selected entries of a tile are scattered over it."""
+    if values.numel() == 0:
+        return
+    start, stop = piece.my_bounds
+    slots = whole.slots(piece.tile).reshape(piece.shape).narrow(piece.selection.free_dim, start, stop - start)
+    table, data = (slots.view(1, -1), values.view(1, -1)) if slots.dim() == 1 else (slots, values)
+    for top, bottom, row in _runs(table[:, 0] // width):
+        for left, right, col in _runs(table[0] % width):
+            area = Tile((row, row + bottom - top), (col, col + right - left))
+            yield area, data[top:bottom, left:right]
+
+
+def _runs(ids: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Maximal stretches of consecutive numbers: (start, stop, first number)."""
+    breaks = (torch.nonzero(ids[1:] != ids[:-1] + 1).view(-1) + 1).tolist()
+    for start, stop in zip([0, *breaks], [*breaks, ids.numel()], strict=True):
+        yield start, stop, int(ids[start])
+
+
+def _regular_views(runtime: Runtime, i: int, local: Tensor) -> Iterator[tuple[Tile, Tensor]]:
+    original, part = runtime.originals[i], runtime.storage.part(i)
+    if local.numel() == 0:
+        return
+    yield from _VIEWS[type(part)](original, part, local)
+
+
+def _box_views(original: Original, part: Box, local: Tensor) -> Iterator[tuple[Tile, Tensor]]:
+    cols = flat_shape(original.shape)[1]
+    if len(original.shape) < 2:
+        span = part.spans[0] if part.spans else (0, 1)
+        yield Tile((0, 1), span), local.view(1, -1)
+        return
+    inner = part.spans[1:]
+    if len(inner) > 1 and any(span != (0, size) for span, size in zip(inner, original.shape[1:], strict=True)):
+        raise ValueError(
+            f"{original.name}: shards of dim 1 or higher of a {len(original.shape)}-D parameter cannot be saved."
+        )
+    yield Tile(part.spans[0], inner[0] if len(inner) == 1 else (0, cols)), local.reshape(local.shape[0], -1)
+
+
+def _interval_views(original: Original, part: Interval, local: Tensor) -> Iterator[tuple[Tile, Tensor]]:
+    _, cols = flat_shape(original.shape)
+    start = 0
+    for tile in interval_tiles(part.start, part.stop, cols):
+        yield tile, local[start : start + tile.numel].view(tile.height, tile.width)
+        start += tile.numel
+
+
+_VIEWS: dict[type, Callable[[Original, Any, Tensor], Iterator[tuple[Tile, Tensor]]]] = {
+    Box: _box_views,
+    Interval: _interval_views,
+}
+
+
+def flat_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """A regular parameter's shape as two dims: (first, rest); vectors and scalars are one row."""
+    return (1, prod(shape)) if len(shape) < 2 else (shape[0], prod(shape[1:]))
+
+
+def two_dims(shape: Sequence[int]) -> tuple[int, int]:
+    """R's shape as two dims: a flat selection is one row."""
+    return (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])
+
+
+def _all_of(tensor: Tensor) -> Tile:
+    return Tile((0, tensor.shape[0]), (0, tensor.shape[1]))
