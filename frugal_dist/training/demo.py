@@ -98,7 +98,7 @@ def _train(settings: DemoSettings, terminal: TextIO) -> None:
             unigram_loss=unigram_loss,
             deepspeed=config,
         )
-        every = max(100, math.ceil(settings.steps / 5))
+        every = max(100, math.ceil(settings.steps / 4))
         with Progress(settings.steps, terminal, shown=engine.rank == 0) as progress:
             outcome = Training(engine, batches, validation, metrics, progress, settings.steps, every).run()
         summary = _summary(engine, outcome, parameters, validation.tokens, unigram_loss)

@@ -20,6 +20,7 @@ def plot_run(run: Path) -> Path:
     # The object interface needs no display and no global backend.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(8.0, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -34,6 +35,9 @@ def plot_run(run: Path) -> Path:
         label="validation",
     )
     right.set(xlabel="thousand tokens", ylabel="validation perplexity", yscale="log")
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # readable numbers instead of powers of ten
+    right.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    right.yaxis.set_minor_formatter(NullFormatter())
     for setup in of_kind(records, "run"):
         left.axhline(setup["unigram_loss"], color="0.5", linestyle="--", label="unigram model")
         right.axhline(math.exp(setup["unigram_loss"]), color="0.5", linestyle="--", label="unigram model")
