@@ -293,6 +293,8 @@ def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
 
 def _check_group_keys(group: dict[str, Any]) -> None:
     """Groups may carry keys of their own, but a misspelled hyperparameter must not pass silently."""
+    if group.get("maximize"):
+        raise ValueError("Parameter group: maximize is not supported; negate the loss instead.")
     for key in group:
         close = difflib.get_close_matches(key, HYPERPARAMETERS, n=1, cutoff=0.8)
         if key not in HYPERPARAMETERS and close:

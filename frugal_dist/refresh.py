@@ -121,7 +121,7 @@ def _gradient_health(works: Sequence[Work]) -> list[tuple[bool, bool]]:
     spans: list[tuple[int, int]] = []
     for work in works:
         checked = work.grads if work.family == "basis" and work.grads is not None and _due(work) else []
-        pairs = [torch.stack(torch.aminmax(grad)).float() for grad in checked if grad.numel()]
+        pairs = [torch.stack(torch.aminmax(grad)).double() for grad in checked if grad.numel()]
         spans.append((len(extremes), len(extremes) + len(pairs)))
         extremes += pairs
     host = torch.stack(extremes).cpu() if extremes else torch.empty(0, 2)

@@ -46,10 +46,24 @@ def _sparse_subset(length: int, count: int, generator: torch.Generator) -> Tenso
     """
     chosen = torch.rand(length, generator=generator) < count / length
     surplus = int(chosen.sum()) - count
-    pool = torch.nonzero(chosen if surplus > 0 else ~chosen).view(-1)
-    flip = torch.randperm(pool.numel(), generator=generator)[: abs(surplus)]
-    chosen[pool[flip]] = surplus < 0
+    flipped = _sample(chosen if surplus > 0 else ~chosen, abs(surplus), generator)
+    chosen[flipped] = surplus < 0
     return torch.nonzero(chosen).view(-1)
+
+
+def _sample(allowed: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    """``number`` distinct positions, uniformly among those that ``allowed`` marks.
+
+    Few marks are listed and shuffled; many are hit soon by drawing at random, without a list of all of them.
+    """
+    if 2 * int(allowed.sum()) <= allowed.numel():
+        pool = torch.nonzero(allowed).view(-1)
+        return pool[torch.randperm(pool.numel(), generator=generator)[:number]]
+    found: dict[int, None] = {}
+    while len(found) < number:
+        drawn = torch.randint(allowed.numel(), (2 * number,), generator=generator)
+        found.update(dict.fromkeys(drawn[allowed[drawn]].tolist()))
+    return torch.tensor(list(found)[:number], dtype=torch.int64)
 
 
 class Selection(Protocol):
