@@ -45,7 +45,7 @@ def _sparse_subset(length: int, count: int, generator: torch.Generator) -> Tenso
     uniform, and so is a uniform subset of it, or it with a uniform subset of its complement.
     """
     chosen = torch.rand(length, generator=generator) < count / length
-    surplus = int(chosen.sum()) - count
+    surplus = int(torch.count_nonzero(chosen)) - count
     flipped = _sample(chosen if surplus > 0 else ~chosen, abs(surplus), generator)
     chosen[flipped] = surplus < 0
     return torch.nonzero(chosen).view(-1)
@@ -56,7 +56,7 @@ def _sample(allowed: Tensor, number: int, generator: torch.Generator) -> Tensor:
 
     Few marks are listed and shuffled; many are hit soon by drawing at random, without a list of all of them.
     """
-    if 2 * int(allowed.sum()) <= allowed.numel():
+    if 2 * int(torch.count_nonzero(allowed)) <= allowed.numel():
         pool = torch.nonzero(allowed).view(-1)
         return pool[torch.randperm(pool.numel(), generator=generator)[:number]]
     found: dict[int, None] = {}
