@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +10,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from frugal_dist import Frugal, engines
 from frugal_dist.sharding.storage import Box, Interval, Original, Part
 
 Named = dict[str, Tensor]
+Groups = set[str] | Sequence[dict[str, Any]]
+"""The names that are projected, or parameter groups whose "params" are names."""
 
 
 @dataclass
@@ -27,9 +31,11 @@ class Held:
     full: Callable[[], Named]
 
 
-def groups_of(named: dict[str, nn.Parameter], projected: set[str]) -> list[dict[str, Any]]:
-    parts = [[(n, p) for n, p in named.items() if (n in projected) is wanted] for wanted in (True, False)]
-    return [{"params": part, "projected": wanted} for part, wanted in zip(parts, (True, False), strict=True) if part]
+def groups_of(named: dict[str, nn.Parameter], groups: Groups) -> list[dict[str, Any]]:
+    if isinstance(groups, set):
+        parts = [(wanted, [n for n in named if (n in groups) is wanted]) for wanted in (True, False)]
+        groups = [{"params": names, "projected": wanted} for wanted, names in parts if names]
+    return [{**group, "params": [(name, named[name]) for name in group["params"]]} for group in groups]
 
 
 def _set_grads(named: dict[str, nn.Parameter], grads: Named, place: Callable[[Tensor, nn.Parameter], Tensor]) -> None:
@@ -38,10 +44,10 @@ def _set_grads(named: dict[str, nn.Parameter], grads: Named, place: Callable[[Te
         param.grad = None if grad is None else place(grad, param)
 
 
-def replicas(weights: Named, projected: set[str], options: dict[str, Any]) -> Held:
+def replicas(weights: Named, groups: Groups, options: dict[str, Any]) -> Held:
     """Every rank holds everything: DDP, or one process."""
     named = {name: nn.Parameter(weight.clone()) for name, weight in weights.items()}
-    optimizer = Frugal(groups_of(named, projected), **options)
+    optimizer = Frugal(groups_of(named, groups), **options)
 
     def step(grads: Named) -> None:
         _set_grads(named, grads, lambda grad, param: grad.to(param.dtype).clone())
@@ -51,25 +57,57 @@ def replicas(weights: Named, projected: set[str], options: dict[str, Any]) -> He
 
 
 def dtensors(
-    weights: Named, projected: set[str], options: dict[str, Any], shape: Sequence[int], placements: Sequence[Placement]
+    weights: Named, groups: Groups, options: dict[str, Any], shape: Sequence[int], placements: Sequence[Placement]
 ) -> Held:
     """DTensors over a mesh of ``shape``: FSDP2 Shard(0) or Shard(1), HSDP. Vectors are sharded on dim 0."""
     mesh = init_device_mesh("cpu", tuple(shape))
 
-    def places(tensor: Tensor) -> list[Placement]:
-        return [Shard(min(p.dim, tensor.dim() - 1)) if isinstance(p, Shard) else p for p in placements]
-
     def put(tensor: Tensor) -> DTensor:
-        return distribute_tensor(tensor.clone(), mesh, places(tensor))
+        places = [Shard(min(p.dim, tensor.dim() - 1)) if isinstance(p, Shard) else p for p in placements]
+        return _cut(tensor, mesh, places)
 
     named = {name: nn.Parameter(put(weight)) for name, weight in weights.items()}
-    optimizer = Frugal(groups_of(named, projected), **options)
+    optimizer = Frugal(groups_of(named, groups), **options)
 
     def step(grads: Named) -> None:
-        _set_grads(named, grads, lambda grad, param: put(grad))
+        _set_grads(named, grads, cut_like)
         optimizer.step()
 
-    return Held(optimizer, step, lambda: {name: param.detach().full_tensor() for name, param in named.items()})
+    return Held(optimizer, step, lambda: _whole(named, weights))
+
+
+def cut_like(whole: Tensor, param: Tensor) -> DTensor:
+    """This rank's part of ``whole``, as a DTensor placed as ``param`` is; no communication."""
+    assert isinstance(param, DTensor)
+    return _cut(whole.to(param.dtype), param.device_mesh, param.placements)
+
+
+def _cut(whole: Tensor, mesh: DeviceMesh, places: Sequence[Placement]) -> DTensor:
+    shape, offset = compute_local_shape_and_global_offset(whole.shape, mesh, places)
+    local = whole[_slices(shape, offset)].clone()
+    return DTensor.from_local(local, mesh, places, run_check=False, shape=whole.shape, stride=whole.stride())
+
+
+def _slices(shape: Sequence[int], offset: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def _whole(named: dict[str, nn.Parameter], like: Named) -> Named:
+    """Every rank's parts put together; replicas must agree bit for bit."""
+    mine = []
+    for name, param in named.items():
+        data = param.detach()
+        assert isinstance(data, DTensor)
+        at = _slices(*compute_local_shape_and_global_offset(data.shape, data.device_mesh, data.placements))
+        mine.append((name, at, data.to_local()))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    found = {name: torch.full_like(tensor, float("nan")) for name, tensor in like.items()}
+    for name, at, piece in (entry for pieces in everyone for entry in pieces):
+        target = found[name][at]
+        assert target.isnan().all() or torch.equal(target, piece), f"replicas of {name} differ"
+        target.copy_(piece)
+    return found
 
 
 class FlatStorage:
@@ -137,14 +175,16 @@ class FlatStorage:
         return None if grad is None else self._slice(i, grad)
 
 
-def flats(weights: Named, projected: set[str], options: dict[str, Any], subgroups: int, each: bool) -> Held:
+def flats(weights: Named, groups: Groups, options: dict[str, Any], subgroups: int, each: bool) -> Held:
     """Flat partitions: ``each`` False as ZeRO-1/2 (all concatenated), True as ZeRO-3 (every parameter cut)."""
+    engines._choose = choose_with_simulation  # passes everything else through, so it may stay
     named = {name: nn.Parameter(weight.clone()) for name, weight in weights.items()}
-    optimizer = Frugal(groups_of(named, projected), **options)
+    optimizer = Frugal(groups_of(named, groups), **options)
     storage = FlatStorage(optimizer._originals, weights, subgroups, each)
     group_options = [dict(group) for group in optimizer.param_groups]
     storage.options_of = lambda i: group_options[storage.originals[i].group]
     SIMULATED[id(optimizer._originals)] = storage
+    weakref.finalize(optimizer, SIMULATED.pop, id(optimizer._originals))
     for k, group in enumerate(optimizer.param_groups):
         group["params"] = storage.flats if k == 0 else []
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.multi_threaded_pg import (
+    ProcessLocalGroup,
     _install_threaded_pg,
     _uninstall_threaded_pg,
-    ProcessLocalGroup,
 )
 
 
