@@ -22,6 +22,7 @@ from frugal_dist.update import (
     coordinate_share,
     decay_,
     finish_coordinates,
+    state_free_,
     update_coordinates,
 )
 from frugal_dist.work import (
@@ -59,9 +60,14 @@ def step_matrices(runtime: Runtime, works: Sequence[Work], stepped: Sequence[Wor
 
 
 def _coordinates_here(runtime: Runtime, work: Work) -> None:
-    pieces = coordinate_cut(runtime, work).pieces
-    moments = moments_of(work, [piece.mine for piece in pieces])
+    cut = coordinate_cut(runtime, work)
     assert work.grads is not None
+    if cut.nothing:
+        for weight, grad in zip(work.weights, work.grads, strict=True):
+            state_free_(weight, grad, work.config)
+        return
+    pieces = cut.pieces
+    moments = moments_of(work, [piece.mine for piece in pieces])
     chosen = [piece.selection for piece in pieces]
     update_coordinates(work.weights, work.grads, chosen, moments, work.state.clock("step"), work.config)
 

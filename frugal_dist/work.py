@@ -20,7 +20,7 @@ from frugal_dist.sharding.plan import compute_layout
 from frugal_dist.sharding.route import Route, route
 from frugal_dist.sharding.storage import Original, Storage
 from frugal_dist.sharding.table import Matrix, Table
-from frugal_dist.sharding.tile import Layout, Tile, Tiles, holders, split_evenly
+from frugal_dist.sharding.tile import Tile, Tiles, holders, split_evenly
 from frugal_dist.state import MatrixState, Shape
 
 
@@ -43,7 +43,7 @@ class Runtime:
     table: Table
     shard_replicas: bool
     bucket_bytes: int
-    layouts: dict[int, Layout] = field(default_factory=dict)
+    routes: dict[int, Route] = field(default_factory=dict)
     cuts: dict[int, Cut] = field(default_factory=dict)
     agreed: dict[int, Agreed] = field(default_factory=dict)
     failures: dict[int, int] = field(default_factory=dict)
@@ -162,8 +162,8 @@ class Cut:
 def basis_route(runtime: Runtime, work: Work) -> Route:
     """Where a basis matrix computes; the same answer on every rank, and for the whole run: the state lies there."""
     matrix = work.matrix
-    if matrix.index not in runtime.layouts:
-        runtime.layouts[matrix.index] = compute_layout(
+    if matrix.index not in runtime.routes:
+        layout = compute_layout(
             matrix.storage,
             matrix.rows,
             matrix.cols,
@@ -174,7 +174,8 @@ def basis_route(runtime: Runtime, work: Work) -> Route:
             work.config.compute_layout,
             runtime.shard_replicas,
         )
-    return route(matrix.storage, runtime.layouts[matrix.index], runtime.ranks.rank, matrix.index)
+        runtime.routes[matrix.index] = route(matrix.storage, layout, runtime.ranks.rank, matrix.index)
+    return runtime.routes[matrix.index]
 
 
 def whole_selection(work: Work, refresh: int, size: int) -> Selection:

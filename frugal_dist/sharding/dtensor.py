@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
@@ -20,15 +20,17 @@ class DTensorStorage:
     groups: Sequence[dict[str, Any]]
     originals: Sequence[Original]
     shares_replicas: bool = True
+    parts: dict[int, Part] = field(default_factory=dict)
 
     def call(self) -> Sequence[int]:
         return range(len(self.originals))
 
     def part(self, i: int) -> Part:
-        carrier, original = self.carrier(i), self.originals[i]
-        if not isinstance(carrier, DTensor):
-            return Box(tuple((0, size) for size in original.shape))
-        return Box(_spans(original.name, carrier))
+        if i not in self.parts:
+            carrier, original = self.carrier(i), self.originals[i]
+            whole = tuple((0, size) for size in original.shape)
+            self.parts[i] = Box(_spans(original.name, carrier) if isinstance(carrier, DTensor) else whole)
+        return self.parts[i]
 
     def carrier(self, i: int) -> Tensor:
         original = self.originals[i]
@@ -39,7 +41,7 @@ class DTensorStorage:
         return self.groups[self.originals[i].group]
 
     def weight(self, i: int) -> Tensor:
-        return _local(self.carrier(i).detach())
+        return _local(self.carrier(i)).detach()
 
     def grad(self, i: int) -> Tensor | None:
         grad = self.carrier(i).grad

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 from frugal_dist.sharding.plan import Move, moves_for
 from frugal_dist.sharding.tile import Layout, Tile, elements, holders, is_replicated, owned
@@ -29,7 +28,6 @@ class Route:
     load: tuple[int, ...]
 
 
-@lru_cache(maxsize=65536)
 def route(storage: Layout, compute: Layout, rank: int, index: int) -> Route:
     """Pure: a function of the two layouts. ``index`` spreads replicated sources over their holders."""
     mine = compute[rank]
