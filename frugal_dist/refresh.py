@@ -5,7 +5,7 @@ A NaN, a zero gradient or a failed SVD is a status that all ranks learn; no rank
 
 from __future__ import annotations
 
-import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from frugal_dist.clock import due, offset
 from frugal_dist.moments import carry_basis_moments, move_coordinate_moments, moves_between_ranks
+from frugal_dist.notices import notice
 from frugal_dist.projection.basis import Basis, basis_shapes, exact_svd, random_basis
 from frugal_dist.replicas import fingerprints, mismatched, resynchronise
 from frugal_dist.sharding.exchange import agree_max, all_to_all, broadcast
@@ -80,14 +81,12 @@ def _suspects(runtime: Runtime, works: Sequence[Work]) -> list[Work]:
     """
     found = []
     for work in works:
-        if not _takes_part(runtime, work):
-            continue
         known = runtime.agreed.get(work.matrix.index)
         if runtime.ranks.alone:
             suspect = _due(work)
         else:
             suspect = known is None or _due(work, known.updates + known.calls, known.refreshed_at)
-        if suspect:
+        if suspect and _takes_part(runtime, work):
             found.append(work)
         elif known is not None:
             known.calls += 1
@@ -95,21 +94,34 @@ def _suspects(runtime: Runtime, works: Sequence[Work]) -> list[Work]:
 
 
 def _agree(runtime: Runtime, suspects: Sequence[Work]) -> dict[int, Report]:
-    """One small all-reduce: counts, presence and health of the gradients, equality of replicas."""
-    values = []
+    """One small all-reduce: counts, presence and health of the gradients, equality of settings and of replicas."""
+    settings = zlib.crc32(repr([(work.config, work.decay) for work in suspects]).encode())
+    values = [settings, -settings]
     for work, (finite, nonzero) in zip(suspects, _gradient_health(suspects), strict=True):
         updates = work.state.clock("updates")
         values += [updates, -updates, int(work.grads is not None), int(not finite), int(nonzero)]
     compared = [] if runtime.ranks.alone else suspects
     agreed = agree_max(runtime.ranks, [*values, *fingerprints(runtime, compared)], suspects[0].device)
+    if agreed[0] != -agreed[1]:
+        raise ValueError(
+            "The ranks have different hyperparameters at this refresh. Change them (learning rate, density, ...) "
+            "on all ranks alike."
+        )
+    agreed = agreed[2:]
     reports = {}
     for position, work in enumerate(suspects):
         most, negative_least, present, bad, moving = agreed[5 * position : 5 * position + 5]
         if most != -negative_least:
-            _warn(
+            _notice(
                 runtime, f"{work.matrix.name}: ranks counted {-negative_least} to {most} updates; all go on with {most}"
             )
             work.state.set_clock("updates", most)
+        if bad:
+            _notice(
+                runtime,
+                f"{work.matrix.name}: its gradient has NaN or infinite entries at a projector refresh. All ranks leave "
+                "the matrix alone on this step and try again on the next.",
+            )
         reports[work.matrix.index] = Report(most, bool(present), not bad, not moving)
     resynchronise(runtime, mismatched(runtime, compared, agreed[5 * len(suspects) :]))
     return reports
@@ -117,16 +129,19 @@ def _agree(runtime: Runtime, suspects: Sequence[Work]) -> dict[int, Report]:
 
 def _gradient_health(works: Sequence[Work]) -> list[tuple[bool, bool]]:
     """(finite, nonzero) of every work's local gradient, with one transfer to the host."""
-    extremes: list[Tensor] = []
+    flags: list[Tensor] = []
     spans: list[tuple[int, int]] = []
     for work in works:
         checked = work.grads if work.family == "basis" and work.grads is not None and _due(work) else []
-        pairs = [torch.stack(torch.aminmax(grad)).double() for grad in checked if grad.numel()]
-        spans.append((len(extremes), len(extremes) + len(pairs)))
-        extremes += pairs
-    host = torch.stack(extremes).cpu() if extremes else torch.empty(0, 2)
-    finite, nonzero = torch.isfinite(host).all(dim=1), (host != 0).any(dim=1)
-    return [(bool(finite[a:b].all()), bool(nonzero[a:b].any())) for a, b in spans]
+        found = [_flags(torch.stack(torch.aminmax(grad))) for grad in checked if grad.numel()]
+        spans.append((len(flags), len(flags) + len(found)))
+        flags += found
+    host = torch.stack(flags).cpu() if flags else torch.empty(0, 2, dtype=torch.bool)
+    return [(bool(host[a:b, 0].all()), bool(host[a:b, 1].any())) for a, b in spans]
+
+
+def _flags(extremes: Tensor) -> Tensor:
+    return torch.stack([torch.isfinite(extremes).all(), (extremes != 0).any()])
 
 
 def _usable(work: Work, report: Report) -> bool:
@@ -252,7 +267,7 @@ def _compute(work: Work, grad: Tensor) -> Basis | None:
             troubles.append("the result is not finite")
         except Exception as error:  # whatever went wrong becomes a status; a traceback here would hang the others
             troubles.append(f"{type(error).__name__}: {error}")
-    warnings.warn(f"{work.matrix.name}: the refresh failed on its owner: {'; '.join(troubles)}", stacklevel=2)
+    notice(f"{work.matrix.name}: the refresh failed on its owner: {'; '.join(troubles)}")
     return None
 
 
@@ -303,6 +318,6 @@ def _count_failure(runtime: Runtime, work: Work, owner: int) -> None:
         )
 
 
-def _warn(runtime: Runtime, text: str) -> None:
+def _notice(runtime: Runtime, text: str) -> None:
     if runtime.ranks.rank == 0:
-        warnings.warn(text, stacklevel=3)
+        notice(text)

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from frugal_dist.notices import notice
 from frugal_dist.sharding.exchange import all_to_all
 from frugal_dist.sharding.tile import Tile, holders
 from frugal_dist.work import Runtime, Work
 
 _ABSENT = -(2**62)
+_MODULUS = 2**61
+_PIECE = 2**20
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprints(runtime: Runtime, works: Sequence[Work]) -> list[int]:
     """Two numbers, h and -h, for every replicated tile of every work: their maxima differ iff the replicas do."""
+    entries = _replicated(runtime, works)
+    mine = [_fingerprint(work.local_weight(tile)) for work, tile, ranks in entries if runtime.ranks.rank in ranks]
+    marks = iter((torch.stack(mine).cpu() % _MODULUS).tolist() if mine else [])
     values = []
-    for work, tile, ranks in _replicated(runtime, works):
-        if runtime.ranks.rank in ranks:
-            mark = _fingerprint(work.local_weight(tile))
-            values += [mark, -mark]
-        else:
-            values += [_ABSENT, _ABSENT]
+    for _, _, ranks in entries:
+        mark = next(marks) if runtime.ranks.rank in ranks else None
+        values += [_ABSENT, _ABSENT] if mark is None else [mark, -mark]
     return values
 
 
@@ -48,11 +50,10 @@ def resynchronise(runtime: Runtime, broken: Sequence[tuple[Work, Tile, tuple[int
             recv[ranks[0]].append(work.local_weight(tile))
         all_to_all(runtime.ranks, send, recv, torch.empty(0, dtype=work.weight_dtype, device=work.device))
         if runtime.ranks.rank == 0:
-            warnings.warn(
+            notice(
                 f"{work.matrix.name}: the replicas on ranks {ranks} had different weights; all now have "
                 f"rank {ranks[0]}'s. "
-                "Something outside the optimizer changed one of them, or gradients were not averaged.",
-                stacklevel=2,
+                "Something outside the optimizer changed one of them, or gradients were not averaged."
             )
 
 
@@ -62,8 +63,12 @@ def _replicated(runtime: Runtime, works: Sequence[Work]) -> list[tuple[Work, Til
     ]
 
 
-def _fingerprint(weight: Tensor) -> int:
-    """A sum over the bits, weighted so that swapped entries show."""
-    bits = weight.contiguous().view(_BITS[weight.element_size()]).view(-1).to(torch.int64)
-    weights = torch.arange(bits.numel(), device=bits.device).remainder_(8191).add_(1)
-    return int((bits.remainder(2**31) * weights).sum()) % (2**61)
+def _fingerprint(weight: Tensor) -> Tensor:
+    """A sum over the bits, weighted so that swapped entries show; in pieces, to keep the 64-bit copies small."""
+    bits = weight.reshape(-1).view(_BITS[weight.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for start in range(0, bits.numel(), _PIECE):
+        piece = bits[start : start + _PIECE].to(torch.int64).remainder_(2**31)
+        places = torch.arange(start, start + piece.numel(), device=weight.device)
+        total += piece.mul_(places.remainder_(8191).add_(1)).sum()
+    return total
