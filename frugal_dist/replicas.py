@@ -68,7 +68,7 @@ def _fingerprint(weight: Tensor) -> Tensor:
     bits = weight.reshape(-1).view(_BITS[weight.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
     for start in range(0, bits.numel(), _PIECE):
-        piece = bits[start : start + _PIECE].to(torch.int64).remainder_(2**31)
+        piece = bits[start : start + _PIECE].to(torch.int64, copy=True).remainder_(2**31)
         places = torch.arange(start, start + piece.numel(), device=weight.device)
         total += piece.mul_(places.remainder_(8191).add_(1)).sum()
     return total
