@@ -210,10 +210,8 @@ class Frugal(Optimizer):
                     bucket_bytes=BUCKET_BYTES,
                 )
             )
-            if self._loaded:
-                saving.unpack_all(runtime, self.state)
-                self._loaded = False
-            self._runtime = runtime
+            saving.unpack_all(runtime, self.state, self._loaded)
+            self._runtime, self._loaded = runtime, False
         return self._runtime
 
     # --- saving -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ from refresh to refresh, moments travel dense, in the shape of the stored tile: 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -21,15 +23,18 @@ from frugal_dist.work import (
     CoordinatePiece,
     Runtime,
     Work,
+    basis_layout,
     basis_piece_shapes,
     basis_route,
+    basis_tile_shapes,
     coordinate_cut,
     cut_selection,
     moment_names,
+    route_to,
     same_slots,
     whole_selection,
 )
-from frugal_dist.workload import Regular, load_of
+from frugal_dist.workload import Load, Regular, load_of
 
 _PART = re.compile(r"^(?P<key>.*)@rank(?P<rank>\d+)of(?P<size>\d+)$")
 Store = dict[str, Tensor]
@@ -58,22 +63,99 @@ def pack_all(runtime: Runtime, state: MutableMapping[Tensor, Store]) -> dict[int
     return packed
 
 
-def unpack_all(runtime: Runtime, state: MutableMapping[Tensor, Store]) -> None:
+def unpack_all(runtime: Runtime, state: MutableMapping[Tensor, Store], loaded: bool) -> None:
     """Turn what was loaded into live state. Collective; ValueError on all ranks alike if anything does not fit."""
-    problem = ""
-    try:
+    if not _all_loaded(runtime, loaded):
+        return
+
+    def strip() -> None:
         for store in state.values():
             _strip_parts(runtime, store)
-        load = load_of(runtime, state, everything=True)
+
+    _together(runtime, strip)
+    load = load_of(runtime, state, everything=True)
+    everyone = gather_objects(runtime.ranks, _summaries(load))
+    _compare_clocks(everyone)
+    for work in load.works:
+        _settle_layout(runtime, work, [summaries[work.matrix.name] for summaries in everyone])
+
+    def adopt() -> None:
         for work in load.works:
             _adopt(runtime, work)
         for one in load.regular:
             _check_regular(one)
-    except ValueError as error:
-        problem = str(error)
+
+    _together(runtime, adopt)
+
+
+def _together(runtime: Runtime, action: Callable[[], None]) -> None:
+    """Run ``action`` on every rank; if it fails anywhere, raise the same ValueError on all of them."""
+    problem = ""
+    try:
+        action()
+    except Exception as error:  # a rank that raised alone would leave the others waiting
+        problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     for rank, text in enumerate(gather_objects(runtime.ranks, problem)):
         if text:
             raise ValueError(text if runtime.ranks.alone else f"rank {rank}: {text}")
+
+
+def _all_loaded(runtime: Runtime, loaded: bool) -> bool:
+    answers = gather_objects(runtime.ranks, loaded)
+    if any(answers) and not all(answers):
+        raise ValueError(
+            f"load_state_dict was called on rank {answers.index(True)}, but not on rank {answers.index(False)}. "
+            "All ranks must load or none."
+        )
+    return loaded
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What must fit together: the counts of a matrix or a regular parameter, and how much of it is here."""
+
+    clocks: tuple[int | None, ...]
+    elements: int
+
+
+def _summaries(load: Load) -> dict[str, Summary]:
+    entries = [(work.matrix.name, work.state, work.config) for work in load.works]
+    entries += [(one.name, one.state, one.config) for one in load.regular]
+    found = {}
+    for name, state, config in entries:
+        clocks = [state.get(clock) for clock in CLOCKS]
+        moment = state.get(moment_names(config)[0])
+        counts = tuple(None if clock is None else int(clock) for clock in clocks)
+        found[name] = Summary(counts, 0 if moment is None else moment.numel())
+    return found
+
+
+def _compare_clocks(everyone: Sequence[dict[str, Summary]]) -> None:
+    for name, first in everyone[0].items():
+        for rank, summaries in enumerate(everyone):
+            if summaries[name].clocks != first.clocks:
+                raise ValueError(
+                    f"{name}: rank 0 loaded the counts {_counts(first)}, rank {rank} {_counts(summaries[name])}. "
+                    "The ranks' files were saved at different steps, or one of them is missing."
+                )
+
+
+def _counts(summary: Summary) -> str:
+    listed = [f"{name}={value}" for name, value in zip(CLOCKS, summary.clocks, strict=True) if value is not None]
+    return ", ".join(listed) or "nothing"
+
+
+def _settle_layout(runtime: Runtime, work: Work, everyone: Sequence[Summary]) -> None:
+    """Compute where the saved run did. The cost rule may choose otherwise now, if the density was changed meanwhile."""
+    size = work.state.get("size")
+    if work.family != "basis" or work.empty or size is None:
+        return
+    for choice in (work.config.compute_layout, "cut", "owner"):
+        layout = basis_layout(runtime, work, choice)
+        shapes = [basis_tile_shapes(work.side, tiles, int(size)) for tiles in layout]
+        if [sum(map(prod, own)) for own in shapes] == [summary.elements for summary in everyone]:
+            runtime.routes[work.matrix.index] = route_to(runtime, work, layout)
+            return
 
 
 def placed(store: Mapping[str, Tensor], device: torch.device) -> Store:

@@ -20,7 +20,7 @@ from frugal_dist.sharding.plan import compute_layout
 from frugal_dist.sharding.route import Route, route
 from frugal_dist.sharding.storage import Original, Storage
 from frugal_dist.sharding.table import Matrix, Table
-from frugal_dist.sharding.tile import Tile, Tiles, holders, split_evenly
+from frugal_dist.sharding.tile import Layout, Tile, Tiles, holders, split_evenly
 from frugal_dist.state import MatrixState, Shape
 
 
@@ -161,21 +161,29 @@ class Cut:
 
 def basis_route(runtime: Runtime, work: Work) -> Route:
     """Where a basis matrix computes; the same answer on every rank, and for the whole run: the state lies there."""
-    matrix = work.matrix
-    if matrix.index not in runtime.routes:
-        layout = compute_layout(
-            matrix.storage,
-            matrix.rows,
-            matrix.cols,
-            work.side,
-            work.size,
-            matrix.index,
-            matrix.owner,
-            work.config.compute_layout,
-            runtime.shard_replicas,
-        )
-        runtime.routes[matrix.index] = route(matrix.storage, layout, runtime.ranks.rank, matrix.index)
-    return runtime.routes[matrix.index]
+    if work.matrix.index not in runtime.routes:
+        runtime.routes[work.matrix.index] = route_to(runtime, work, basis_layout(runtime, work))
+    return runtime.routes[work.matrix.index]
+
+
+def basis_layout(runtime: Runtime, work: Work, choice: str | None = None) -> Layout:
+    """The compute layout for the present density; ``choice`` overrides the configured one."""
+    return compute_layout(
+        work.matrix.storage,
+        work.matrix.rows,
+        work.matrix.cols,
+        work.side,
+        work.size,
+        work.matrix.index,
+        work.matrix.owner,
+        choice or work.config.compute_layout,
+        runtime.shard_replicas,
+    )
+
+
+def route_to(runtime: Runtime, work: Work, layout: Layout) -> Route:
+    """This rank's route from storage to a compute layout."""
+    return route(work.matrix.storage, layout, runtime.ranks.rank, work.matrix.index)
 
 
 def whole_selection(work: Work, refresh: int, size: int) -> Selection:
@@ -214,12 +222,17 @@ def cut_selection(runtime: Runtime, work: Work, selection: Selection, rank: int)
 
 def basis_piece_shapes(work: Work, plan: Route, r: int) -> list[Shape]:
     """R's shape on each compute tile of this rank."""
+    return basis_tile_shapes(work.side, plan.tiles, r)
+
+
+def basis_tile_shapes(side: str, tiles: Tiles, r: int) -> list[Shape]:
+    """R's shape on each of some compute tiles."""
     shape: Callable[[Tile], Shape] = {
         "right": lambda tile: (tile.height, r),
         "left": lambda tile: (r, tile.width),
         "full": lambda tile: (r, r),
-    }[work.side]
-    return [shape(tile) for tile in plan.tiles]
+    }[side]
+    return [shape(tile) for tile in tiles]
 
 
 def moment_names(config: FrugalConfig) -> tuple[str, ...]:
