@@ -13,7 +13,15 @@ from torch.optim import Optimizer
 
 from frugal_dist import engines, saving
 from frugal_dist.config import HYPERPARAMETERS, FrugalConfig, check_choice, check_keys, config_from
-from frugal_dist.parameters import ParameterInfo, check_patterns, check_selection, is_projected_name, matches, report
+from frugal_dist.parameters import (
+    ParameterInfo,
+    check_patterns,
+    check_selection,
+    clean_name,
+    is_projected_name,
+    matches,
+    report,
+)
 from frugal_dist.projection.blocks import active_count
 from frugal_dist.projection.numerics import full_precision
 from frugal_dist.projection.shapes import family, selection_size
@@ -127,6 +135,7 @@ class Frugal(Optimizer):
     ) -> Original:
         shape = engines.full_shape(tensor)
         name = name or engines.name_of(tensor)
+        name = None if name is None else clean_name(name)  # the same seeds and state names with and without wrappers
         if name is None:
             name = f"group{group}.{position}"
             if projected is None:

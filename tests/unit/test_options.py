@@ -377,3 +377,10 @@ def test_the_printed_form_shows_the_hyperparameters() -> None:
     assert "Frugal" in text
     assert "columns" in text
     assert "0.5" in text
+
+
+def test_wrappers_do_not_change_names() -> None:
+    """DDP and torch.compile put components into names; seeds and saved state must not depend on them."""
+    named = [(f"module._orig_mod.layers.{i}.q_proj.weight", torch.nn.Parameter(torch.ones(8, 8))) for i in range(2)]
+    rows = Frugal(named).parameter_report_rows()
+    assert [row.name for row in rows] == ["layers.0.q_proj.weight", "layers.1.q_proj.weight"]
