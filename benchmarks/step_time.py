@@ -144,7 +144,7 @@ def table(rows: list[Row], gap: int) -> str:
     base = rows[0].step
     for row in rows:
         refresh = "–" if row.refresh is None else f"{row.refresh:.1f}"
-        mean = "–" if row.refresh is None else f"{(row.step * (gap - 1) + row.refresh) / gap / base:.2f}"
+        mean = "–" if row.refresh is None else f"{row.ratio + (row.refresh - row.step) / gap / base:.2f}"
         goal = "–" if row.goal is None else f"{row.goal:g}"
         spread = f"{row.ratio_low:.2f} to {row.ratio_high:.2f}"
         cells = [row.name, f"{row.step:.2f}", f"{row.ratio:.2f}", spread, refresh, mean, goal, row.verdict]

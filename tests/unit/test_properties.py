@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -256,7 +257,12 @@ def test_every_process_draws_the_same() -> None:
     for hash_seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
         result = subprocess.run(
-            [sys.executable, "-c", PRINT_SELECTIONS], env=environment, capture_output=True, text=True, check=True
+            [sys.executable, "-c", PRINT_SELECTIONS],
+            cwd=Path(__file__).parents[2],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         outputs.add(result.stdout)
     here = [select_indices(n, c, seed=3, name="layers.0.q_proj.weight", refresh=7) for n, c in ((50, 12), (20_000, 5))]
