@@ -12,7 +12,7 @@ from frugal_dist.config import HYPERPARAMETERS
 from frugal_dist.sharding import zero
 from frugal_dist.sharding.exchange import Ranks, ranks_of
 from frugal_dist.sharding.plain import PlainStorage
-from frugal_dist.sharding.storage import Original, Storage
+from frugal_dist.sharding.storage import Original, Part, Storage
 from frugal_dist.sharding.table import build_table
 from frugal_dist.work import Runtime
 
@@ -42,10 +42,13 @@ def after_loading(model_or_engine: Any, counts: dict[str, Any]) -> None:
     zero.after_loading(model_or_engine, counts)
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """A parameter that is not optimized, whole, wherever it is sharded. Collective."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor.detach() if gather is None else gather()
+def stored_part(name: str, tensor: Tensor) -> tuple[tuple[int, ...], Part, Tensor]:
+    """A parameter that is not optimized: its whole shape, which part of it is here, and that part's memory."""
+    if hasattr(tensor, "device_mesh"):
+        from frugal_dist.sharding import dtensor
+
+        return tuple(tensor.shape), *dtensor.stored_part(name, tensor)
+    return full_shape(tensor), *zero.stored_part(tensor)
 
 
 def is_alone(process_group: Any) -> bool:

@@ -1,145 +1,268 @@
-"""Files of a checkpoint: one tensor file per rank and an index, complete or not there at all. Nothing in it is code.
+"""The folder of a checkpoint: two files per rank and an index, complete or not there at all. Nothing in it is code.
 
-Rank files are torch.save archives read with ``weights_only=True``, memory-mapped, so that a rank reads only the pieces
-it needs. The index is JSON. A folder is written under another name and renamed when every rank has finished.
+    index.json              which file holds which rectangle of which tensor; counts, hyperparameters, sizes, checksums
+    rank00000.safetensors   rectangles of weights and state
+    rank00000.extra.pt      the rank's own: ``extra``, RNG states; read with ``weights_only=True``
+
+A folder is written under a hidden name and renamed when every rank has finished. Every file carries the checkpoint's
+id, so that files of two checkpoints cannot pass for one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 
-from frugal_dist.sharding.tile import Tile, overlap
+from frugal_dist.checkpoint.errors import CheckpointError, DamagedError
+from frugal_dist.checkpoint.tensors import Output, Written
+from frugal_dist.sharding.tile import Tile
 
 FORMAT = "frugal_dist checkpoint"
 VERSION = 1
 INDEX = "index.json"
-Piece = tuple[str, Tile]
+_OURS = re.compile(r"^(index\.json|rank\d{5,}\.(safetensors|extra\.pt))$")
 
 
-def rank_file(rank: int) -> str:
-    """Name of the file that rank wrote."""
-    return f"rank{rank:05d}.pt"
+def tensor_file(rank: int) -> str:
+    """The tensors that a rank wrote."""
+    return f"rank{rank:05d}.safetensors"
 
 
-def write_rank(folder: Path, rank: int, pieces: Mapping[str, Tensor], record: Any) -> int:
-    """Write one rank's file and flush it to disk; returns its size in bytes."""
-    path = folder / rank_file(rank)
-    with path.open("wb") as file:
-        torch.save({"pieces": dict(pieces), "record": record}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    return path.stat().st_size
+def extra_file(rank: int) -> str:
+    """What else a rank wrote."""
+    return f"rank{rank:05d}.extra.pt"
 
 
-def write_index(folder: Path, index: Mapping[str, Any]) -> None:
-    """Write the index, the last file of a checkpoint."""
-    with (folder / INDEX).open("w") as file:
-        json.dump({"format": FORMAT, "version": VERSION, **index}, file)
-        file.flush()
-        os.fsync(file.fileno())
+@dataclass(frozen=True)
+class Index:
+    """What a checkpoint holds and what must fit when it is loaded.
+
+    identity        random; every file of the checkpoint carries it.
+    ranks           how many wrote it.
+    draws           fingerprint of the random selections that this torch makes.
+    files           size and checksum of every file.
+    tensors         the whole shape of every tensor, as two dims.
+    pieces          for every tensor file its rectangles: tensor, rows, columns.
+    parameters      for every parameter its shape, and whether it is projected.
+    matrices        for every projected matrix its counts and the hyperparameters its state depends on.
+    regular         the same for every regular parameter.
+    groups          names of the parameters of each group, and the group's hyperparameters.
+    model_config    the model's own configuration, if it has one that can be written as JSON.
+    """
+
+    identity: str
+    ranks: int
+    draws: int
+    files: dict[str, Written]
+    tensors: dict[str, tuple[int, int]]
+    pieces: dict[str, list[tuple[str, Tile]]]
+    parameters: dict[str, dict[str, Any]]
+    matrices: dict[str, dict[str, dict[str, Any]]]
+    regular: dict[str, dict[str, dict[str, Any]]]
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    model_config: dict[str, Any] | None = None
+
+    def to_json(self) -> str:
+        """The text of the index file."""
+        plain = {
+            **vars(self),
+            "files": {name: asdict(written) for name, written in self.files.items()},
+            "pieces": {
+                file: [[name, *tile.rows, *tile.cols] for name, tile in pieces] for file, pieces in self.pieces.items()
+            },
+        }
+        return json.dumps({"format": FORMAT, "version": VERSION, **plain}, allow_nan=True)
+
+
+def index_from(plain: dict[str, Any]) -> Index:
+    """The index from its JSON. KeyError, TypeError or ValueError if it is not one."""
+    files = {str(name): Written(int(entry["bytes"]), int(entry["crc32"])) for name, entry in plain["files"].items()}
+    if not all(_OURS.match(name) for name in files):
+        raise ValueError("it lists files that no checkpoint has")
+    pieces = {
+        file: [(str(name), Tile((r0, r1), (c0, c1))) for name, r0, r1, c0, c1 in entries]
+        for file, entries in plain["pieces"].items()
+    }
+    if not pieces.keys() <= files.keys():
+        raise ValueError("it lists pieces of files that it does not list")
+    tensors = {str(name): (int(shape[0]), int(shape[1])) for name, shape in plain["tensors"].items()}
+    return Index(
+        identity=str(plain["identity"]),
+        ranks=int(plain["ranks"]),
+        draws=int(plain["draws"]),
+        files=files,
+        tensors=tensors,
+        pieces=pieces,
+        parameters=dict(plain["parameters"]),
+        matrices=dict(plain["matrices"]),
+        regular=dict(plain["regular"]),
+        groups=list(plain["groups"]),
+        model_config=plain["model_config"],
+    )
+
+
+def piece_key(name: str, area: Tile) -> str:
+    """The name of a rectangle in its file."""
+    return f"{name}[{area.rows[0]}:{area.rows[1]},{area.cols[0]}:{area.cols[1]}]"
+
+
+# --- writing ----------------------------------------------------------------------------------------
+
+
+def serialized(record: Mapping[str, Any]) -> bytes:
+    """What goes into an extra file. CheckpointError, naming the key, if it could not be read back safely."""
+    found, problem = _safely_dumped(record)
+    if problem:
+        extra = record["extra"]
+        culprits = [f"extra[{name!r}]" for name in extra if _safely_dumped(extra[name])[1]]
+        where = culprits[0] if culprits else "the engine's schedule"
+        raise CheckpointError(
+            f"{where} cannot be saved: it must be numbers, text, tensors, or lists, tuples and dicts of them, so that "
+            f"loading executes no code (torch.load with weights_only=True). {problem.splitlines()[0]}"
+        )
+    return found
+
+
+def _safely_dumped(value: Any) -> tuple[bytes, str]:
+    try:
+        torch.save(value, buffer := io.BytesIO())
+        torch.load(io.BytesIO(buffer.getvalue()), map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle and weights_only refuse with many kinds
+        return b"", str(error) or type(error).__name__
+    return buffer.getvalue(), ""
+
+
+def write_bytes(path: Path, data: bytes) -> Written:
+    """Write a file and flush it to disk."""
+    with Output(path) as output:
+        output.write(data)
+        return output.finish()
+
+
+def working_folder(final: Path, token: str) -> Path:
+    """Where a checkpoint is written before it gets its name."""
+    return final.with_name(f".{final.name}.partial-{token}")
+
+
+def prepare(final: Path, working: Path) -> None:
+    """Make the working folder; clear away what killed jobs left of the same checkpoint. Never deletes foreign files."""
+    foreign = [] if not final.exists() else _foreign(final)
+    if foreign:
+        raise CheckpointError(
+            f"{final} exists and is no checkpoint: it holds {', '.join(foreign[:3])}. It is not replaced; choose "
+            "another name."
+        )
+    final.parent.mkdir(parents=True, exist_ok=True)
+    clear_stale(final.parent, re.escape(final.name))
+    working.mkdir()
+
+
+def _foreign(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return ["a file"]
+    return sorted(entry.name for entry in folder.iterdir() if not _OURS.match(entry.name))
+
+
+def clear_stale(parent: Path, name_pattern: str) -> None:
+    """Remove unfinished and half-deleted folders whose checkpoint's name fits."""
+    stale = re.compile(rf"^\.{name_pattern}\.(partial-[0-9a-f]+|deleted)$")
+    for entry in list(parent.iterdir()):
+        if stale.match(entry.name):
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def publish(working: Path, final: Path) -> None:
-    """Give a complete folder its name; an older one of the same name is replaced."""
+    """Give a complete folder its name; an older one of the same name is replaced. Killed anywhere, one is loadable."""
+    _flush_folder(working)
+    retired = _retired(final)
     if final.exists():
-        retired = final.with_name(final.name + ".old")
         shutil.rmtree(retired, ignore_errors=True)
         final.rename(retired)
-        working.rename(final)
-        shutil.rmtree(retired, ignore_errors=True)
-    else:
-        working.rename(final)
-    handle = os.open(final.parent, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    working.rename(final)
+    _flush_folder(final.parent)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; killed half-way, nothing that looks like one is left."""
+    doomed = folder.with_name(f".{folder.name}.deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
+    for present in (folder, _retired(folder)):
+        if present.exists():
+            present.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _retired(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")
+
+
+def _flush_folder(folder: Path) -> None:
+    """Names reach the disk too; some file systems cannot, and need not."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+# --- reading ----------------------------------------------------------------------------------------
 
 
 def complete_folder(path: Path) -> Path:
     """``path``, or what it replaced if the job was killed between the two renames of ``publish``."""
-    old = path.with_name(path.name + ".old")
-    return old if old.exists() and not path.exists() else path
+    retired = _retired(path)
+    return retired if retired.exists() and not path.exists() else path
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """The index of a complete checkpoint. ValueError naming the file if it is missing, foreign or damaged."""
+def read_index(folder: Path) -> Index:
+    """The index of a complete checkpoint. DamagedError naming the file if it is missing, foreign or damaged."""
     path = folder / INDEX
-    if not path.exists():
-        raise ValueError(f"{path} does not exist: {folder} is not a frugal_dist checkpoint, or was never finished.")
     try:
-        index: dict[str, Any] = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if index.get("format") != FORMAT or index.get("version") != VERSION:
-        raise ValueError(
-            f"{path}: format {index.get('format')!r} version {index.get('version')!r}, expected {FORMAT!r} 1."
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DamagedError(f"{path} does not exist: {_what_is(folder)}") from error
+    except ValueError as error:  # not UTF-8, not JSON
+        raise DamagedError(f"{path} is damaged: {error}") from error
+    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+        raise DamagedError(f"{path} is not the index of a frugal_dist checkpoint.")
+    if plain.get("version") != VERSION:
+        raise DamagedError(
+            f"{path} has version {plain.get('version')!r} of the format; this frugal_dist reads {VERSION}."
         )
-    for name, size in index["files"].items():
-        found = (folder / name).stat().st_size if (folder / name).exists() else None
-        if found != size:
-            raise ValueError(f"{folder / name} is damaged: {found} bytes, {size} were written.")
-    return index
+    try:
+        return index_from(plain)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise DamagedError(f"{path} is damaged: {type(error).__name__} {error}") from error
 
 
-@dataclass
-class Reader:
-    """Reads rectangles of named tensors out of the files of all ranks."""
+def _what_is(folder: Path) -> str:
+    if not folder.exists():
+        return "there is no such folder."
+    if (folder / "latest").exists():
+        return f"{folder} is a folder of checkpoints; use load_latest, or load one of them."
+    return f"{folder} is not a frugal_dist checkpoint, or was never finished."
 
-    folder: Path
-    index: dict[str, Any]
 
-    def __post_init__(self) -> None:
-        """Note which file holds which rectangles of each tensor."""
-        self._open: dict[str, dict[str, Any]] = {}
-        self._where: dict[str, list[tuple[Tile, str, str]]] = {}
-        for file, entries in self.index["pieces"].items():
-            for key, name, rows, cols in entries:
-                self._where.setdefault(name, []).append((Tile(tuple(rows), tuple(cols)), file, key))
-
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        """The saved shape of a tensor, None if it is not in the checkpoint."""
-        shape = self.index["shapes"].get(name)
-        return None if shape is None else tuple(shape)
-
-    def fill(self, name: str, shape: Sequence[int], area: Tile, target: Tensor) -> None:
-        """Copy a rectangle of a saved tensor into ``target``. ValueError if it is not all there."""
-        if self.shape(name) != tuple(shape):
-            raise ValueError(
-                f"{self.folder}: {name} was saved with shape {self.shape(name)}, now it has {tuple(shape)}."
-            )
-        missing = area.numel
-        for held, file, key in self._where[name]:
-            common = overlap(held, area)
-            if common is not None:
-                target[common.within(area)] = self._piece(file, key)[common.within(held)].to(
-                    target.device, target.dtype
-                )
-                missing -= common.numel
-        if missing:
-            raise ValueError(f"{self.folder}: {missing} elements of {name} are missing.")
-
-    def record(self, rank: int) -> Any:
-        """What this rank wrote beside its tensors; rank 0's if there were fewer ranks."""
-        name = rank_file(rank)
-        return self._load(name if name in self.index["files"] else rank_file(0))["record"]
-
-    def _piece(self, file: str, key: str) -> Tensor:
-        piece: Tensor = self._load(file)["pieces"][key]
-        return piece
-
-    def _load(self, file: str) -> dict[str, Any]:
-        if file not in self._open:
-            path = self.folder / file
-            try:
-                self._open[file] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            except Exception as error:  # torch raises many kinds for a broken archive
-                raise ValueError(f"{path} cannot be read: {error}") from error
-        return self._open[file]
+def read_extra(path: Path, identity: str) -> dict[str, Any]:
+    """What ``serialized`` made. Executes nothing."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises many kinds for a broken archive
+        raise DamagedError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict) or found.get("checkpoint") != identity:
+        raise DamagedError(f"{path} belongs to another checkpoint than {path.parent / INDEX}.")
+    return cast("dict[str, Any]", found)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from frugal_dist.projection.coordinates import Selection
-from frugal_dist.sharding.storage import Box, Interval, Original
+from frugal_dist.sharding.storage import Box, Interval, Part
 from frugal_dist.sharding.tile import Tile, interval_tiles
 from frugal_dist.work import (
     CoordinatePiece,
@@ -32,12 +32,22 @@ from frugal_dist.workload import Load, Regular
 
 @dataclass(frozen=True)
 class Chunk:
-    """A rectangle of a named 2-D tensor, and the live memory that holds it on this rank (a view, or None)."""
+    """A rectangle of a named 2-D tensor, and the live memory that holds it on this rank.
+
+    ``data`` is a view of that memory. Where no 2-D view of it exists (channels-last weights), it is a copy, and
+    ``owner`` is what has to be overwritten with it.
+    """
 
     name: str
     shape: tuple[int, int]
     area: Tile
     data: Tensor
+    owner: Tensor | None = None
+
+    def settle(self) -> None:
+        """After ``data`` was filled: bring it where it belongs."""
+        if self.owner is not None:
+            self.owner.copy_(self.data.view(self.owner.shape))
 
 
 def weight_chunks(runtime: Runtime, load: Load) -> Iterator[Chunk]:
@@ -46,8 +56,7 @@ def weight_chunks(runtime: Runtime, load: Load) -> Iterator[Chunk]:
         for tile, weight in zip(work.tiles, work.weights, strict=True):
             yield Chunk(f"weight/{work.matrix.name}", (work.matrix.rows, work.matrix.cols), tile, weight)
     for i, one in regular_entries(runtime, load):
-        for area, view in _regular_views(runtime, i, one.weight):
-            yield Chunk(f"weight/{one.name}", flat_shape(one.shape), area, view)
+        yield from part_chunks(f"weight/{one.name}", one.shape, runtime.storage.part(i), one.weight)
 
 
 def regular_entries(runtime: Runtime, load: Load) -> list[tuple[int, Regular]]:
@@ -56,15 +65,15 @@ def regular_entries(runtime: Runtime, load: Load) -> list[tuple[int, Regular]]:
     return list(zip(positions, load.regular, strict=True))
 
 
-def regular_state_chunks(runtime: Runtime, load: Load) -> Iterator[Chunk]:
-    """The moments of regular parameters, cut as their weights are."""
+def regular_state_chunks(runtime: Runtime, load: Load) -> Iterator[tuple[str, Chunk]]:
+    """The moments of regular parameters, cut as their weights are, each with its parameter's name."""
     for i, one in regular_entries(runtime, load):
         if one.state.get("step") is None:
             continue
         for name in moment_names(one.config):
             moment = one.state.pieces(name, [tuple(one.weight.shape)])[0]
-            for area, view in _regular_views(runtime, i, moment):
-                yield Chunk(f"state/{one.name}/{name}", flat_shape(one.shape), area, view)
+            for chunk in part_chunks(f"state/{one.name}/{name}", one.shape, runtime.storage.part(i), moment):
+                yield one.name, chunk
 
 
 def state_chunks(runtime: Runtime, work: Work) -> Iterator[Chunk]:
@@ -128,38 +137,40 @@ def _runs(ids: Tensor) -> Iterator[tuple[int, int, int]]:
         yield start, stop, int(ids[start])
 
 
-def _regular_views(runtime: Runtime, i: int, local: Tensor) -> Iterator[tuple[Tile, Tensor]]:
-    original, part = runtime.originals[i], runtime.storage.part(i)
-    if local.numel() == 0:
-        return
-    yield from _VIEWS[type(part)](original, part, local)
+def part_chunks(name: str, shape: Sequence[int], part: Part, local: Tensor) -> Iterator[Chunk]:
+    """This rank's part of a tensor that is no projected matrix."""
+    if local.numel():
+        yield from _CHUNKS[type(part)](name, shape, part, local)
 
 
-def _box_views(original: Original, part: Box, local: Tensor) -> Iterator[tuple[Tile, Tensor]]:
-    cols = flat_shape(original.shape)[1]
-    if len(original.shape) < 2:
-        span = part.spans[0] if part.spans else (0, 1)
-        yield Tile((0, 1), span), local.view(1, -1)
-        return
-    inner = part.spans[1:]
-    if len(inner) > 1 and any(span != (0, size) for span, size in zip(inner, original.shape[1:], strict=True)):
-        raise ValueError(
-            f"{original.name}: shards of dim 1 or higher of a {len(original.shape)}-D parameter cannot be saved."
-        )
-    yield Tile(part.spans[0], inner[0] if len(inner) == 1 else (0, cols)), local.reshape(local.shape[0], -1)
+def _box_chunks(name: str, shape: Sequence[int], part: Box, local: Tensor) -> Iterator[Chunk]:
+    whole = flat_shape(shape)
+    if len(shape) < 2:
+        area = Tile((0, 1), part.spans[0] if part.spans else (0, 1))
+    else:
+        inner = part.spans[1:]
+        if len(inner) > 1 and any(span != (0, size) for span, size in zip(inner, shape[1:], strict=True)):
+            raise ValueError(f"{name}: a {len(shape)}-D parameter that is not sharded on dim 0 cannot be saved.")
+        area = Tile(part.spans[0], inner[0] if len(inner) == 1 else (0, whole[1]))
+    flat = local.reshape(area.height, area.width)
+    yield Chunk(name, whole, area, flat, None if _is_view(flat, local) else local)
 
 
-def _interval_views(original: Original, part: Interval, local: Tensor) -> Iterator[tuple[Tile, Tensor]]:
-    _, cols = flat_shape(original.shape)
+def _is_view(view: Tensor, base: Tensor) -> bool:
+    return view.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
+
+
+def _interval_chunks(name: str, shape: Sequence[int], part: Interval, local: Tensor) -> Iterator[Chunk]:
+    whole = flat_shape(shape)
     start = 0
-    for tile in interval_tiles(part.start, part.stop, cols):
-        yield tile, local[start : start + tile.numel].view(tile.height, tile.width)
+    for tile in interval_tiles(part.start, part.stop, whole[1]):
+        yield Chunk(name, whole, tile, local[start : start + tile.numel].view(tile.height, tile.width))
         start += tile.numel
 
 
-_VIEWS: dict[type, Callable[[Original, Any, Tensor], Iterator[tuple[Tile, Tensor]]]] = {
-    Box: _box_views,
-    Interval: _interval_views,
+_CHUNKS: dict[type, Callable[[str, Sequence[int], Any, Tensor], Iterator[Chunk]]] = {
+    Box: _box_chunks,
+    Interval: _interval_chunks,
 }
 
 

@@ -48,6 +48,12 @@ class DTensorStorage:
         return None if grad is None else _local(grad)
 
 
+def stored_part(name: str, tensor: Tensor) -> tuple[Part, Tensor]:
+    """Which part of a DTensor this rank holds, and its memory."""
+    assert isinstance(tensor, DTensor)
+    return Box(_spans(name, tensor)), _local(tensor)
+
+
 def mesh_group(tensors: Sequence[Tensor]) -> Any:
     """The process group of all ranks that share these DTensors; ValueError if they live on different meshes."""
     meshes = {tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}

@@ -9,14 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from frugal_dist.sharding.plain import PlainStorage
-from frugal_dist.sharding.storage import Interval, Original, Part, Storage
+from frugal_dist.sharding.storage import Box, Interval, Original, Part, Storage
 
 Group = dict[str, Any]
 
@@ -198,17 +198,37 @@ def _stage0(
 
 # --- around portable checkpoints --------------------------------------------------------------------------------------
 
-COUNTS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+COUNTS = ("global_steps", "global_samples", "skipped_steps")
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def stored_part(tensor: Tensor) -> tuple[Part, Tensor]:
+    """Which part of a parameter that is not optimized lies here, and its memory: all of it, or ZeRO-3's partition."""
+    partition = getattr(tensor, "ds_tensor", None)
+    if partition is None:
+        return Box(tuple((0, size) for size in tensor.shape)), tensor.detach()
+    whole: int = cast("Any", tensor).ds_numel
+    share = partition.numel()
+    start = min(dist.get_rank(cast("Any", tensor).ds_process_group) * share, whole)
+    numel = min(share, whole - start)
+    return Interval(start, start + numel), partition.detach().flatten()[:numel]
 
 
 def counts_of(engine: Any) -> dict[str, Any]:
     """Steps, schedule and loss scale of a DeepSpeed engine; nothing for a plain model."""
     if not _is_engine(engine):
         return {}
+    accumulated = engine.micro_steps % engine.gradient_accumulation_steps()
+    if accumulated and engine._is_gradient_accumulation_boundary is None:  # else the user decides what a step is
+        raise ValueError(
+            f"{accumulated} of {engine.gradient_accumulation_steps()} micro-batches of the running step are done; "
+            "their gradients cannot be saved. Save after the last one."
+        )
     counts = {name: int(getattr(engine, name)) for name in COUNTS}
     schedule = None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict()
     scaler = getattr(engine.optimizer, "loss_scaler", None)
-    return {"counts": counts, "schedule": schedule, "scale": float(getattr(scaler, "cur_scale", 1.0))}
+    scale = {name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)}
+    return {"counts": counts, "schedule": schedule, "scale": scale}
 
 
 def after_loading(engine: Any, saved: dict[str, Any]) -> None:
@@ -221,8 +241,9 @@ def after_loading(engine: Any, saved: dict[str, Any]) -> None:
     if engine.lr_scheduler is not None and saved.get("schedule"):
         engine.lr_scheduler.load_state_dict(saved["schedule"])
     scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
-    if hasattr(scaler, "cur_scale") and saved:
-        scaler.cur_scale = saved["scale"]
+    if getattr(scaler, "dynamic", False):  # a static one is what the config says
+        for name, value in saved.get("scale", {}).items():
+            setattr(scaler, name, value)
 
 
 def _is_engine(engine: Any) -> bool:

@@ -1,0 +1,216 @@
+"""Loading: compare, then plan everything, and only then change anything."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frugal_dist import engines
+from frugal_dist.checkpoint.compare import compare
+from frugal_dist.checkpoint.errors import DamagedError, together
+from frugal_dist.checkpoint.leftovers import leftover_chunks, leftovers
+from frugal_dist.checkpoint.parts import Chunk, regular_state_chunks, state_chunks, weight_chunks
+from frugal_dist.checkpoint.reader import Reader
+from frugal_dist.checkpoint.rng import reseed, set_rng_state
+from frugal_dist.config import HYPERPARAMETERS
+from frugal_dist.optimizer import Frugal
+from frugal_dist.sharding.exchange import Ranks, gather_objects
+from frugal_dist.state import CLOCKS, MatrixState
+from frugal_dist.work import Runtime, Work, basis_piece_shapes, basis_route, coordinate_cut, moment_names
+from frugal_dist.workload import Load, Regular, ensure_state
+
+META = torch.device("meta")
+MOVED_BY_SCHEDULES = ("lr", "betas", "momentum")
+"""Hyperparameters that learning-rate schedules change while training; the last two only cyclic ones."""
+
+
+def read_checkpoint(
+    path: Path, model_or_engine: Any, frugal: Frugal, on_mismatch: str, verify: bool, rng: bool
+) -> dict[str, Any]:
+    """Load ``path`` and return this rank's extra. Collective. Raises a CheckpointError on all ranks alike.
+
+    Nothing is changed until every rank has found everything it needs.
+    """
+    runtime, now = frugal.everything()
+    ranks = runtime.ranks
+    reader = _open(ranks, path, verify)
+    fresh = together(ranks, lambda: compare(runtime, now, reader, on_mismatch == "refresh"))
+    record, own = together(ranks, lambda: reader.record(ranks.rank))
+    restoring = Restoring(runtime, now, reader, model_or_engine, fresh)
+    together(ranks, restoring.check)
+    together(ranks, restoring.carry_out)
+    frugal.loaded()
+    engines.after_loading(model_or_engine, record["engine"])
+    _restore_groups(runtime, reader)
+    if rng:
+        set_rng_state(record["rng"]) if own else reseed(record["rng"], ranks.rank)
+    extra: dict[str, Any] = record["extra"]
+    return extra
+
+
+def _open(ranks: Ranks, path: Path, verify: bool) -> Reader:
+    reader = together(ranks, lambda: Reader(path))
+    seen = gather_objects(ranks, reader.index.identity)
+    if len(set(seen)) > 1:
+        other = next(rank for rank, identity in enumerate(seen) if identity != seen[0])
+        raise DamagedError(
+            f"rank 0 and rank {other} see different checkpoints at {path}. All ranks must share the folder."
+        )
+    # Together the ranks look at every file once.
+    together(ranks, lambda: reader.check_files(ranks.rank, ranks.size, contents=verify))
+    return reader
+
+
+@dataclass
+class Restoring:
+    """One load. ``fresh``: names of parameters whose state starts anew."""
+
+    runtime: Runtime
+    now: Load
+    reader: Reader
+    model_or_engine: Any
+    fresh: set[str]
+
+    def check(self) -> None:
+        """Whether everything this rank needs can be read; changes nothing."""
+        for chunk in self._kept_in_place():
+            self.reader.find(chunk.name, chunk.shape, chunk.area)
+        for work in self.now.works:
+            if not self._starts_anew(work.matrix.name):
+                for chunk in state_chunks(self.runtime, self._rebuilt(work, META)):
+                    self.reader.find(chunk.name, chunk.shape, chunk.area)
+
+    def carry_out(self) -> None:
+        """Overwrite weights, state and counts."""
+        for one in self.now.regular:
+            _reset_regular(one) if self._starts_anew(one.name) else self._set_clock(one)
+        for work in self.now.works:
+            fresh = self._starts_anew(work.matrix.name)
+            rebuilt = self._renewed(work) if fresh else self._rebuilt(work, work.device)
+            if not fresh:
+                self._fill(state_chunks(self.runtime, rebuilt))
+            _replace_state(work, rebuilt.state)
+        self._fill(self._kept_in_place())
+
+    def _kept_in_place(self) -> Iterator[Chunk]:
+        """Weights, everything the optimizer does not hold, and the moments of regular parameters."""
+        yield from weight_chunks(self.runtime, self.now)
+        yield from leftover_chunks(leftovers(self.runtime, self.model_or_engine))
+        kept = {one.name for one in self.now.regular if not self._starts_anew(one.name)}
+        for name, chunk in regular_state_chunks(self.runtime, self.now):
+            if name in kept:
+                yield chunk
+
+    def _fill(self, chunks: Iterable[Chunk]) -> None:
+        for chunk in chunks:
+            self.reader.fill(chunk.name, chunk.shape, chunk.area, chunk.data)
+            chunk.settle()
+
+    def _starts_anew(self, name: str) -> bool:
+        return name in self.fresh
+
+    def _set_clock(self, one: Regular) -> None:
+        one.state.set_clock("step", int(self.reader.index.regular[one.name]["clocks"]["step"]))
+
+    def _rebuilt(self, work: Work, device: torch.device) -> Work:
+        """The matrix with a state of its own that has room for what was saved; the live state is untouched."""
+        clocks = self.reader.index.matrices[work.matrix.name]["clocks"]
+        scratch = replace(work, state=MatrixState({}, work.state.prefix))
+        if work.empty or int(clocks["refreshes"]) == 0:
+            return self._renewed(work)
+        _set_clocks(scratch.state, clocks)
+        names = moment_names(work.config)
+        if work.family != "basis":
+            shapes = [piece.mine for piece in coordinate_cut(self.runtime, scratch).pieces]
+            scratch.state.ensure_moments(names, shapes, work.dtype, device)
+            return scratch
+        plan, r = basis_route(self.runtime, work), int(clocks["size"])
+        scratch.state.ensure_moments(names, basis_piece_shapes(work, plan, r), work.dtype, device)
+        if plan.tiles:
+            scratch.state.ensure_basis(work.side, (work.matrix.rows, work.matrix.cols), r, work.dtype, device)
+        return scratch
+
+    def _renewed(self, work: Work) -> Work:
+        """The matrix with state as before its first refresh, which is due now; its updates stay counted."""
+        scratch = replace(work, state=MatrixState({}, work.state.prefix))
+        ensure_state(self.runtime, replace(self.now, works=[scratch], regular=[]))
+        saved = self.reader.index.matrices.get(work.matrix.name) or self.reader.index.regular[work.matrix.name]
+        scratch.state.set_clock("updates", int(saved["clocks"].get("updates", saved["clocks"]["step"])))
+        return scratch
+
+
+def _set_clocks(state: MatrixState, clocks: Mapping[str, Any]) -> None:
+    state.ensure_clocks()
+    for name in CLOCKS:
+        state.set_clock(name, int(clocks[name]))
+
+
+def _replace_state(work: Work, new: MatrixState) -> None:
+    """``new`` becomes the live state; whatever else the matrix had goes."""
+    live = work.state
+    for key in [key for key in live.store if key in _keys(live)]:
+        del live.store[key]
+    live.store.update(new.store)
+
+
+def _keys(state: MatrixState) -> set[str]:
+    names = (*CLOCKS, "exp_avg", "exp_avg_sq", "basis", "basis_left", "basis_right")
+    return {state.prefix + name for name in names}
+
+
+def _reset_regular(one: Regular) -> None:
+    for name in moment_names(one.config):
+        moment = one.state.get(name)
+        assert moment is not None
+        moment.zero_()
+    one.state.set_clock("step", 0)
+
+
+# --- hyperparameters that move ----------------------------------------------------------------------
+
+
+def _restore_groups(runtime: Runtime, reader: Reader) -> None:
+    """Learning rates, and whatever schedulers keep in the groups. Other hyperparameters are the program's: it is told
+    which ones changed.
+    """
+    saved = {name: group["options"] for group in reader.index.groups for name in group["members"]}
+    groups: dict[int, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+    for i, original in enumerate(runtime.originals):
+        options = runtime.storage.options(i)
+        known = groups.setdefault(id(options), (options, []))[1]
+        if original.name in saved and saved[original.name] not in known:
+            known.append(saved[original.name])
+    changes: set[str] = set()
+    for options, then in groups.values():
+        for key in {key for each in then for key in each}:
+            values = [each[key] for each in then if key in each]
+            if any(value != values[0] for value in values):
+                continue  # one group now, several then: the program's value holds
+            changes |= _restore_option(options, key, values[0], cyclic="base_momentum" in then[0])
+    if changes and runtime.ranks.rank == 0:
+        warnings.warn(
+            f"{reader.folder} was saved with other hyperparameters: {'; '.join(sorted(changes))}. The new ones hold.",
+            stacklevel=2,
+        )
+
+
+def _restore_option(options: dict[str, Any], key: str, value: Any, cyclic: bool) -> set[str]:
+    value = tuple(value) if isinstance(value, list) else value
+    present = options.get(key)
+    plain = present.item() if isinstance(present, Tensor) else present
+    plain = tuple(plain) if isinstance(plain, list) else plain
+    if plain == value:
+        return set()
+    if key not in HYPERPARAMETERS or key == "lr" or (cyclic and key in MOVED_BY_SCHEDULES):
+        if isinstance(present, Tensor):
+            present.fill_(value)
+        else:
+            options[key] = value
+        return set()
+    return {f"{key} {value!r} -> {plain!r}"}

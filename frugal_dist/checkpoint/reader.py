@@ -1,0 +1,129 @@
+"""Reads rectangles of named tensors out of the files of all ranks. Needs neither the ranks nor the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frugal_dist.checkpoint.errors import DamagedError, MismatchError
+from frugal_dist.checkpoint.files import (
+    INDEX,
+    Index,
+    complete_folder,
+    extra_file,
+    piece_key,
+    read_extra,
+    read_index,
+)
+from frugal_dist.checkpoint.tensors import TensorFile, checksum
+from frugal_dist.sharding.tile import Tile, overlap
+
+
+class Reader:
+    """An open checkpoint. DamagedError, naming the file, if it is none."""
+
+    def __init__(self, path: Path) -> None:
+        self.folder = complete_folder(path)
+        self.index: Index = read_index(self.folder)
+        self._open: dict[str, TensorFile] = {}
+
+    def check_files(self, share: int = 0, shares: int = 1, contents: bool = True) -> None:
+        """Every ``shares``-th file, from ``share`` on: is it there, whole, and (``contents``) unchanged?"""
+        for name, written in sorted(self.index.files.items())[share::shares]:
+            path = self.folder / name
+            if not path.exists():
+                raise DamagedError(f"{path} is missing.")
+            size = path.stat().st_size
+            if size != written.bytes:
+                raise DamagedError(f"{path} is damaged: it has {size} bytes, {written.bytes} were written.")
+            if contents and checksum(path) != written.crc32:
+                self._check_identity(name)
+                raise DamagedError(f"{path} is damaged: its bytes are not those that were written.")
+
+    def _check_identity(self, name: str) -> None:
+        """Tell a file of another checkpoint from a broken one."""
+        if name.endswith(".pt"):
+            read_extra(self.folder / name, self.index.identity)
+        else:
+            self._file(name)
+
+    def shape(self, name: str) -> tuple[int, int] | None:
+        """The saved shape of a tensor as two dims, None if it is not in the checkpoint."""
+        return self.index.tensors.get(name)
+
+    def find(self, name: str, shape: tuple[int, int], area: Tile) -> list[tuple[Tile, str]]:
+        """The pieces that cover a rectangle, each with its file. Opens the files and checks what they say.
+
+        MismatchError for another shape, DamagedError if the rectangle is not all there.
+        """
+        saved = self.shape(name)
+        if saved is None:
+            raise MismatchError(f"{self.folder}: there is no {name}.")
+        if saved != shape:
+            raise MismatchError(f"{self.folder}: {name} was saved with shape {saved}, now it has {shape}.")
+        found, missing = [], area.numel
+        for held, file in self._overlapping(name, area):
+            common = overlap(held, area)
+            if common is not None:
+                self._check_piece(name, held, file)
+                found.append((held, file))
+                missing -= common.numel
+        if missing:
+            raise DamagedError(f"{self.folder / INDEX}: {missing} elements of {name} are in no file.")
+        return found
+
+    def fill(self, name: str, shape: tuple[int, int], area: Tile, target: Tensor) -> None:
+        """Copy a rectangle of a saved tensor into ``target``, whatever its device and dtype."""
+        for held, file in self.find(name, shape, area):
+            common = overlap(held, area)
+            assert common is not None
+            piece = self._file(file).tensor(piece_key(name, held))[common.within(held)]
+            target[common.within(area)].copy_(piece)
+
+    def whole(self, name: str) -> Tensor:
+        """A saved tensor, put together, as two dims."""
+        shape = self.shape(name)
+        if shape is None:
+            raise MismatchError(f"{self.folder}: there is no {name}.")
+        area = Tile((0, shape[0]), (0, shape[1]))
+        pieces = self.find(name, shape, area)
+        dtypes = [self._file(file).dtype(piece_key(name, held)) for held, file in pieces]
+        target = torch.empty(shape, dtype=dtypes[0])
+        self.fill(name, shape, area, target)
+        return target
+
+    def record(self, rank: int) -> tuple[dict[str, Any], bool]:
+        """What this rank wrote beside its tensors, or rank 0 if there were fewer; and whether it is its own."""
+        own = extra_file(rank) in self.index.files
+        return read_extra(self.folder / extra_file(rank if own else 0), self.index.identity), own
+
+    @cached_property
+    def _where(self) -> dict[str, list[tuple[Tile, str]]]:
+        found: dict[str, list[tuple[Tile, str]]] = {}
+        for file, pieces in self.index.pieces.items():
+            for name, area in pieces:
+                found.setdefault(name, []).append((area, file))
+        for held in found.values():
+            held.sort()
+        return found
+
+    def _overlapping(self, name: str, area: Tile) -> Iterator[tuple[Tile, str]]:
+        yield from self._where.get(name, ())
+
+    def _check_piece(self, name: str, held: Tile, file: str) -> None:
+        key, tensors = piece_key(name, held), self._file(file)
+        if key not in tensors or tensors.shape(key) != (held.height, held.width):
+            raise DamagedError(f"{tensors.path} does not hold {key}, as {self.folder / INDEX} says.")
+
+    def _file(self, name: str) -> TensorFile:
+        if name not in self._open:
+            found = TensorFile(self.folder / name)
+            if found.metadata.get("checkpoint") != self.index.identity:
+                raise DamagedError(f"{found.path} belongs to another checkpoint than {self.folder / INDEX}.")
+            self._open[name] = found
+        return self._open[name]

@@ -1,0 +1,228 @@
+"""Saving: which rectangles there are, who writes which, and one file per rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frugal_dist import engines, projection
+from frugal_dist.checkpoint.errors import CheckpointError, StorageError, together
+from frugal_dist.checkpoint.files import (
+    INDEX,
+    Index,
+    extra_file,
+    piece_key,
+    prepare,
+    publish,
+    serialized,
+    tensor_file,
+    working_folder,
+    write_bytes,
+)
+from frugal_dist.checkpoint.leftovers import PREFIX, leftover_chunks, leftovers, module_of
+from frugal_dist.checkpoint.parts import Chunk, regular_state_chunks, state_chunks, weight_chunks
+from frugal_dist.checkpoint.rng import rng_state
+from frugal_dist.checkpoint.tensors import Written, write_tensors
+from frugal_dist.config import HYPERPARAMETERS
+from frugal_dist.optimizer import Frugal
+from frugal_dist.sharding.exchange import Ranks, gather_objects
+from frugal_dist.sharding.tile import Tile
+from frugal_dist.state import CLOCKS
+from frugal_dist.work import Runtime, Work
+from frugal_dist.workload import Load, Regular
+
+PATIENCE = 10.0
+"""Seconds that a network file system gets to show rank 0's new folder to the other ranks."""
+
+Shapes = dict[str, tuple[int, int]]
+
+
+def write_checkpoint(path: Path, model_or_engine: Any, frugal: Frugal, extra: dict[str, Any] | None) -> None:
+    """Write everything to ``path``. Collective. Raises a CheckpointError on all ranks alike; nothing is left then."""
+    runtime, now = frugal.everything()
+    ranks, final = runtime.ranks, Path(os.path.abspath(path))
+    first = ranks.rank == 0
+    token = str(gather_objects(ranks, secrets.token_hex(8))[0])
+    chunks = together(ranks, lambda: _all_chunks(runtime, now, model_or_engine))
+    record = together(ranks, lambda: serialized(_record(model_or_engine, extra, token)))
+    mine, shapes = _divide(ranks, chunks)
+    working = working_folder(final, token)
+    try:
+        together(ranks, lambda: prepare(final, working) if first else None)
+        together(ranks, lambda: _wait_for(working, ranks.rank))
+        written = together(ranks, lambda: _write_rank(working, ranks.rank, mine, record, token))
+        everyone = gather_objects(ranks, (written, [(chunk.name, chunk.area) for chunk in mine], _clocks(now)))
+
+        def finish() -> None:
+            index = _index(runtime, now, model_or_engine, token, shapes, everyone)
+            write_bytes(working / INDEX, index.to_json().encode())
+            publish(working, final)
+
+        together(ranks, lambda: finish() if first else None)
+    except CheckpointError:
+        if first:
+            shutil.rmtree(working, ignore_errors=True)
+        raise
+
+
+def _all_chunks(runtime: Runtime, now: Load, model_or_engine: Any) -> list[Chunk]:
+    chunks = [*weight_chunks(runtime, now), *(chunk for _, chunk in regular_state_chunks(runtime, now))]
+    chunks += [chunk for work in now.works for chunk in state_chunks(runtime, work)]
+    return [*chunks, *leftover_chunks(leftovers(runtime, model_or_engine))]
+
+
+def _record(model_or_engine: Any, extra: dict[str, Any] | None, token: str) -> dict[str, Any]:
+    return {
+        "checkpoint": token,
+        "extra": dict(extra or {}),
+        "engine": engines.counts_of(model_or_engine),
+        "rng": rng_state(),
+    }
+
+
+def _divide(ranks: Ranks, chunks: Sequence[Chunk]) -> tuple[list[Chunk], Shapes]:
+    """Each rectangle has one writer, of its holders the one with the least to write; the shapes of all tensors.
+
+    Buffers may differ from rank to rank; they all come from the first.
+    """
+    everyone = gather_objects(ranks, [(chunk.name, chunk.area, chunk.shape) for chunk in chunks])
+    held: dict[tuple[str, Tile], list[int]] = {}
+    shapes: Shapes = {}
+    for rank, pieces in enumerate(everyone):
+        for name, area, shape in pieces:
+            held.setdefault((name, area), []).append(rank)
+            shapes[name] = shape
+    load = [0] * ranks.size
+    writer = {}
+    for piece in sorted(held, key=lambda piece: (len(held[piece]) > 1, -piece[1].numel)):
+        name, area = piece
+        chosen = held[piece][0] if name.startswith(PREFIX) else min(held[piece], key=lambda rank: load[rank])
+        writer[piece] = chosen
+        load[chosen] += area.numel
+    return [chunk for chunk in chunks if writer[chunk.name, chunk.area] == ranks.rank], shapes
+
+
+def _wait_for(working: Path, rank: int) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not working.is_dir():
+        if time.monotonic() > deadline:
+            raise StorageError(
+                f"{working}, which rank 0 has just made, is not there for rank {rank}. A checkpoint needs a folder "
+                "that all ranks share: a network file system if they run on several machines."
+            )
+        time.sleep(0.1)
+
+
+def _write_rank(working: Path, rank: int, mine: Sequence[Chunk], record: bytes, token: str) -> dict[str, Written]:
+    tensors: list[tuple[str, Tensor]] = [(piece_key(chunk.name, chunk.area), chunk.data) for chunk in mine]
+    return {
+        tensor_file(rank): write_tensors(working / tensor_file(rank), tensors, {"checkpoint": token}),
+        extra_file(rank): write_bytes(working / extra_file(rank), record),
+    }
+
+
+# --- the index --------------------------------------------------------------------------------------
+
+Clocks = dict[str, dict[str, int]]
+
+
+def _index(runtime: Runtime, now: Load, model_or_engine: Any, token: str, shapes: Shapes, everyone: list[Any]) -> Index:
+    clocks = _latest_clocks([counted for _, _, counted in everyone])
+    return Index(
+        identity=token,
+        ranks=runtime.ranks.size,
+        draws=fingerprint_of_draws(),
+        files={name: written for files, _, _ in everyone for name, written in files.items()},
+        tensors=shapes,
+        pieces={tensor_file(rank): pieces for rank, (_, pieces, _) in enumerate(everyone)},
+        parameters={
+            original.name: {"shape": list(original.shape), "projected": original.projected}
+            for original in runtime.originals
+        }
+        | {name: {"shape": list(shape), "projected": None} for name, shape, *_ in leftovers(runtime, model_or_engine)},
+        matrices={
+            work.matrix.name: {"clocks": clocks[work.matrix.name], "depends_on": matrix_options(work)}
+            for work in now.works
+        },
+        regular={one.name: {"clocks": clocks[one.name], "depends_on": regular_options(one)} for one in now.regular},
+        groups=_groups(runtime),
+        model_config=_model_config(model_or_engine),
+    )
+
+
+def _clocks(now: Load) -> Clocks:
+    found = {work.matrix.name: {name: work.state.clock(name) for name in CLOCKS} for work in now.works}
+    return found | {one.name: {"step": one.state.clock("step")} for one in now.regular}
+
+
+def _latest_clocks(everyone: Sequence[Clocks]) -> Clocks:
+    """A rank that had no gradient may be behind; the others' counts hold, as they do at a refresh."""
+    first = everyone[0]
+    return {name: {key: max(each[name][key] for each in everyone) for key in first[name]} for name in first}
+
+
+def matrix_options(work: Work) -> dict[str, Any]:
+    """What must not change if the state of a matrix is to be kept."""
+    config, matrix = work.config, work.matrix
+    found = {"projection": config.projection, "density": config.density, "state_full": config.state_full}
+    if work.family == "basis" or config.projection == "randperm":
+        found["side"] = work.side
+    if work.family == "coordinates":
+        found["seed"] = config.seed
+    if work.family == "blocks":
+        found |= {"block_order": config.block_order, "seed": config.seed}
+        found["position"] = f"{matrix.block} of {matrix.blocks} blocks"
+    return found
+
+
+def regular_options(one: Regular) -> dict[str, Any]:
+    """The same for a regular parameter."""
+    return {"state_full": one.config.state_full}
+
+
+def _groups(runtime: Runtime) -> list[dict[str, Any]]:
+    """Hyperparameters of this moment: schedulers move them, and leave numbers of their own in the groups."""
+    found: dict[int, dict[str, Any]] = {}
+    for i, original in enumerate(runtime.originals):
+        options = runtime.storage.options(i)
+        group = found.setdefault(id(options), {"members": [], "options": _plain_options(options)})
+        group["members"].append(original.name)
+    return list(found.values())
+
+
+def _plain_options(options: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for key, value in options.items():
+        plain = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        if key in HYPERPARAMETERS or (isinstance(plain, (int, float, str, bool)) and key != "projected"):
+            found[key] = plain
+    return found
+
+
+def _model_config(model_or_engine: Any) -> dict[str, Any] | None:
+    """The configuration of a Hugging Face model, as JSON; it makes the export easier."""
+    text = getattr(getattr(module_of(model_or_engine), "config", None), "to_json_string", None)
+    if text is None:
+        return None
+    try:
+        plain = json.loads(text())
+    except (TypeError, ValueError):
+        return None
+    return plain if isinstance(plain, dict) else None
+
+
+def fingerprint_of_draws() -> int:
+    """Of the numbers that select_indices draws here: another torch may draw others, and state would be misplaced."""
+    few = projection.select_indices(1000, 100, seed=0, name="fingerprint", refresh=0)
+    many = projection.select_indices(20000, 500, seed=0, name="fingerprint", refresh=0)
+    return zlib.crc32(repr(torch.cat([few, many]).tolist()).encode())
