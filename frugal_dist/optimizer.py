@@ -272,6 +272,7 @@ class Frugal(Optimizer):
         if self._runtime is not None:
             self._runtime.agreed.clear()
             self._runtime.cuts.clear()
+            self._runtime.failures.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: everything but what is found out again at the next step."""

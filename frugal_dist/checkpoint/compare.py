@@ -6,49 +6,51 @@ from collections.abc import Callable
 from typing import Any
 
 from frugal_dist.checkpoint.errors import MismatchError
+from frugal_dist.checkpoint.leftovers import leftovers
+from frugal_dist.checkpoint.parts import WEIGHT
 from frugal_dist.checkpoint.reader import Reader
 from frugal_dist.checkpoint.writing import fingerprint_of_draws, matrix_options, regular_options
 from frugal_dist.work import Runtime
 from frugal_dist.workload import Load
 
 SHOWN = 5
+Anew = dict[str, list[str]]
+"""Names of matrices and regular parameters whose state starts anew, with what changed; nothing for those that were
+frozen then and are frozen now, on an engine that keeps no state of such parameters.
+"""
 
 
-def compare(runtime: Runtime, now: Load, reader: Reader, refresh: bool) -> set[str]:
-    """The names of matrices and regular parameters whose state cannot be kept, if ``refresh`` allows that.
+def compare(runtime: Runtime, now: Load, reader: Reader, model_or_engine: Any, refresh: bool) -> Anew:
+    """The names of matrices and regular parameters whose state starts anew, with the reason.
 
     MismatchError for another model, and without ``refresh`` for other hyperparameters that the state depends on.
     """
-    _check_parameters(runtime, reader)
+    here = {original.name: original.shape for original in runtime.originals}
+    frozen = {one.name: one.shape for one in leftovers(runtime, model_or_engine) if one.key.startswith(WEIGHT)}
+    _check_parameters(here | frozen, reader)
     changed = _changed(runtime, now, reader)
-    if changed and not refresh:
+    if any(changed.values()) and not refresh:
         raise MismatchError(
-            f"{reader.folder} was saved with other hyperparameters: {_summary(changed)}. Use the saved ones, or "
+            f"{reader.folder} was saved with other hyperparameters: {summary(changed)}. Use the saved ones, or "
             'on_mismatch="refresh" to keep the weights and start these with fresh state.'
         )
-    return set(changed)
+    return changed
 
 
-def _check_parameters(runtime: Runtime, reader: Reader) -> None:
-    then = {name: entry for name, entry in reader.index.parameters.items() if entry["projected"] is not None}
-    leftover = {name: entry for name, entry in reader.index.parameters.items() if entry["projected"] is None}
-    here = {original.name: original for original in runtime.originals}
+def _check_parameters(here: dict[str, tuple[int, ...]], reader: Reader) -> None:
+    then = reader.index.parameters
     troubles = [
         _some("only in the checkpoint", sorted(set(then) - set(here)), str),
-        _some("only in this run", sorted(set(here) - set(then)), lambda name: _absent(name, leftover)),
+        _some("only in this run", sorted(set(here) - set(then)), str),
         _some(
             "of another shape",
-            [name for name in here if name in then and tuple(then[name]["shape"]) != here[name].shape],
-            lambda name: f"{name} was {tuple(then[name]['shape'])}, is {here[name].shape}",
+            [name for name in here if name in then and tuple(then[name]) != here[name]],
+            lambda name: f"{name} was {tuple(then[name])}, is {here[name]}",
         ),
     ]
     listed = "; ".join(trouble for trouble in troubles if trouble)
     if listed:
         raise MismatchError(f"{reader.folder} is of another model. Parameters {listed}.")
-
-
-def _absent(name: str, leftover: dict[str, Any]) -> str:
-    return f"{name} (it was not optimized then)" if name in leftover else name
 
 
 def _some(title: str, names: list[str], describe: Callable[[str], str]) -> str:
@@ -58,32 +60,30 @@ def _some(title: str, names: list[str], describe: Callable[[str], str]) -> str:
     return f"{title}: {', '.join(describe(name) for name in names[:SHOWN])}{more}"
 
 
-def _changed(runtime: Runtime, now: Load, reader: Reader) -> dict[str, list[str]]:
-    """For every matrix or regular parameter what changed; those without a change are left out."""
+def _changed(runtime: Runtime, now: Load, reader: Reader) -> Anew:
     same_draws = reader.index.draws == fingerprint_of_draws()
-    found: dict[str, list[str]] = {}
+    frozen = {
+        original.name for i, original in enumerate(runtime.originals) if not runtime.storage.carrier(i).requires_grad
+    }
+    found: Anew = {}
     for work in now.works:
         name = work.matrix.name
         entry = reader.index.matrices.get(name)
         if entry is None:
-            found[name] = _selection(runtime.originals[work.matrix.original].shape, reader, name, "projected")
+            found[name] = [] if work.frozen else ["not projected -> projected"]
             continue
-        found[name] = _differences(entry["depends_on"], matrix_options(work))
+        differences = _differences(entry["depends_on"], matrix_options(work))
         if not same_draws and work.family != "basis":
-            found[name].append("torch draws other random numbers")
+            differences.append("torch draws other random numbers than then")
+        if differences:
+            found[name] = differences
     for one in now.regular:
         entry = reader.index.regular.get(one.name)
         if entry is None:
-            found[one.name] = _selection(one.shape, reader, one.name, "regular")
-        else:
-            found[one.name] = _differences(entry["depends_on"], regular_options(one))
-    return {name: differences for name, differences in found.items() if differences}
-
-
-def _selection(shape: tuple[int, ...], reader: Reader, name: str, what: str) -> list[str]:
-    if len(shape) == 3:
-        raise MismatchError(f"{reader.folder}: {name} is {what} now, which it was not; a stack cannot change that.")
-    return [f"it is {what} now"]
+            found[one.name] = [] if one.name in frozen else ["not regular -> regular"]
+        elif differences := _differences(entry["depends_on"], regular_options(one)):
+            found[one.name] = differences
+    return found
 
 
 def _differences(then: dict[str, Any], here: dict[str, Any]) -> list[str]:
@@ -91,7 +91,7 @@ def _differences(then: dict[str, Any], here: dict[str, Any]) -> list[str]:
     return [f"{key} {then.get(key)!r} -> {here.get(key)!r}" for key in keys]
 
 
-def _summary(changed: dict[str, list[str]]) -> str:
+def summary(changed: Anew) -> str:
     """Each difference once, with how many it concerns."""
     concerned: dict[str, list[str]] = {}
     for name, differences in changed.items():

@@ -53,7 +53,8 @@ class Index:
     files           size and checksum of every file.
     tensors         the whole shape of every tensor, as two dims.
     pieces          for every tensor file its rectangles: tensor, rows, columns.
-    parameters      for every parameter its shape, and whether it is projected.
+    parameters      the shape of every parameter.
+    buffers         the shape of every persistent buffer of the model.
     matrices        for every projected matrix its counts and the hyperparameters its state depends on.
     regular         the same for every regular parameter.
     groups          names of the parameters of each group, and the group's hyperparameters.
@@ -66,7 +67,8 @@ class Index:
     files: dict[str, Written]
     tensors: dict[str, tuple[int, int]]
     pieces: dict[str, list[tuple[str, Tile]]]
-    parameters: dict[str, dict[str, Any]]
+    parameters: dict[str, list[int]]
+    buffers: dict[str, list[int]]
     matrices: dict[str, dict[str, dict[str, Any]]]
     regular: dict[str, dict[str, dict[str, Any]]]
     groups: list[dict[str, Any]] = field(default_factory=list)
@@ -104,6 +106,7 @@ def index_from(plain: dict[str, Any]) -> Index:
         tensors=tensors,
         pieces=pieces,
         parameters=dict(plain["parameters"]),
+        buffers=dict(plain["buffers"]),
         matrices=dict(plain["matrices"]),
         regular=dict(plain["regular"]),
         groups=list(plain["groups"]),

@@ -1,45 +1,54 @@
-"""What a model holds beside the optimizer's parameters: buffers, and parameters that nobody optimizes."""
+"""What a model holds beside the optimizer's parameters: parameters that nobody optimizes, and buffers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from frugal_dist import engines
-from frugal_dist.checkpoint.parts import Chunk, part_chunks
+from frugal_dist.checkpoint.parts import WEIGHT, Chunk, part_chunks
 from frugal_dist.names import clean_name
 from frugal_dist.sharding.storage import Box, Part
 from frugal_dist.work import Runtime
 
-PREFIX = "model/"
-"""Of the names of these tensors in a checkpoint."""
+BUFFER = "buffer/"
+"""Of the names of buffers in a checkpoint."""
 
-Leftover = tuple[str, tuple[int, ...], Part, Tensor]
+
+@dataclass(frozen=True)
+class Leftover:
+    """A tensor of the model: its whole shape, which part of it is on this rank, and that part's memory."""
+
+    key: str
+    name: str
+    shape: tuple[int, ...]
+    part: Part
+    local: Tensor
+
+    @property
+    def chunks(self) -> Iterator[Chunk]:
+        return part_chunks(self.key, self.shape, self.part, self.local.detach())
 
 
 def leftovers(runtime: Runtime, model_or_engine: Any) -> list[Leftover]:
-    """(name, whole shape, this rank's part, its memory); no communication. Tied parameters count once."""
+    """All of them, tied parameters once; no communication."""
     model = module_of(model_or_engine)
     known = {original.name for original in runtime.originals}
     held = {id(runtime.storage.carrier(i)) for i in range(len(runtime.originals))}
-    found: list[Leftover] = []
+    found = []
     for name, param in model.named_parameters():
-        if clean_name(name) not in known and id(param) not in held:
-            found.append((clean_name(name), *engines.stored_part(name, param)))
+        plain = clean_name(name)
+        if plain not in known and id(param) not in held:
+            found.append(Leftover(WEIGHT + plain, plain, *engines.stored_part(name, param)))
     saved = set(model.state_dict().keys())
     for name, buffer in model.named_buffers():
-        if name in saved and buffer.layout is not None and buffer.numel():
-            whole = Box(tuple((0, size) for size in buffer.shape))
-            found.append((clean_name(name), tuple(buffer.shape), whole, buffer))
+        if name in saved and buffer.numel():
+            plain, whole = clean_name(name), Box(tuple((0, size) for size in buffer.shape))
+            found.append(Leftover(BUFFER + plain, plain, tuple(buffer.shape), whole, buffer))
     return found
-
-
-def leftover_chunks(found: list[Leftover]) -> Iterator[Chunk]:
-    """The same as rectangles."""
-    for name, shape, part, local in found:
-        yield from part_chunks(PREFIX + name, shape, part, local.detach())
 
 
 def module_of(model_or_engine: Any) -> nn.Module:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from frugal_dist import engines
-from frugal_dist.checkpoint.compare import compare
+from frugal_dist.checkpoint.compare import Anew, compare, summary
 from frugal_dist.checkpoint.errors import DamagedError, together
-from frugal_dist.checkpoint.leftovers import leftover_chunks, leftovers
+from frugal_dist.checkpoint.leftovers import leftovers
 from frugal_dist.checkpoint.parts import Chunk, regular_state_chunks, state_chunks, weight_chunks
 from frugal_dist.checkpoint.reader import Reader
 from frugal_dist.checkpoint.rng import reseed, set_rng_state
@@ -40,7 +40,7 @@ def read_checkpoint(
     runtime, now = frugal.everything()
     ranks = runtime.ranks
     reader = _open(ranks, path, verify)
-    fresh = together(ranks, lambda: compare(runtime, now, reader, on_mismatch == "refresh"))
+    fresh = together(ranks, lambda: compare(runtime, now, reader, model_or_engine, on_mismatch == "refresh"))
     record, own = together(ranks, lambda: reader.record(ranks.rank))
     restoring = Restoring(runtime, now, reader, model_or_engine, fresh)
     together(ranks, restoring.check)
@@ -48,6 +48,8 @@ def read_checkpoint(
     frugal.loaded()
     engines.after_loading(model_or_engine, record["engine"])
     _restore_groups(runtime, reader)
+    if any(fresh.values()) and ranks.rank == 0:
+        warnings.warn(f"{reader.folder}: these start with fresh state: {summary(fresh)}.", stacklevel=3)
     if rng:
         set_rng_state(record["rng"]) if own else reseed(record["rng"], ranks.rank)
     extra: dict[str, Any] = record["extra"]
@@ -69,13 +71,13 @@ def _open(ranks: Ranks, path: Path, verify: bool) -> Reader:
 
 @dataclass
 class Restoring:
-    """One load. ``fresh``: names of parameters whose state starts anew."""
+    """One load. ``fresh``: matrices and regular parameters whose state starts anew."""
 
     runtime: Runtime
     now: Load
     reader: Reader
     model_or_engine: Any
-    fresh: set[str]
+    fresh: Anew
 
     def check(self) -> None:
         """Whether everything this rank needs can be read; changes nothing."""
@@ -101,7 +103,8 @@ class Restoring:
     def _kept_in_place(self) -> Iterator[Chunk]:
         """Weights, everything the optimizer does not hold, and the moments of regular parameters."""
         yield from weight_chunks(self.runtime, self.now)
-        yield from leftover_chunks(leftovers(self.runtime, self.model_or_engine))
+        for other in leftovers(self.runtime, self.model_or_engine):
+            yield from other.chunks
         kept = {one.name for one in self.now.regular if not self._starts_anew(one.name)}
         for name, chunk in regular_state_chunks(self.runtime, self.now):
             if name in kept:
@@ -140,8 +143,9 @@ class Restoring:
         """The matrix with state as before its first refresh, which is due now; its updates stay counted."""
         scratch = replace(work, state=MatrixState({}, work.state.prefix))
         ensure_state(self.runtime, replace(self.now, works=[scratch], regular=[]))
-        saved = self.reader.index.matrices.get(work.matrix.name) or self.reader.index.regular[work.matrix.name]
-        scratch.state.set_clock("updates", int(saved["clocks"].get("updates", saved["clocks"]["step"])))
+        saved = self.reader.index.matrices.get(work.matrix.name)
+        if saved is not None:
+            scratch.state.set_clock("updates", int(saved["clocks"]["updates"]))
         return scratch
 
 

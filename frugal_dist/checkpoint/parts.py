@@ -1,7 +1,7 @@
 """The canonical form: every tensor by parameter name in its whole shape, a rank's part as rectangles of it.
 
-Matrices keep their shape (a stack's members are "name[e]"), moments have R's shape, regular parameters are seen as
-(first dim, rest). So what one engine wrote any other can read, on any number of ranks.
+Parameters are seen as (first dim, rest), moments and bases of matrices in their own shapes, a stack's member as
+"name[e]". So what one engine wrote any other can read, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from frugal_dist.projection.coordinates import Selection
-from frugal_dist.sharding.storage import Box, Interval, Part
+from frugal_dist.sharding.storage import Box, Interval, Original, Part
 from frugal_dist.sharding.tile import Tile, interval_tiles
 from frugal_dist.work import (
     CoordinatePiece,
@@ -28,6 +28,9 @@ from frugal_dist.work import (
     whole_selection,
 )
 from frugal_dist.workload import Load, Regular
+
+WEIGHT = "weight/"
+"""Of the names of parameters in a checkpoint, whether anybody optimizes them or not."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,28 @@ class Chunk:
 def weight_chunks(runtime: Runtime, load: Load) -> Iterator[Chunk]:
     """The weights the optimizer updates: fp32 masters where the engine keeps them."""
     for work in load.works:
+        original = runtime.originals[work.matrix.original]
         for tile, weight in zip(work.tiles, work.weights, strict=True):
-            yield Chunk(f"weight/{work.matrix.name}", (work.matrix.rows, work.matrix.cols), tile, weight)
+            if len(original.shape) == 2:
+                yield Chunk(WEIGHT + original.name, (work.matrix.rows, work.matrix.cols), tile, weight)
+            else:
+                yield from _member_chunks(original, work.matrix.member, tile, weight)
     for i, one in regular_entries(runtime, load):
-        yield from part_chunks(f"weight/{one.name}", one.shape, runtime.storage.part(i), one.weight)
+        yield from part_chunks(WEIGHT + one.name, one.shape, runtime.storage.part(i), one.weight)
+
+
+def _member_chunks(original: Original, member: int, tile: Tile, weight: Tensor) -> Iterator[Chunk]:
+    """Part of one matrix of a stack, which is a row of the stack: whole rows of the matrix, or each of them."""
+    width = original.shape[-1]
+    spans = [tile.rows] if tile.width == width else [(row, row + 1) for row in range(*tile.rows)]
+    for top, bottom in spans:
+        start = top * width + tile.cols[0]
+        local = weight[top - tile.rows[0] : bottom - tile.rows[0]]
+        flat = local.reshape(1, -1)
+        area = Tile((member, member + 1), (start, start + flat.numel()))
+        yield Chunk(
+            WEIGHT + original.name, flat_shape(original.shape), area, flat, None if _is_view(flat, local) else local
+        )
 
 
 def regular_entries(runtime: Runtime, load: Load) -> list[tuple[int, Regular]]:
@@ -175,7 +196,7 @@ _CHUNKS: dict[type, Callable[[str, Sequence[int], Any, Tensor], Iterator[Chunk]]
 
 
 def flat_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """A regular parameter's shape as two dims: (first, rest); vectors and scalars are one row."""
+    """A parameter's shape as two dims: (first, rest); vectors and scalars are one row."""
     return (1, prod(shape)) if len(shape) < 2 else (shape[0], prod(shape[1:]))
 
 

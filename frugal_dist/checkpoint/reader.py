@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class Reader:
         if saved != shape:
             raise MismatchError(f"{self.folder}: {name} was saved with shape {saved}, now it has {shape}.")
         found, missing = [], area.numel
-        for held, file in self._overlapping(name, area):
+        for held, file in self._near(name, area):
             common = overlap(held, area)
             if common is not None:
                 self._check_piece(name, held, file)
@@ -112,8 +112,14 @@ class Reader:
             held.sort()
         return found
 
-    def _overlapping(self, name: str, area: Tile) -> Iterator[tuple[Tile, str]]:
-        yield from self._where.get(name, ())
+    def _near(self, name: str, area: Tile) -> list[tuple[Tile, str]]:
+        """All pieces that may overlap an area. One row can be in thousands of pieces; elsewhere they are few."""
+        pieces = self._where.get(name, [])
+        if self.index.tensors[name][0] > 1:
+            return pieces
+        first = bisect_right(pieces, area.cols[0], key=lambda piece: piece[0].cols[0]) - 1
+        last = bisect_left(pieces, area.cols[1], key=lambda piece: piece[0].cols[0])
+        return pieces[max(first, 0) : last]
 
     def _check_piece(self, name: str, held: Tile, file: str) -> None:
         key, tensors = piece_key(name, held), self._file(file)

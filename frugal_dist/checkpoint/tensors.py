@@ -6,6 +6,7 @@ bytes that are used come from disk. (https://github.com/huggingface/safetensors 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -52,6 +53,7 @@ class Output:
     """A file that counts what it writes and reaches the disk before it closes."""
 
     def __init__(self, path: Path) -> None:
+        self._path = str(path)
         self._file: BinaryIO = path.open("wb")
         self._size, self._crc = 0, 0
 
@@ -59,23 +61,35 @@ class Output:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # after `finish` nothing is left to write; before it something has failed
+            self._file.close()
 
     def write(self, data: bytes | memoryview) -> int:
         """Write all of ``data``."""
         view = memoryview(data).cast("B")
-        for start in range(0, len(view), BLOCK):
-            block = view[start : start + BLOCK]
-            self._file.write(block)
-            self._crc = zlib.crc32(block, self._crc)
+        with self._naming_itself():
+            for start in range(0, len(view), BLOCK):
+                block = view[start : start + BLOCK]
+                self._file.write(block)
+                self._crc = zlib.crc32(block, self._crc)
         self._size += len(view)
         return len(view)
 
     def finish(self) -> Written:
         """Flush to disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._naming_itself():
+            self._file.flush()
+            os.fsync(self._file.fileno())
         return Written(self._size, self._crc)
+
+    @contextlib.contextmanager
+    def _naming_itself(self) -> Iterator[None]:
+        """The system's error about a full disk does not say which file it was."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = self._path
+            raise
 
 
 def write_tensors(path: Path, tensors: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str]) -> Written:

@@ -29,8 +29,8 @@ from frugal_dist.checkpoint.files import (
     working_folder,
     write_bytes,
 )
-from frugal_dist.checkpoint.leftovers import PREFIX, leftover_chunks, leftovers, module_of
-from frugal_dist.checkpoint.parts import Chunk, regular_state_chunks, state_chunks, weight_chunks
+from frugal_dist.checkpoint.leftovers import BUFFER, leftovers, module_of
+from frugal_dist.checkpoint.parts import WEIGHT, Chunk, regular_state_chunks, state_chunks, weight_chunks
 from frugal_dist.checkpoint.rng import rng_state
 from frugal_dist.checkpoint.tensors import Written, write_tensors
 from frugal_dist.config import HYPERPARAMETERS
@@ -78,7 +78,7 @@ def write_checkpoint(path: Path, model_or_engine: Any, frugal: Frugal, extra: di
 def _all_chunks(runtime: Runtime, now: Load, model_or_engine: Any) -> list[Chunk]:
     chunks = [*weight_chunks(runtime, now), *(chunk for _, chunk in regular_state_chunks(runtime, now))]
     chunks += [chunk for work in now.works for chunk in state_chunks(runtime, work)]
-    return [*chunks, *leftover_chunks(leftovers(runtime, model_or_engine))]
+    return [*chunks, *(chunk for one in leftovers(runtime, model_or_engine) for chunk in one.chunks)]
 
 
 def _record(model_or_engine: Any, extra: dict[str, Any] | None, token: str) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def _divide(ranks: Ranks, chunks: Sequence[Chunk]) -> tuple[list[Chunk], Shapes]
     writer = {}
     for piece in sorted(held, key=lambda piece: (len(held[piece]) > 1, -piece[1].numel)):
         name, area = piece
-        chosen = held[piece][0] if name.startswith(PREFIX) else min(held[piece], key=lambda rank: load[rank])
+        chosen = held[piece][0] if name.startswith(BUFFER) else min(held[piece], key=lambda rank: load[rank])
         writer[piece] = chosen
         load[chosen] += area.numel
     return [chunk for chunk in chunks if writer[chunk.name, chunk.area] == ranks.rank], shapes
@@ -138,6 +138,7 @@ Clocks = dict[str, dict[str, int]]
 
 def _index(runtime: Runtime, now: Load, model_or_engine: Any, token: str, shapes: Shapes, everyone: list[Any]) -> Index:
     clocks = _latest_clocks([counted for _, _, counted in everyone])
+    others = leftovers(runtime, model_or_engine)
     return Index(
         identity=token,
         ranks=runtime.ranks.size,
@@ -145,11 +146,9 @@ def _index(runtime: Runtime, now: Load, model_or_engine: Any, token: str, shapes
         files={name: written for files, _, _ in everyone for name, written in files.items()},
         tensors=shapes,
         pieces={tensor_file(rank): pieces for rank, (_, pieces, _) in enumerate(everyone)},
-        parameters={
-            original.name: {"shape": list(original.shape), "projected": original.projected}
-            for original in runtime.originals
-        }
-        | {name: {"shape": list(shape), "projected": None} for name, shape, *_ in leftovers(runtime, model_or_engine)},
+        parameters={original.name: list(original.shape) for original in runtime.originals}
+        | {one.name: list(one.shape) for one in others if one.key.startswith(WEIGHT)},
+        buffers={one.name: list(one.shape) for one in others if one.key.startswith(BUFFER)},
         matrices={
             work.matrix.name: {"clocks": clocks[work.matrix.name], "depends_on": matrix_options(work)}
             for work in now.works
