@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from frugal_dist.checkpoint.errors import CheckpointError, DamagedError, MismatchError, StorageError
+from frugal_dist.checkpoint.folder import latest_step, read_latest, step_folder, write_step
 from frugal_dist.checkpoint.loading import read_checkpoint
 from frugal_dist.checkpoint.writing import write_checkpoint
 from frugal_dist.config import check_choice
@@ -18,8 +20,11 @@ __all__ = [
     "DamagedError",
     "MismatchError",
     "StorageError",
+    "latest",
     "load",
+    "load_latest",
     "save",
+    "save_step",
 ]
 
 
@@ -42,17 +47,8 @@ def save(
     checkpoint is untouched, and training can go on. ``on_error="warn"``: if the disk is to blame (full, read-only, not
     shared), rank 0 warns instead, and all ranks return False.
     """
-    check_choice("on_error", on_error, ("raise", "warn"))
     frugal = unwrap(optimizer)
-    try:
-        write_checkpoint(Path(path), model_or_engine, frugal, extra)
-    except StorageError as error:
-        if on_error == "raise":
-            raise
-        if frugal.everything()[0].ranks.rank == 0:
-            warnings.warn(f"The checkpoint {path} was not written, training goes on: {error}", stacklevel=2)
-        return False
-    return True
+    return _tolerant(frugal, on_error, lambda: write_checkpoint(Path(path), model_or_engine, frugal, extra))
 
 
 def load(
@@ -77,6 +73,68 @@ def load(
     """
     check_choice("on_mismatch", on_mismatch, ("error", "refresh"))
     return read_checkpoint(Path(path), model_or_engine, unwrap(optimizer), on_mismatch, verify, rng)
+
+
+def save_step(
+    root: str | os.PathLike[str],
+    step: int,
+    model_or_engine: Any,
+    optimizer: Any,
+    extra: dict[str, Any] | None = None,
+    *,
+    keep_last: int | None = 3,
+    keep_every: int | None = None,
+    on_error: str = "raise",
+) -> bool:
+    """``save`` to ``root/step_000123``, name it the latest, then remove old checkpoints; whether it worked.
+
+    ``keep_last``: how many of the newest stay (None: all). ``keep_every``: steps divisible by it stay as well.
+    """
+    for key, value in (("keep_last", keep_last), ("keep_every", keep_every)):
+        if value is not None and value < 1:
+            raise ValueError(f"{key}={value} must be at least 1, or None.")
+    frugal, folder = unwrap(optimizer), Path(root)
+    return _tolerant(
+        frugal, on_error, lambda: write_step(folder, step, model_or_engine, frugal, extra, keep_last, keep_every)
+    )
+
+
+def load_latest(
+    root: str | os.PathLike[str],
+    model_or_engine: Any,
+    optimizer: Any,
+    on_mismatch: str = "error",
+    *,
+    on_damaged: str = "error",
+    verify: bool = True,
+    rng: bool = True,
+) -> tuple[int, dict[str, Any]] | None:
+    """``load`` the checkpoint that ``root/latest`` names; (step, this rank's extra), or None if there is none yet.
+
+    ``on_damaged``: "error", or "previous": warn and take the one before if files are missing, cut off or changed.
+    """
+    check_choice("on_mismatch", on_mismatch, ("error", "refresh"))
+    check_choice("on_damaged", on_damaged, ("error", "previous"))
+    return read_latest(Path(root), model_or_engine, unwrap(optimizer), on_mismatch, on_damaged, verify, rng)
+
+
+def latest(root: str | os.PathLike[str]) -> Path | None:
+    """The folder of the newest checkpoint under ``root``, None if there is none. For ``load`` and the export."""
+    step = latest_step(Path(root))
+    return None if step is None else step_folder(Path(root), step)
+
+
+def _tolerant(frugal: Frugal, on_error: str, write: Callable[[], None]) -> bool:
+    check_choice("on_error", on_error, ("raise", "warn"))
+    try:
+        write()
+    except StorageError as error:
+        if on_error == "raise":
+            raise
+        if frugal.everything()[0].ranks.rank == 0:
+            warnings.warn(f"The checkpoint was not written, training goes on. {error}", stacklevel=3)
+        return False
+    return True
 
 
 def unwrap(optimizer: Any) -> Frugal:

@@ -186,13 +186,13 @@ def clear_stale(parent: Path, name_pattern: str) -> None:
 
 def publish(working: Path, final: Path) -> None:
     """Give a complete folder its name; an older one of the same name is replaced. Killed anywhere, one is loadable."""
-    _flush_folder(working)
+    flush_folder(working)
     retired = _retired(final)
     if final.exists():
         shutil.rmtree(retired, ignore_errors=True)
         final.rename(retired)
     working.rename(final)
-    _flush_folder(final.parent)
+    flush_folder(final.parent)
     shutil.rmtree(retired, ignore_errors=True)
 
 
@@ -210,7 +210,7 @@ def _retired(final: Path) -> Path:
     return final.with_name(f".{final.name}.old")
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Names reach the disk too; some file systems cannot, and need not."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
