@@ -22,6 +22,9 @@ from frugal_dist.sharding.tile import (
     whole,
 )
 
+FEW_RANKS = 8
+"""Up to here a basis on every rank costs less than what whole-matrix owners send (r = n/4, square matrices)."""
+
 FREE_DIM = {"right": 0, "left": 1, "full": None}
 
 
@@ -99,6 +102,7 @@ def refresh_cost(rows: int, cols: int) -> float:
 class CutCost:
     """Bytes per rank that decide between cutting the free dim and whole-matrix owners."""
 
+    ranks: int
     cut_exchange: float
     cut_memory: float
     owner_exchange: float
@@ -106,8 +110,11 @@ class CutCost:
 
     @property
     def prefers_owner(self) -> bool:
-        """Owners pay when the basis, replicated for a cut, costs more memory than owners cost in traffic."""
-        return self.cut_memory + self.cut_exchange > self.owner_memory + self.owner_exchange
+        """Owners pay when replicating the basis costs more memory than owners cost in traffic, and never on few ranks.
+
+        A cut spreads state and work evenly; whole matrices on few ranks do not, whatever the bytes say.
+        """
+        return self.ranks > FEW_RANKS and self.cut_memory > self.owner_memory + self.owner_exchange
 
 
 def compute_cost(storage: Layout, rows: int, cols: int, side: str, r: int, itemsize: int = 4) -> CutCost:
@@ -125,6 +132,7 @@ def compute_cost(storage: Layout, rows: int, cols: int, side: str, r: int, items
             kept = sum(area.numel for a in mine for b in theirs if (area := overlap(a, b)) is not None)
             moved += elements(theirs) - kept
     return CutCost(
+        ranks=ranks,
         cut_exchange=2.0 * moved * itemsize / ranks,
         cut_memory=float(basis),
         owner_exchange=2.0 * rows * cols * itemsize * (ranks - 1) / ranks / ranks,

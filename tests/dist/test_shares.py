@@ -1,0 +1,97 @@
+"""Each rank keeps its share of the low-rank state: the ranks' elements add up to one process's, none twice."""
+
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+import torch
+from cases import GAP, LAYOUTS, MATRICES, PROJECTIONS, Case, gradients, label, weights
+from reporting import markdown, report
+from storages import replicas
+from threads import run_ranks
+
+RANKS = 4
+CUT_EVENLY = [(p, s) for p, s in PROJECTIONS if p in ("svd", "random") and s != "full"]
+"""Bases that are cut in proportion to what a rank holds; of coordinates a rank has what falls into its part."""
+
+_found: dict[tuple[str, str], list[int]] = {}
+
+
+def _table() -> list[str]:
+    rows = [
+        [layout, name, *(f"{count:,}" for count in counts), f"{sum(counts):,}"]
+        for (layout, name), counts in sorted(_found.items())
+    ]
+    header = ["layout", "projection", *(f"rank {k}" for k in range(RANKS)), "sum"]
+    return markdown(header, rows) if rows else []
+
+
+report("elements of low-rank moments per rank", _table)
+
+
+def elements(build: object, case: Case) -> dict[str, int]:
+    """Elements of the moments of every matrix on this rank, after the second refresh."""
+    held = build(weights(), case.groups(), case.options)  # type: ignore[operator]
+    for grads in gradients()[: GAP + 1]:
+        held.step(grads)
+    _, load = held.optimizer.everything()
+    found: dict[str, int] = {}
+    for work in load.works:
+        moments = [work.state.get(name) for name in ("exp_avg", "exp_avg_sq")]
+        name = work.matrix.name.split("[")[0]
+        found[name] = found.get(name, 0) + sum(moment.numel() for moment in moments if moment is not None)
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("projection", "side"), PROJECTIONS)
+def test_the_ranks_elements_add_up(layout: str, projection: str, side: str) -> None:
+    case = Case(projection, side, "reset")
+    alone = Case(projection, side, "reset", more=(("process_group", None),))
+    total = elements(replicas, alone)
+    ranks = run_ranks(RANKS, lambda rank: elements(LAYOUTS[layout], case))
+    copies = RANKS if layout == "replicas" else 1
+    for name in MATRICES:
+        assert sum(found[name] for found in ranks) == copies * total[name], name
+    _found[layout, label(projection, side)] = [sum(found.values()) for found in ranks]
+
+
+@pytest.mark.parametrize("layout", ["replicas, shared state", "ZeRO-3"])
+@pytest.mark.parametrize(("projection", "side"), CUT_EVENLY)
+def test_a_rank_holds_its_share_within_rounding(layout: str, projection: str, side: str) -> None:
+    """What is stored evenly is computed evenly: at most one line of R more or less per matrix and moment."""
+    case = Case(projection, side, "reset")
+    total = elements(replicas, Case(projection, side, "reset", more=(("process_group", None),)))
+    for found in run_ranks(RANKS, lambda rank: elements(LAYOUTS[layout], case)):
+        for name, shape in MATRICES.items():
+            stack = prod(shape[:-2])
+            line = max(shape[-2:]) * 2 * stack  # a row or column of R has r entries, r <= the shorter side
+            assert abs(found[name] - total[name] / RANKS) <= line, name
+
+
+def test_a_basis_is_kept_by_those_who_use_it() -> None:
+    """Under whole-matrix owners exactly one rank has the basis."""
+    case = Case("svd", "std", "reset", more=(("compute_layout", "owner"),))
+
+    def bases(rank: int) -> list[bool]:
+        held = LAYOUTS["Shard(0)"](weights(), case.groups(), case.options)
+        held.step(gradients()[0])
+        _, load = held.optimizer.everything()
+        return [work.state.get("basis") is not None for work in load.works]
+
+    for holders in zip(*run_ranks(RANKS, bases), strict=True):
+        assert sum(holders) == 1
+
+
+def test_a_moment_is_stored_once() -> None:
+    """No view keeps more memory alive than the moment itself."""
+
+    def excess(rank: int) -> int:
+        case = Case("svd", "std", "reset")
+        held = LAYOUTS["ZeRO-3"](weights(), case.groups(), case.options)
+        held.step(gradients()[0])
+        tensors = [v for store in held.optimizer.state.values() for v in store.values() if isinstance(v, torch.Tensor)]
+        return sum(v.untyped_storage().nbytes() - v.numel() * v.element_size() for v in tensors)
+
+    assert run_ranks(RANKS, excess) == [0] * RANKS
