@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +21,7 @@ def row_shards(rows: int, cols: int, ranks: int) -> Layout:
 
 def flat_shards(rows: int, cols: int, cuts: list[int]) -> Layout:
     points = [0, *sorted(min(cut, rows * cols) for cut in cuts), rows * cols]
-    return tuple(interval_tiles(a, b, cols) for a, b in zip(points, points[1:], strict=False))
+    return tuple(interval_tiles(a, b, cols) for a, b in itertools.pairwise(points))
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.lists(st.integers(0, 81), max_size=5), st.sampled_from([0, 1]))
