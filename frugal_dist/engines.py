@@ -89,7 +89,7 @@ def _choose(request: Request, ranks: Ranks) -> tuple[Ranks, Sequence[Original], 
         process_group, originals, storage = found
         auto = isinstance(request.process_group, str)
         return ranks_of(process_group if auto else request.process_group), originals, storage
-    _refuse_fsdp1(held)
+    refuse_fsdp1(held)
     if any(hasattr(tensor, "device_mesh") for tensor in held):
         return _dtensor(request, held)
     return ranks, request.originals, PlainStorage(request.groups, request.originals)
@@ -107,7 +107,8 @@ def _dtensor(request: Request, held: Sequence[Tensor]) -> tuple[Ranks, Sequence[
     return ranks_of(group), request.originals, storage
 
 
-def _refuse_fsdp1(tensors: Sequence[Tensor]) -> None:
+def refuse_fsdp1(tensors: Sequence[Tensor]) -> None:
+    """ValueError for parameters of FSDP1, which flattens matrices and keeps no map of them."""
     for tensor in tensors:
         if (
             type(tensor).__name__ == "FlatParameter"

@@ -118,6 +118,7 @@ class Frugal(Optimizer):
         members = [members] if isinstance(members, Tensor) else list(members)
         named = [member if isinstance(member, tuple) else (None, member) for member in members]
         group["params"] = [tensor for _, tensor in named]
+        engines.refuse_fsdp1(group["params"])
         super().add_param_group(group)
         index = len(self.param_groups) - 1
         added = self.param_groups[index]

@@ -1,0 +1,240 @@
+"""A small odd LLaMA on torch's real engines, against one process with the whole batch. Runs inside each rank."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from frugal_dist import Frugal, split_parameters
+
+STEPS, ROWS, LENGTH, VOCAB = 7, 12, 6, 97
+Named = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, and what happens on the way."""
+
+    projection: str = "svd"
+    side: str = "std"
+    micro_steps: int = 1
+    clip: float = 0.0
+    tied: bool = False
+    silent: tuple[int, ...] = ()
+    schedule: bool = False
+    freeze: tuple[int, ...] = ()
+    decay_groups: bool = False
+    dtype: torch.dtype = torch.float64
+    more: tuple[tuple[str, Any], ...] = field(default=())
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"projection": self.projection, "side": self.side, "update_gap": 3, "lr": 1e-2, "weight_decay": 0.1,
+                **dict(self.more)}  # fmt: skip
+
+
+def build(job: Job) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        hidden_size=48, intermediate_size=101, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCAB, max_position_embeddings=16, attn_implementation="eager", use_cache=False,
+        tie_word_embeddings=job.tied,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(job.dtype)
+
+
+def tokens(step: int) -> Tensor:
+    return torch.randint(0, VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(step))
+
+
+def make_optimizer(model: nn.Module, job: Job, **more: Any) -> Frugal:
+    no_decay = ["*norm.weight", "*layernorm.weight"] if job.decay_groups else None
+    return Frugal(split_parameters(model, no_decay=no_decay), **{**job.options, **more})
+
+
+def one_process(job: Job) -> Named:
+    model = build(job)
+    optimizer = make_optimizer(model, job, process_group=None)
+    _train(model, optimizer, job, lambda step, micro: _rows(step, micro, job.micro_steps, 0, 1), _never)
+    return {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+reference = lru_cache(maxsize=None)(one_process)
+
+
+def _rows(step: int, micro: int, micro_steps: int, rank: int, ranks: int) -> Tensor:
+    """The rows of one micro-batch on one rank."""
+    share = ROWS // (micro_steps * ranks)
+    start = (micro * ranks + rank) * share
+    return tokens(step)[start : start + share]
+
+
+@contextlib.contextmanager
+def _never(last: bool) -> Iterator[None]:
+    yield
+
+
+def _train(model: nn.Module, optimizer: Frugal, job: Job, rows: Callable[[int, int], Tensor],
+           sync: Callable[[bool], Any]) -> None:  # fmt: skip
+    for step in range(STEPS):
+        if job.schedule:
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2 / (1 + step)
+                group["density"] = 0.25 if step < 3 else 0.5
+        optimizer.zero_grad()
+        for micro in range(job.micro_steps):
+            batch = rows(step, micro)
+            with sync(micro == job.micro_steps - 1):
+                (model(input_ids=batch, labels=batch).loss / job.micro_steps).backward()
+        _without_gradients(model, job, step)
+        if job.clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), job.clip)
+        optimizer.step()
+
+
+def _without_gradients(model: nn.Module, job: Job, step: int) -> None:
+    """Parameters of layer 0 get no gradient on some steps; those of layer 1 are frozen on others."""
+    for name, param in model.named_parameters():
+        if ".0." in name and step in job.silent:
+            param.grad = None
+        if ".1." in name and job.freeze:
+            param.requires_grad_(True)
+            if step in job.freeze:
+                param.grad = None
+
+
+# --- engines -------------------------------------------------------------------------------------------
+
+
+def ddp(job: Job, shard_state: bool | str) -> Named:
+    model = DistributedDataParallel(build(job))
+    optimizer = make_optimizer(model.module, job, shard_state=shard_state)
+
+    @contextlib.contextmanager
+    def sync(last: bool) -> Iterator[None]:
+        with contextlib.nullcontext() if last else model.no_sync():
+            yield
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    _train(model, optimizer, job, lambda step, micro: _rows(step, micro, job.micro_steps, rank, ranks), sync)
+    return {name: param.detach().clone() for name, param in model.module.named_parameters()}
+
+
+def sharded(job: Job, mesh_shape: tuple[int, ...] = (), columns: bool = False, **policies: Any) -> nn.Module:
+    model = build(job)
+    mesh = init_device_mesh("cpu", mesh_shape or (dist.get_world_size(),))
+    if columns:
+        policies["shard_placement_fn"] = _by_columns
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, **policies)
+    return fully_shard(model, mesh=mesh, **policies)
+
+
+def _by_columns(param: nn.Parameter) -> Shard:
+    """Shard(1) where the columns divide evenly, torch's limit."""
+    even = param.dim() == 2 and param.shape[1] % dist.get_world_size() == 0
+    return Shard(1) if even else Shard(0)
+
+
+def fsdp2(job: Job, mesh_shape: tuple[int, ...] = (), columns: bool = False, **policies: Any) -> Named:
+    model = sharded(job, mesh_shape, columns, **policies)
+    optimizer = make_optimizer(model, job)
+
+    @contextlib.contextmanager
+    def sync(last: bool) -> Iterator[None]:
+        model.set_requires_gradient_sync(last)
+        yield
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    _train(model, optimizer, job, lambda step, micro: _rows(step, micro, job.micro_steps, rank, ranks), sync)
+    return {name: _whole(param) for name, param in model.named_parameters()}
+
+
+def _whole(param: Tensor) -> Tensor:
+    return param.detach().full_tensor() if isinstance(param, DTensor) else param.detach()
+
+
+ENGINES: dict[str, Callable[[Job], Named]] = {
+    "DDP": lambda job: ddp(job, False),
+    "DDP, shared state": lambda job: ddp(job, "auto"),
+    "FSDP2": fsdp2,
+    "FSDP2, Shard(1)": lambda job: fsdp2(job, columns=True),
+    "FSDP2, CPU offload": lambda job: fsdp2(job, offload_policy=CPUOffloadPolicy(pin_memory=False)),
+    "HSDP 2x2": lambda job: fsdp2(job, (2, 2)),
+}
+
+
+def compare(engine: str, jobs: list[Job]) -> list[float]:
+    """The largest difference to one process, for each job."""
+    found = []
+    for job in jobs:
+        got, want = ENGINES[engine](job), reference(job)
+        assert got.keys() == want.keys()
+        found.append(max(float((got[name] - want[name]).abs().max()) for name in want))
+    return found
+
+
+def mixed_precision(job: Job) -> tuple[float, set[torch.dtype]]:
+    """bf16 compute with fp32 shards: (relative distance to the fp32 run, dtypes of weights and state)."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = sharded(job, mp_policy=policy)
+    optimizer = make_optimizer(model, job)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    _train(model, optimizer, job, lambda step, micro: _rows(step, micro, 1, rank, ranks), _never)
+    want = reference(job)
+    start = {name: param.detach() for name, param in build(job).named_parameters()}
+    got = {name: _whole(param) for name, param in model.named_parameters()}
+    off = sum(float((got[n] - want[n]).square().sum()) for n in want) ** 0.5
+    moved = sum(float((want[n] - start[n]).square().sum()) for n in want) ** 0.5
+    _, load = optimizer.everything()
+    dtypes = {work.weight_dtype for work in load.works} | {work.dtype for work in load.works}
+    return off / moved, dtypes
+
+
+def refused(kind: str) -> str:
+    """The error of an unsupported way to store parameters; every rank must get one."""
+    try:
+        optimizer = _UNSUPPORTED[kind]()
+        optimizer.step()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _dtensor_optimizer(placements: list[Any], mesh_shape: tuple[int, ...]) -> Frugal:
+    mesh = init_device_mesh("cpu", mesh_shape)
+    if any(isinstance(p, Partial) for p in placements):
+        weight = DTensor.from_local(torch.ones(8, 8), mesh, placements)
+    else:
+        weight = distribute_tensor(torch.ones(8, 8), mesh, placements)
+    param = nn.Parameter(weight)
+    param.grad = torch.ones_like(weight)
+    return Frugal([{"params": [("w", param)], "projected": True}])
+
+
+def _fsdp1(use_orig_params: bool) -> Frugal:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(build(Job()), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    return Frugal(model.named_parameters())
+
+
+_UNSUPPORTED: dict[str, Callable[[], Frugal]] = {
+    "tensor parallel": lambda: _dtensor_optimizer([Shard(0), Shard(1)], (2, 2)),
+    "partial": lambda: _dtensor_optimizer([Replicate(), Partial()], (2, 2)),
+    "FSDP1": lambda: _fsdp1(False),
+    "FSDP1 with original parameters": lambda: _fsdp1(True),
+}

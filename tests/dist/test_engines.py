@@ -1,0 +1,85 @@
+"""torch's real engines in real processes: the weights of one process after 7 steps, to 1e-10 in float64."""
+
+from __future__ import annotations
+
+import engine_jobs
+import pytest
+import torch
+from engine_jobs import ENGINES, Job
+from processes import Fleet
+from reporting import markdown, report
+
+PROJECTIONS = [Job(), Job(side="left"), Job("columns"), Job("rows"), Job("randk"), Job("blockwise"), Job("random")]
+AROUND = {
+    "accumulation": Job(micro_steps=3),
+    "accumulation, columns": Job("columns", micro_steps=3),
+    "clipping": Job(clip=0.05),
+    "tied embeddings": Job(tied=True),
+    "weight-decay groups": Job(decay_groups=True),
+    "no gradient on some steps": Job(silent=(1, 3, 4)),
+    "frozen, then unfrozen": Job("randk", freeze=(0, 1, 2)),
+    "lr and density schedules": Job(schedule=True),
+    "density schedule, kept state": Job("columns", schedule=True, more=(("on_refresh", "keep"),)),
+}
+_found: dict[tuple[str, str], float] = {}
+
+
+def _table() -> list[str]:
+    return (
+        markdown(["engine", "run", "largest difference"], [[*k, f"{v:.1e}"] for k, v in _found.items()])
+        if _found
+        else []
+    )
+
+
+report("real engines against one process, float64", _table)
+
+
+def check(fleet: Fleet, engine: str, jobs: dict[str, Job], ranks: int) -> None:
+    names, found = list(jobs), fleet.run(ranks, engine_jobs.compare, engine, list(jobs.values()))
+    for name, *differences in zip(names, *found, strict=True):
+        _found[f"{engine}, {ranks} ranks", name] = max(differences)
+    worst = {name: max(d) for name, *d in zip(names, *found, strict=True)}
+    assert max(worst.values()) < 1e-10, worst
+
+
+def ranks_for(engine: str) -> int:
+    return 4 if engine.startswith("HSDP") else 2
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_projection(fleet: Fleet, engine: str) -> None:
+    check(fleet, engine, {f"{job.projection} {job.side}": job for job in PROJECTIONS}, ranks_for(engine))
+
+
+@pytest.mark.parametrize("engine", ["DDP, shared state", "FSDP2", "HSDP 2x2"])
+def test_what_happens_around_a_step(fleet: Fleet, engine: str) -> None:
+    """12 rows divide by 3 micro-steps and 2 or 4 ranks."""
+    check(fleet, engine, AROUND, ranks_for(engine))
+
+
+def test_uneven_and_empty_shards(fleet: Fleet) -> None:
+    check(fleet, "FSDP2", {"svd std": Job(), "randk": Job("randk")}, 3)
+
+
+def test_accumulation_equals_one_large_batch() -> None:
+    """1 x 3 equals 3 x 1 on one process, so it does on all engines."""
+    once, thrice = engine_jobs.one_process(Job()), engine_jobs.one_process(Job(micro_steps=3))
+    assert max(float((once[n] - thrice[n]).abs().max()) for n in once) < 1e-10
+
+
+def test_mixed_precision_keeps_fp32_masters(fleet: Fleet) -> None:
+    job = Job(dtype=torch.float32, more=(("state_free", "sgd"), ("eps", 1e-3)))
+    for distance, dtypes in fleet.run(2, engine_jobs.mixed_precision, job):
+        assert dtypes == {torch.float32}
+        assert distance < 0.1  # bf16 forward and backward; a wrong update would be off by about 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [("tensor parallel", "tensor parallelism"), ("partial", "Partial"), ("FSDP1", "FSDP2"),
+     ("FSDP1 with original parameters", "FSDP2")],
+)  # fmt: skip
+def test_what_is_not_supported_is_refused_by_name(fleet: Fleet, kind: str, word: str) -> None:
+    for message in fleet.run(4, engine_jobs.refused, kind):
+        assert word in message
