@@ -28,7 +28,7 @@ class DemoSettings:
     data: Path
     run: Path
     config: Path
-    steps: int = 700
+    steps: int = 500
     model: str = "quick"
     sequence_length: int = 128
     warmup_share: float = 0.1

@@ -46,6 +46,7 @@ class Training:
         """Train all steps, evaluating at the start, at the end and in between."""
         start = time.monotonic()
         first = last = self._evaluate(0)
+        self.progress.start()
         for done in range(1, self.steps + 1):
             self._train_step(done - 1)
             self.progress.step()

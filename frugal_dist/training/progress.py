@@ -32,6 +32,11 @@ class Progress:
         self._start = time.monotonic()
         self._done = 0
 
+    def start(self) -> None:
+        """Training begins: the clock behind the time left starts here, not while loading and evaluating."""
+        self._bar.reset()
+        self._start = self._last_line = time.monotonic()
+
     def step(self) -> None:
         """One more step is done."""
         self._done += 1

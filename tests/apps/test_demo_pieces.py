@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import json
 import math
 import subprocess
 import sys
@@ -14,14 +16,21 @@ import pytest
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("matplotlib")
-pytest.importorskip("torch")
+pytest.importorskip("transformers")
 
+import torch
+
+from frugal_dist.cli import main
 from frugal_dist.training import text
 from frugal_dist.training.data import Batches, TokenRows, read_tokens, write_tokens
+from frugal_dist.training.engines import _batch_size, count_state_bytes, read_deepspeed_config
 from frugal_dist.training.evaluate import Validation
+from frugal_dist.training.loop import Training
 from frugal_dist.training.metrics import MetricsLog, of_kind, read_metrics
+from frugal_dist.training.models import build_llama, token_losses
 from frugal_dist.training.plot import plot_run
 from frugal_dist.training.prepare import open_prepared, prepare_demo
+from frugal_dist.training.progress import Progress
 from frugal_dist.training.report import Summary, report_text
 from frugal_dist.training.schedule import warmup_cosine
 from frugal_dist.training.tokenizer import separator_id, train_tokenizer
@@ -161,6 +170,18 @@ class FakeEngine:
     world: int
     sums: list[float] = field(default_factory=list)
     calls: int = 0
+    seen: list[int] = field(default_factory=list)
+    batch_size = 6
+
+    def train_step(self, rows):
+        self.seen.extend(rows[:, 0].tolist())
+        return rows.float().mean()
+
+    def learning_rate(self):
+        return 0.5
+
+    def gradient_norm(self):
+        return 1.0
 
     def losses(self, rows):
         self.calls += 1
@@ -195,6 +216,102 @@ def test_schedule_warms_up_and_ends_at_its_floor():
     assert max(rates) == rates[10] == 1
     assert rates[100] == pytest.approx(0.1)
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+# --- loop and engine
+
+
+def _training(path: Path, engine: FakeEngine, steps: int) -> tuple[Training, io.StringIO]:
+    terminal = io.StringIO()
+    training = Training(
+        engine,
+        Batches(_rows(), engine.batch_size, seed=0),
+        Validation(_rows(count=2, length=1), tokens=2),  # losses 1 and 2: small enough for exp()
+        MetricsLog(path / "metrics.jsonl"),
+        Progress(steps, terminal, shown=engine.rank == 0),
+        steps,
+        evaluate_every=4,
+        log_every=2,
+    )
+    return training, terminal
+
+
+def test_loop_trains_each_step_and_evaluates_at_start_middle_and_end(tmp_path):
+    engine = FakeEngine(rank=0, world=1)
+    training, terminal = _training(tmp_path, engine, steps=5)
+    with training.metrics:
+        outcome = training.run()
+    assert (outcome.steps, outcome.tokens) == (5, 5 * 6 * 4)
+    assert outcome.first_loss == outcome.last_loss == 1.5
+    assert [number * 4 for index in range(5) for number in training.batches.numbers(index)] == engine.seen
+    records = read_metrics(tmp_path)
+    assert [row["step"] for row in of_kind(records, "validation")] == [0, 4, 5]
+    logged = of_kind(records, "train")
+    assert [row["step"] for row in logged] == [2, 4, 5]
+    # Rows start at their first token and rise by one: their mean is 2 above it. The last record covers one step.
+    assert logged[-1]["loss"] == pytest.approx(sum(engine.seen[-6:]) / 6 + 2)
+    assert terminal.getvalue().count("validation perplexity 4.5") == 3
+
+
+def test_loop_stops_when_the_loss_is_not_finite(tmp_path, monkeypatch):
+    engine = FakeEngine(rank=1, world=2)
+    monkeypatch.setattr(engine, "train_step", lambda rows: torch.tensor(math.nan), raising=False)
+    training, terminal = _training(tmp_path, engine, steps=5)
+    with training.metrics, pytest.raises(ValueError, match="training loss is nan at step 2"):
+        training.run()
+    assert terminal.getvalue() == ""  # only rank 0 speaks
+
+
+def test_progress_in_a_log_file_is_a_line_now_and_then(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("frugal_dist.training.progress.time.monotonic", lambda: now[0])
+    terminal = io.StringIO()
+    with Progress(100, terminal, shown=True) as progress:
+        now[0] = 50.0
+        progress.start()
+        for _ in range(20):
+            now[0] += 1.0
+            progress.step()
+            progress.figures(6.5, 1234.5)
+    assert terminal.getvalue() == "step    15/100: loss 6.500, 1,234 tokens/s, 01:25 left\n"
+
+
+def test_deepspeed_configuration_is_checked(tmp_path):
+    path = tmp_path / "ds.json"
+    with pytest.raises(ValueError, match=r"cannot read .*ds.json: No such file"):
+        read_deepspeed_config(path)
+    for content, message in (("{", "not valid JSON"), ("[]", "optimizer"), ('{"fp16": {}}', "optimizer")):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_deepspeed_config(path)
+    path.write_text(json.dumps({"optimizer": {"type": "Frugal"}, "train_batch_size": 6}))
+    config = read_deepspeed_config(path)
+    assert [_batch_size(config, world) for world in (1, 2, 3)] == [6, 6, 6]
+    with pytest.raises(ValueError, match="train_batch_size is 6, which 4 ranks"):
+        _batch_size(config, 4)
+    for bad in (None, "auto", 0):
+        with pytest.raises(ValueError, match="train_batch_size is"):
+            _batch_size({"train_batch_size": bad}, 1)
+
+
+def test_state_bytes_are_those_of_the_tensors():
+    weight = torch.nn.Parameter(torch.zeros(10, 3))
+    weight.grad = torch.ones(10, 3)
+    optimizer = torch.optim.AdamW([weight])
+    assert count_state_bytes(optimizer) == 0
+    optimizer.step()
+    assert count_state_bytes(optimizer) == 2 * 30 * 4 + 4  # two moments and the step, a tensor of its own
+
+
+def test_model_has_the_promised_size_and_starts_by_guessing():
+    model = build_llama("quick", 4096, 128)
+    assert 5e6 < sum(parameter.numel() for parameter in model.parameters()) < 10e6
+    rows = torch.randint(0, 4096, (2, 9))
+    losses = token_losses(model, rows).detach()
+    assert losses.shape == (16,)
+    assert float(losses.mean()) == pytest.approx(math.log(4096), abs=0.3)
+    with pytest.raises(ValueError, match="model is 'huge'; choose one of quick, 60M"):
+        build_llama("huge", 4096, 128)
 
 
 # --- what people look at
@@ -255,3 +372,18 @@ def test_console_keeps_noise_out_of_the_terminal(tmp_path):
     done = subprocess.run([sys.executable, "-c", script, log], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("after\n", "shown\n")
     assert sorted(log.read_text().split("\n")) == ["", "from C", "noise", "warning"]
+
+
+def test_command_line_mistakes_are_explained(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    folders = ["--data", str(tmp_path), "--run", str(tmp_path / "run"), "--config", "ds.json"]
+    for arguments, message in (
+        (["plot", str(tmp_path)], "holds no metrics.jsonl"),
+        (["demo", "train", *folders], "bash launch/quickstart.sh"),
+        (["demo", "prepare", "--data", str(tmp_path), "--source", "novels"], "'novels'"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit):
+        main(["unknown"])
