@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import reporting
+from processes import Fleet
 
 torch.set_num_threads(1)
 
@@ -21,3 +24,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section(title)
         for line in lines:
             terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def fleet() -> Iterator[Fleet]:
+    """Real processes as ranks; started by the first test that uses them."""
+    found = Fleet()
+    yield found
+    found.close()
+    found.folder.cleanup()
+    shutil.rmtree(found.folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,7 @@ def run_ranks(size: int, body: Callable[[int], Any], deadline: float = 120.0) ->
     """
     results: list[Any] = [None] * size
     errors: list[BaseException | None] = [None] * size
-    world = _install_threaded_pg()
+    world, hook = _install_threaded_pg(), sys.excepthook
     torch._C._distributed_c10d._set_thread_isolation_mode(True)
     store = dist.HashStore()
 
@@ -43,8 +44,9 @@ def run_ranks(size: int, body: Callable[[int], Any], deadline: float = 120.0) ->
     try:
         for thread in threads:
             thread.start()
+        end = time.monotonic() + deadline
         for thread in threads:
-            thread.join(deadline)
+            thread.join(max(end - time.monotonic(), 0.0))
         stuck = [thread for thread in threads if thread.is_alive()]
         if stuck:
             frames = sys._current_frames()
@@ -56,6 +58,7 @@ def run_ranks(size: int, body: Callable[[int], Any], deadline: float = 120.0) ->
         ProcessLocalGroup.reset()
         torch._C._distributed_c10d._set_thread_isolation_mode(False)
         _uninstall_threaded_pg()
+        sys.excepthook = hook  # torch puts a rank into it at every init, and never takes it out
         del world
     failed = [(rank, error) for rank, error in enumerate(errors) if error is not None]
     if failed:

@@ -1,0 +1,120 @@
+"""When something goes wrong on one rank, all ranks agree or all raise, and none hangs."""
+
+from __future__ import annotations
+
+import warnings
+
+import drills
+import pytest
+import torch
+from drills import ALL, FAILING, LIKE_ALONE, REFUSED, VICTIM, Drill, Outcome
+from processes import Fleet
+from threads import run_ranks
+
+REAL = (
+    "NaN at a refresh, replicas, shared state",
+    "NaN at a refresh, Shard(0)",
+    "zero at a refresh, Shard(0)",
+    "SVD fails once, Shard(0)",
+    "out of memory, then enough, Shard(0)",
+    "another seed, Shard(0)",
+    "another order, replicas, shared state",
+    "a missing parameter, Shard(0)",
+    "another shape, Shard(0)",
+    "SVD keeps failing, Shard(0)",
+    "memory keeps failing, replicas, shared state",
+    "a schedule on one rank, Shard(0)",
+    "another weight, replicas, shared state",
+    "no gradient on one rank at step 3, replicas, shared state",
+    "no gradients on one rank at (3,), svd, Shard(0)",
+)
+"""Once more with real processes and gloo."""
+
+
+def on_threads(drill: Drill) -> tuple[list[Outcome], list[str]]:
+    with drill.patched(), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        outcomes = run_ranks(drill.ranks, drill.run)
+    return outcomes, [str(one.message) for one in told]
+
+
+def check(name: str, outcomes: list[Outcome], told: list[str]) -> None:
+    drill = ALL[name]
+    assert len({outcome.error for outcome in outcomes}) == 1, "one error on all ranks, or none"
+    assert len({outcome.steps for outcome in outcomes}) == 1, "all ranks stop at the same step"
+    if name in LIKE_ALONE:
+        check_like_alone(drill, outcomes)
+    elif name in REFUSED:
+        assert outcomes[0].error.startswith("ValueError: rank 0 ")
+        assert "rank 1" in outcomes[0].error
+        assert outcomes[0].steps == 0
+    elif name in FAILING:
+        check_failing(name, outcomes[0])
+    else:
+        check_agreement(name, outcomes, told)
+
+
+def check_like_alone(drill: Drill, outcomes: list[Outcome]) -> None:
+    with drill.patched(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = drill.alone()
+    assert not want.error
+    for outcome in outcomes:
+        assert not outcome.error
+        for name, weight in want.weights.items():
+            torch.testing.assert_close(outcome.weights[name], weight, rtol=0, atol=1e-10, equal_nan=True)
+        assert outcome.clocks == outcomes[0].clocks
+
+
+def check_failing(name: str, outcome: Outcome) -> None:
+    if name.startswith("a schedule"):
+        assert outcome.error.startswith("ValueError: The ranks have different hyperparameters")
+    else:
+        assert outcome.error.startswith(
+            f"RuntimeError: {VICTIM}: the projector refresh failed 3 times in a row on rank "
+        )
+    assert 2 < outcome.steps < drills.STEPS - 1
+
+
+def check_agreement(name: str, outcomes: list[Outcome], told: list[str]) -> None:
+    """Replicas are equal; bases were refreshed together (coordinates that nobody shares need no agreement)."""
+    first = outcomes[0]
+    assert not first.error
+    for outcome in outcomes:
+        for key, weight in first.weights.items():
+            assert torch.equal(outcome.weights[key].nan_to_num(), weight.nan_to_num()), key
+        if ALL[name].options["projection"] in ("svd", "random"):
+            late = {key: value for key, value in outcome.clocks.items() if "refreshe" in key}
+            assert late == {key: first.clocks[key] for key in late}
+    if name.startswith("another weight"):
+        assert any("had different weights" in text and VICTIM in text for text in told)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_on_threads(name: str) -> None:
+    check(name, *on_threads(ALL[name]))
+
+
+def test_where_warnings_are_errors_no_rank_raises_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    drill = ALL["another weight, replicas, shared state"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        outcomes = run_ranks(drill.ranks, drill.run)
+    assert not any(outcome.error for outcome in outcomes)
+    assert "had different weights" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def real(fleet: Fleet) -> dict[str, tuple[list[Outcome], list[str]]]:
+    """The drills of REAL on 3 processes, all in one job."""
+    by_rank = fleet.run(3, drills.run_named, REAL)
+    found = {}
+    for position, name in enumerate(REAL):
+        entries = [results[position] for results in by_rank]
+        found[name] = ([outcome for outcome, _ in entries], [text for _, told in entries for text in told])
+    return found
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_on_processes(name: str, real: dict[str, tuple[list[Outcome], list[str]]]) -> None:
+    check(name, *real[name])
