@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from frugal_dist.config import HYPERPARAMETERS
-from frugal_dist.sharding import zero
+from frugal_dist.sharding import deepspeed, zero
 from frugal_dist.sharding.exchange import Ranks, ranks_of
 from frugal_dist.sharding.plain import PlainStorage
 from frugal_dist.sharding.storage import Original, Part, Storage
@@ -19,27 +19,27 @@ from frugal_dist.work import Runtime
 
 def full_shape(tensor: Tensor) -> tuple[int, ...]:
     """The shape in the user's model, whatever part of it is here."""
-    return zero.full_shape(tensor)
+    return deepspeed.full_shape(tensor)
 
 
 def name_of(tensor: Tensor) -> str | None:
     """The name under which an engine knows an unnamed parameter, if any does."""
-    return zero.name_of(tensor)
+    return deepspeed.name_of(tensor)
 
 
 def announce(optimizer_class: type[Any]) -> None:
     """Make the optimizer known to engines that keep a list of those they trust."""
-    zero.announce(optimizer_class)
+    deepspeed.announce(optimizer_class)
 
 
 def counts_of(model_or_engine: Any) -> dict[str, Any]:
     """An engine's own counts (steps, schedule, loss scale), to be saved with the weights."""
-    return zero.counts_of(model_or_engine)
+    return deepspeed.counts_of(model_or_engine)
 
 
 def after_loading(model_or_engine: Any, counts: dict[str, Any]) -> None:
     """Bring an engine in line with new master weights: its low-precision copies and its counts."""
-    zero.after_loading(model_or_engine, counts)
+    deepspeed.after_loading(model_or_engine, counts)
 
 
 def stored_part(name: str, tensor: Tensor) -> tuple[tuple[int, ...], Part, Tensor]:
@@ -60,6 +60,7 @@ def is_alone(process_group: Any) -> bool:
 class Request:
     """What the optimizer knows: its parameters as given, its groups, and what the user asked for."""
 
+    optimizer: object
     originals: Sequence[Original]
     sources: Sequence[Tensor | None]
     groups: Sequence[dict[str, Any]]
@@ -84,7 +85,9 @@ def bind(request: Request) -> Runtime:
 
 def _choose(request: Request, ranks: Ranks) -> tuple[Ranks, Sequence[Original], Storage]:
     held = [tensor for group in request.groups for tensor in group["params"]]
-    found = zero.storage_under_deepspeed(request.originals, request.sources, request.groups, request.active)
+    found = zero.storage_under_deepspeed(
+        request.originals, request.sources, request.groups, request.active, request.optimizer
+    )
     if found is not None:
         process_group, originals, storage = found
         auto = isinstance(request.process_group, str)

@@ -211,6 +211,7 @@ class Frugal(Optimizer):
             self._started.clear()
             runtime = engines.bind(
                 engines.Request(
+                    optimizer=self,
                     originals=self._originals,
                     sources=[source() for source in self._sources],
                     groups=self._groups,

@@ -1,4 +1,4 @@
-"""Storage under DeepSpeed: ZeRO-1/2/3, BF16_Optimizer, and stage 0. The only reader of DeepSpeed's internals.
+"""Storage under DeepSpeed: ZeRO-1/2/3, BF16_Optimizer, and stage 0.
 
 ZeRO flattens and cuts parameters, so the optimizer sees 1-D partitions. Where each parameter lies in them is read from
 what DeepSpeed keeps on the original parameters, and checked against the weights themselves before the first update.
@@ -6,7 +6,6 @@ what DeepSpeed keeps on the original parameters, and checked against the weights
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -15,33 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from frugal_dist.sharding.deepspeed import check_supported, engine_of, name_of
 from frugal_dist.sharding.plain import PlainStorage
 from frugal_dist.sharding.storage import Box, Interval, Original, Part, Storage
 
 Group = dict[str, Any]
 
 
-def full_shape(tensor: Tensor) -> tuple[int, ...]:
-    """The shape in the user's model; under zero.Init the tensor itself is empty."""
-    return tuple(getattr(tensor, "ds_shape", tensor.shape))
-
-
-def name_of(tensor: Tensor) -> str | None:
-    """DeepSpeed notes the names of a model's parameters before it builds the optimizer."""
-    debug = sys.modules.get("deepspeed.utils.debug")
-    return debug.param_names[tensor] if debug is not None and tensor in debug.param_names else None
-
-
 def _belongs(source: Tensor) -> bool:
-    """Whether a DeepSpeed engine holds this parameter; its list of names alone would not do, it is emptied early."""
+    """What DeepSpeed leaves on parameters, should the engine not be found (after gc.freeze, say)."""
     return any(hasattr(source, mark) for mark in ("_z3_optimizer", "_hp_mapping")) or name_of(source) is not None
-
-
-def announce(optimizer_class: type[Any]) -> None:
-    """Tell DeepSpeed, if it is loaded, that ZeRO may wrap this optimizer: no zero_allow_untested_optimizer needed."""
-    utils = sys.modules.get("deepspeed.runtime.zero.utils")
-    if utils is not None and optimizer_class not in utils.ZERO_SUPPORTED_OPTIMIZERS:
-        utils.ZERO_SUPPORTED_OPTIMIZERS.append(optimizer_class)
 
 
 @dataclass(frozen=True)
@@ -95,12 +77,16 @@ def storage_under_deepspeed(
     sources: Sequence[Tensor | None],
     groups: Sequence[Group],
     active: Callable[[], list[Tensor]],
+    optimizer: object,
 ) -> tuple[Any, Sequence[Original], Storage] | None:
     """(process group, trainable originals, storage), or None if DeepSpeed does not hold these parameters.
 
     ``sources`` are the model's own parameters, as given to the optimizer. Raises ValueError for what is not supported.
     """
-    if not any(source is not None and _belongs(source) for source in sources):
+    engine = engine_of(optimizer)
+    if engine is not None:
+        check_supported(engine)
+    elif not any(source is not None and _belongs(source) for source in sources):
         return None
     present = [source for source in sources if source is not None]
     if len(present) != len(sources):
@@ -118,7 +104,6 @@ def _zero3(originals: Sequence[Original], sources: Sequence[Tensor], groups: Seq
            active: Callable[[], list[Tensor]]) -> tuple[Any, Sequence[Original], Storage]:  # fmt: skip
     kept = [(o, s) for o, s in zip(originals, sources, strict=True) if hasattr(s, "_z3_optimizer")]
     zero = kept[0][1]._z3_optimizer
-    _refuse_zero3(zero)
     places = [_zero3_place(zero, source) for _, source in kept]
     return _checked(zero.dp_process_group, [original for original, _ in kept], groups, places, active)
 
@@ -140,7 +125,7 @@ def _zero12(originals: Sequence[Original], sources: Sequence[Tensor], groups: Se
             active: Callable[[], list[Tensor]]) -> tuple[Any, Sequence[Original], Storage]:  # fmt: skip
     kept = [(o, s) for o, s in zip(originals, sources, strict=True) if hasattr(s, "_hp_mapping")]
     process_groups: list[Any] = [getattr(source, "_dp_group", None) for _, source in kept]
-    families = {id(group): group for group in process_groups}
+    families = {tuple(dist.get_process_group_ranks(group)): group for group in process_groups}
     if len(families) != 1:
         raise ValueError(
             "The parameters belong to several data-parallel groups (DeepSpeed MoE with expert parallelism), which "
@@ -198,9 +183,6 @@ def _stage0(
 
 # --- around portable checkpoints --------------------------------------------------------------------------------------
 
-COUNTS = ("global_steps", "global_samples", "skipped_steps")
-SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
 
 def stored_part(tensor: Tensor) -> tuple[Part, Tensor]:
     """Which part of a parameter that is not optimized lies here, and its memory: all of it, or ZeRO-3's partition."""
@@ -214,87 +196,7 @@ def stored_part(tensor: Tensor) -> tuple[Part, Tensor]:
     return Interval(start, start + numel), partition.detach().flatten()[:numel]
 
 
-def counts_of(engine: Any) -> dict[str, Any]:
-    """Steps, schedule and loss scale of a DeepSpeed engine; nothing for a plain model."""
-    if not _is_engine(engine):
-        return {}
-    accumulated = engine.micro_steps % engine.gradient_accumulation_steps()
-    if accumulated and engine._is_gradient_accumulation_boundary is None:  # else the user decides what a step is
-        raise ValueError(
-            f"{accumulated} of {engine.gradient_accumulation_steps()} micro-batches of the running step are done; "
-            "their gradients cannot be saved. Save after the last one."
-        )
-    counts = {name: int(getattr(engine, name)) for name in COUNTS}
-    schedule = None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict()
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    scale = {name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)}
-    return {"counts": counts, "schedule": schedule, "scale": scale}
-
-
-def after_loading(engine: Any, saved: dict[str, Any]) -> None:
-    """Copy new fp32 masters into the model's own weights; restore counts that another DeepSpeed engine saved."""
-    if not _is_engine(engine):
-        return
-    _update_low_precision(engine.optimizer)
-    for name, value in saved.get("counts", {}).items():
-        setattr(engine, name, value)
-    if engine.lr_scheduler is not None and saved.get("schedule"):
-        engine.lr_scheduler.load_state_dict(saved["schedule"])
-    scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
-    if getattr(scaler, "dynamic", False):  # a static one is what the config says
-        for name, value in saved.get("scale", {}).items():
-            setattr(scaler, name, value)
-
-
-def _is_engine(engine: Any) -> bool:
-    return all(hasattr(engine, name) for name in COUNTS)
-
-
-def _update_low_precision(wrapper: Any) -> None:
-    if hasattr(wrapper, "update_lp_params"):  # ZeRO-1/2, BF16_Optimizer
-        wrapper.update_lp_params()
-    elif hasattr(wrapper, "fp16_partitioned_groups_flat"):  # ZeRO-3
-        _update_zero3(wrapper)
-    elif hasattr(wrapper, "fp32_groups"):  # stage 0 in bf16
-        for masters, copies in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
-            for master, copy in zip(masters, copies, strict=True):
-                copy.data.copy_(master.data)
-
-
-def _update_zero3(zero: Any) -> None:
-    """What ZeRO-3 does itself after loading: flat masters into flat copies, those into the partitions."""
-    persistent = zero.persistent_parameters
-    if persistent:
-        persistent[0].partition(persistent)
-    for number, master in enumerate(zero.fp32_partitioned_groups_flat):
-        flat = zero.fp16_partitioned_groups_flat[number]
-        flat.data.copy_(master.data)
-        pieces = zero.unflatten(flat, zero.fp16_partitioned_groups[number])
-        for partition, piece in zip(zero.fp16_partitioned_groups[number], pieces, strict=True):
-            partition.data = piece.data
-    if persistent:
-        persistent[0].all_gather(persistent)
-
-
 # --- trust, but verify --------------------------------------------------------------------------------------------
-
-
-def _refuse_zero3(zero: Any) -> None:
-    """What ZeRO-3 can be asked for beyond plain sharding and CPU offload."""
-    refused = {
-        "SuperOffload": "Super" in type(zero).__name__,
-        "ZenFlow": bool(getattr(zero, "zenflow", False)),
-        "NVMe offload of the optimizer": bool(getattr(zero, "swap_optimizer", False)),
-        "a partial offload ratio": bool(zero.offload_optimizer) and getattr(zero, "partial_offload", 1.0) != 1.0,
-        "hpZ (zero_hpz_partition_size > 1)": getattr(zero, "zero_hpz_partition_size", 1) > 1,
-        "MiCS": "MiCS" in type(zero).__name__,
-    }
-    for feature, present in refused.items():
-        if present:
-            raise ValueError(
-                f"DeepSpeed's {feature} is not supported by Frugal. Use plain ZeRO-3, or offload the optimizer to the "
-                'CPU with "offload_optimizer": {"device": "cpu"}.'
-            )
 
 
 def _checked(process_group: Any, originals: Sequence[Original], groups: Sequence[Group], places: Sequence[Place],

@@ -1,26 +1,86 @@
-"""A small odd LLaMA under DeepSpeed: the cases, and one run of a case on the ranks that are there."""
+"""A small odd LLaMA under DeepSpeed: the settings, one run of a setting, and the same run on one process."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 STEPS, GAP, ROWS, LENGTH, VOCAB = 7, 3, 12, 8, 97
+LR = 1e-2
+Weights = dict[str, Tensor]
+
+SMOOTH = {"lr": LR, "density": 0.25, "update_gap": GAP, "state_free": "sgd", "eps": 1e-3, "weight_decay": 0.01}
+"""Rounding stays rounding: no signs, and an eps that keeps small gradients from becoming full steps."""
+
+SMALL_LR = 1e-4
+SIGNS = {**SMOOTH, "lr": SMALL_LR, "state_free": "sign", "eps": 1e-8}
+"""A flipped sign is a jump of 2 lr. With a large lr it would change the next gradients, and thousands would follow."""
 
 
-def small_llama(dtype: torch.dtype = torch.float32, layers: int = 2) -> nn.Module:
+@dataclass(frozen=True)
+class Setting:
+    """One way to run DeepSpeed. ``accumulated_in``: in what DeepSpeed adds up half-precision gradients."""
+
+    zero: dict[str, Any]
+    more: dict[str, Any] = field(default_factory=dict)
+    zero_init: bool = False
+    half: torch.dtype | None = None
+    accumulated_in: torch.dtype | None = None
+
+
+BF16 = {"bf16": {"enabled": True}}
+CPU = {"offload_optimizer": {"device": "cpu"}}
+SETTINGS = {
+    "0": Setting({"stage": 0}),
+    "1": Setting({"stage": 1}),
+    "2": Setting({"stage": 2}),
+    "3": Setting({"stage": 3, "stage3_param_persistence_threshold": 0}),
+    "3, sub-groups": Setting({"stage": 3, "sub_group_size": 12000}),
+    "3, zero.Init": Setting({"stage": 3}, zero_init=True),
+    "1, offload": Setting({"stage": 1, **CPU}),
+    "2, offload": Setting({"stage": 2, **CPU}),
+    "3, offload": Setting({"stage": 3, **CPU}),
+    "2, plain reduce": Setting({"stage": 2, "contiguous_gradients": False, "reduce_scatter": False}),
+    "2, overlap": Setting({"stage": 2, "overlap_comm": True}),
+    "3, overlap": Setting({"stage": 3, "overlap_comm": True, "reduce_bucket_size": 20000}),
+    "BF16_Optimizer": Setting(
+        {"stage": 1}, {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}, False, torch.bfloat16, torch.bfloat16
+    ),
+    "0, bf16": Setting({"stage": 0}, BF16, False, torch.bfloat16, torch.bfloat16),
+    "1, bf16": Setting({"stage": 1}, BF16, False, torch.bfloat16, torch.bfloat16),
+    "2, bf16": Setting({"stage": 2}, BF16, False, torch.bfloat16, torch.bfloat16),
+    "3, bf16": Setting({"stage": 3}, BF16, False, torch.bfloat16, torch.bfloat16),
+}
+PROJECTIONS: dict[str, dict[str, Any]] = {
+    "svd std": {"projection": "svd"},
+    "svd right": {"projection": "svd", "side": "right"},
+    "svd left": {"projection": "svd", "side": "left"},
+    "random": {"projection": "random"},
+    "columns": {"projection": "columns"},
+    "rows": {"projection": "rows"},
+    "randk": {"projection": "randk"},
+    "blockwise": {"projection": "blockwise"},
+}
+
+
+def small_llama(dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
     """Odd sizes and grouped key-value heads, the same weights everywhere."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(1)
+    sizes = {
+        "hidden_size": 48, "intermediate_size": 101, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": VOCAB, **changes,
+    }  # fmt: skip
     config = LlamaConfig(
-        hidden_size=48, intermediate_size=101, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCAB, max_position_embeddings=32, attn_implementation="eager", tie_word_embeddings=False,
-        use_cache=False,
-    )  # fmt: skip
+        **sizes, max_position_embeddings=32, attn_implementation="eager", tie_word_embeddings=False, use_cache=False
+    )
     return LlamaForCausalLM(config).to(dtype)
 
 
@@ -35,19 +95,62 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return loss
 
 
-def reference(options: dict[str, Any], dtype: torch.dtype = torch.float32, clip: float = 0.0) -> dict[str, Tensor]:
-    """One process, plain PyTorch."""
+# --- one process -----------------------------------------------------------------------------------------------------
+
+
+def reference(
+    options: dict[str, Any],
+    parts: int = 1,
+    half: torch.dtype | None = None,
+    accumulated_in: torch.dtype | None = None,
+    clip: float = 0.0,
+    model: Callable[[], nn.Module] = small_llama,
+    schedule: Callable[[int], float] | None = None,
+) -> Weights:
+    """Plain PyTorch. ``parts``: in how many micro-batches a step's gradient is computed, as ranks do.
+
+    ``half``: forward and backward in half precision on copies of fp32 weights, whose gradients are added up in
+    ``accumulated_in``.
+    """
     from frugal_dist import Frugal, split_parameters
 
-    model = small_llama(dtype)
-    optimizer = Frugal(split_parameters(model), process_group=None, **options)
+    worker = model()
+    for param in worker.parameters() if half else ():  # not the buffers: DeepSpeed leaves them alone too
+        param.data = param.data.to(half)
+    master = copy.deepcopy(worker).float() if half else worker
+    optimizer = Frugal(split_parameters(master), process_group=None, **options)
+    pairs = list(zip(master.parameters(), worker.parameters(), strict=True))
     for step in range(STEPS):
-        optimizer.zero_grad()
-        loss_of(model, batch(step)).backward()
+        for group in optimizer.param_groups:
+            group["lr"] *= schedule(step) if schedule else 1.0
+        sums = _gradients(worker, batch(step).chunk(parts), accumulated_in)
+        for (high, _), grad in zip(pairs, sums, strict=True):
+            high.grad = None if grad is None else grad.float()
         if clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            torch.nn.utils.clip_grad_norm_(master.parameters(), clip)
         optimizer.step()
-    return {name: param.detach().clone() for name, param in model.named_parameters()}
+        with torch.no_grad():
+            for high, low in pairs:
+                low.copy_(high)
+    return {name: param.detach().clone() for name, param in master.named_parameters()}
+
+
+def _gradients(model: nn.Module, parts: Iterable[Tensor], dtype: torch.dtype | None) -> list[Tensor | None]:
+    parts = list(parts)
+    sums: list[Tensor | None] = [None for _ in model.parameters()]
+    for part in parts:
+        model.zero_grad()
+        loss_of(model, part).backward()
+        for i, param in enumerate(model.parameters()):
+            if param.grad is not None:
+                share = param.grad.to(dtype or param.dtype) / len(parts)
+                previous = sums[i]
+                sums[i] = share if previous is None else previous + share
+    model.zero_grad()
+    return sums
+
+
+# --- DeepSpeed -------------------------------------------------------------------------------------------------------
 
 
 def config_of(options: dict[str, Any], zero: dict[str, Any], ranks: int, **more: Any) -> dict[str, Any]:
@@ -57,47 +160,72 @@ def config_of(options: dict[str, Any], zero: dict[str, Any], ranks: int, **more:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
         "optimizer": {"type": "Frugal", "params": copy.deepcopy(options)},
-        "zero_optimization": zero,
-        **more,
+        "zero_optimization": copy.deepcopy(zero),
+        **copy.deepcopy(more),
     }
 
 
-def full_weights(engine: Any) -> dict[str, Tensor]:
-    """The fp32 weights of every parameter, whatever the stage."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    found = {}
-    for name, param in engine.module.named_parameters():
-        value = safe_get_full_fp32_param(param) if _has_master(param) else None
-        found[name] = (param.detach() if value is None else value).clone().float()
-    return found
-
-
-def _has_master(param: nn.Parameter) -> bool:
-    return hasattr(param, "ds_id") or getattr(param, "_hp_mapping", None) is not None or hasattr(param, "_dp_group")
-
-
-def run(config: dict[str, Any], zero_init: bool = False, steps: int = STEPS, model: nn.Module | None = None) -> Any:
-    """Train; returns the engine."""
+def start(config: dict[str, Any], model: nn.Module | None = None, zero_init: bool = False, **given: Any) -> Any:
+    """The engine; ``given`` goes to deepspeed.initialize."""
     import deepspeed
 
+    import frugal_dist  # noqa: F401  (all that a user's script needs)
+
     if model is None and zero_init:
+        small_llama()  # imports what must not be imported while zero.Init has torch's functions replaced
         with deepspeed.zero.Init(config_dict_or_path=config):
             model = small_llama()
         _copy_into(model)
     model = model or small_llama()
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-    train(engine, range(steps))
+    if not given:
+        given = {"model_parameters": model.parameters()}
+    engine, *_ = deepspeed.initialize(model=model, config=config, **given)
     return engine
 
 
-def train(engine: Any, steps: Any) -> None:
+def train(engine: Any, steps: Iterable[int]) -> None:
+    """The global batches of ``steps``, in as many micro-batches as the engine accumulates."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    share = ROWS // ranks
     for step in steps:
-        tokens = batch(step)[rank * share : (rank + 1) * share].to(engine.device)
-        engine.backward(loss_of(engine, tokens))
-        engine.step()
+        for tokens in batch(step).chunk(ranks)[rank].chunk(engine.gradient_accumulation_steps()):
+            engine.backward(loss_of(engine, tokens.to(engine.device)))
+            engine.step()
+
+
+def full_weights(engine: Any) -> Weights:
+    """The fp32 weights of every parameter, whatever the stage. Collective."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found = {}
+    clones = _stage0_clones(engine)
+    for name, param in engine.module.named_parameters():
+        if param in clones:
+            value = clones[param]
+        elif hasattr(param, "ds_id") or hasattr(param, "_hp_mapping"):
+            value = safe_get_full_fp32_param(param)
+        else:
+            value = None
+        found[name] = (param.detach() if value is None else value.detach()).clone().float()
+    return found
+
+
+def model_weights(engine: Any) -> Weights:
+    """What the next forward pass uses. Collective."""
+    import deepspeed
+
+    found = {}
+    for name, param in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([param], enabled=hasattr(param, "ds_id")):
+            found[name] = param.detach().clone()
+    return found
+
+
+def _stage0_clones(engine: Any) -> dict[Tensor, Tensor]:
+    """Stage 0 in half precision keeps fp32 clones of the trainable parameters."""
+    if not hasattr(engine.optimizer, "fp32_groups"):
+        return {}
+    pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
+    return {low: high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
 
 
 def _copy_into(model: nn.Module) -> None:
@@ -108,3 +236,45 @@ def _copy_into(model: nn.Module) -> None:
     for name, param in model.named_parameters():
         with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
             param.data.copy_(weights[name])
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between a run and one process: the largest of any weight, and how many entries are off by a full step."""
+
+    largest: float
+    mean: float
+    flips: int
+    entries: int
+
+
+def difference_to(found: Weights, want: Weights, lr: float = LR) -> Difference:
+    assert list(found) == list(want)
+    apart = torch.cat([(found[name] - want[name]).abs().flatten() for name in want])
+    flips = int((apart > lr).sum())
+    return Difference(float(apart.max()), float(apart.mean()), flips, apart.numel())
+
+
+@lru_cache(maxsize=64)
+def _cached_reference(key: str) -> Weights:
+    options, arguments = eval(key, {"torch": torch})
+    return reference(options, **arguments)
+
+
+def equivalence(setting: str, projection: str, signs: bool = False) -> Difference:
+    """A job: train under a setting; how far from one process? The model must hold the rounded weights, on all ranks."""
+    ranks = torch.distributed.get_world_size()
+    options = {**(SIGNS if signs else SMOOTH), **PROJECTIONS[projection]}
+    chosen = SETTINGS[setting]
+    engine = start(config_of(options, chosen.zero, ranks, **chosen.more), zero_init=chosen.zero_init)
+    train(engine, range(STEPS))
+    found, used = full_weights(engine), model_weights(engine)
+    engine.destroy()
+    for name, value in used.items():
+        assert torch.equal(value, found[name].to(value.dtype)), f"{name}: the model's weights are not the optimizer's"
+    parts = ranks if signs or chosen.half else 1
+    arguments = {"parts": parts, "half": chosen.half, "accumulated_in": chosen.accumulated_in}
+    return difference_to(found, _cached_reference(repr((options, arguments))), float(options["lr"]))

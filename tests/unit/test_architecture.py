@@ -19,7 +19,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("config", "names", "notices"),
     ("rules", "projection", "projection.*"),
     ("sharding", "sharding.tile"),
-    ("sharding.plan",),
+    ("sharding.plan", "sharding.deepspeed"),
     ("sharding.route", "sharding.storage", "sharding.exchange"),
     ("sharding.plain", "sharding.dtensor", "sharding.zero", "sharding.table"),
     ("parameters", "clock", "state", "update"),
@@ -49,7 +49,7 @@ KNOWS = {
         "integrations.*",
         *APPLICATIONS,
     ),
-    "deepspeed": ("sharding.zero", "integrations.deepspeed", *APPLICATIONS),
+    "deepspeed": ("sharding.zero", "sharding.deepspeed", "integrations.deepspeed", *APPLICATIONS),
     "transformers": ("integrations.transformers", *APPLICATIONS),
 }
 NOT_NEEDED = (

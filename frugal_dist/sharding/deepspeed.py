@@ -1,0 +1,179 @@
+"""DeepSpeed's engine: which one drives an optimizer, what its config asks for, its names for parameters, its counts.
+
+Nothing here imports DeepSpeed: what is not loaded is not used.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+COUNTS = ("global_steps", "global_samples", "skipped_steps")
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def full_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape in the user's model; under zero.Init the tensor itself is empty."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def name_of(tensor: Tensor) -> str | None:
+    """DeepSpeed notes the names of a model's parameters before it builds the optimizer, and forgets them later."""
+    debug = sys.modules.get("deepspeed.utils.debug")
+    return debug.param_names[tensor] if debug is not None and tensor in debug.param_names else None
+
+
+def announce(optimizer_class: type[Any]) -> None:
+    """Tell DeepSpeed, if it is loaded, that ZeRO may wrap this optimizer: no zero_allow_untested_optimizer needed.
+
+    Called when an optimizer is built, since DeepSpeed may be imported after frugal_dist. If DeepSpeed is building it
+    from JSON, ValueError for what Frugal does not support: the features fail in stranger ways soon after.
+    """
+    utils = sys.modules.get("deepspeed.runtime.zero.utils")
+    if utils is not None and optimizer_class not in utils.ZERO_SUPPORTED_OPTIMIZERS:
+        utils.ZERO_SUPPORTED_OPTIMIZERS.append(optimizer_class)
+    for engine in _engines(lambda engine: _builds(engine, optimizer_class.__name__)):
+        check_supported(engine)
+
+
+def engine_of(optimizer: object) -> Any | None:
+    """The engine that drives ``optimizer``, if any. DeepSpeed gives the optimizer no link to it: look for it."""
+    return next(iter(_engines(lambda engine: engine.__dict__.get("basic_optimizer") is optimizer)), None)
+
+
+def _engines(fits: Callable[[Any], bool]) -> list[Any]:
+    module = sys.modules.get("deepspeed.runtime.engine")
+    if module is None:
+        return []
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), module.DeepSpeedEngine)]
+    return [engine for engine in found if fits(engine)]
+
+
+def _builds(engine: Any, name: str) -> bool:
+    """Whether this engine is about to have its optimizer built from its JSON."""
+    known = engine.__dict__
+    missing = "basic_optimizer" in known and known["basic_optimizer"] is None and known.get("client_optimizer") is None
+    return missing and known.get("_config") is not None and engine.optimizer_name() == name
+
+
+PLAIN_OFFLOAD = 'use "offload_optimizer": {"device": "cpu"} alone'
+PLAIN_ZERO3 = "use plain ZeRO-3"
+FP32_MASTERS = "remove it: Frugal needs fp32 master weights"
+
+
+def check_supported(engine: Any) -> None:
+    """ValueError, with what to use instead, if the engine's config asks for something Frugal does not support."""
+    for feature, (wanted, instead) in _unsupported(engine).items():
+        if wanted:
+            raise ValueError(f"Frugal does not support DeepSpeed's {feature}: {instead}.")
+
+
+def _unsupported(engine: Any) -> dict[str, tuple[bool, str]]:
+    config = engine._config
+    zero, bf16, fp16 = config.zero_config, config.bfloat16_config, config.float16_config
+    optimizer, params = zero.offload_optimizer, zero.offload_param
+    offloads = optimizer is not None and optimizer.device != "none"
+    return {
+        "SuperOffload": (offloads and optimizer.super_offload, PLAIN_OFFLOAD),
+        "ZenFlow": (zero.zenflow is not None, PLAIN_OFFLOAD),
+        "partial offload (offload_optimizer.ratio below 1)": (offloads and optimizer.ratio != 1.0, PLAIN_OFFLOAD),
+        "NVMe offload of the optimizer": (offloads and optimizer.device == "nvme", PLAIN_OFFLOAD),
+        "NVMe offload of parameters": (
+            params is not None and params.device == "nvme",
+            'use "offload_param": {"device": "cpu"}',
+        ),
+        "hpZ (zero_hpz_partition_size above 1)": (zero.zero_hpz_partition_size > 1, PLAIN_ZERO3),
+        "tensor parallelism (AutoTP, mpu)": (_tensor_parallel(engine), "use ZeRO-3 to fit larger models"),
+        "pipeline parallelism": (bool(engine.__dict__.get("pipeline_parallelism")), "use ZeRO-3 to fit larger models"),
+        "DeepCompile": (config.compile_config.deepcompile, 'remove "deepcompile"; torch.compile of the model works'),
+        "bf16_master_weights_and_grads": (bf16.bf16_master_weights_and_grads, FP32_MASTERS),
+        "bf16_optimizer_states": (bf16.bf16_optimizer_states, FP32_MASTERS),
+        "fp16_master_weights_and_grads": (fp16.fp16_master_weights_and_grads, FP32_MASTERS),
+        "round_robin_gradients": (
+            zero.round_robin_gradients,
+            "set it to false; DeepSpeed's own record of where parameters lie is wrong with it",
+        ),
+        "elastic checkpoints (elastic_checkpoint)": (zero.elastic_checkpoint, CHECKPOINT),
+        "universal checkpoints (load_universal)": (config.load_universal_checkpoint, CHECKPOINT),
+    }
+
+
+CHECKPOINT = (
+    "they keep nothing but AdamW's moments. frugal_dist.checkpoint saves on any engine and number of ranks and loads "
+    "on any other"
+)
+
+
+def _tensor_parallel(engine: Any) -> bool:
+    mpu = engine.__dict__.get("mpu")
+    by_hand = mpu is not None and hasattr(mpu, "get_model_parallel_world_size")
+    return bool(engine.autotp_size() > 1 or (by_hand and mpu.get_model_parallel_world_size() > 1))
+
+
+# --- counts, and weights that were replaced -----------------------------------------------------------------------
+
+
+def counts_of(engine: Any) -> dict[str, Any]:
+    """Steps, schedule and loss scale of a DeepSpeed engine; nothing for a plain model."""
+    if not _is_engine(engine):
+        return {}
+    accumulated = engine.micro_steps % engine.gradient_accumulation_steps()
+    if accumulated and engine._is_gradient_accumulation_boundary is None:  # else the user decides what a step is
+        raise ValueError(
+            f"{accumulated} of {engine.gradient_accumulation_steps()} micro-batches of the running step are done; "
+            "their gradients cannot be saved. Save after the last one."
+        )
+    counts = {name: int(getattr(engine, name)) for name in COUNTS}
+    schedule = None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict()
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    scale = {name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)}
+    return {"counts": counts, "schedule": schedule, "scale": scale}
+
+
+def after_loading(engine: Any, saved: dict[str, Any]) -> None:
+    """Copy new fp32 masters into the model's own weights; restore counts that another DeepSpeed engine saved."""
+    if not _is_engine(engine):
+        return
+    _update_low_precision(engine.optimizer)
+    for name, value in saved.get("counts", {}).items():
+        setattr(engine, name, value)
+    if engine.lr_scheduler is not None and saved.get("schedule"):
+        engine.lr_scheduler.load_state_dict(saved["schedule"])
+    scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
+    if getattr(scaler, "dynamic", False):  # a static one is what the config says
+        for name, value in saved.get("scale", {}).items():
+            setattr(scaler, name, value)
+
+
+def _is_engine(engine: Any) -> bool:
+    return all(hasattr(engine, name) for name in COUNTS)
+
+
+def _update_low_precision(wrapper: Any) -> None:
+    if hasattr(wrapper, "update_lp_params"):  # ZeRO-1/2, BF16_Optimizer
+        wrapper.update_lp_params()
+    elif hasattr(wrapper, "fp16_partitioned_groups_flat"):  # ZeRO-3
+        _update_zero3(wrapper)
+    elif hasattr(wrapper, "fp32_groups"):  # stage 0 in bf16
+        for masters, copies in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+            for master, copy in zip(masters, copies, strict=True):
+                copy.data.copy_(master.data)
+
+
+def _update_zero3(zero: Any) -> None:
+    """What ZeRO-3 does itself after loading: flat masters into flat copies, those into the partitions."""
+    persistent = zero.persistent_parameters
+    if persistent:
+        persistent[0].partition(persistent)
+    for number, master in enumerate(zero.fp32_partitioned_groups_flat):
+        flat = zero.fp16_partitioned_groups_flat[number]
+        flat.data.copy_(master.data)
+        pieces = zero.unflatten(flat, zero.fp16_partitioned_groups[number])
+        for partition, piece in zip(zero.fp16_partitioned_groups[number], pieces, strict=True):
+            partition.data = piece.data
+    if persistent:
+        persistent[0].all_gather(persistent)

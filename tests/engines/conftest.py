@@ -1,0 +1,37 @@
+"""Tests on real engines: one fleet of processes per number of ranks, and the tables that tests print."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# Tests are imported in importlib mode, which leaves their folder out of the path.
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tables
+from fleet import Fleet
+
+
+@pytest.fixture(scope="session")
+def fleet() -> Iterator[Callable[[int], Fleet]]:
+    """``fleet(2)``: two ranks, started at first use."""
+    living: dict[int, Fleet] = {}
+
+    def get(size: int) -> Fleet:
+        if size not in living:
+            living[size] = Fleet(size)
+        return living[size]
+
+    yield get
+    for one in living.values():
+        one.stop()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for title, lines in tables.tables():
+        terminalreporter.section(title)
+        for line in lines:
+            terminalreporter.write_line(line)
