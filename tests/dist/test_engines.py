@@ -59,6 +59,7 @@ def test_what_happens_around_a_step(fleet: Fleet, engine: str) -> None:
 
 
 def test_uneven_and_empty_shards(fleet: Fleet) -> None:
+    """101 and 97 rows do not divide by 3."""
     check(fleet, "FSDP2", {"svd std": Job(), "randk": Job("randk")}, 3)
 
 
