@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from frugal_dist import engines, saving
-from frugal_dist.config import HYPERPARAMETERS, FrugalConfig, check_choice, check_keys, config_from
+from frugal_dist.config import HYPERPARAMETERS, FrugalConfig, check_choice, check_keys, config_from, without_auto
 from frugal_dist.parameters import (
     ParameterInfo,
     check_patterns,
@@ -49,7 +49,7 @@ class Frugal(Optimizer):
     ``process_group``: the ranks that hold replicas of ordinary tensors. "auto": the default group if there is one.
     None: this process is alone, no collectives ever. ``shard_state``: whether replicas share the low-rank state;
     "auto": yes, except under DeepSpeed stage 0, whose checkpoints keep rank 0's state only. ``no_decay``: name patterns
-    without weight decay.
+    without weight decay. A hyperparameter that is "auto" has its default: JSON configs say so.
 
     Raises ValueError, naming the parameter or key, for unknown or bad hyperparameters, unnamed parameters without
     ``"projected"``, a pattern that matches nothing, nothing projected, and shapes that leave nothing state-full.
@@ -84,13 +84,14 @@ class Frugal(Optimizer):
         seed: int = 0,
         **unknown: Any,
     ) -> None:
-        given = {key: value for key, value in locals().items() if key in HYPERPARAMETERS}
+        given = without_auto({key: value for key, value in locals().items() if key in HYPERPARAMETERS})
         known = (*HYPERPARAMETERS, "shard_state", "process_group", "no_decay")
         check_keys(unknown, known, "Frugal")
         if not isinstance(shard_state, bool):
             check_choice("shard_state", shard_state, ("auto",))
         self._shard_state = shard_state
         self._process_group = process_group
+        no_decay = None if no_decay == "auto" else no_decay
         self._no_decay = [no_decay] if isinstance(no_decay, str) else no_decay
         self._originals: list[Original] = []
         self._sources: list[Callable[[], Tensor | None]] = []  # weak: engines replace parameters, ZeRO asks for them
