@@ -32,6 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     plot.set_defaults(command=_plot)
 
+    _add_export(commands.add_parser("export", help="a checkpoint as a Hugging Face model folder"))
+
     memory = commands.add_parser("memory", help="optimizer-state memory of the papers' LLaMA sizes")
     memory.add_argument("--density", type=float, default=0.25, help="share updated with state (default 0.25)")
     memory.set_defaults(command=_memory)
@@ -73,6 +75,23 @@ def _plot(options: argparse.Namespace) -> int:
     from frugal_dist.training.plot import plot_run
 
     print(plot_run(options.run))
+    return 0
+
+
+def _add_export(export: argparse.ArgumentParser) -> None:
+    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a folder of them")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to be written")
+    export.add_argument("--config", type=Path, metavar="PATH", help="of the model, if the checkpoint holds none")
+    export.add_argument("--tokenizer", type=Path, metavar="DIR", help="is copied along")
+    export.add_argument("--dtype", help="fp32, bf16 or fp16 (default: as saved)")
+    export.set_defaults(command=_export)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from frugal_dist.training.export import export
+
+    done = export(options.checkpoint, options.out, options.config, options.tokenizer, options.dtype)
+    print(done.report())
     return 0
 
 

@@ -11,6 +11,8 @@ from typing import Any
 from frugal_dist.checkpoint.errors import CheckpointError, DamagedError, MismatchError, StorageError
 from frugal_dist.checkpoint.folder import latest_step, read_latest, step_folder, write_step
 from frugal_dist.checkpoint.loading import read_checkpoint
+from frugal_dist.checkpoint.schedule import load_schedule
+from frugal_dist.checkpoint.weights import SavedWeights
 from frugal_dist.checkpoint.writing import write_checkpoint
 from frugal_dist.config import check_choice
 from frugal_dist.optimizer import Frugal
@@ -19,10 +21,12 @@ __all__ = [
     "CheckpointError",
     "DamagedError",
     "MismatchError",
+    "SavedWeights",
     "StorageError",
     "latest",
     "load",
     "load_latest",
+    "load_schedule",
     "save",
     "save_step",
 ]

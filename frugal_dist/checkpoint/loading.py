@@ -18,6 +18,7 @@ from frugal_dist.checkpoint.leftovers import leftovers
 from frugal_dist.checkpoint.parts import Chunk, regular_state_chunks, state_chunks, weight_chunks
 from frugal_dist.checkpoint.reader import Reader
 from frugal_dist.checkpoint.rng import reseed, set_rng_state
+from frugal_dist.checkpoint.schedule import fitted
 from frugal_dist.config import HYPERPARAMETERS
 from frugal_dist.optimizer import Frugal
 from frugal_dist.sharding.exchange import Ranks, gather_objects
@@ -42,11 +43,12 @@ def read_checkpoint(
     reader = _open(ranks, path, verify)
     fresh = together(ranks, lambda: compare(runtime, now, reader, model_or_engine, on_mismatch == "refresh"))
     record, own = together(ranks, lambda: reader.record(ranks.rank))
+    counts = together(ranks, lambda: _fitted_counts(record["engine"], model_or_engine))
     restoring = Restoring(runtime, now, reader, model_or_engine, fresh)
     together(ranks, restoring.check)
     together(ranks, restoring.carry_out)
     frugal.loaded()
-    engines.after_loading(model_or_engine, record["engine"])
+    engines.after_loading(model_or_engine, counts)
     _restore_groups(runtime, reader)
     if any(fresh.values()) and ranks.rank == 0:
         warnings.warn(f"{reader.folder}: these start with fresh state: {summary(fresh)}.", stacklevel=3)
@@ -67,6 +69,12 @@ def _open(ranks: Ranks, path: Path, verify: bool) -> Reader:
     # Together the ranks look at every file once.
     together(ranks, lambda: reader.check_files(ranks.rank, ranks.size, contents=verify))
     return reader
+
+
+def _fitted_counts(counts: dict[str, Any], engine: Any) -> dict[str, Any]:
+    """An engine's own counts, its schedule fitted to the groups there are now."""
+    scheduler, state = getattr(engine, "lr_scheduler", None), counts.get("schedule")
+    return {**counts, "schedule": fitted(state, scheduler.state_dict())} if scheduler is not None and state else counts
 
 
 @dataclass

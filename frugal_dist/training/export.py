@@ -1,0 +1,203 @@
+"""From a checkpoint of any engine to a Hugging Face model folder, on one process and without a GPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from frugal_dist.checkpoint import SavedWeights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    folder: Path
+    source: Path
+    model: str
+    parameters: int
+    dtype: str
+    tokenizer: bool
+
+    def report(self) -> str:
+        """For the terminal."""
+        lines = [f"{self.source} -> {self.folder}: {self.model}, {self.parameters:,} parameters, {self.dtype}"]
+        if not self.tokenizer:
+            lines.append("Without a tokenizer; add one with --tokenizer DIR.")
+        return "\n".join(lines)
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    config: Path | None = None,
+    tokenizer: Path | None = None,
+    dtype: str | None = None,
+    verify: bool = True,
+) -> Exported:
+    """Write safetensors, config and tokenizer to ``out``, for ``AutoModelForCausalLM.from_pretrained``.
+
+    ``checkpoint``: a checkpoint or a folder of them. ``config``: of the model, a folder or a JSON file; not needed if a
+    Hugging Face model was saved. ``dtype``: fp32, bf16, fp16, or None for the dtype of the saved weights.
+    Raises ValueError, naming what differs, if checkpoint, config and tokenizer do not fit together; nothing is written.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already; choose another name.")
+    weights = SavedWeights(checkpoint, verify)
+    model = _empty_model(_config(weights, config))
+    _check_names(weights, model)
+    _fill(weights, model, None if dtype is None else DTYPES[dtype])
+    found = _dtype_name(model)
+    model.config.dtype = found
+    working = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(working, ignore_errors=True)
+    try:
+        model.save_pretrained(working)
+        if tokenizer is not None:
+            _save_tokenizer(tokenizer, working, model)
+        if out.exists():
+            out.rmdir()
+        working.rename(out)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return Exported(out, weights.folder, type(model).__name__, count, found, tokenizer is not None)
+
+
+def _config(weights: SavedWeights, path: Path | None) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    if path is None:
+        plain, source = weights.model_config, f"{weights.folder}, as it was saved"
+        if plain is None:
+            raise ValueError(f"{weights.folder} holds no model configuration; give one with --config.")
+    else:
+        file = path / "config.json" if path.is_dir() else path
+        plain, source = _json(file), str(file)
+    kind = plain.get("model_type")
+    try:
+        return AutoConfig.for_model(**plain)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"the configuration of {source} (model_type {kind!r}) is of no known model: {error}"
+        ) from error
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        plain = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the model configuration {file}: {error.strerror}.") from error
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}.") from error
+    if not isinstance(plain, dict):
+        raise ValueError(f"{file} is no model configuration.")
+    return plain
+
+
+def _empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model's structure without memory for its weights."""
+    from transformers import AutoModelForCausalLM
+
+    build: Any = AutoModelForCausalLM.from_config
+    with torch.device("meta"):
+        model: PreTrainedModel = build(config)
+    return model
+
+
+def _aliases(model: nn.Module) -> dict[int, list[str]]:
+    """All names of every distinct parameter: tied weights have several."""
+    found: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).append(name)
+    return found
+
+
+def _check_names(weights: SavedWeights, model: nn.Module) -> None:
+    """Every parameter under one of its names, in its shape, and none left over."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    missing = [names[0] for names in _aliases(model).values() if not any(name in weights for name in names)]
+    unknown = [name for name in weights.shapes if name not in shapes]
+    wrong = [
+        f"{name} is {weights.shapes[name]} in the checkpoint, {shapes[name]} in the model"
+        for name in weights.shapes
+        if name in shapes and weights.shapes[name] != shapes[name]
+    ]
+    titled = {"missing from the checkpoint": missing, "unknown to the model": unknown, "of another shape": wrong}
+    troubles = [f"{title}: {_some(names)}" for title, names in titled.items() if names]
+    if troubles:
+        raise ValueError(
+            f"{weights.folder} does not fit {type(model).__name__} with this configuration. Parameters "
+            f"{'; '.join(troubles)}."
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _fill(weights: SavedWeights, model: nn.Module, dtype: torch.dtype | None) -> None:
+    """One tensor at a time; tied ones once, under all their names."""
+    for names in _aliases(model).values():
+        saved = next(name for name in names if name in weights)
+        tensor = weights[saved]
+        parameter = nn.Parameter(tensor if dtype is None else tensor.to(dtype), requires_grad=False)
+        for name in names:
+            module, leaf = _place(model, name)
+            module.register_parameter(leaf, parameter)
+    persistent = set(model.state_dict().keys())
+    for name, _ in list(model.named_buffers()):
+        if name in persistent:
+            module, leaf = _place(model, name)
+            module.register_buffer(leaf, weights.buffer(name))
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _dtype_name(model: nn.Module) -> str:
+    """Of most of the weights."""
+    counts: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    return str(max(counts, key=lambda dtype: counts[dtype])).removeprefix("torch.")
+
+
+def _save_tokenizer(source: Path, out: Path, model: PreTrainedModel) -> None:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    fast: Any = PreTrainedTokenizerFast
+    if not source.exists():
+        raise ValueError(f"the tokenizer {source} does not exist.")
+    file = source / "tokenizer.json" if source.is_dir() else source
+    try:
+        if source.is_dir() and (source / "tokenizer_config.json").exists():
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        elif file.exists():
+            tokenizer = fast(tokenizer_file=str(file))
+        else:
+            raise ValueError("neither tokenizer_config.json nor tokenizer.json is there")
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise ValueError(f"cannot read the tokenizer {source}: {error}.") from error
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(f"the tokenizer {source} has {len(tokenizer)} tokens, the model's vocabulary {rows}.")
+    tokenizer.save_pretrained(out)
