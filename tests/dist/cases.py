@@ -101,6 +101,7 @@ class Case:
     more: tuple[tuple[str, Any], ...] = ()
     densities: tuple[float, ...] = DENSITIES
     free: str = ""
+    names: tuple[str, ...] = tuple(MATRICES)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -122,7 +123,8 @@ class Case:
 
     def groups(self) -> list[dict[str, Any]]:
         found: dict[tuple[str, float], list[str]] = {}
-        for name, shape in MATRICES.items():
+        for name in self.names:
+            shape = MATRICES[name]
             found.setdefault((self.state_free(name), self._density(name, shape)), []).append(name)
         projected = [
             {"params": names, "projected": True, "state_free": free, "density": density}

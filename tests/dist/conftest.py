@@ -32,5 +32,4 @@ def fleet() -> Iterator[Fleet]:
     found = Fleet()
     yield found
     found.close()
-    found.folder.cleanup()
     shutil.rmtree(found.folder)

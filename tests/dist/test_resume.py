@@ -1,0 +1,189 @@
+"""Stopped, saved, built anew, loaded and continued on the same setup: the same bits as without the stop.
+
+What does not fit is refused on all ranks alike at the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import resuming
+from cases import ON_REFRESH, PROJECTIONS, Case
+from resuming import Saved, from_bytes
+from threads import run_ranks
+
+from frugal_dist import Frugal
+
+NAMES = ("tall", "wide", "row", "experts")
+LAYOUTS = {"replicas, shared state": 3, "Shard(0)": 3, "HSDP 2x2": 4}
+MORE_LAYOUTS = {"replicas": 2, "Shard(1)": 2, "ZeRO-1/2, 3 sub-groups": 3, "ZeRO-3": 3}
+RANKS = {**LAYOUTS, **MORE_LAYOUTS}
+
+
+def case_of(projection: str, side: str, mode: str, turn: int = 0) -> Case:
+    return Case(projection, side, mode, turn, names=NAMES, free="sign" if projection == "blockwise" else "")
+
+
+CASES = [
+    case_of(projection, side, mode, turn)
+    for turn, (projection, side) in enumerate(PROJECTIONS)
+    for mode in ON_REFRESH
+    if projection != "blockwise" or mode == "reset"
+]
+SOME = [case_of(projection, side, ON_REFRESH[turn % 3], turn) for turn, (projection, side) in enumerate(PROJECTIONS)]
+
+
+def named(case: Case) -> str:
+    return f"{case.projection}-{case.side}-{case.on_refresh}"
+
+
+def check(layout: str, case: Case, points: tuple[int, ...], schedule: resuming.Schedule = resuming.nothing) -> None:
+    found = run_ranks(RANKS[layout], lambda rank: resuming.resume_everywhere(layout, case, points, schedule))
+    assert found == [{step: [] for step in points}] * RANKS[layout]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_bit_for_bit_at_and_between_refreshes(layout: str, case: Case) -> None:
+    """Step 3 refreshes, step 2 does not."""
+    check(layout, case, (2, 3))
+
+
+@pytest.mark.parametrize("layout", MORE_LAYOUTS)
+@pytest.mark.parametrize("case", SOME, ids=named)
+def test_bit_for_bit_on_other_layouts(layout: str, case: Case) -> None:
+    check(layout, case, (2, 3))
+
+
+@pytest.mark.parametrize("layout", RANKS)
+def test_before_the_first_step_and_after_the_last(layout: str) -> None:
+    check(layout, case_of("svd", "std", "keep"), (0, 1, 4, 6))
+    check(layout, case_of("randk", "std", "keep"), (0, 1, 4, 6))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_changed_density_does_not_move_the_state(layout: str) -> None:
+    """The cost rule would compute elsewhere with the new density, but the state lies where it was put at first."""
+
+    def schedule(step: int, optimizer: Frugal) -> None:
+        for group in optimizer.param_groups[:-1]:
+            group["density"] = 0.25 if step < 2 else 0.9
+            group["lr"] = 1e-2 / (1 + step)
+
+    case = Case("svd", "std", "keep", names=("tall", "square", "experts"))
+    check(layout, case, (2, 3, 4), schedule)
+
+
+@pytest.mark.parametrize("refresh_schedule", ["together", "staggered"])
+@pytest.mark.parametrize("state_full", ["lion", "sgdm"])
+def test_other_rules_and_schedules(state_full: str, refresh_schedule: str) -> None:
+    more = (("state_full", state_full), ("refresh_schedule", refresh_schedule))
+    for projection in ("svd", "randk"):
+        check("HSDP 2x2", replace(case_of(projection, "std", "project"), more=more), (2, 3))
+
+
+# --- what is refused -------------------------------------------------------------------------------
+
+Loaded = Callable[[int, list[Saved]], dict[str, Any] | None]
+
+
+def refused(layout: str, case: Case, files: Loaded, ranks: int | None = None) -> str:
+    """Save on the usual number of ranks, load ``files(rank, saved)`` on ``ranks``: the one error of all ranks."""
+    saved = run_ranks(RANKS[layout], lambda rank: resuming.save(layout, case))
+    ranks = ranks or RANKS[layout]
+    errors = run_ranks(ranks, lambda rank: resuming.load_and_step(layout, case, saved[0][0], files(rank, saved)))
+    assert len(set(errors)) == 1, errors
+    return str(errors[0])
+
+
+def own(rank: int, saved: list[Saved]) -> dict[str, Any]:
+    return from_bytes(saved[rank % len(saved)][1])
+
+
+def without(keys: Callable[[str], bool]) -> Loaded:
+    """Rank 1 misses some keys."""
+
+    def files(rank: int, saved: list[Saved]) -> dict[str, Any]:
+        state_dict = own(rank, saved)
+        if rank == 1:
+            for store in state_dict["state"].values():
+                for key in [key for key in store if keys(key)]:
+                    del store[key]
+        return state_dict
+
+    return files
+
+
+def halved(rank: int, saved: list[Saved]) -> dict[str, Any]:
+    """Rank 1's first moments are too short."""
+    state_dict = own(rank, saved)
+    for store in state_dict["state"].values() if rank == 1 else ():
+        for key, value in store.items():
+            if "exp_avg" in key and value.numel() > 1:
+                store[key] = value.view(-1)[: value.numel() // 2].clone()
+    return state_dict
+
+
+def stale(layout: str, case: Case) -> Loaded:
+    """Rank 1's file is older."""
+    old = run_ranks(RANKS[layout], lambda rank: resuming.save(layout, case, 2))
+    return lambda rank, saved: own(rank, old if rank == 1 else saved)
+
+
+SVD, RANDK = case_of("svd", "std", "reset"), case_of("randk", "std", "keep")
+REFUSED = [("replicas, shared state", SVD), ("replicas, shared state", RANDK), ("Shard(0)", RANDK), ("HSDP 2x2", SVD)]
+
+
+@pytest.mark.parametrize(
+    ("layout", "case"), REFUSED, ids=lambda value: value if isinstance(value, str) else named(value)
+)
+class TestRefused:
+    def test_the_file_of_rank_0_on_all_ranks(self, layout: str, case: Case) -> None:
+        error = refused(layout, case, lambda rank, saved: from_bytes(saved[0][1]))
+        assert error.startswith("ValueError: rank 1: ")
+        assert "save one file per rank" in error
+
+    def test_another_number_of_ranks(self, layout: str, case: Case) -> None:
+        layout = "Shard(0)" if layout == "HSDP 2x2" else layout  # a 2x2 mesh has 4 ranks
+        error = refused(layout, case, own, ranks=2)
+        assert error.startswith("ValueError: rank 0: ")
+        assert "frugal_dist.checkpoint" in error
+
+    def test_missing_counts(self, layout: str, case: Case) -> None:
+        assert "rank 1 nothing" in refused(layout, case, without(lambda key: True))
+
+    def test_missing_moments(self, layout: str, case: Case) -> None:
+        error = refused(layout, case, without(lambda key: "exp_avg_sq" in key))
+        assert error.startswith("ValueError: rank 1: ")
+        assert "has no exp_avg_sq" in error or "the loaded exp_avg_sq has nothing" in error
+
+    def test_moments_of_another_shape(self, layout: str, case: Case) -> None:
+        error = refused(layout, case, halved)
+        assert error.startswith("ValueError: rank 1: ")
+        assert "the loaded exp_avg has" in error
+
+    def test_a_rank_that_does_not_load(self, layout: str, case: Case) -> None:
+        error = refused(layout, case, lambda rank, saved: None if rank == 1 else own(rank, saved))
+        assert error == (
+            "ValueError: load_state_dict was called on rank 0, but not on rank 1. All ranks must load or none."
+        )
+
+    def test_a_file_of_another_step(self, layout: str, case: Case) -> None:
+        assert "were saved at different steps" in refused(layout, case, stale(layout, case))
+
+
+@pytest.mark.parametrize("projection", ["svd", "columns", "randk"])
+def test_whole_state_does_not_become_shared_state(projection: str) -> None:
+    case = case_of(projection, "std", "reset")
+    saved = run_ranks(2, lambda rank: resuming.save("replicas", case))
+
+    def load(rank: int) -> str:
+        state_dict = from_bytes(saved[rank][1])
+        return resuming.load_and_step("replicas, shared state", case, saved[0][0], state_dict)
+
+    errors = run_ranks(2, load)
+    assert len(set(errors)) == 1
+    assert errors[0].startswith("ValueError: rank 0: ")
