@@ -102,7 +102,9 @@ def config_from(options: Mapping[str, Any]) -> FrugalConfig:
 def without_auto(options: Mapping[str, Any]) -> dict[str, Any]:
     """``options`` with our defaults in place of "auto", which configs say for what the Trainer may fill in."""
     defaults = {field.name: field.default for field in dataclasses.fields(FrugalConfig)}
-    return {key: defaults[key] if isinstance(value, str) and value == "auto" else value for key, value in options.items()}
+    return {
+        key: defaults[key] if isinstance(value, str) and value == "auto" else value for key, value in options.items()
+    }
 
 
 def check_choice(key: str, value: object, allowed: Iterable[str]) -> None:
