@@ -157,7 +157,10 @@ install_torch() {
     with_clock "installing $cpu" pip_install "$cpu" && return
     say "your pip's indexes have no $cpu; trying $TORCH_CPU_INDEX"
     with_clock "installing $cpu" pip_install --retries 1 --timeout 20 --extra-index-url "$TORCH_CPU_INDEX" "$cpu" && return
-    fail_with_log "no CPU build of torch found. Set TORCH_CPU_INDEX to an index that has one, or TORCH_SPEC to the torch you want (TORCH_SPEC='torch==$TORCH_CPU_VERSION' takes the CUDA build: several GB)."
+    local plain="torch==$TORCH_CPU_VERSION"
+    say "no CPU build of torch can be reached: taking the default build, with several GB of CUDA. It works without a GPU."
+    say "To avoid that, stop with Ctrl-C and set TORCH_CPU_INDEX to an index that has CPU wheels."
+    with_clock "installing $plain" pip_install "$plain" || fail_with_log "pip could not install $plain either"
 }
 
 install_project() {

@@ -130,10 +130,15 @@ def test_without_a_cpu_build_in_pip_s_indexes_the_given_index_is_tried(checkout:
     assert checkout.calls()[:3] == ["venv", CPU_TORCH, retry]
 
 
-def test_without_any_cpu_build_it_says_what_to_do_and_goes_on_later(checkout: Checkout) -> None:
-    shown = checkout.setup("train", rc=1, PIP_REFUSES="torch==2.13.0.cpu")
-    assert "Set TORCH_CPU_INDEX" in shown
-    assert "TORCH_SPEC='torch==2.13.0' takes the CUDA build" in shown
+def test_without_any_cpu_build_it_takes_the_default_one_and_says_so(checkout: Checkout) -> None:
+    shown = checkout.setup("train", PIP_REFUSES="torch==2.13.0.cpu")
+    assert "several GB of CUDA" in shown
+    assert "set TORCH_CPU_INDEX" in shown
+    assert checkout.calls()[3] == "install --no-input torch==2.13.0"
+
+
+def test_without_any_torch_it_says_what_to_do_and_goes_on_later(checkout: Checkout) -> None:
+    assert "could not install torch==2.13.0" in checkout.setup("train", rc=1, PIP_REFUSES="torch==2.13.0")
     checkout.calls()
     checkout.setup("train", TORCH_SPEC="torch==2.12.1")
     assert checkout.calls() == ["install --no-input torch==2.12.1", project(checkout.root, "train", "2.12.1")]
