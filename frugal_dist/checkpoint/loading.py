@@ -49,9 +49,11 @@ def read_checkpoint(
     together(ranks, restoring.carry_out)
     frugal.loaded()
     engines.after_loading(model_or_engine, counts)
-    _restore_groups(runtime, reader)
-    if any(fresh.values()) and ranks.rank == 0:
-        warnings.warn(f"{reader.folder}: these start with fresh state: {summary(fresh)}.", stacklevel=3)
+    news = _restore_groups(runtime, reader)
+    if any(fresh.values()):
+        news.append(f"These start with fresh state: {summary(fresh)}.")
+    if news and ranks.rank == 0:
+        warnings.warn(f"{reader.folder} {' '.join(news)}", stacklevel=3)
     if rng:
         set_rng_state(record["rng"]) if own else reseed(record["rng"], ranks.rank)
     extra: dict[str, Any] = record["extra"]
@@ -60,12 +62,12 @@ def read_checkpoint(
 
 def _open(ranks: Ranks, path: Path, verify: bool) -> Reader:
     reader = together(ranks, lambda: Reader(path))
-    seen = gather_objects(ranks, reader.index.identity)
-    if len(set(seen)) > 1:
-        other = next(rank for rank, identity in enumerate(seen) if identity != seen[0])
-        raise DamagedError(
-            f"rank 0 and rank {other} see different checkpoints at {path}. All ranks must share the folder."
-        )
+    seen = gather_objects(ranks, (reader.index.identity, str(path)))
+    for rank, (identity, _) in enumerate(seen):
+        if identity != seen[0][0]:
+            raise DamagedError(
+                f"rank 0 and rank {rank} see different checkpoints at {seen[0][1]}. All ranks must share the folder."
+            )
     # Together the ranks look at every file once.
     together(ranks, lambda: reader.check_files(ranks.rank, ranks.size, contents=verify))
     return reader
@@ -187,9 +189,9 @@ def _reset_regular(one: Regular) -> None:
 # --- hyperparameters that move ----------------------------------------------------------------------
 
 
-def _restore_groups(runtime: Runtime, reader: Reader) -> None:
-    """Learning rates, and whatever schedulers keep in the groups. Other hyperparameters are the program's: it is told
-    which ones changed.
+def _restore_groups(runtime: Runtime, reader: Reader) -> list[str]:
+    """Learning rates, and whatever schedulers keep in the groups. Other hyperparameters are the program's; returns what
+    to say about those that changed.
     """
     saved = {name: group["options"] for group in reader.index.groups for name in group["members"]}
     groups: dict[int, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
@@ -205,11 +207,8 @@ def _restore_groups(runtime: Runtime, reader: Reader) -> None:
             if any(value != values[0] for value in values):
                 continue  # one group now, several then: the program's value holds
             changes |= _restore_option(options, key, values[0], cyclic="base_momentum" in then[0])
-    if changes and runtime.ranks.rank == 0:
-        warnings.warn(
-            f"{reader.folder} was saved with other hyperparameters: {'; '.join(sorted(changes))}. The new ones hold.",
-            stacklevel=2,
-        )
+    listed = "; ".join(sorted(changes))
+    return [f"was saved with other hyperparameters: {listed}. The new ones hold."] if changes else []
 
 
 def _restore_option(options: dict[str, Any], key: str, value: Any, cyclic: bool) -> set[str]:

@@ -1,0 +1,45 @@
+"""Tests of portable checkpoints. They run on the simulated layouts of tests/dist and the engines of tests/engines."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+# Tests are imported in importlib mode, which leaves their folder out of the path.
+sys.path.append(str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1] / "dist"))
+sys.path.append(str(Path(__file__).parents[1] / "engines"))
+
+import printed
+from fleet import Fleet
+
+torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for title, lines in printed.tables():
+        terminalreporter.section(title)
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Callable[[int], Fleet]]:
+    """``processes(3)``: real ranks with DeepSpeed, started at first use."""
+    here = Path(__file__).parent
+    path = os.pathsep.join(str(folder) for folder in (here.parents[1], here, here.parent / "engines"))
+    living: dict[int, Fleet] = {}
+
+    def get(size: int) -> Fleet:
+        if size not in living:
+            living[size] = Fleet(size, PYTHONPATH=path)
+        return living[size]
+
+    yield get
+    for one in living.values():
+        one.stop()

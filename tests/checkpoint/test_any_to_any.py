@@ -1,0 +1,66 @@
+"""Save on any engine, load on any other: the run goes on as on one process that was never interrupted."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import printed
+import pytest
+import torch
+from cases import PROJECTIONS, Case, label
+from places import PLACES, STEPS, apart, load_and_train, train_and_save
+from storages import Named
+
+NAMES = list(PLACES)
+SAVED_AFTER = (3, 4, 5)
+"""Steps 3 and 6 begin with a refresh: exactly before one, right after one, and in the middle of a projector's life."""
+
+
+def case_of(projection: tuple[str, str]) -> Case:
+    return Case(*projection, on_refresh="keep")
+
+
+@cache
+def uninterrupted(case: Case, dtype: torch.dtype) -> Named:
+    (run,) = train_and_save(PLACES["one process"], case, dtype, {})
+    return run.weights
+
+
+def check(projection: tuple[str, str], source: str, targets: list[str], step: int, folder: Path) -> None:
+    case, dtype = case_of(projection), torch.float64
+    want = uninterrupted(case, dtype)
+    train_and_save(PLACES[source], case, dtype, {step: folder})
+    for target in targets:
+        difference = apart(load_and_train(PLACES[target], case, dtype, folder, step), want)
+        printed.note(
+            "from any engine to any other, float64: largest difference of a weight", source, target, difference
+        )
+        assert difference <= case.tolerance, f"{label(*projection)}: {source} -> {target} after step {step}"
+
+
+@pytest.mark.parametrize("source", NAMES)
+@pytest.mark.parametrize("projection", PROJECTIONS, ids=lambda projection: label(*projection))
+def test_each_engine_to_another(projection: tuple[str, str], source: str, tmp_path: Path) -> None:
+    """Over the projections, every engine is loaded on every other."""
+    turn, position = PROJECTIONS.index(projection), NAMES.index(source)
+    target = NAMES[(position + turn) % len(NAMES)]
+    check(projection, source, [target], SAVED_AFTER[(turn + position) % 3], tmp_path / "saved")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("step", SAVED_AFTER)
+@pytest.mark.parametrize("source", NAMES)
+@pytest.mark.parametrize("projection", PROJECTIONS, ids=lambda projection: label(*projection))
+def test_every_engine_to_every_engine(projection: tuple[str, str], source: str, step: int, tmp_path: Path) -> None:
+    check(projection, source, NAMES, step, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("place", NAMES)
+def test_saving_does_not_disturb_the_run(place: str, tmp_path: Path) -> None:
+    case = case_of(("svd", "std"))
+    plain = train_and_save(PLACES[place], case, torch.float64, {})
+    saving = train_and_save(PLACES[place], case, torch.float64, {k: tmp_path / str(k) for k in range(1, STEPS)})
+    assert all(
+        torch.equal(a.weights[name], b.weights[name]) for a, b in zip(plain, saving, strict=True) for name in a.weights
+    )
