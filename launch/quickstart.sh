@@ -77,7 +77,7 @@ in_group() {
 # --- 1. environment, 2. data ---------------------------------------------------------------------------------------------
 
 SILENT=1
-in_group bash launch/setup.sh train,deepspeed,demo || exit $?
+in_group bash launch/setup.sh train,deepspeed,demo || die "the set-up ended with code $?"
 SILENT=
 export PATH=$PWD/.venv/bin:$PATH
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/.cache/torch_extensions}
