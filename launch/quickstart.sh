@@ -43,7 +43,6 @@ CONFIG=${CONFIG:-ds_configs/quickstart_zero2.json}
 # --- every phase runs in a process group of its own, so that stopping leaves nobody behind -------------------------------
 
 CHILD=
-SILENT= # set while a child says itself that it was stopped
 stop() {
     local code=$1 attempt
     trap '' INT TERM HUP
@@ -56,7 +55,7 @@ stop() {
         done
         ((attempt < 100)) || kill -KILL -- "-$CHILD" 2>/dev/null || true
     fi
-    [[ -n $SILENT ]] || printf '\nquickstart: stopped; the same command starts again\n' >&2
+    printf '\nquickstart: stopped; the same command starts again\n' >&2
     exit "$code"
 }
 trap 'stop 130' INT
@@ -76,9 +75,7 @@ in_group() {
 
 # --- 1. environment, 2. data ---------------------------------------------------------------------------------------------
 
-SILENT=1
-in_group bash launch/setup.sh train,deepspeed,demo || die "the set-up ended with code $?"
-SILENT=
+in_group bash launch/setup.sh train,deepspeed,demo || exit $?
 export PATH=$PWD/.venv/bin:$PATH
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/.cache/torch_extensions}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
