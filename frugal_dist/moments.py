@@ -45,13 +45,13 @@ def carry_basis_moments(work: Work, plan: Route, new: Basis, names: Sequence[str
         state.reset()
 
 
-def moves_between_ranks(runtime: Runtime, work: Work) -> bool:
+def moves_between_ranks(runtime: Runtime, work: Work, old_clocks: tuple[int, int]) -> bool:
     """Whether "keep" or "project" of a coordinate projection moves moments from rank to rank at a refresh.
 
-    Decided from the layout alone. "project" follows entries, and entries stay where they are stored; only replicas that
-    share a list of single entries hand them around.
+    Decided from the layout and agreed counts alone; ``old_clocks`` are (refreshes, size) before it. "project" follows
+    entries, and entries stay where they are stored; only replicas that share a list of single entries hand them around.
     """
-    mode = work.config.on_refresh
+    mode = _treatment(work, old_clocks)
     if runtime.ranks.alone or work.family != "coordinates" or mode == "reset" or work.size == 0:
         return False
     if mode == "keep":
@@ -61,6 +61,12 @@ def moves_between_ranks(runtime: Runtime, work: Work) -> bool:
         work.config.projection == "randperm" and work.side != "full"
     )
     return shared and not cut_along_selection
+
+
+def _treatment(work: Work, old_clocks: tuple[int, int]) -> str:
+    """With another density there are other slots: then "keep" can only keep the entries that stay selected."""
+    mode, (refreshes, size) = work.config.on_refresh, old_clocks
+    return "project" if mode == "keep" and refreshes and size != work.size else mode
 
 
 def move_coordinate_moments(
@@ -75,16 +81,15 @@ def move_coordinate_moments(
     keep: slot i of the new selection takes over slot i of the old one. project: entries that stay selected keep their
     moments, new ones start at zero. Blocks are always cleared.
     """
-    state, names, mode = work.state, moment_names(work.config), work.config.on_refresh
+    state, names, mode = work.state, moment_names(work.config), _treatment(work, old_clocks)
     first = old_clocks[0] == 0
     shapes = [piece.mine for piece in new]
     if first or mode == "reset" or work.family == "blocks":
         state.ensure_moments(names, shapes, work.dtype, work.device)
         state.reset()
         return
-    if mode == "keep" and old_clocks[1] != work.size:
-        mode = "project"
-    if mode == "keep" and not moves_between_ranks(runtime, work):
+    travels = moves_between_ranks(runtime, work, old_clocks)
+    if mode == "keep" and not travels:
         return  # the same slots stay here, in the same order
     before = {name: state.get(name) for name in names}
     old_values = {name: value.view(-1) for name, value in before.items() if value is not None}
@@ -96,7 +101,7 @@ def move_coordinate_moments(
     columns = [state.pieces(name, [(sum(prod(shape) for shape in shapes),)])[0] for name in names]
     values = [old_values[name] for name in names]
     _place(columns, new_ids, values, old_ids)
-    if moves_between_ranks(runtime, work):
+    if travels:
         _trade(runtime, work, mode, old_clocks, columns, new_ids, values, old_ids)
 
 

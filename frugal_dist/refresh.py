@@ -71,7 +71,8 @@ def _takes_part(runtime: Runtime, work: Work) -> bool:
     if work.family == "basis":
         return True
     shared = runtime.shard_replicas and work.matrix.copies > 1
-    return not runtime.ranks.alone and (shared or moves_between_ranks(runtime, work))
+    clocks = (work.state.clock("refreshes"), work.state.clock("size"))
+    return not runtime.ranks.alone and (shared or moves_between_ranks(runtime, work, clocks))
 
 
 def _suspects(runtime: Runtime, works: Sequence[Work]) -> list[Work]:

@@ -91,7 +91,7 @@ def places() -> Iterator[tuple[str, int]]:
 class Case:
     """One setting. The state-free rules take turns over the matrices, ``turn`` says who starts; ``free`` is for all.
 
-    ``densities``: the first that a projection allows for a shape is used.
+    ``densities``: the first that a projection allows for a shape is used. ``later``: (step, density from then on).
     """
 
     projection: str
@@ -102,6 +102,7 @@ class Case:
     densities: tuple[float, ...] = DENSITIES
     free: str = ""
     names: tuple[str, ...] = tuple(MATRICES)
+    later: tuple[tuple[int, float], ...] = ()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -167,9 +168,12 @@ def gradients(dtype: torch.dtype = torch.float64, steps: int = STEPS) -> tuple[N
 
 def train(build: Build, case: Case, dtype: torch.dtype = torch.float64) -> Named:
     """The weights after all steps."""
-    held = build(weights(dtype), case.groups(), case.options)
-    for grads in gradients(dtype):
-        held.step(grads)
+    start = {name: weights(dtype)[name] for name in (*case.names, *REGULAR)}
+    held = build(start, case.groups(), case.options)
+    for step, grads in enumerate(gradients(dtype)):
+        for group in held.optimizer.param_groups[:-1] if step in dict(case.later) else ():
+            group["density"] = dict(case.later)[step]
+        held.step({name: grads[name] for name in start})
     return held.full()
 
 

@@ -182,8 +182,7 @@ def flats(weights: Named, groups: Groups, options: dict[str, Any], subgroups: in
     named = {name: nn.Parameter(weight.clone()) for name, weight in weights.items()}
     optimizer = Frugal(groups_of(named, groups), **options)
     storage = FlatStorage(optimizer._originals, weights, subgroups, each)
-    group_options = [dict(group) for group in optimizer.param_groups]
-    storage.options_of = lambda i: group_options[storage.originals[i].group]
+    storage.options_of = lambda i: optimizer.param_groups[storage.originals[i].group]
     SIMULATED[id(optimizer._originals)] = storage
     weakref.finalize(optimizer, SIMULATED.pop, id(optimizer._originals))
     for k, group in enumerate(optimizer.param_groups):

@@ -44,7 +44,21 @@ def with_options(projection: str, on_refresh: str, side: str = "std", **more: An
     return Case(projection, side, on_refresh, more=tuple(more.items()))
 
 
+LARGE = ("tall", "wide", "square", "experts")
 VARIANTS = [
+    *(
+        Case(projection, "std", mode, names=LARGE, later=((2, 0.5), (5, 0.1)))
+        for projection, modes in (
+            ("svd", ("reset", "keep", "project")),
+            ("randperm", ("keep",)),
+            ("columns", ("keep", "project")),
+            ("rows", ("keep",)),
+            ("randk", ("reset", "keep", "project")),
+        )
+        for mode in modes
+    ),
+    Case("blockwise", "std", "reset", names=LARGE, free="sign", later=((2, 0.9), (5, 0.2))),
+    Case("randk", "std", "keep", names=LARGE, later=((2, 0.0), (5, 0.5))),
     with_options("svd", "project", compute_layout="owner"),
     with_options("svd", "project", side="left", compute_layout="cut"),
     with_options("svd", "keep", side="right", compute_layout="cut"),
@@ -64,7 +78,7 @@ VARIANTS = [
     Case("columns", "std", "reset", densities=(0.0,)),
     Case("columns", "std", "keep", densities=(1.0,)),
 ]
-"""Beyond the table: forced compute layouts, other rules, schedules and densities, on 4 ranks."""
+"""Beyond the table: changing densities, forced compute layouts, other rules and schedules, on 4 ranks."""
 
 SINGLE = [
     Case("svd", "std", "reset", free="sign"),
