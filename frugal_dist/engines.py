@@ -78,7 +78,7 @@ def bind(request: Request) -> Runtime:
     except ValueError as error:  # all ranks must hear of it before any of them raises
         storage, problem = PlainStorage(request.groups, originals), str(error)
     options = [{key: group.get(key) for key in HYPERPARAMETERS} for group in request.groups]
-    table = build_table(ranks, originals, storage, (options, request.shard_state), problem)
+    table = build_table(ranks, originals, request.originals, storage, (options, request.shard_state), problem)
     share = request.shard_state if isinstance(request.shard_state, bool) else storage.shares_replicas
     return Runtime(ranks, storage, originals, table, share and not ranks.alone, request.bucket_bytes)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from frugal_dist.config import FrugalConfig, config_from
 from frugal_dist.projection.numerics import compute_dtype
+from frugal_dist.projection.shapes import FAMILY
 from frugal_dist.sharding.storage import Box, Original
 from frugal_dist.sharding.table import Matrix
 from frugal_dist.state import MatrixState
@@ -77,7 +78,9 @@ def load_of(runtime: Runtime, state: State, everything: bool = False) -> Load:
     for i in call:
         original = runtime.originals[i]
         options = runtime.storage.options(i)
-        config = configs.setdefault(id(options), config_from(options))
+        if id(options) not in configs:
+            configs[id(options)] = config_from(options)
+        config = configs[id(options)]
         weight, grad = runtime.storage.weight(i), runtime.storage.grad(i)
         device = weight.device
         _check_gradient(original, grad)
@@ -129,6 +132,7 @@ def ensure_state(runtime: Runtime, load: Load) -> None:
         work.state.ensure_clocks()
         if fresh:
             _create(runtime, work)
+        _check_density(work)
     for one in load.regular:
         if one.state.get("step") is None:
             one.state.put("step", torch.tensor(0))
@@ -136,6 +140,17 @@ def ensure_state(runtime: Runtime, load: Load) -> None:
             one.state.ensure_moments(
                 names, [tuple(one.weight.shape)], compute_dtype(one.weight.dtype), one.weight.device
             )
+
+
+def _check_density(work: Work) -> None:
+    """A basis projection at density 0 has no basis, and its state is another one."""
+    before, now = work.state.clock("size"), work.config.density
+    started = FAMILY[work.config.projection] == "basis" and not work.empty and work.state.clock("refreshes")
+    if started and (before == 0) != (now == 0.0):
+        raise ValueError(
+            f"{work.matrix.name}: a density schedule cannot go to 0 or leave it with projection="
+            f"{work.config.projection!r} (now {now:g}). Stay above 0, or build a new optimizer."
+        )
 
 
 def _create(runtime: Runtime, work: Work) -> None:

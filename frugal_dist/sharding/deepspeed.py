@@ -49,8 +49,11 @@ def _engines(fits: Callable[[Any], bool]) -> list[Any]:
     module = sys.modules.get("deepspeed.runtime.engine")
     if module is None:
         return []
-    found = [thing for thing in gc.get_objects() if issubclass(type(thing), module.DeepSpeedEngine)]
-    return [engine for engine in found if fits(engine)]
+    kinds = [module.DeepSpeedEngine]
+    for kind in kinds:
+        kinds.extend(kind.__subclasses__())
+    # Not gc.get_objects(): it touches tuples that other threads are building, which then fail (CPython issue 59313).
+    return [thing for kind in kinds for thing in gc.get_referrers(kind) if type(thing) is kind and fits(thing)]
 
 
 def _builds(engine: Any, name: str) -> bool:

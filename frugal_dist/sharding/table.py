@@ -44,9 +44,18 @@ class Table:
     regular: tuple[int, ...]
 
 
-def build_table(ranks: Ranks, originals: Sequence[Original], storage: Storage, options: object, problem: str) -> Table:
+def build_table(
+    ranks: Ranks,
+    originals: Sequence[Original],
+    given: Sequence[Original],
+    storage: Storage,
+    options: object,
+    problem: str,
+) -> Table:
     """Exchange every rank's description, check that all agree, and lay out the matrices.
 
+    ``originals`` are what the engine optimizes, of all that were ``given``: ZeRO drops frozen parameters, but blocks
+    are counted over all matrices, so that every engine makes the same ones state-full.
     ``options`` is anything that must be equal on all ranks (hyperparameters); ``problem`` a local error text, "" if
     none. Raises ValueError on all ranks alike, whichever rank has the trouble.
     """
@@ -55,21 +64,23 @@ def build_table(ranks: Ranks, originals: Sequence[Original], storage: Storage, o
     _check_agreement(everyone)
     sizes = _matrix_list(originals)
     owners = assign_owners([refresh_cost(rows, cols) for _, _, rows, cols in sizes], ranks.size)
-    blocks = [sum(originals[i].group == group for i, *_ in sizes) for group in range(_groups(originals))]
-    seen = [0] * len(blocks)
+    numbers = _block_numbers(given)
     matrices = []
     for index, (i, member, rows, cols) in enumerate(sizes):
         name = originals[i].name if originals[i].stack == 1 else f"{originals[i].name}[{member}]"
         layout: Layout = tuple(description["tiles"][index] for description in everyone)
         check_cover(name, layout, rows, cols)
-        group = originals[i].group
-        matrices.append(Matrix(name, i, member, rows, cols, index, seen[group], blocks[group], layout, owners[index]))
-        seen[group] += 1
+        block, blocks = numbers[originals[i].name, member]
+        matrices.append(Matrix(name, i, member, rows, cols, index, block, blocks, layout, owners[index]))
     return Table(tuple(matrices), tuple(i for i, original in enumerate(originals) if not original.projected))
 
 
-def _groups(originals: Sequence[Original]) -> int:
-    return 1 + max((original.group for original in originals), default=-1)
+def _block_numbers(originals: Sequence[Original]) -> dict[tuple[str, int], tuple[int, int]]:
+    """For every matrix, by parameter name and member, its position in its group and how many the group has."""
+    groups: dict[int, list[tuple[str, int]]] = {}
+    for i, member, _, _ in _matrix_list(originals):
+        groups.setdefault(originals[i].group, []).append((originals[i].name, member))
+    return {key: (position, len(keys)) for keys in groups.values() for position, key in enumerate(keys)}
 
 
 def _matrix_list(originals: Sequence[Original]) -> list[tuple[int, int, int, int]]:

@@ -102,8 +102,12 @@ def storage_under_deepspeed(
 
 def _zero3(originals: Sequence[Original], sources: Sequence[Tensor], groups: Sequence[Group],
            active: Callable[[], list[Tensor]]) -> tuple[Any, Sequence[Original], Storage]:  # fmt: skip
-    kept = [(o, s) for o, s in zip(originals, sources, strict=True) if hasattr(s, "_z3_optimizer")]
-    zero = kept[0][1]._z3_optimizer
+    zero: Any = next(source for source in sources if hasattr(source, "_z3_optimizer"))._z3_optimizer
+    kept = [
+        (original, source)
+        for original, source in zip(originals, sources, strict=True)
+        if zero.get_param_id(source) in zero.grad_position  # frozen parameters are not
+    ]
     places = [_zero3_place(zero, source) for _, source in kept]
     return _checked(zero.dp_process_group, [original for original, _ in kept], groups, places, active)
 

@@ -229,6 +229,11 @@ def forget_schedule(rank: int, step: int, held: Held) -> None:
         held.optimizer.param_groups[0]["lr"] = 1e-3
 
 
+def density_to_zero(rank: int, step: int, held: Held) -> None:
+    for group in held.optimizer.param_groups:
+        group["density"] = 0.25 if step < 4 else 0.0
+
+
 # --- which ones ------------------------------------------------------------------------------------
 
 SVD: dict[str, Any] = {"projection": "svd"}
@@ -304,6 +309,7 @@ def _failing() -> dict[str, Drill]:
         for what, error in (("SVD", LINALG), ("memory", MEMORY)):
             svd = failing_svd(always, error)
             found[f"{what} keeps failing, {layout}"] = Drill(layout, SVD, svd=svd, ranks=_ranks(layout))
+        found[f"density goes to 0, {layout}"] = Drill(layout, SVD, before=density_to_zero, ranks=_ranks(layout))
     for layout in (*REPLICATED, "Shard(0)", "HSDP 2x2"):
         found[f"a schedule on one rank, {layout}"] = Drill(layout, SVD, before=forget_schedule, ranks=_ranks(layout))
     return found

@@ -69,6 +69,8 @@ def check_like_alone(drill: Drill, outcomes: list[Outcome]) -> None:
 def check_failing(name: str, outcome: Outcome) -> None:
     if name.startswith("a schedule"):
         assert outcome.error.startswith("ValueError: The ranks have different hyperparameters")
+    elif name.startswith("density"):
+        assert "a density schedule cannot go to 0" in outcome.error
     else:
         assert outcome.error.startswith(
             f"RuntimeError: {VICTIM}: the projector refresh failed 3 times in a row on rank "
