@@ -1,11 +1,27 @@
-"""What all tests share: chance under control, which tests run where, and a summary of what was not run and why."""
+"""What all tests share: chance under control, which tests run where, printed tables, and what was not run and why.
+
+Tests may be spread over processes with pytest-xdist (`-n 2 --dist loadgroup`). Tests that share a fleet of ranks stay
+together: starting one costs more than most of them.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+# Tests are imported in importlib mode, which leaves their folder out of the path.
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tables
+
+FLEETS = ("fleet", "processes")
+"""Fixtures that hold living ranks."""
+NUMBER = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -14,14 +30,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Nothing disappears from the count: what is not run is skipped, with the reason."""
-    for item in items:
+    for number, item in enumerate(items):
+        item.stash[NUMBER] = number
+        for fixture in set(FLEETS).intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name} {fixture}"))
         if item.get_closest_marker("heavy") and not config.getoption("--heavy"):
             item.add_marker(pytest.mark.skip(reason="heavy: run by `bash tests/run.sh --all`"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and this machine has none"))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    tables.begin(item.stash[NUMBER])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["tables"] = tables.packed()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    tables.receive(getattr(node, "workeroutput", {}).get("tables", ()))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for title, lines in tables.tables():
+        terminalreporter.section(title)
+        for line in lines:
+            terminalreporter.write_line(line)
     skipped = Counter(_reason(report) for report in terminalreporter.stats.get("skipped", []))
     terminalreporter.section("what was not run, and why")
     for reason, number in skipped.most_common():

@@ -40,7 +40,9 @@ step "ruff check" ruff check .
 step "ruff format" ruff format --check .
 step "mypy" mypy
 step "shellcheck" shellcheck .ci/run launch/*.sh tests/*.sh tests/launch/*.sh
-step "pytest" python -m pytest "${heavy[@]}" "$@"
+# One worker per core, at most 4: most tests start no processes, but some start as many ranks as there are workers.
+workers=$(($(nproc) < 4 ? $(nproc) : 4))
+step "pytest" python -m pytest -n "$workers" --dist loadgroup "${heavy[@]}" "$@"
 
 printf '\n== summary\n'
 printf '%s\n' "${summary[@]}"

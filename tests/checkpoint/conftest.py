@@ -15,17 +15,9 @@ sys.path.append(str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[1] / "dist"))
 sys.path.append(str(Path(__file__).parents[1] / "engines"))
 
-import printed
 from fleet import Fleet
 
 torch.set_num_threads(1)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for title, lines in printed.tables():
-        terminalreporter.section(title)
-        for line in lines:
-            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What the tests of distributed runs share: the folder's own helpers, one thread per rank, and printed tables."""
+"""What the tests of distributed runs share: the folder's own helpers, and one thread per rank."""
 
 from __future__ import annotations
 
@@ -13,17 +13,9 @@ import torch
 # Tests are imported in importlib mode, which leaves their folder out of the path.
 sys.path.insert(0, str(Path(__file__).parent))
 
-import reporting
 from processes import Fleet
 
 torch.set_num_threads(1)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for title, lines in reporting.tables():
-        terminalreporter.section(title)
-        for line in lines:
-            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import tables
 import torch
 import torch.distributed as dist
 from cases import LAYOUTS
-from reporting import markdown, report
 from threads import run_ranks
 
 SHAPES = {"tall": (64, 32), "wide": (32, 64)}
@@ -20,15 +20,6 @@ ITEM = 8  # float64
 RANKS = 4
 COORDINATES = ("columns", "rows", "randk", "blockwise")
 UNREPLICATED = ("Shard(0)", "Shard(1)", "ZeRO-1/2", "ZeRO-3")
-_rows: dict[tuple[str, str], tuple[str, str]] = {}
-
-
-def _table() -> list[str]:
-    header = ["layout", "projection", "step: calls, bytes sent", "refresh: calls, bytes sent"]
-    return markdown(header, [[*key, *value] for key, value in sorted(_rows.items())]) if _rows else []
-
-
-report(f"collectives per rank, 64x32 and 32x64 in float64 on {RANKS} ranks (worst rank)", _table)
 
 
 @dataclass
@@ -120,7 +111,9 @@ def measure(layout: str, projection: str, side: str = "std", **more: Any) -> lis
 
 def _note(layout: str, name: str, found: list[tuple[Traffic, Traffic]]) -> None:
     step, refresh = (max((pair[i] for pair in found), key=lambda t: t.sent) for i in (0, 1))
-    _rows[layout, name] = (str(step), str(refresh))
+    title = f"collectives per rank, 64x32 and 32x64 in float64 on {RANKS} ranks (worst rank)"
+    tables.put(title, f"{layout}, {name}", "step: calls, bytes sent", str(step))
+    tables.put(title, f"{layout}, {name}", "refresh: calls, bytes sent", str(refresh))
 
 
 @pytest.mark.parametrize("layout", UNREPLICATED)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import engine_jobs
 import pytest
+import tables
 import torch
 from engine_jobs import ENGINES, Job
 from processes import Fleet
-from reporting import markdown, report
 
 PROJECTIONS = [Job(), Job(side="left"), Job("columns"), Job("rows"), Job("randk"), Job("blockwise"), Job("random")]
 AROUND = {
@@ -21,24 +21,13 @@ AROUND = {
     "lr and density schedules": Job(schedule=True),
     "density schedule, kept state": Job("columns", schedule=True, more=(("on_refresh", "keep"),)),
 }
-_found: dict[tuple[str, str], float] = {}
-
-
-def _table() -> list[str]:
-    return (
-        markdown(["engine", "run", "largest difference"], [[*k, f"{v:.1e}"] for k, v in _found.items()])
-        if _found
-        else []
-    )
-
-
-report("real engines against one process, float64", _table)
 
 
 def check(fleet: Fleet, engine: str, jobs: dict[str, Job], ranks: int) -> None:
     names, found = list(jobs), fleet.run(ranks, engine_jobs.compare, engine, list(jobs.values()))
     for name, *differences in zip(names, *found, strict=True):
-        _found[f"{engine}, {ranks} ranks", name] = max(differences)
+        title = "real engines against one process, float64: largest difference"
+        tables.note(title, name, f"{engine}, {ranks} ranks", max(differences))
     worst = {name: max(d) for name, *d in zip(names, *found, strict=True)}
     assert max(worst.values()) < 1e-10, worst
 

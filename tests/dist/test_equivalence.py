@@ -1,23 +1,20 @@
 """The same run on every layout and number of ranks gives the weights of one process.
 
-    python -m pytest tests/dist/test_equivalence.py             # each matrix with one state-free rule per setting
-    python -m pytest tests/dist/test_equivalence.py --heavy     # each matrix with each of them
+    python -m pytest -n auto tests/dist/test_equivalence.py             # each matrix with one state-free rule per setting
+    python -m pytest -n auto tests/dist/test_equivalence.py --heavy     # each matrix with each of them
 
 The largest difference of any weight on any rank is printed for every layout.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import tables
 import torch
-from cases import LAYOUTS, MATRICES, ON_REFRESH, PROJECTIONS, REGULAR, STATE_FREE, Case, label, places, reference, train
-from reporting import markdown, report
+from cases import LAYOUTS, MATRICES, ON_REFRESH, PROJECTIONS, REGULAR, Case, label, places, reference, train
 from threads import run_ranks
 
 Differences = dict[tuple[Case, str], float]
@@ -92,7 +89,7 @@ SINGLE = [
 
 
 def compare(layout: str, ranks: int, cases: Sequence[Case]) -> Differences:
-    """Runs in a worker process, with threads as ranks."""
+    """With threads as ranks."""
     found: Differences = {}
     for case in cases:
         want = reference(case)
@@ -118,47 +115,26 @@ def compare_single(layout: str, ranks: int, dtype: torch.dtype) -> dict[Case, tu
     return found
 
 
-Compute = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def compute(request: pytest.FixtureRequest) -> Iterator[Compute]:
-    """Results of the functions above, computed ahead by as many processes as there are cores."""
-    pool = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
-    table = table_settings(3 if request.config.getoption("--heavy") else 1)
-    futures: dict[tuple[Any, ...], Future[Any]] = {}
-    for item in request.session.items:
-        if item.module is not request.module:
-            continue
-        params = item.callspec.params
-        if item.originalname == test_every_layout_gives_the_weights_of_one_process.__name__:
-            key: tuple[Any, ...] = (params["layout"], params["ranks"])
-            futures[key] = pool.submit(compare, *key, table)
-        elif item.originalname == test_variants.__name__:
-            futures["variants", params["layout"]] = pool.submit(compare, params["layout"], 4, VARIANTS)
-        elif item.originalname == test_single_and_half_precision.__name__:
-            key = (params["dtype"], params["layout"])
-            futures[key] = pool.submit(compare_single, params["layout"], 4, params["dtype"])
-    yield lambda *key: futures[key].result()
-    pool.shutdown(cancel_futures=True)
-
-
-ROWS: dict[tuple[str, int], Differences] = {}
-PRECISION: dict[tuple[torch.dtype, str], dict[Case, tuple[int, int, float]]] = {}
-
-
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("layout", "ranks"), PLACES)
-def test_every_layout_gives_the_weights_of_one_process(layout: str, ranks: int, compute: Compute) -> None:
-    found = ROWS[layout, ranks] = compute(layout, ranks)
+def test_every_layout_gives_the_weights_of_one_process(
+    layout: str, ranks: int, request: pytest.FixtureRequest
+) -> None:
+    found = compare(layout, ranks, table_settings(3 if request.config.getoption("--heavy") else 1))
+    for (case, name), value in found.items():
+        row = label(case.projection, case.side)
+        tables.note("equivalence, float64: largest difference", f"{layout}, {ranks} ranks", row, value)
+        if name in MATRICES:
+            column = f"{case.on_refresh} {case.state_free(name)}"
+            tables.note("equivalence, float64: all layouts together", row, column, value)
     assert {name for _, name in found} == {*MATRICES, *REGULAR}
     assert not {key: value for key, value in found.items() if not value <= key[0].tolerance}
 
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("layout", VARIANTS_ON)
-def test_variants(layout: str, compute: Compute) -> None:
-    found = compute("variants", layout)
+def test_variants(layout: str) -> None:
+    found = compare(layout, 4, VARIANTS)
     assert len({case for case, _ in found}) == len(VARIANTS)
     assert not {key: value for key, value in found.items() if not value <= key[0].tolerance}
 
@@ -166,54 +142,14 @@ def test_variants(layout: str, compute: Compute) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("layout", SINGLE_ON)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_single_and_half_precision(layout: str, dtype: torch.dtype, compute: Compute) -> None:
+def test_single_and_half_precision(layout: str, dtype: torch.dtype) -> None:
     """At most one entry in 10,000 flips; the others differ by rounding of weights below 1: fp32 1e-6, bf16 one ulp."""
-    found = PRECISION[dtype, layout] = compute(dtype, layout)
-    assert len(found) == len(SINGLE)
+    found = compare_single(layout, 4, dtype)
     flips, total = (sum(values[i] for values in found.values()) for i in (0, 1))
+    rest = max(values[2] for values in found.values())
+    title, row = "equivalence on 4 ranks, sign rules", f"{str(dtype).removeprefix('torch.')}, {layout}"
+    tables.count(title, row, "flips", flips)
+    tables.count(title, row, "entries", total)
+    tables.note(title, row, "largest other difference", rest)
     assert flips <= total * 1e-4
-    assert max(values[2] for values in found.values()) <= (1e-6 if dtype == torch.float32 else 2**-8)
-
-
-def _table() -> list[str]:
-    if not ROWS:
-        return []
-    columns = [label(*projection) for projection in PROJECTIONS]
-    rows = []
-    for (layout, ranks), found in ROWS.items():
-        worst = dict.fromkeys(columns, 0.0)
-        for (case, _), value in found.items():
-            column = label(case.projection, case.side)
-            worst[column] = max(worst[column], value)
-        rows.append([layout, str(ranks), *(f"{worst[c]:.0e}" for c in columns), f"{max(worst.values()):.1e}"])
-    return markdown(["float64: largest difference", "ranks", *columns, "worst"], rows)
-
-
-def _by_rule() -> list[str]:
-    if not ROWS:
-        return []
-    head = [(mode, free) for mode in ON_REFRESH for free in STATE_FREE]
-    rows = []
-    for projection in PROJECTIONS:
-        cells: dict[tuple[str, str], float] = {}
-        for found in ROWS.values():
-            for (case, name), value in found.items():
-                if (case.projection, case.side) == projection and name in MATRICES:
-                    key = (case.on_refresh, case.state_free(name))
-                    cells[key] = max(cells.get(key, 0.0), value)
-        rows.append([label(*projection), *(f"{cells[key]:.0e}" if key in cells else "" for key in head)])
-    return markdown(["float64: all layouts together", *map(" ".join, head)], rows)
-
-
-def _precision() -> list[str]:
-    rows = []
-    for (dtype, layout), found in PRECISION.items():
-        flips, total = (sum(values[i] for values in found.values()) for i in (0, 1))
-        rest = max(values[2] for values in found.values())
-        rows.append([f"{str(dtype).removeprefix('torch.')}, {layout}", str(flips), str(total), f"{rest:.1e}"])
-    return markdown(["4 ranks", "flips", "entries", "largest other difference"], rows) if rows else []
-
-
-report("equivalence: every layout against one process", _table)
-report("equivalence: by rule", _by_rule)
-report("equivalence: fp32 and bf16", _precision)
+    assert rest <= (1e-6 if dtype == torch.float32 else 2**-8)

@@ -5,29 +5,15 @@ from __future__ import annotations
 from math import prod
 
 import pytest
+import tables
 import torch
 from cases import GAP, LAYOUTS, MATRICES, PROJECTIONS, Case, gradients, label, weights
-from reporting import markdown, report
 from storages import replicas
 from threads import run_ranks
 
 RANKS = 4
 CUT_EVENLY = [(p, s) for p, s in PROJECTIONS if p in ("svd", "random") and s != "full"]
 """Bases that are cut in proportion to what a rank holds; of coordinates a rank has what falls into its part."""
-
-_found: dict[tuple[str, str], list[int]] = {}
-
-
-def _table() -> list[str]:
-    rows = [
-        [layout, name, *(f"{count:,}" for count in counts), f"{sum(counts):,}"]
-        for (layout, name), counts in sorted(_found.items())
-    ]
-    header = ["layout", "projection", *(f"rank {k}" for k in range(RANKS)), "sum"]
-    return markdown(header, rows) if rows else []
-
-
-report("elements of low-rank moments per rank", _table)
 
 
 def elements(build: object, case: Case) -> dict[str, int]:
@@ -54,7 +40,10 @@ def test_the_ranks_elements_add_up(layout: str, projection: str, side: str) -> N
     copies = RANKS if layout == "replicas" else 1
     for name in MATRICES:
         assert sum(found[name] for found in ranks) == copies * total[name], name
-    _found[layout, label(projection, side)] = [sum(found.values()) for found in ranks]
+    title, row = "elements of low-rank moments per rank", f"{layout}, {label(projection, side)}"
+    for rank, found in enumerate(ranks):
+        tables.count(title, row, f"rank {rank}", sum(found.values()))
+    tables.count(title, row, "sum", sum(sum(found.values()) for found in ranks))
 
 
 @pytest.mark.parametrize("layout", ["replicas, shared state", "ZeRO-3"])

@@ -1,4 +1,4 @@
-"""Tests on real engines: one fleet of processes per number of ranks, and the tables that tests print."""
+"""Tests on real engines: one fleet of processes per number of ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 # Tests are imported in importlib mode, which leaves their folder out of the path.
 sys.path.insert(0, str(Path(__file__).parent))
 
-import tables
 from fleet import Fleet
 
 
@@ -28,10 +27,3 @@ def fleet() -> Iterator[Callable[[int], Fleet]]:
     yield get
     for one in living.values():
         one.stop()
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for title, lines in tables.tables():
-        terminalreporter.section(title)
-        for line in lines:
-            terminalreporter.write_line(line)
