@@ -231,10 +231,17 @@ class Frugal(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Torch's form. Keys of tensors of which this rank holds a part end in "@rank1of4": save one file per rank, use
         torch.distributed.checkpoint, or ``frugal_dist.checkpoint``.
+
+        Raises ValueError where the engine would keep one rank's part of shared state and lose the others'.
         """
         plain = super().state_dict()
         if self._runtime is None:  # nothing yet, or as it was loaded
             return plain
+        if self._runtime.shard_replicas and not self._runtime.storage.shares_replicas:
+            raise ValueError(
+                "DeepSpeed stage 0 saves the optimizer state of rank 0 only, but with shard_state=True every rank "
+                'holds a part. Save with frugal_dist.checkpoint, or remove "shard_state".'
+            )
         packed = saving.pack_all(self._runtime, self.state)
         order = [tensor for group in self.param_groups for tensor in group["params"]]
         state = {number: packed[id(tensor)] for number, tensor in enumerate(order) if id(tensor) in packed}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,6 +22,8 @@ SMOOTH = {"lr": LR, "density": 0.25, "update_gap": GAP, "state_free": "sgd", "ep
 SMALL_LR = 1e-4
 SIGNS = {**SMOOTH, "lr": SMALL_LR, "state_free": "sign", "eps": 1e-8}
 """A flipped sign is a jump of 2 lr. With a large lr it would change the next gradients, and thousands would follow."""
+
+WARMUP = {"warmup_min_lr": 1e-3, "warmup_max_lr": 2e-2, "warmup_num_steps": 4, "warmup_type": "linear"}
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,11 @@ def model_weights(engine: Any) -> Weights:
         with deepspeed.zero.GatheredParameters([param], enabled=hasattr(param, "ds_id")):
             found[name] = param.detach().clone()
     return found
+
+
+def digest(weights: Weights) -> str:
+    """Equal for equal bits: what a job can send home instead of tensors."""
+    return hashlib.sha256(b"".join(value.numpy().tobytes() for value in weights.values())).hexdigest()
 
 
 def _stage0_clones(engine: Any) -> dict[Tensor, Tensor]:

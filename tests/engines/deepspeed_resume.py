@@ -1,0 +1,117 @@
+"""Jobs about checkpoints of DeepSpeed engines: save, go on, load into a fresh engine, go on, compare every bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import deepspeed_cases as cases
+import torch
+from torch import Tensor
+
+SCHEDULE = {"scheduler": {"type": "WarmupLR", "params": cases.WARMUP}}
+OPTIONS = {**cases.SIGNS, "lr": 1e-3}
+"""Sign rules and the usual eps: nothing hides a difference."""
+
+
+def config(setting: str, options: dict[str, Any], **more: Any) -> dict[str, Any]:
+    chosen = cases.SETTINGS[setting]
+    ranks = torch.distributed.get_world_size()
+    return cases.config_of({**OPTIONS, **options}, chosen.zero, ranks, **chosen.more, **SCHEDULE, **more)
+
+
+def start(setting: str, options: dict[str, Any], fresh: bool = False, **more: Any) -> Any:
+    """``fresh``: with other weights than everybody else's, which loading must replace."""
+    model = cases.small_llama()
+    if fresh:
+        with torch.no_grad():
+            for param in model.parameters():
+                param.add_(0.01)
+    return cases.start(config(setting, options, **more), model)
+
+
+def everything(engine: Any) -> dict[str, Tensor]:
+    """The fp32 weights, the model's own weights, the whole optimizer state of this rank, and the learning rates."""
+    found = {f"weight {name}": value for name, value in cases.full_weights(engine).items()}
+    found |= {f"model {name}": value for name, value in cases.model_weights(engine).items()}
+    optimizer = engine.basic_optimizer
+    for number, store in enumerate(optimizer.state.values()):
+        found |= {f"state {number} {key}": value.clone() for key, value in store.items()}
+    found["learning rates"] = torch.tensor([group["lr"] for group in optimizer.param_groups])
+    return found
+
+
+def different(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """Names that are missing or differ in dtype, shape or any bit."""
+    names = sorted(one.keys() | other.keys())
+    return [name for name in names if name not in one or name not in other or not _equal(one[name], other[name])]
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+
+
+def resumed(setting: str, options: dict[str, Any], folder: Path, stops: tuple[int, ...]) -> list[str]:
+    """What differs between an uninterrupted run and those that were resumed after ``stops`` steps. Collective."""
+    engine = start(setting, options)
+    for step in range(cases.STEPS):
+        if step in stops:
+            engine.save_checkpoint(str(folder), tag=f"after{step}")
+        cases.train(engine, [step])
+    want = everything(engine)
+    engine.destroy()
+    problems = []
+    for stop in stops:
+        engine = start(setting, options, fresh=True)
+        if stop == stops[0]:
+            cases.train(engine, [50])  # loading into an engine that has already trained something else
+        engine.load_checkpoint(str(folder), tag=f"after{stop}")
+        cases.train(engine, range(stop, cases.STEPS))
+        problems += [f"after {stop}: {name}" for name in different(want, everything(engine))]
+        engine.destroy()
+    return problems
+
+
+def saved(setting: str, options: dict[str, Any], folder: Path) -> str:
+    """Two steps, then a checkpoint; the digest of the weights in it."""
+    engine = start(setting, options)
+    cases.train(engine, range(2))
+    engine.save_checkpoint(str(folder))
+    weights = cases.digest(cases.full_weights(engine))
+    engine.destroy()
+    return weights
+
+
+def refused_elsewhere(setting: str, options: dict[str, Any], folder: Path) -> str:
+    """Load what another number of ranks saved: what does the user read?"""
+    engine = start(setting, options)
+    try:
+        engine.load_checkpoint(str(folder))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        engine.destroy()
+    return ""
+
+
+def continued_elsewhere(setting: str, options: dict[str, Any], folder: Path) -> tuple[str, set[int]]:
+    """The digest of the weights as loaded, and how often every matrix was updated after one more step."""
+    engine = start(setting, options, fresh=True)
+    engine.load_checkpoint(str(folder))
+    weights = cases.digest(cases.full_weights(engine))
+    cases.train(engine, [2])
+    counts = {int(store["updates"]) for store in engine.basic_optimizer.state.values() if "updates" in store}
+    engine.destroy()
+    return weights, counts
+
+
+def refused_to_save(setting: str, options: dict[str, Any], folder: Path) -> str:
+    engine = start(setting, options)
+    cases.train(engine, range(2))
+    try:
+        engine.save_checkpoint(str(folder))
+    except ValueError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return ""

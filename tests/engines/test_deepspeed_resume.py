@@ -1,0 +1,89 @@
+"""Checkpoints of DeepSpeed engines: a resumed run ends in the same bits, at and between refreshes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import deepspeed_resume as resume
+import pytest
+import tables
+from deepspeed_cases import PROJECTIONS
+from fleet import Fleet
+
+Fleets = Callable[[int], Fleet]
+SETTINGS = (
+    "0",
+    "1",
+    "2",
+    "3",
+    "3, sub-groups",
+    "1, offload",
+    "3, offload",
+    "BF16_Optimizer",
+    "0, bf16",
+    "2, bf16",
+    "3, bf16",
+)
+STOPS = (2, 3, 4)
+"""Refreshes happen at 0, 3 and 6: just before one, at one, and between."""
+
+QUICK = {
+    "0": ("svd std",),
+    "1": ("randk",),
+    "2": ("svd left", "blockwise"),
+    "3": ("svd std", "columns"),
+    "3, sub-groups": ("svd left",),
+    "3, offload": ("blockwise",),
+    "BF16_Optimizer": ("svd std",),
+}
+"""What is not named here runs with --heavy."""
+
+
+def _items() -> list[object]:
+    items = []
+    for setting in SETTINGS:
+        for projection in PROJECTIONS:
+            marks = [] if projection in QUICK.get(setting, ()) else [pytest.mark.heavy]
+            items.append(pytest.param(setting, projection, marks=marks, id=f"{setting}-{projection}"))
+    return items
+
+
+@pytest.mark.parametrize(("setting", "projection"), _items())
+def test_a_resumed_run_ends_in_the_same_bits(setting: str, projection: str, fleet: Fleets, tmp_path: Path) -> None:
+    stops = STOPS if projection == "svd std" else STOPS[:1]
+    found = fleet(2).run(resume.resumed, setting, PROJECTIONS[projection], tmp_path, stops)
+    tables.put("DeepSpeed: tensors that differ after a resume", setting, projection, str(sum(map(len, found))))
+    assert found == [[], []]
+
+
+@pytest.mark.parametrize(("projection", "mode"), [("svd std", "project"), ("randk", "keep")])
+def test_state_that_is_carried_over_resumes(projection: str, mode: str, fleet: Fleets, tmp_path: Path) -> None:
+    options = {**PROJECTIONS[projection], "on_refresh": mode, "refresh_schedule": "staggered"}
+    assert fleet(2).run(resume.resumed, "2", options, tmp_path, (2, 4)) == [[], []]
+
+
+@pytest.mark.parametrize("setting", ["1", "2", "3", "BF16_Optimizer"])
+def test_another_number_of_ranks_is_refused_with_what_to_use(setting: str, fleet: Fleets, tmp_path: Path) -> None:
+    options = PROJECTIONS["columns"]
+    fleet(2).run(resume.saved, setting, options, tmp_path)
+    for text in fleet(4).run(resume.refused_elsewhere, setting, options, tmp_path):
+        assert "world size of 2" in text or "no file for this rank" in text
+        assert "If another number of ranks saved it: frugal_dist.checkpoint" in text
+
+
+def test_stage_0_goes_on_with_any_number_of_ranks(fleet: Fleets, tmp_path: Path) -> None:
+    """Replicas do not share state there, so rank 0's is everybody's."""
+    options = PROJECTIONS["svd std"]
+    want, *_ = fleet(2).run(resume.saved, "0", options, tmp_path)
+    for found, counts in fleet(4).run(resume.continued_elsewhere, "0", options, tmp_path):
+        assert found == want
+        assert counts == {3}
+
+
+@pytest.mark.parametrize("setting", ["0", "0, bf16"])
+def test_stage_0_does_not_save_one_part_of_shared_state(setting: str, fleet: Fleets, tmp_path: Path) -> None:
+    options = {**PROJECTIONS["svd std"], "shard_state": True}
+    for text in fleet(2).run(resume.refused_to_save, setting, options, tmp_path):
+        assert "rank 0 only" in text
+        assert "frugal_dist.checkpoint" in text
