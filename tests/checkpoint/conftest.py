@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,23 +14,14 @@ sys.path.append(str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[1] / "dist"))
 sys.path.append(str(Path(__file__).parents[1] / "engines"))
 
-from fleet import Fleet
+from forks import Forks
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def processes() -> Iterator[Callable[[int], Fleet]]:
-    """``processes(3)``: real ranks with DeepSpeed, started at first use."""
-    here = Path(__file__).parent
-    path = os.pathsep.join(str(folder) for folder in (here.parents[1], here, here.parent / "engines"))
-    living: dict[int, Fleet] = {}
-
-    def get(size: int) -> Fleet:
-        if size not in living:
-            living[size] = Fleet(size, PYTHONPATH=path)
-        return living[size]
-
-    yield get
-    for one in living.values():
-        one.stop()
+def processes() -> Iterator[Forks]:
+    """Fresh ranks for every job, which need not import DeepSpeed and transformers again."""
+    found = Forks("preloaded", "legs")
+    yield found
+    found.stop()
