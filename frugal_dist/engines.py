@@ -22,9 +22,9 @@ def full_shape(tensor: Tensor) -> tuple[int, ...]:
     return deepspeed.full_shape(tensor)
 
 
-def name_of(tensor: Tensor) -> str | None:
-    """The name under which an engine knows an unnamed parameter, if any does."""
-    return deepspeed.name_of(tensor)
+def names_of(tensors: Sequence[Tensor]) -> list[str | None]:
+    """The names under which an engine knows these parameters; None where it does not."""
+    return deepspeed.names_of(tensors)
 
 
 def announce(optimizer_class: type[Any]) -> None:
@@ -91,6 +91,14 @@ def _choose(request: Request, ranks: Ranks) -> tuple[Ranks, Sequence[Original], 
     if found is not None:
         process_group, originals, storage = found
         auto = isinstance(request.process_group, str)
+        if (
+            request.process_group is None
+            and not ranks_of(process_group).alone
+            and not isinstance(storage, PlainStorage)
+        ):
+            raise ValueError(
+                "ZeRO spreads the parameters over ranks, but process_group=None says this process is alone. Remove it."
+            )
         return ranks_of(process_group if auto else request.process_group), originals, storage
     refuse_fsdp1(held)
     if any(hasattr(tensor, "device_mesh") for tensor in held):

@@ -100,8 +100,7 @@ class Frugal(Optimizer):
         self._started: set[tuple[int, ...]] = set()
         self._loaded = False
         FrugalConfig(**given)
-        defaults = {**given, "betas": betas}
-        super().__init__(_as_groups(params), defaults)
+        super().__init__(_as_groups(params), given)
         check_patterns([original.name for original in self._originals], self._no_decay, "no_decay")
         check_selection(self.parameter_report_rows())
         self._check_shapes()
@@ -127,8 +126,10 @@ class Frugal(Optimizer):
             added["betas"] = config_from(added).betas
         config_from(added)
         self._groups.append(added)
+        known = engines.names_of(group["params"])
         for position, (name, tensor) in enumerate(named):
             self._sources.append(weakref.ref(tensor))
+            name = name or known[position]
             self._originals.append(self._original(name, tensor, group.get("projected"), index, position))
         _check_unique(self._originals)
 
@@ -136,7 +137,6 @@ class Frugal(Optimizer):
         self, name: str | None, tensor: Tensor, projected: bool | None, group: int, position: int
     ) -> Original:
         shape = engines.full_shape(tensor)
-        name = name or engines.name_of(tensor)
         name = None if name is None else clean_name(name)  # the same seeds and state names with and without wrappers
         if name is None:
             name = f"group{group}.{position}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,23 +22,29 @@ def full_shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
-def name_of(tensor: Tensor) -> str | None:
-    """DeepSpeed notes the names of a model's parameters before it builds the optimizer, and forgets them later."""
-    debug = sys.modules.get("deepspeed.utils.debug")
-    return debug.param_names[tensor] if debug is not None and tensor in debug.param_names else None
+def names_of(tensors: Sequence[Tensor]) -> list[str | None]:
+    """The names by which DeepSpeed knows a model's parameters while it builds the optimizer; None where it does not."""
+    engine = engine_in_construction()
+    if engine is not None:
+        return [engine.param_names.get(tensor) for tensor in tensors]
+    debug = sys.modules.get("deepspeed.utils.debug")  # forgets everything whenever any engine is collected
+    known: Any = () if debug is None else debug.param_names
+    return [known[tensor] if tensor in known else None for tensor in tensors]  # noqa: SIM401 (it has no .get)
 
 
 def announce(optimizer_class: type[Any]) -> None:
     """Tell DeepSpeed, if it is loaded, that ZeRO may wrap this optimizer: no zero_allow_untested_optimizer needed.
 
-    Called when an optimizer is built, since DeepSpeed may be imported after frugal_dist. If DeepSpeed is building it
-    from JSON, ValueError for what Frugal does not support: the features fail in stranger ways soon after.
+    Called when an optimizer is built, since DeepSpeed may be imported after frugal_dist. If an engine is building it
+    (from JSON, or calling a client's function), ValueError for what Frugal does not support: the features fail in
+    stranger ways soon after.
     """
     utils = sys.modules.get("deepspeed.runtime.zero.utils")
     if utils is not None and optimizer_class not in utils.ZERO_SUPPORTED_OPTIMIZERS:
         utils.ZERO_SUPPORTED_OPTIMIZERS.append(optimizer_class)
         _explain_other_world_sizes(utils.ZeRORuntimeException, optimizer_class)
-    for engine in _engines(lambda engine: _builds(engine, optimizer_class.__name__)):
+    engine = engine_in_construction()
+    if engine is not None:
         check_supported(engine)
 
 
@@ -66,27 +72,32 @@ def _explain_other_world_sizes(refusal: type[Exception], optimizer_class: type[A
     module.DeepSpeedEngine.load_checkpoint = load_checkpoint
 
 
+def engine_in_construction() -> Any | None:
+    """The engine that is building an optimizer right now: it runs a function further up the stack.
+
+    Not looked for among all objects: an engine that could not be built lives on until it is collected.
+    """
+    module = sys.modules.get("deepspeed.runtime.engine")
+    frame = None if module is None else sys._getframe()
+    while module is not None and frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, module.DeepSpeedEngine) and caller.__dict__.get("basic_optimizer") is None:
+            return caller
+        frame = frame.f_back
+    return None
+
+
 def engine_of(optimizer: object) -> Any | None:
     """The engine that drives ``optimizer``, if any. DeepSpeed gives the optimizer no link to it: look for it."""
-    return next(iter(_engines(lambda engine: engine.__dict__.get("basic_optimizer") is optimizer)), None)
-
-
-def _engines(fits: Callable[[Any], bool]) -> list[Any]:
     module = sys.modules.get("deepspeed.runtime.engine")
     if module is None:
-        return []
+        return None
     kinds = [module.DeepSpeedEngine]
     for kind in kinds:
         kinds.extend(kind.__subclasses__())
     # Not gc.get_objects(): it touches tuples that other threads are building, which then fail (CPython issue 59313).
-    return [thing for kind in kinds for thing in gc.get_referrers(kind) if type(thing) is kind and fits(thing)]
-
-
-def _builds(engine: Any, name: str) -> bool:
-    """Whether this engine is about to have its optimizer built from its JSON."""
-    known = engine.__dict__
-    missing = "basic_optimizer" in known and known["basic_optimizer"] is None and known.get("client_optimizer") is None
-    return missing and known.get("_config") is not None and engine.optimizer_name() == name
+    things = (thing for kind in kinds for thing in gc.get_referrers(kind) if type(thing) is kind)
+    return next((thing for thing in things if thing.__dict__.get("basic_optimizer") is optimizer), None)
 
 
 PLAIN_OFFLOAD = 'use "offload_optimizer": {"device": "cpu"} alone'

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from frugal_dist.sharding.deepspeed import check_supported, engine_of, name_of
+from frugal_dist.sharding.deepspeed import check_supported, engine_of, names_of
 from frugal_dist.sharding.plain import PlainStorage
 from frugal_dist.sharding.storage import Box, Interval, Original, Part, Storage
 
@@ -23,7 +23,7 @@ Group = dict[str, Any]
 
 def _belongs(source: Tensor) -> bool:
     """What DeepSpeed leaves on parameters, should the engine not be found (after gc.freeze, say)."""
-    return any(hasattr(source, mark) for mark in ("_z3_optimizer", "_hp_mapping")) or name_of(source) is not None
+    return any(hasattr(source, mark) for mark in ("_z3_optimizer", "_hp_mapping")) or names_of([source]) != [None]
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class Fleet:
         self._processes, self._pipes, self._folder = [], [], None
 
     def _start(self) -> None:
-        port = _free_port()
+        port = free_port()
         self._folder = tempfile.TemporaryDirectory(prefix="fleet")
         for rank in range(self.size):
             ours, theirs = socket.socketpair()
@@ -145,7 +145,7 @@ def _coordinates(rank: int, size: int, port: int) -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
