@@ -10,7 +10,10 @@ from pathlib import Path
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command and return the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    options, rest = _parser().parse_known_args(arguments)
+    if rest and not hasattr(options, "changes"):
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    options.changes = rest
     try:
         return int(options.command(options))
     except ValueError as error:
@@ -27,6 +30,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="frugal-dist", description="Training with the FRUGAL optimizer.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="the quickstart: prepare its data, train its model"))
+
+    pretrain = commands.add_parser(
+        "pretrain", help="train a model by recipe; --KEY VALUE changes keys, --help after the recipe lists them"
+    )
+    pretrain.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
+    pretrain.set_defaults(command=_pretrain, changes=())
 
     plot = commands.add_parser("plot", help="draw the loss curve of a run")
     plot.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
@@ -69,6 +78,13 @@ def _demo_train(options: argparse.Namespace) -> int:
 
     given = {} if options.steps is None else {"steps": options.steps}
     return train_demo(DemoSettings(data=options.data, run=options.run, config=options.config, **given))
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    from frugal_dist.training.pretrain import pretrain
+    from frugal_dist.training.recipe import read_recipe
+
+    return pretrain(read_recipe(options.recipe, options.changes))
 
 
 def _plot(options: argparse.Namespace) -> int:

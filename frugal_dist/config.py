@@ -156,11 +156,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "galore": {"projection": "svd", "on_refresh": "keep", "state_free": "none", "lr_scale": 0.25},
     "badam": {"projection": "blockwise", "state_free": "none"},
     "signsgd": {"density": 0.0, "projection": "columns"},
+    "adamw": {"density": 1.0, "projection": "columns"},
 }
 
 
 def preset(name: str, **changes: Any) -> dict[str, Any]:
-    """Keyword arguments for ``Frugal`` that make it GaLore, BAdam or signSGD.
+    """Keyword arguments for ``Frugal`` that make it GaLore, BAdam, signSGD or AdamW.
 
     >>> preset("galore", density=0.5)["state_free"]
     'none'

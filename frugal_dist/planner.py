@@ -32,10 +32,13 @@ class LlamaShape:
 # The sizes of the GaLore and FRUGAL papers, and the model of the quickstart.
 LLAMA_SHAPES = {
     "quick": LlamaShape(256, 688, 4, 4, 4096),
+    "9M": LlamaShape(128, 352, 4, 4, 32000),
+    "20M": LlamaShape(256, 688, 4, 4, 32000),
     "60M": LlamaShape(512, 1376, 8, 8, 32000),
     "130M": LlamaShape(768, 2048, 12, 12, 32000),
     "350M": LlamaShape(1024, 2736, 24, 16, 32000),
     "1B": LlamaShape(2048, 5461, 24, 32, 32000),
+    "3B": LlamaShape(2560, 6848, 32, 32, 32000),
     "7B": LlamaShape(4096, 11008, 32, 32, 32000),
 }
 

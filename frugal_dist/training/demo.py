@@ -15,7 +15,7 @@ from frugal_dist.training.console import LOG_FILE, quiet_console
 
 # Heavy and noisy libraries are imported inside the functions: once the terminal is protected from their output.
 if TYPE_CHECKING:
-    from frugal_dist.training.engines import DeepSpeedEngine
+    from frugal_dist.training.engines.deepspeed import DeepSpeedEngine
     from frugal_dist.training.loop import Outcome
     from frugal_dist.training.metrics import MetricsLog
     from frugal_dist.training.report import Summary
@@ -63,7 +63,7 @@ def _train(settings: DemoSettings, terminal: TextIO) -> None:
     import torch
 
     from frugal_dist.training.data import Batches, TokenRows
-    from frugal_dist.training.engines import DeepSpeedEngine, read_deepspeed_config
+    from frugal_dist.training.engines.deepspeed import DeepSpeedEngine, read_deepspeed_config
     from frugal_dist.training.evaluate import Validation
     from frugal_dist.training.loop import Training
     from frugal_dist.training.metrics import METRICS_FILE, MetricsLog
@@ -139,7 +139,7 @@ def _finish(
     from frugal_dist.training.plot import plot_run
     from frugal_dist.training.report import REPORT_FILE, report_text
 
-    engine.save(settings.run / "checkpoint")
+    engine.save(settings.run / "checkpoint", settings.steps, {})
     if engine.rank == 0:
         metrics.write("summary", **summary.record())
         plot_run(settings.run)

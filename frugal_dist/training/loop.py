@@ -1,9 +1,10 @@
-"""The training loop: steps, evaluation, metrics and progress."""
+"""The training loop: steps, evaluation, metrics, progress and checkpoints."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +18,10 @@ from frugal_dist.training.progress import Progress
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out of a training."""
+    """What came out of a training.
+
+    ``steps`` are those done in all; fewer than planned if it was told to stop. Losses are NaN if nothing was evaluated.
+    """
 
     steps: int
     tokens: int
@@ -28,7 +32,12 @@ class Outcome:
 
 @dataclass
 class Training:
-    """One training run of a given number of steps, on one rank."""
+    """One training run of a given number of steps, on one rank.
+
+    ``start``: steps done before, by a run that this one continues. ``save(step)`` writes a checkpoint, every
+    ``save_every`` steps (0: never) and when told to stop. ``stop()``: whether this rank was told to stop, by a signal.
+    ``bad_steps``: so many consecutive steps without a finite gradient end the run.
+    """
 
     engine: Engine
     batches: Batches
@@ -38,23 +47,37 @@ class Training:
     steps: int
     evaluate_every: int
     log_every: int = 10
+    start: int = 0
+    save: Callable[[int], None] | None = None
+    save_every: int = 0
+    stop: Callable[[], bool] | None = None
+    bad_steps: int = 10
     _loss_sum: float | torch.Tensor = field(default=0.0, init=False)
     _loss_count: int = field(default=0, init=False)
     _busy: float = field(default=0.0, init=False)
+    _skipped: int = field(default=0, init=False)
+    _bad: int = field(default=0, init=False)
 
     def run(self) -> Outcome:
         """Train all steps, evaluating at the start, at the end and in between."""
-        start = time.monotonic()
-        first = last = self._evaluate(0)
+        begin = time.monotonic()
+        self._skipped = self.engine.skipped_steps()
+        first = last = math.nan if 0 < self.start < self.steps else self._evaluate(self.start)
         self.progress.start()
-        for done in range(1, self.steps + 1):
+        for done in range(self.start + 1, self.steps + 1):
             self._train_step(done - 1)
             self.progress.step()
             if done % self.log_every == 0 or done == self.steps:
                 self._log(done)
-            if done % self.evaluate_every == 0 or done == self.steps:
+            if done == self.steps or (self.evaluate_every and done % self.evaluate_every == 0):
                 last = self._evaluate(done)
-        return Outcome(self.steps, self._tokens(self.steps), time.monotonic() - start, first, last)
+            if self._must_stop():
+                self._save(done)
+                return Outcome(done, self._tokens(done), time.monotonic() - begin, first, last)
+            if self.save_every and done % self.save_every == 0 and done < self.steps:
+                self._save(done)
+        self._save(self.steps)
+        return Outcome(self.steps, self._tokens(self.steps), time.monotonic() - begin, first, last)
 
     def _train_step(self, index: int) -> None:
         begin = time.monotonic()
@@ -62,6 +85,30 @@ class Training:
         self._loss_sum = self._loss_sum + self.engine.train_step(rows)
         self._loss_count += 1
         self._busy += time.monotonic() - begin
+        self._count_bad(index + 1)
+
+    def _count_bad(self, done: int) -> None:
+        """Skipped steps are said at once, and end the run if there is no end to them. Ranks skip together."""
+        skipped = self.engine.skipped_steps()
+        self._bad = self._bad + 1 if skipped > self._skipped else 0
+        self._skipped = skipped
+        if not self._bad:
+            return
+        self.metrics.write("skipped", step=done, skipped=skipped)
+        self.progress.say(f"step {done:>5}/{self.steps}: skipped, its gradient is not finite")
+        if self._bad >= self.bad_steps:
+            raise ValueError(
+                f"{self._bad} steps in a row had no finite gradient, the last at step {done}; lower lr, lengthen the "
+                "warm-up, or go back to a checkpoint before it."
+            )
+
+    def _must_stop(self) -> bool:
+        """Whether any rank was told to stop: all must stop after the same step."""
+        return self.stop is not None and self.engine.total([float(self.stop())])[0] > 0
+
+    def _save(self, done: int) -> None:
+        if self.save is not None:
+            self.save(done)
 
     def _log(self, done: int) -> None:
         """Write the mean over the steps since the last record."""
@@ -78,7 +125,7 @@ class Training:
             gradient_norm=self.engine.gradient_norm(),
             tokens_per_second=round(speed, 1),
         )
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) and not self._bad:
             raise ValueError(f"the training loss is {loss} at step {done}; lower lr or lengthen the warm-up.")
         self.progress.figures(loss, speed)
         self._loss_sum, self._loss_count, self._busy = 0.0, 0, 0.0

@@ -11,10 +11,16 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends records to a file; without a path (ranks other than 0) it does nothing."""
+    """Appends records to a file; without a path (ranks other than 0) it does nothing.
 
-    def __init__(self, path: Path | None) -> None:
+    ``after``: the run goes on after this step; what an earlier run wrote of later steps is dropped. None starts anew.
+    """
+
+    def __init__(self, path: Path | None, after: int | None = None) -> None:
+        kept = _until(path, after) if path and after is not None and path.is_file() else ""
         self._file = path.open("w", encoding="utf-8") if path else None
+        if self._file:
+            self._file.write(kept)
 
     def write(self, kind: str, **values: Any) -> None:
         """Write one record at once, so that a killed run keeps all it has reached."""
@@ -30,6 +36,12 @@ class MetricsLog:
     ) -> None:
         if self._file:
             self._file.close()
+
+
+def _until(path: Path, step: int) -> str:
+    """The lines of a metrics file up to a step; a last line that was cut off is dropped."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return "".join(line for line in lines if line.endswith("\n") and json.loads(line).get("step", 0) <= step)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

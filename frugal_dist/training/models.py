@@ -1,37 +1,88 @@
-"""Models to pre-train: LLaMA-style, from the shape table."""
+"""Models to pre-train: LLaMA shapes of the papers, or any causal language model of transformers."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from frugal_dist.planner import LLAMA_SHAPES
+from frugal_dist.training.recipe import Model
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
-
-
-def build_llama(size: str, vocab_size: int, sequence_length: int) -> LlamaForCausalLM:
-    """A freshly initialised model of the named size with this vocabulary."""
     from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def build_model(recipe: Model, vocab_size: int, length: int) -> nn.Module:
+    """The recipe's model, in fp32. ``vocab_size``: what the tokenizer has; ``length``: tokens per sequence.
+
+    Raises ValueError if the model cannot hold the tokenizer's vocabulary, or the folder holds no model.
+    """
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+    if recipe.vocab_size is not None and recipe.vocab_size < vocab_size:
+        raise ValueError(f"model.vocab_size is {recipe.vocab_size}, but the tokenizer has {vocab_size} tokens.")
+    if recipe.llama is not None:
+        config: Any = llama_config(recipe.llama, recipe.vocab_size or vocab_size, length)
+    else:
+        config = _read_config(recipe.path or "")
+    if config.vocab_size < vocab_size:
+        raise ValueError(
+            f"the model in {recipe.path} has {config.vocab_size} tokens, the tokenizer {vocab_size}: they do not fit."
+        )
+    config.tie_word_embeddings = recipe.tied or (recipe.llama is None and config.tie_word_embeddings)
+    config._attn_implementation = recipe.attention
+    auto: Any = AutoModelForCausalLM  # transformers' own hints are incomplete
+    model: Any
+    if recipe.pretrained:
+        model = auto.from_pretrained(recipe.path, config=config, dtype="float32")
+    elif recipe.llama is not None:
+        model = LlamaForCausalLM(config)
+    else:
+        model = auto.from_config(config)
+    if recipe.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if recipe.compile:
+        model.compile()
+    found: nn.Module = model
+    return found
+
+
+def _read_config(path: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.path is {path!r}, where no model's config.json can be read: {error}") from error
+
+
+def llama_config(size: str, vocab_size: int, length: int) -> LlamaConfig:
+    """The configuration of a LLaMA shape. Raises ValueError that lists the shapes."""
+    from transformers import LlamaConfig
 
     if size not in LLAMA_SHAPES:
         raise ValueError(f"model is {size!r}; choose one of {', '.join(LLAMA_SHAPES)}.")
     shape = LLAMA_SHAPES[size]
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        max_position_embeddings=sequence_length,
+        max_position_embeddings=length,
         use_cache=False,
         bos_token_id=0,
         eos_token_id=0,
     )
-    return LlamaForCausalLM(config)
+
+
+def build_llama(size: str, vocab_size: int, sequence_length: int) -> LlamaForCausalLM:
+    """A freshly initialised model of the named size with this vocabulary."""
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM(llama_config(size, vocab_size, sequence_length))
 
 
 def token_losses(model: nn.Module, rows: Tensor) -> Tensor:

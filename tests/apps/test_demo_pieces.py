@@ -23,7 +23,8 @@ import torch
 from frugal_dist.cli import main
 from frugal_dist.training import text
 from frugal_dist.training.data import Batches, TokenRows, read_tokens, write_tokens
-from frugal_dist.training.engines import _batch_size, count_state_bytes, read_deepspeed_config
+from frugal_dist.training.engines.deepspeed import _batch_size, read_deepspeed_config
+from frugal_dist.training.engines.protocol import count_state_bytes
 from frugal_dist.training.evaluate import Validation
 from frugal_dist.training.loop import Training
 from frugal_dist.training.metrics import MetricsLog, of_kind, read_metrics
@@ -183,6 +184,9 @@ class FakeEngine:
     def gradient_norm(self):
         return 1.0
 
+    def skipped_steps(self):
+        return 0
+
     def losses(self, rows):
         self.calls += 1
         return rows[:, 1:].flatten().float()
@@ -280,7 +284,7 @@ def test_deepspeed_configuration_is_checked(tmp_path):
     path = tmp_path / "ds.json"
     with pytest.raises(ValueError, match=r"cannot read .*ds.json: No such file"):
         read_deepspeed_config(path)
-    for content, message in (("{", "not valid JSON"), ("[]", "optimizer"), ('{"fp16": {}}', "optimizer")):
+    for content, message in (("{", "not valid JSON"), ("[]", "holds no JSON object"), ('{"fp16": {}}', "optimizer")):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
             read_deepspeed_config(path)
@@ -310,7 +314,7 @@ def test_model_has_the_promised_size_and_starts_by_guessing():
     losses = token_losses(model, rows).detach()
     assert losses.shape == (16,)
     assert float(losses.mean()) == pytest.approx(math.log(4096), abs=0.3)
-    with pytest.raises(ValueError, match="model is 'huge'; choose one of quick, 60M"):
+    with pytest.raises(ValueError, match="model is 'huge'; choose one of quick, 9M"):
         build_llama("huge", 4096, 128)
 
 

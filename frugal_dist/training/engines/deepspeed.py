@@ -1,50 +1,22 @@
-"""What a training loop asks of an engine, and DeepSpeed behind it."""
+"""The DeepSpeed engine behind what a training loop asks for, and its JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
-import frugal_dist  # noqa: F401  (makes "type": "Frugal" known to DeepSpeed)
+from frugal_dist import checkpoint
+from frugal_dist.training.engines import collectives
+from frugal_dist.training.engines.protocol import Schedule, count_state_bytes
 from frugal_dist.training.models import token_losses
-
-Schedule = Callable[[int], float]
-
-
-class Engine(Protocol):
-    """One rank of a distributed training; every rank calls the same methods in the same order."""
-
-    rank: int
-    world: int
-    batch_size: int
-    optimizer_name: str
-
-    def train_step(self, rows: Tensor) -> Tensor:
-        """One optimizer step on this rank's rows of the batch; returns their mean loss."""
-
-    def losses(self, rows: Tensor) -> Tensor:
-        """The loss of every predicted token, without gradient."""
-
-    def total(self, values: list[float]) -> list[float]:
-        """Each value summed over the ranks."""
-
-    def state_bytes(self) -> list[int]:
-        """Bytes of optimizer state on each rank, counted from the tensors there are."""
-
-    def learning_rate(self) -> float:
-        """The rate of the next step."""
-
-    def gradient_norm(self) -> float:
-        """The norm of the last step's gradient, before clipping."""
-
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint from which the engine can go on."""
+from frugal_dist.training.optimizers import frugal_options
+from frugal_dist.training.recipe import Recipe
+from frugal_dist.training.schedule import jump
 
 
 class DeepSpeedEngine:
@@ -60,9 +32,10 @@ class DeepSpeedEngine:
         # A scheduler in the JSON is the user's word; ours knows the number of steps and is the default.
         ours = None if "scheduler" in config else partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=schedule)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._engine, *_ = deepspeed.initialize(
+        self._engine, _, _, scheduler = deepspeed.initialize(
             model=model, model_parameters=parameters, config=config, lr_scheduler=ours
         )
+        self._schedule = scheduler if ours is not None else None
         self.optimizer_name = type(self._engine.basic_optimizer).__name__
 
     def train_step(self, rows: Tensor) -> Tensor:
@@ -85,16 +58,11 @@ class DeepSpeedEngine:
 
     def total(self, values: list[float]) -> list[float]:
         """Each value summed over the ranks, in double precision."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self._engine.device)
-        distributed.all_reduce(tensor)
-        return [float(value) for value in tensor.tolist()]
+        return collectives.total(values, self._engine.device)
 
     def state_bytes(self) -> list[int]:
         """Bytes of optimizer state on each rank, counted from the base optimizer's tensors."""
-        own = torch.tensor([count_state_bytes(self._engine.basic_optimizer)], device=self._engine.device)
-        everyone = [torch.zeros_like(own) for _ in range(self.world)]
-        distributed.all_gather(everyone, own)
-        return [int(count) for count in everyone]
+        return collectives.everyone(count_state_bytes(self._engine.basic_optimizer), self._engine.device)
 
     def learning_rate(self) -> float:
         """The rate of the next step."""
@@ -105,32 +73,44 @@ class DeepSpeedEngine:
         norm = self._engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
-    def save(self, folder: Path) -> None:
-        """Write a DeepSpeed checkpoint."""
-        self._engine.save_checkpoint(str(folder))
+    def skipped_steps(self) -> int:
+        """Steps whose gradient overflowed."""
+        return int(self._engine.skipped_steps)
+
+    def save(self, root: Path, step: int, extra: dict[str, Any], **options: Any) -> bool:
+        """Write a portable checkpoint, from which any engine can go on."""
+        return checkpoint.save_step(root, step, self._engine, self._engine.optimizer, extra, **options)
+
+    def resume(self, root: Path) -> tuple[int, dict[str, Any]] | None:
+        """Load the latest portable checkpoint, whichever engine wrote it."""
+        found = checkpoint.load_latest(root, self._engine, self._engine.optimizer, on_damaged="previous")
+        if found is not None and self._schedule is not None:
+            jump(self._schedule, found[0])
+        return found
 
     def close(self) -> None:
         """Leave the process group, so that no rank waits for another at exit."""
-        distributed.destroy_process_group()
+        collectives.leave()
 
 
 def read_deepspeed_config(path: Path) -> dict[str, Any]:
     """A DeepSpeed JSON, checked for what the loop needs."""
+    config = _read(path)
+    if "optimizer" not in config:
+        raise ValueError(f'{path} has no "optimizer" section; add {{"type": "Frugal", "params": {{...}}}}.')
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read the DeepSpeed configuration {path}: {error.strerror}.") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(config, dict) or "optimizer" not in config:
-        raise ValueError(f'{path} has no "optimizer" section; add {{"type": "Frugal", "params": {{...}}}}.')
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no JSON object.")
     return config
-
-
-def count_state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in `optimizer.state`."""
-    tensors = (value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _batch_size(config: dict[str, Any], world: int) -> int:
@@ -143,3 +123,28 @@ def _batch_size(config: dict[str, Any], world: int) -> int:
             f"train_batch_size is {size}, which {world} ranks cannot share equally; change it or the number of ranks."
         )
     return size
+
+
+def deepspeed_config(recipe: Recipe, world: int) -> dict[str, Any]:
+    """The recipe's DeepSpeed JSON, ZeRO-2 if it names none, with optimizer, batch and precision of the recipe.
+
+    Raises ValueError if the JSON cannot be read, or the batch cannot be shared by ``world`` ranks.
+    """
+    config = {"zero_optimization": {"stage": 2}} if recipe.deepspeed is None else _read(Path(recipe.deepspeed))
+    for key in ("scheduler", "gradient_accumulation_steps", "fp16", "bf16"):
+        config.pop(key, None)  # of the recipe
+    micro = recipe.micro_batch or recipe.batch // world
+    if recipe.batch % (micro * world):
+        raise ValueError(
+            f"batch is {recipe.batch}, which {world} ranks cannot share in micro-batches of {micro}; change batch, "
+            "micro_batch or the number of ranks."
+        )
+    return {
+        **config,
+        "optimizer": {"type": "Frugal", "params": frugal_options(recipe.optimizer)},
+        "train_batch_size": recipe.batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_clipping": recipe.clip,
+        "steps_per_print": 10**9,
+        **({} if recipe.precision == "fp32" else {recipe.precision: {"enabled": True}}),
+    }

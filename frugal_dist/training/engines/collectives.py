@@ -1,0 +1,30 @@
+"""The few things that ranks of a training tell each other."""
+
+from __future__ import annotations
+
+import torch
+from torch import distributed
+
+
+def total(values: list[float], device: torch.device) -> list[float]:
+    """Each value summed over the ranks, in double precision."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    if distributed.is_initialized():
+        distributed.all_reduce(tensor)
+    return [float(value) for value in tensor.tolist()]
+
+
+def everyone(value: int, device: torch.device) -> list[int]:
+    """The value of each rank."""
+    if not distributed.is_initialized():
+        return [value]
+    own = torch.tensor([value], device=device)
+    found = [torch.zeros_like(own) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(found, own)
+    return [int(count) for count in found]
+
+
+def leave() -> None:
+    """Destroy the process group, if there is one."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -1,0 +1,191 @@
+"""torch's own engines: one process, DDP, FSDP2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from frugal_dist import checkpoint
+from frugal_dist.training.engines import collectives
+from frugal_dist.training.engines.protocol import Schedule, count_state_bytes
+from frugal_dist.training.models import token_losses
+from frugal_dist.training.optimizers import build_optimizer
+from frugal_dist.training.place import Place
+from frugal_dist.training.recipe import Recipe
+from frugal_dist.training.schedule import jump
+
+Sync = Callable[[nn.Module, bool], AbstractContextManager[None]]
+"""Whether the backward pass in this context exchanges gradients."""
+
+
+class PlainEngine:
+    """Trains a model with torch alone. Weights stay in fp32; bf16 is for the forward and backward pass."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, schedule: Schedule, place: Place) -> None:
+        self.rank, self.world, self.batch_size = place.rank, place.world, recipe.batch
+        self.device = _join(place)
+        self._clip, self._micro = recipe.clip, recipe.micro_batch
+        wrap, self._sync = WRAPPERS[recipe.engine]
+        self._bf16 = recipe.precision == "bf16"
+        self._model = wrap(model.to(self.device), self._bf16)
+        self._optimizer = build_optimizer(recipe.optimizer, self._model)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, schedule)
+        self._norm, self._skipped = math.nan, 0
+        self.optimizer_name: str = recipe.optimizer.name
+
+    def train_step(self, rows: Tensor) -> Tensor:
+        """One optimizer step, in micro-batches whose gradients add up to the batch's."""
+        self._model.train()
+        self._optimizer.zero_grad(set_to_none=True)
+        parts = rows.split(self._micro or len(rows))
+        mean = torch.zeros((), device=self.device)
+        for number, part in enumerate(parts):
+            with self._sync(self._model, number == len(parts) - 1):
+                loss = self._losses(part).sum() / (rows.shape[0] * (rows.shape[1] - 1))
+                loss.backward()
+            mean += loss.detach()
+        self._norm = self._gradient_norm()
+        if math.isfinite(self._norm):  # the same on all ranks, so they skip together
+            self._optimizer.step()
+        else:
+            self._skipped += 1
+        self._schedule.step()
+        return mean
+
+    def _gradient_norm(self) -> float:
+        """The norm of the whole gradient, which is clipped to the recipe's."""
+        limit = self._clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), limit)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def _losses(self, rows: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
+            return token_losses(self._model, rows.to(self.device, non_blocking=True))
+
+    @torch.no_grad()
+    def losses(self, rows: Tensor) -> Tensor:
+        """The loss of every predicted token, without gradient."""
+        self._model.eval()
+        return self._losses(rows)
+
+    def total(self, values: list[float]) -> list[float]:
+        """Each value summed over the ranks, in double precision."""
+        return collectives.total(values, self.device)
+
+    def state_bytes(self) -> list[int]:
+        """Bytes of optimizer state on each rank."""
+        return collectives.everyone(count_state_bytes(self._optimizer), self.device)
+
+    def learning_rate(self) -> float:
+        """The rate of the next step."""
+        return float(self._schedule.get_last_lr()[0])
+
+    def gradient_norm(self) -> float:
+        """The norm of the last step's gradient, before clipping."""
+        return self._norm
+
+    def skipped_steps(self) -> int:
+        """Steps whose gradient was not finite."""
+        return self._skipped
+
+    def save(self, root: Path, step: int, extra: dict[str, Any], **options: Any) -> bool:
+        """Write a portable checkpoint."""
+        more = {**extra, "skipped": self._skipped}
+        return checkpoint.save_step(root, step, self._model, self._optimizer, more, **options)
+
+    def resume(self, root: Path) -> tuple[int, dict[str, Any]] | None:
+        """Load the latest portable checkpoint, whichever engine wrote it."""
+        found = checkpoint.load_latest(root, self._model, self._optimizer, on_damaged="previous")
+        if found is None:
+            return None
+        step, extra = found
+        jump(self._schedule, step)
+        self._skipped = extra.get("skipped", 0)
+        return step, extra
+
+    def close(self) -> None:
+        """Leave the process group."""
+        collectives.leave()
+
+
+def _join(place: Place) -> torch.device:
+    """The device of this rank; joins the process group if there are several ranks."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if place.world > 1:
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        distributed.init_process_group(
+            backend, rank=place.rank, world_size=place.world, device_id=device if cuda else None
+        )
+    return device
+
+
+# --- how each engine wraps a model, and skips the exchange of gradients -----------------------------------------------
+
+
+def _single(model: nn.Module, bf16: bool) -> nn.Module:
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise ValueError(f"engine single is for one process, but {distributed.get_world_size()} were started. Use ddp.")
+    return model
+
+
+def _ddp(model: nn.Module, bf16: bool) -> nn.Module:
+    from torch.nn.parallel import DistributedDataParallel
+
+    _need_group("ddp")
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def _fsdp2(model: nn.Module, bf16: bool) -> nn.Module:
+    """Each block is a unit of its own: only one is whole at a time."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    _need_group("fsdp2")
+    policy = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+    )
+    for block in _blocks(model):
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    return model
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """What transformers says must stay together, or the members of the longest list of modules."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return found or max(lists, key=len, default=[])
+
+
+def _need_group(engine: str) -> None:
+    if not distributed.is_initialized():
+        raise ValueError(f"engine {engine} needs several ranks: start it with torchrun, srun or mpirun, or use single.")
+
+
+def _no_exchange(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _ddp_sync(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    return nullcontext() if last else model.no_sync()  # type: ignore[operator]
+
+
+def _fsdp2_sync(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    model.set_requires_gradient_sync(last)  # type: ignore[operator]
+    return nullcontext()
+
+
+WRAPPERS: dict[str, tuple[Callable[[nn.Module, bool], nn.Module], Sync]] = {
+    "single": (_single, _no_exchange),
+    "ddp": (_ddp, _ddp_sync),
+    "fsdp2": (_fsdp2, _fsdp2_sync),
+}

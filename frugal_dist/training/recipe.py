@@ -1,0 +1,251 @@
+"""Recipes: what to train, on what, with which optimizer and engine. Typed YAML; the command line sets any key.
+
+A recipe is a shipped name (``llama_60m``) or a YAML file; ``--optimizer.lr 2e-3`` or ``--steps 100`` after it change
+single keys. Unknown keys and values of the wrong type are errors that name the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+Number = int | float | str | bool | list[float] | list[str] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The model.
+
+    Args:
+        llama: a LLaMA shape of the papers by name, see ``frugal-dist memory``; or use ``path``.
+        path: folder or hub name with a ``config.json``, for any AutoModelForCausalLM.
+        pretrained: start from the weights in ``path`` instead of fresh ones.
+        vocab_size: rows of the embedding of a ``llama`` shape; null takes the tokenizer's.
+        tied: output head and input embedding are one matrix.
+        attention: implementation in transformers: sdpa, eager or flash_attention_2.
+        checkpointing: recompute activations in the backward pass, for memory.
+        compile: torch.compile the model.
+    """
+
+    llama: str | None = None
+    path: str | None = None
+    pretrained: bool = False
+    vocab_size: int | None = None
+    tied: bool = False
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    checkpointing: bool = False
+    compile: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The text.
+
+    Args:
+        kind: tokens (a folder of token files), c4 (streamed), hub (any dataset), files (text, JSONL, parquet).
+        path: the folder, the dataset's name, or a pattern of file names.
+        name: configuration of a hub dataset, for C4 "en".
+        column: the column that holds the text.
+        tokenizer: folder, file or hub name.
+        rows: packed (documents one after the other, separated) or truncated (a row per document, as in the papers).
+        shuffle_buffer: documents among which a stream is shuffled.
+        epochs: how often the training text may be gone through; fewer passes than the steps need are an error.
+        validation_path: like path, where the source has no validation split of its own.
+    """
+
+    kind: Literal["tokens", "c4", "hub", "files"] = "tokens"
+    path: str | None = None
+    name: str | None = None
+    column: str = "text"
+    tokenizer: str | None = None
+    rows: Literal["packed", "truncated"] = "packed"
+    shuffle_buffer: int = 10_000
+    epochs: float = 1.0
+    validation_path: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """The optimizer.
+
+    Args:
+        name: frugal, galore, badam, signsgd or adamw.
+        lr: learning rate.
+        weight_decay: decoupled.
+        no_decay: name patterns of parameters without weight decay.
+        options: any other hyperparameter of FrugalConfig, such as density, update_gap, projection.
+    """
+
+    name: Literal["frugal", "galore", "badam", "signsgd", "adamw"] = "frugal"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    no_decay: list[str] | None = None
+    options: dict[str, Number] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The learning rate over time, as a factor.
+
+    Args:
+        name: cosine, linear, wsd (warm-up, stable, decay) or constant.
+        warmup: steps of warm-up; below 1 a share of all steps (of a cycle).
+        floor: where cosine and linear end.
+        cycle: steps after which cosine starts again, warm-up included; null never does. The papers train 200,000 steps
+            in cycles: stopping between the ends of two cycles stops at a high learning rate.
+        decay: share of all steps in which wsd falls to the floor.
+    """
+
+    name: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup: float = 0.1
+    floor: float = 0.1
+    cycle: int | None = None
+    decay: float = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """Checkpoints.
+
+    Args:
+        every: steps between two; 0 saves at the end only.
+        keep_last: how many of the newest stay.
+        keep_every: checkpoints of steps divisible by it stay for good.
+        on_error: raise, or warn and go on training when the disk is full or read-only.
+    """
+
+    every: int = 1000
+    keep_last: int = 2
+    keep_every: int | None = None
+    on_error: Literal["raise", "warn"] = "warn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A pre-training run.
+
+    Args:
+        folder: for metrics, checkpoints and pictures; a run that is there is continued.
+        engine: single, ddp, fsdp2 or deepspeed.
+        deepspeed: DeepSpeed JSON for that engine; its optimizer, scheduler and batch sizes are the recipe's.
+        steps: optimizer steps.
+        batch: sequences per step over all ranks.
+        micro_batch: sequences that a rank computes at once; null takes all of its share.
+        length: tokens per sequence.
+        precision: bf16 (autocast, fp32 weights), fp16 (DeepSpeed only) or fp32.
+        clip: largest gradient norm; 0 does not clip.
+        evaluate_every: steps between two evaluations; 0 evaluates at the start and the end only.
+        evaluation_tokens: predicted tokens of an evaluation, the same for every number of ranks.
+        log_every: steps between two lines of metrics.
+        bad_steps: consecutive steps without a finite gradient that are skipped before the run gives up.
+        seed: of weights and data order.
+    """
+
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    saving: Saving = field(default_factory=Saving)
+    folder: str = "runs/latest"
+    engine: Literal["single", "ddp", "fsdp2", "deepspeed"] = "single"
+    deepspeed: str | None = None
+    steps: int = 10_000
+    batch: int = 512
+    micro_batch: int | None = None
+    length: int = 256
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    clip: float = 0.0
+    evaluate_every: int = 1000
+    evaluation_tokens: int = 10_000_000
+    log_every: int = 10
+    bad_steps: int = 10
+    seed: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """All of it, for the metrics file."""
+        return asdict(self)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """ValueError for values that fit their type but not each other; names the key."""
+    for key in ("steps", "batch", "length", "log_every", "bad_steps"):
+        if getattr(recipe, key) < 1:
+            raise ValueError(f"{key} is {getattr(recipe, key)}; it must be at least 1.")
+    for key in ("evaluate_every", "evaluation_tokens", "clip"):
+        if getattr(recipe, key) < 0:
+            raise ValueError(f"{key} is {getattr(recipe, key)}; it must not be negative.")
+    if recipe.micro_batch is not None and recipe.micro_batch < 1:
+        raise ValueError(f"micro_batch is {recipe.micro_batch}; it must be at least 1, or null.")
+    if (recipe.model.llama is None) == (recipe.model.path is None):
+        raise ValueError("model.llama and model.path: set one of them, the shape of the papers or a folder.")
+    if recipe.model.pretrained and recipe.model.path is None:
+        raise ValueError("model.pretrained needs model.path, the folder with the weights.")
+    if recipe.precision == "fp16" and recipe.engine != "deepspeed":
+        raise ValueError(f"precision fp16 scales the loss, which engine {recipe.engine!r} does not do. Use bf16.")
+    if recipe.deepspeed is not None and recipe.engine != "deepspeed":
+        raise ValueError(f"deepspeed is {recipe.deepspeed!r}, but engine is {recipe.engine!r}. Set engine: deepspeed.")
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+T = TypeVar("T")
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(str(resources.files("frugal_dist.training") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def read_recipe(name: str, changes: Sequence[str] = (), kind: type[T] = Recipe) -> T:  # type: ignore[assignment]
+    """The recipe of this name or file with ``--key value`` changes; ``--help`` among them prints all keys and exits.
+
+    Raises ValueError that names the key and what is allowed.
+    """
+    parser, path = recipe_parser(kind), _path_of(name)
+    try:
+        found = parser.parse_args(["--config", str(path), *changes])
+    except Exception as error:  # the library has several kinds of errors
+        raise ValueError(f"recipe {name}: {_explained(str(error), parser)}") from error
+    values = parser.instantiate(found)
+    return kind(**{key: getattr(values, key) for key in kind.__dataclass_fields__})  # type: ignore[attr-defined]
+
+
+def recipe_parser(kind: type[Any]) -> Any:
+    """The command line of a recipe: one option per key."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="frugal-dist ... RECIPE", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a YAML file with any of the keys below")
+    parser.add_class_arguments(kind, as_group=False)
+    return parser
+
+
+def _path_of(name: str) -> Path:
+    known = shipped()
+    if name in known:
+        return known[name]
+    path = Path(name)
+    if path.is_file():
+        return path
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"there is no recipe {name!r}: neither a file nor one of {', '.join(known)}.{hint}")
+
+
+def _explained(message: str, parser: Any) -> str:
+    """The library's words, shorter, with the known key that is closest to an unknown one."""
+    text = " ".join(message.split())
+    text = re.sub(r"a typing\.Literal\[([^\]]*)\]", r"one of \1", text)
+    text = re.sub(r"a <class '(\w+)'>", r"\1", text)
+    known = [action.dest for action in parser._actions]
+    group = re.search(r"Group '([\w.]+)'", text)
+    words = [f"{group.group(1)}.{word}" if group else word for word in re.findall(r"[\w.]+", text)]
+    hints = [difflib.get_close_matches(word, known, n=1, cutoff=0.8) for word in words if word not in known]
+    hint = next((f" Did you mean {close[0]!r}?" for close in hints if close), "")
+    return text.rstrip(".") + "." + hint

@@ -1,0 +1,197 @@
+"""Recipes, schedules and places: what is read before anything is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("jsonargparse")
+
+from frugal_dist.cli import main
+from frugal_dist.training.optimizers import frugal_options
+from frugal_dist.training.place import find_place, first_host
+from frugal_dist.training.recipe import Optimizer, Recipe, Schedule, check_recipe, read_recipe, shipped
+from frugal_dist.training.schedule import build_schedule
+
+PAPERS = {"9m": 128, "20m": 256, "60m": 512, "130m": 768, "350m": 1024, "1b": 2048, "3b": 2560, "7b": 4096}
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipes_are_sound(name: str) -> None:
+    recipe = read_recipe(name)
+    check_recipe(recipe)
+    assert (recipe.batch, recipe.length, recipe.optimizer.lr) == (512, 256, 1e-3)
+    options = frugal_options(recipe.optimizer)
+    assert (options["density"], options["update_gap"], options["projection"]) == (0.25, 200, "svd")
+    rate = build_schedule(recipe.schedule, recipe.steps)
+    assert rate(recipe.steps // 10 - 1) == 1.0
+    assert rate(recipe.steps) == pytest.approx(0.1)
+
+
+def test_the_papers_shapes_are_there() -> None:
+    assert len(shipped()) > len(PAPERS)
+    from frugal_dist.planner import LLAMA_SHAPES
+
+    for size, hidden in PAPERS.items():
+        assert LLAMA_SHAPES[str(read_recipe(f"llama_{size}").model.llama)].hidden == hidden
+
+
+def test_the_command_line_changes_keys(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {llama: quick}\nsteps: 7\noptimizer: {lr: 2e-3, options: {density: 0.5}}\n")
+    changes = ["--steps", "9", "--optimizer.options.projection", "columns", "--engine=fsdp2", "--model.tied", "true"]
+    recipe = read_recipe(str(path), changes)
+    assert (recipe.steps, recipe.engine, recipe.model.tied, recipe.optimizer.lr) == (9, "fsdp2", True, 2e-3)
+    assert recipe.optimizer.options == {"density": 0.5, "projection": "columns"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("stesp: 3", ["stesp", "steps"]),
+        ("model: {lama: 60M}", ["model", "lama", "model.llama"]),
+        ("steps: abc", ["steps", "int", "abc"]),
+        ("engine: dpp", ["engine", "'single', 'ddp', 'fsdp2', 'deepspeed'", "dpp"]),
+        ("optimizer: {lr: [1]}", ["optimizer.lr", "float"]),
+        ("steps: [", ["mine.yaml"]),
+    ],
+)
+def test_mistakes_in_a_recipe_name_the_key(text: str, words: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        read_recipe(str(path))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "lama_60m"]) == 2
+    assert "Did you mean 'llama_60m'?" in capsys.readouterr().err
+    assert main(["pretrain", "llama_60m", "--stesp", "3"]) == 2
+    assert "Did you mean 'steps'?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["memory", "--stesp", "3"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"clip": -1.0}, "clip"),
+        ({"micro_batch": 0}, "micro_batch"),
+        ({"precision": "fp16"}, "fp16"),
+        ({"deepspeed": "x.json"}, "deepspeed"),
+        ({"model": Recipe().model}, "model.llama"),
+    ],
+)
+def test_values_that_do_not_fit_each_other(changes: dict[str, object], key: str) -> None:
+    known = read_recipe("llama_60m")
+    values = {field: getattr(known, field) for field in Recipe.__dataclass_fields__}
+    with pytest.raises(ValueError, match=key):
+        check_recipe(Recipe(**{**values, **changes}))  # type: ignore[arg-type]
+
+
+def test_optimizer_options_are_frugals() -> None:
+    assert frugal_options(Optimizer(name="galore"))["state_free"] == "none"
+    assert frugal_options(Optimizer(name="adamw"))["density"] == 1.0
+    with pytest.raises(ValueError, match=r"optimizer\.options: unknown key 'densty'.*Did you mean 'density'"):
+        frugal_options(Optimizer(options={"densty": 0.1}))
+    with pytest.raises(ValueError, match=r"set optimizer\.lr instead"):
+        frugal_options(Optimizer(options={"lr": 0.1}))
+
+
+# --- schedules
+
+
+def test_schedules() -> None:
+    cosine = build_schedule(Schedule(), 100)
+    assert [cosine(0), cosine(9), cosine(55), cosine(100)] == pytest.approx([0.1, 1.0, 0.55, 0.1], abs=2e-2)
+    linear = build_schedule(Schedule(name="linear", floor=0.0), 100)
+    assert [linear(10), linear(55), linear(100)] == pytest.approx([1.0, 0.5, 0.0])
+    stable = build_schedule(Schedule(name="wsd", floor=0.0, decay=0.2), 100)
+    assert [stable(10), stable(79), stable(90), stable(100)] == pytest.approx([1.0, 1.0, 0.5, 0.0])
+    constant = build_schedule(Schedule(name="constant", warmup=4), 100)
+    assert [constant(0), constant(3), constant(99)] == pytest.approx([0.25, 1.0, 1.0])
+
+
+def test_cosine_cycles_start_again_and_a_run_may_end_high() -> None:
+    """The papers' trap: 200,000 steps in cycles of 10,000; after 15,000 steps the rate is far from its floor."""
+    rate = build_schedule(Schedule(cycle=10_000), 200_000)
+    assert rate(9_999) == pytest.approx(0.1, abs=1e-3)
+    assert rate(10_999) == 1.0
+    assert rate(15_000) > 0.5
+
+
+@pytest.mark.parametrize("bad", [{"cycle": 10, "name": "linear"}, {"floor": 2.0}, {"warmup": 200}])
+def test_schedules_that_make_no_sense(bad: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="schedule"):
+        build_schedule(Schedule(**bad), 100)  # type: ignore[arg-type]
+
+
+# --- places
+
+MEETING = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+STARTS = {
+    "torchrun": {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **MEETING},
+    "deepspeed": {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", **MEETING},
+    "mpirun": {
+        "OMPI_COMM_WORLD_RANK": "3",
+        "OMPI_COMM_WORLD_SIZE": "4",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        **MEETING,
+    },
+    "mpich": {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2", **MEETING},
+    "srun": {
+        "SLURM_PROCID": "3",
+        "SLURM_NTASKS": "4",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NODELIST": "node[1-2]",
+        "SLURM_JOB_ID": "7",
+    },
+}
+
+
+@pytest.mark.parametrize("launcher", STARTS)
+def test_every_launcher_tells_the_place(launcher: str) -> None:
+    place = find_place(STARTS[launcher])
+    assert (place.rank, place.world, place.local_rank, place.address) == (3, 4, 1, "node1")
+    assert place.local_world == (4 if launcher == "deepspeed" else 2)
+    assert place.port > 0
+
+
+def test_a_process_alone() -> None:
+    for environ in ({}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}):  # the second: inside sbatch
+        place = find_place(environ)
+        assert (place.rank, place.world, place.launcher) == (0, 1, "none")
+        assert place.port > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"RANK": "4"}, "RANK=4 must be below WORLD_SIZE=4"),
+        ({"RANK": "one"}, "RANK is 'one', which is no number"),
+        ({"LOCAL_RANK": "2"}, "contradict each other"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR or MASTER_PORT is not set"),
+    ],
+)
+def test_contradictions_are_named(change: dict[str, str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        find_place({**STARTS["torchrun"], **change})
+
+
+def test_a_world_without_a_rank() -> None:
+    with pytest.raises(ValueError, match="RANK is not set"):
+        find_place({"WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("a1", "a1"), ("a1,b2", "a1"), ("gpu[07-09,12],x", "gpu07"), ("n[3]", "n3"), ("", "")]
+)
+def test_the_first_host_of_a_slurm_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
