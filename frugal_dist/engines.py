@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from frugal_dist.config import HYPERPARAMETERS
-from frugal_dist.sharding import deepspeed, zero
+from frugal_dist.sharding import accelerate, deepspeed, zero
 from frugal_dist.sharding.exchange import Ranks, ranks_of
 from frugal_dist.sharding.plain import PlainStorage
 from frugal_dist.sharding.storage import Original, Part, Storage
@@ -30,6 +30,21 @@ def names_of(tensors: Sequence[Tensor]) -> list[str | None]:
 def announce(optimizer_class: type[Any]) -> None:
     """Make the optimizer known to engines that keep a list of those they trust."""
     deepspeed.announce(optimizer_class)
+
+
+def refuse_replacement() -> None:
+    """ValueError if a launcher is about to put another optimizer in the place of this one."""
+    accelerate.refuse_replacement()
+
+
+def replaces_given_optimizers() -> bool:
+    """Whether the Trainer would drop a finished optimizer: it does so under DeepSpeed."""
+    return accelerate.drives_deepspeed()
+
+
+def keeps_rank_zero_only() -> bool:
+    """Whether a launcher's checkpoints keep no other rank's ``state_dict`` than rank 0's."""
+    return accelerate.keeps_rank_zero_only()
 
 
 def counts_of(model_or_engine: Any) -> dict[str, Any]:
@@ -103,7 +118,8 @@ def _choose(request: Request, ranks: Ranks) -> tuple[Ranks, Sequence[Original], 
     refuse_fsdp1(held)
     if any(hasattr(tensor, "device_mesh") for tensor in held):
         return _dtensor(request, held)
-    return ranks, request.originals, PlainStorage(request.groups, request.originals)
+    shares = not accelerate.keeps_rank_zero_only()
+    return ranks, request.originals, PlainStorage(request.groups, request.originals, shares_replicas=shares)
 
 
 def _dtensor(request: Request, held: Sequence[Tensor]) -> tuple[Ranks, Sequence[Original], Storage]:

@@ -35,6 +35,13 @@ from frugal_dist.workload import Load, ensure_state, load_of, step_regular
 BUCKET_BYTES = 64 * 2**20
 """Bound of one packed exchange, over all ranks; peak scratch is up to three times that."""
 
+ONLY_RANK_ZERO = (
+    "Every rank holds a part of the optimizer's state, but checkpoints of Accelerate and of the Trainer keep rank 0's "
+    'only. FSDP2: "state_dict_type": "SHARDED_STATE_DICT". DDP: leave out shard_state=True, or give the Trainer '
+    "callbacks=[FrugalCallback()] from frugal_dist.integrations.transformers. Who saves with frugal_dist.checkpoint "
+    "instead says so after building the optimizer: optimizer.saved_elsewhere = True."
+)
+
 
 class Frugal(Optimizer):
     """FRUGAL (Zmushko et al., ICML 2025, arXiv 2411.07837), the same on every engine and number of ranks.
@@ -48,8 +55,9 @@ class Frugal(Optimizer):
 
     ``process_group``: the ranks that hold replicas of ordinary tensors. "auto": the default group if there is one.
     None: this process is alone, no collectives ever. ``shard_state``: whether replicas share the low-rank state;
-    "auto": yes, except under DeepSpeed stage 0, whose checkpoints keep rank 0's state only. ``no_decay``: name patterns
-    without weight decay. A hyperparameter that is "auto" has its default: JSON configs say so.
+    "auto": yes, except where checkpoints keep rank 0's state only: under DeepSpeed stage 0, and under DDP of Accelerate
+    or the Trainer. ``no_decay``: name patterns without weight decay. A hyperparameter that is "auto" has its default:
+    JSON configs say so.
 
     Raises ValueError, naming the parameter or key, for unknown or bad hyperparameters, unnamed parameters without
     ``"projected"``, a pattern that matches nothing, nothing projected, and shapes that leave nothing state-full.
@@ -99,12 +107,26 @@ class Frugal(Optimizer):
         self._runtime: Runtime | None = None
         self._started: set[tuple[int, ...]] = set()
         self._loaded = False
+        self.saved_elsewhere = False
+        """Whether all ranks' state is saved by other means where a launcher keeps rank 0's ``state_dict`` only."""
+        self._saving_checked = False
         FrugalConfig(**given)
         super().__init__(_as_groups(params), given)
         check_patterns([original.name for original in self._originals], self._no_decay, "no_decay")
         check_selection(self.parameter_report_rows())
         self._check_shapes()
         engines.announce(type(self))
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Torch's attribute. Whoever replaces an optimizer reads it first: that is when ValueError can be raised."""
+        engines.refuse_replacement()
+        found: dict[str, Any] = self.__dict__["defaults"]
+        return found
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.__dict__["defaults"] = value
 
     # --- parameters -------------------------------------------------------------------------------------------------
 
@@ -178,8 +200,8 @@ class Frugal(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update. Collective: every rank calls it equally often, with or without gradients.
 
-        Raises ValueError (on all ranks alike) if the ranks disagree about the model or the engine is not supported,
-        RuntimeError if a projector refresh keeps failing.
+        Raises ValueError (on all ranks alike) if the ranks disagree about the model, the engine is not supported or its
+        checkpoints would be incomplete, RuntimeError if a projector refresh keeps failing.
         """
         loss = None
         if closure is not None:
@@ -190,6 +212,7 @@ class Frugal(Optimizer):
             load = load_of(runtime, self.state)
             if self._starts(runtime, load):
                 return loss
+            self._check_saving()
             stepped = refresh(runtime, load.works)
             step_matrices(runtime, load.works, stepped)
             step_regular(load)
@@ -267,6 +290,18 @@ class Frugal(Optimizer):
             with full_precision():
                 self._bind()
 
+    def is_divided(self) -> bool:
+        """Whether ranks hold different parts of the state, so that no rank's state_dict is all of it. Collective."""
+        return saving.is_divided(*self.everything())
+
+    def _check_saving(self) -> None:
+        """Once, and on all ranks alike: later only one of them may be asked for its state."""
+        if self._saving_checked or self.saved_elsewhere or not engines.keeps_rank_zero_only():
+            return
+        if self.is_divided():
+            raise ValueError(ONLY_RANK_ZERO)
+        self._saving_checked = True
+
     @torch.no_grad()
     def everything(self) -> tuple[Runtime, Load]:
         """All matrices and regular parameters with their state, for ``frugal_dist.checkpoint``. Collective at first."""
@@ -294,10 +329,11 @@ class Frugal(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_loaded", False)
+        self.__dict__.setdefault("saved_elsewhere", False)
         if "_originals" in state:  # unpickled or copied: the sources of a DeepSpeed engine do not come along
             self._groups = list(self.param_groups)
             self._sources = [lambda: None for _ in self._originals]
-        self.__dict__.update(_runtime=None, _started=set())
+        self.__dict__.update(_runtime=None, _started=set(), _saving_checked=False)
 
 
 def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def fingerprints(runtime: Runtime, works: Sequence[Work]) -> list[int]:
     """Two numbers, h and -h, for every replicated tile of every work: their maxima differ iff the replicas do."""
     entries = _replicated(runtime, works)
-    mine = [_fingerprint(work.local_weight(tile)) for work, tile, ranks in entries if runtime.ranks.rank in ranks]
+    mine = [fingerprint(work.local_weight(tile)) for work, tile, ranks in entries if runtime.ranks.rank in ranks]
     marks = iter((torch.stack(mine).cpu() % _MODULUS).tolist() if mine else [])
     values = []
     for _, _, ranks in entries:
@@ -63,7 +63,7 @@ def _replicated(runtime: Runtime, works: Sequence[Work]) -> list[tuple[Work, Til
     ]
 
 
-def _fingerprint(weight: Tensor) -> Tensor:
+def fingerprint(weight: Tensor) -> Tensor:
     """A sum over the bits, weighted so that swapped entries show; in pieces, to keep the 64-bit copies small."""
     bits = weight.reshape(-1).view(_BITS[weight.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=weight.device)

@@ -63,6 +63,13 @@ def pack_all(runtime: Runtime, state: MutableMapping[Tensor, Store]) -> dict[int
     return packed
 
 
+def is_divided(runtime: Runtime, load: Load) -> bool:
+    """Whether ``load``'s ranks hold different parts of the state. Collective."""
+    here = any(_is_part(runtime, work) for work in load.works)
+    here = here or any(_is_regular_part(runtime, one) for one in load.regular)
+    return any(gather_objects(runtime.ranks, here))
+
+
 def unpack_all(runtime: Runtime, state: MutableMapping[Tensor, Store], loaded: bool) -> None:
     """Turn what was loaded into live state. Collective; ValueError on all ranks alike if anything does not fit."""
     if not _all_loaded(runtime, loaded):

@@ -1,0 +1,61 @@
+"""Accelerate: ``prepare`` with a finished Frugal, or a JSON one; the weights of plain PyTorch; what is refused.
+
+About 20 s with the start of the processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import accelerate_cases
+import hf_cases
+import pytest
+import tables
+from fleet import Fleet
+
+Fleets = Callable[[int], Fleet]
+ENGINES = ["plain", "FSDP2", "ZeRO-2", "ZeRO-3", "ZeRO-2, JSON", "ZeRO-2, offload"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_train_like_plain_pytorch_and_load_exactly(engine: str, fleet: Fleets, tmp_path: Path) -> None:
+    found = fleet(2).run(accelerate_cases.train_and_resume, tmp_path, engine)
+    for one in found:
+        tables.put("Accelerate, 2 ranks", engine, "largest difference", f"{one['apart']:.1e}")
+        assert one["optimizer"] == "Frugal"
+        assert one["apart"] <= hf_cases.LIMIT
+        assert one["differing"] == []
+    assert sum(one["moments"] for one in found) == hf_cases.MOMENTS * (2 if engine == "plain" else 1)
+
+
+def test_one_process(fleet: Fleets, tmp_path: Path) -> None:
+    (found,) = fleet(1).run(accelerate_cases.train_and_resume, tmp_path, "plain")
+    assert found["apart"] <= hf_cases.LIMIT
+    assert found["differing"] == []
+
+
+@pytest.mark.parametrize("built_first", [True, False])
+def test_silent_replacement_under_offload_is_refused(built_first: bool, fleet: Fleets) -> None:
+    for message in fleet(2).run(accelerate_cases.replaced, built_first):
+        assert message.startswith("ValueError: ")
+        assert '"zero_force_ds_cpu_optimizer": false' in message
+
+
+def test_without_accelerate_deepspeed_refuses_it_itself(fleet: Fleets) -> None:
+    for message in fleet(2).run(accelerate_cases.replaced_by_deepspeed):
+        assert "zero_force_ds_cpu_optimizer" in message
+
+
+def test_accelerate_refuses_two_optimizers_itself(fleet: Fleets) -> None:
+    for message in fleet(2).run(accelerate_cases.two_optimizers):
+        assert "DummyOptim" in message
+
+
+@pytest.mark.parametrize(
+    ("engine", "options"), [("FSDP2, FULL_STATE_DICT", {}), ("plain", {"shard_state": True})], ids=["FULL", "parts"]
+)
+def test_what_would_be_saved_in_part_is_refused(engine: str, options: dict[str, bool], fleet: Fleets) -> None:
+    for message in fleet(2).run(accelerate_cases.partly_saved, engine, options):
+        assert message.startswith("ValueError: ")
+        assert "saved_elsewhere" in message

@@ -1,0 +1,81 @@
+"""The Trainer of transformers with Frugal: the weights of plain PyTorch, resumed bit for bit; what is refused.
+
+About 45 s with the start of the processes; seconds per way of training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hf_cases
+import pytest
+import tables
+import trainer_cases
+from fleet import Fleet
+
+Fleets = Callable[[int], Fleet]
+WAYS = ["plain", "FSDP2", *trainer_cases.CONFIGS]
+SHARED = [way for way in WAYS if way != "plain"]
+
+
+def _check(found: dict[str, Any], title: str, row: str) -> None:
+    tables.put(title, row, "largest difference", f"{found['apart']:.1e}")
+    tables.put(title, row, "weights that differ after resuming", str(len(found["differing"])))
+    assert found["optimizer"] == "Frugal"
+    assert found["steps"] == hf_cases.STEPS
+    assert found["apart"] <= hf_cases.LIMIT
+    assert found["differing"] == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_ranks_train_like_plain_pytorch_and_resume_exactly(way: str, fleet: Fleets, tmp_path: Path) -> None:
+    first, second = fleet(2).run(trainer_cases.train_and_resume, tmp_path, way)
+    _check(first, "Trainer, 2 ranks", way)
+    _check(second, "Trainer, 2 ranks", way)
+    assert (first["moments"] + second["moments"] == hf_cases.MOMENTS) == (way in SHARED)
+    assert (first["moments"] == hf_cases.MOMENTS) == (way == "plain")
+
+
+def test_one_process(fleet: Fleets, tmp_path: Path) -> None:
+    (found,) = fleet(1).run(trainer_cases.train_and_resume, tmp_path, "plain")
+    _check(found, "Trainer, 1 rank", "plain")
+
+
+def test_replicas_share_their_state_if_the_callback_saves_it(fleet: Fleets, tmp_path: Path) -> None:
+    for found in fleet(2).run(trainer_cases.train_and_resume, tmp_path, "plain", {"shard_state": True}):
+        _check(found, "Trainer, 2 ranks", "plain, shard_state=True")
+        assert found["moments"] < hf_cases.MOMENTS
+
+
+def test_parts_of_another_run_are_not_taken(fleet: Fleets, tmp_path: Path) -> None:
+    for nowhere, foreign, *differing in fleet(2).run(trainer_cases.moved_checkpoints, tmp_path):
+        assert "TrainingArguments(resume_from_checkpoint=" in nowhere
+        assert "belongs to other weights" in foreign
+        assert differing == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("parts, nobody saves them", "callbacks=[FrugalCallback()]"),
+        ("FULL_STATE_DICT", "SHARDED_STATE_DICT"),
+        ("JSON and kwargs", "ignore optimizer_cls_and_kwargs"),
+        ("optimizers= under DeepSpeed", "optimizers=(...)"),
+        ("another optimizer", "trains with AdamW"),
+        ("another JSON optimizer", "not with Frugal"),
+        ("forced offload", '"zero_force_ds_cpu_optimizer": false'),
+    ],
+)
+def test_refused_on_all_ranks(name: str, words: str, fleet: Fleets, tmp_path: Path) -> None:
+    for message in fleet(2).run(trainer_cases.trouble, tmp_path, name):
+        assert message.startswith("ValueError: ")
+        assert words in message
+
+
+@pytest.mark.parametrize(
+    "name", ["parts, nothing is saved", "FULL_STATE_DICT, only the model is saved", "optimizers= under DDP"]
+)
+def test_not_refused(name: str, fleet: Fleets, tmp_path: Path) -> None:
+    assert fleet(2).run(trainer_cases.trouble, tmp_path, name) == ["", ""]

@@ -1,0 +1,205 @@
+"""Jobs with the Trainer of transformers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import deepspeed_cases as cases
+import hf_cases
+import torch
+from deepspeed_cases import Weights
+from hf_cases import BATCH, MIDDLE, OPTIONS, STEPS
+
+FROM_ARGUMENTS = ("lr", "weight_decay", "betas", "eps")
+FSDP = {"version": 2, "transformer_layer_cls_to_wrap": hf_cases.BLOCKS, "state_dict_type": "SHARDED_STATE_DICT"}
+
+
+def deepspeed_config(stage: int, projection: str = "svd", **more: Any) -> dict[str, Any]:
+    """All that the Trainer can fill in is "auto"."""
+    own = {key: value for key, value in OPTIONS.items() if key not in FROM_ARGUMENTS}
+    params = {**own, **dict.fromkeys(FROM_ARGUMENTS, "auto"), "projection": projection}
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "train_batch_size": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "optimizer": {"type": "Frugal", "params": params},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        **more,
+    }
+
+
+def client_config(stage: int, **more: Any) -> dict[str, Any]:
+    """Without an optimizer: the Trainer's own is used."""
+    config = deepspeed_config(stage, **more)
+    del config["optimizer"]
+    return config
+
+
+OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "ZeRO-2": deepspeed_config(2),
+    "ZeRO-3": deepspeed_config(3),
+    "ZeRO-2, client": client_config(2),
+    "ZeRO-3, client": client_config(3),
+    "ZeRO-2, offload, client": client_config(2, **OFFLOAD, zero_force_ds_cpu_optimizer=False),
+}
+
+
+def arguments(folder: Path, way: str, **more: Any) -> Any:
+    import transformers
+
+    import frugal_dist  # noqa: F401  (all that DeepSpeed's JSON needs)
+
+    ranks = torch.distributed.get_world_size()
+    engine: dict[str, Any] = {"deepspeed": CONFIGS[way]} if way in CONFIGS else {}
+    if way == "FSDP2":
+        engine = {"fsdp": True, "fsdp_config": dict(FSDP)}
+    given = {
+        "output_dir": str(folder), "per_device_train_batch_size": BATCH // ranks, "max_steps": STEPS,
+        "learning_rate": OPTIONS["lr"], "weight_decay": OPTIONS["weight_decay"], "adam_epsilon": OPTIONS["eps"],
+        "max_grad_norm": 1.0, "lr_scheduler_type": "linear", "save_strategy": "steps", "save_steps": MIDDLE, "seed": 5,
+        "use_cpu": True, "report_to": [], "logging_strategy": "no", "disable_tqdm": True, **engine, **more,
+    }  # fmt: skip
+    return transformers.TrainingArguments(**given)
+
+
+def trainer(folder: Path, way: str, options: dict[str, Any] | None = None, **more: Any) -> Any:
+    """``way``: "plain" (one process, DDP), "FSDP2" or a DeepSpeed config. ``more`` goes to TrainingArguments."""
+    import transformers
+
+    from frugal_dist.integrations.transformers import FrugalCallback, optimizer_cls_and_kwargs
+
+    class InOrder(transformers.Trainer):
+        """Takes the rows as they come, so that plain PyTorch can do the same."""
+
+        def _get_train_sampler(self, *given: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    own = {key: value for key, value in OPTIONS.items() if key not in FROM_ARGUMENTS} | {"projection": "svd"}
+    watch = more.pop("callbacks", [FrugalCallback])
+    args = arguments(folder, way, **more)
+    if way == "FSDP2" and args.device:  # asking for the device makes Accelerate's state
+        hf_cases.allow_fsdp()
+    kept = {} if "optimizer" in CONFIGS.get(way, {}) else optimizer_cls_and_kwargs(args, **{**own, **(options or {})})
+    given = {"optimizer_cls_and_kwargs": kept} if kept else {}
+    return InOrder(cases.small_llama(), args, train_dataset=hf_cases.Rows(), callbacks=watch, **given)
+
+
+def weights_of(one: Any) -> Weights:
+    """The whole fp32 weights of a Trainer's model. Collective."""
+    engine = getattr(one, "deepspeed", None)
+    if engine is not None:
+        return cases.full_weights(engine)
+    return hf_cases.whole(one.accelerator.unwrap_model(one.model))
+
+
+def train_and_resume(folder: Path, way: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Train, then again from the checkpoint in the middle with spoiled weights: do both end alike?"""
+    hf_cases.reset()
+    one = trainer(folder, way, options)
+    one.train()
+    found = weights_of(one)
+    base = hf_cases.innermost(one.optimizer)
+    moments = sum(v.numel() for store in base.state.values() for k, v in store.items() if "exp_avg" in k)
+    hf_cases.reset()
+    other = trainer(folder, way, options)
+    hf_cases.spoil(other.model)
+    other.train(resume_from_checkpoint=str(folder / f"checkpoint-{MIDDLE}"))
+    resumed = weights_of(other)
+    hf_cases.reset()
+    return {
+        "optimizer": type(base).__name__,
+        "steps": other.state.global_step,
+        "apart": hf_cases.apart(found),
+        "differing": hf_cases.differing(resumed, found),
+        "moments": moments,
+    }
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def _given(folder: Path, way: str, given: dict[str, Any], **more: Any) -> Any:
+    """A Trainer that gets its optimizer in another way."""
+    import transformers
+
+    from frugal_dist.integrations.transformers import FrugalCallback
+
+    args = arguments(folder, way, **more)
+    return transformers.Trainer(
+        cases.small_llama(), args, train_dataset=hf_cases.Rows(), callbacks=[FrugalCallback()], **given
+    )
+
+
+def _finished() -> Any:
+    from frugal_dist import Frugal, split_parameters
+
+    return Frugal(split_parameters(cases.small_llama()), **OPTIONS)
+
+
+def _json_and_kwargs(folder: Path) -> Any:
+    from frugal_dist.integrations.transformers import optimizer_cls_and_kwargs
+
+    return optimizer_cls_and_kwargs(arguments(folder, "ZeRO-2"), density=0.5)
+
+
+def _full_state_dict(folder: Path, **more: Any) -> Any:
+    config = {**FSDP, "state_dict_type": "FULL_STATE_DICT"}
+    return trainer(folder, "FSDP2", fsdp_config=config, max_steps=1, **more).train()
+
+
+def _forced_offload(folder: Path) -> Any:
+    return trainer(folder, "ZeRO-2, client", deepspeed=client_config(2, **OFFLOAD)).train()
+
+
+TROUBLES: dict[str, Any] = {
+    "parts, nobody saves them": lambda folder: trainer(
+        folder, "plain", {"shard_state": True}, callbacks=[], max_steps=1
+    ).train(),
+    "parts, nothing is saved": lambda folder: trainer(
+        folder, "plain", {"shard_state": True}, callbacks=[], max_steps=1, save_strategy="no"
+    ).train(),
+    "FULL_STATE_DICT": _full_state_dict,
+    "FULL_STATE_DICT, only the model is saved": lambda folder: _full_state_dict(folder, save_only_model=True),
+    "JSON and kwargs": _json_and_kwargs,
+    "optimizers= under DeepSpeed": lambda folder: _given(folder, "ZeRO-2, client", {"optimizers": (_finished(), None)}),
+    "optimizers= under DDP": lambda folder: _given(folder, "plain", {"optimizers": (_finished(), None)}, max_steps=1),
+    "another optimizer": lambda folder: _given(folder, "plain", {}, max_steps=1).train(),
+    "another JSON optimizer": lambda folder: _given(
+        folder, "ZeRO-2, client", {}, deepspeed=client_config(2, optimizer={"type": "AdamW", "params": {}})
+    ).train(),
+    "forced offload": _forced_offload,
+}
+
+
+def trouble(folder: Path, name: str) -> str:
+    """The message, "" if there is no error."""
+    hf_cases.reset()
+    return hf_cases.message_of(lambda: TROUBLES[name](folder))
+
+
+def moved_checkpoints(folder: Path) -> list[str]:
+    """With parts saved by the callback: resume a moved checkpoint, then one with another run's parts in its place."""
+    sharing = {"shard_state": True}
+    here, there, other = folder / "here", folder / "there", folder / "other"
+
+    def run(root: Path, checkpoint: Path | None = None, **more: Any) -> Any:
+        hf_cases.reset()
+        one = trainer(root, "plain", sharing, **more)
+        one.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return weights_of(one)
+
+    want = run(here)
+    run(other, learning_rate=2e-3)
+    moved = there / f"checkpoint-{MIDDLE}"
+    if torch.distributed.get_rank() == 0:
+        shutil.copytree(here / moved.name, moved)
+    torch.distributed.barrier()
+    found: list[str] = [hf_cases.message_of(lambda: run(folder / "empty", moved))]
+    found.append(hf_cases.message_of(lambda: run(other, moved)))
+    resumed = run(folder / "empty", moved, resume_from_checkpoint=str(moved))
+    hf_cases.reset()
+    return [*found, *hf_cases.differing(resumed, want)]
