@@ -260,7 +260,8 @@ class Frugal(Optimizer):
         plain = super().state_dict()
         if self._runtime is None:  # nothing yet, or as it was loaded
             return plain
-        if self._runtime.shard_replicas and not self._runtime.storage.shares_replicas:
+        alone = self._runtime.shard_replicas and not self._runtime.storage.shares_replicas
+        if alone and not self.saved_elsewhere:
             raise ValueError(
                 "DeepSpeed stage 0 saves the optimizer state of rank 0 only, but with shard_state=True every rank "
                 'holds a part. Save with frugal_dist.checkpoint, or remove "shard_state".'

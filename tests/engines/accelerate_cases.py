@@ -125,15 +125,27 @@ def train_and_resume(folder: Path, engine: str) -> dict[str, Any]:
 
 
 def replaced(built_first: bool) -> str:
-    """Accelerate would put DeepSpeedCPUAdam in its place, whether Frugal or the Accelerator is there first."""
-    model = cases.small_llama()
+    """Accelerate would put DeepSpeedCPUAdam in its place, whether Frugal or the Accelerator is there first.
+
+    Should it get that far, the test fails at once: compiling that optimizer takes minutes.
+    """
+    import deepspeed.ops.adam
+
+    real, model = deepspeed.ops.adam.DeepSpeedCPUAdam, cases.small_llama()
+
+    def replacement(*given: Any, **options: Any) -> None:
+        raise AssertionError("Frugal was replaced")
 
     def job() -> object:
         early = optimizer_for(model) if built_first else None
         accelerator = accelerator_of("ZeRO-2, offload, forced")
         return accelerator.prepare(model, early or optimizer_for(model))
 
-    return hf_cases.message_of(job)
+    deepspeed.ops.adam.DeepSpeedCPUAdam = replacement
+    try:
+        return hf_cases.message_of(job)
+    finally:
+        deepspeed.ops.adam.DeepSpeedCPUAdam = real
 
 
 def replaced_by_deepspeed() -> str:

@@ -12,10 +12,10 @@ import torch
 from deepspeed_cases import Weights
 from torch import Tensor, nn
 
-STEPS, BATCH, MIDDLE = 6, 8, 4
-"""A checkpoint of step MIDDLE lies inside an interval: refreshes are at 0, 3."""
+STEPS, BATCH, MIDDLE = 6, 8, 3
+"""Refreshes are at 0, 2 and 4: a checkpoint of step MIDDLE lies between two."""
 LIMIT = 2e-5
-OPTIONS: dict[str, Any] = {**cases.SMOOTH, "weight_decay": 0.01}
+OPTIONS: dict[str, Any] = {**cases.SMOOTH, "update_gap": 2}
 MOMENTS = 40560
 """Elements of Frugal's moments for this model, when one rank holds them all."""
 BLOCKS = "LlamaDecoderLayer"

@@ -12,6 +12,8 @@ import torch
 from deepspeed_cases import Weights
 from hf_cases import BATCH, MIDDLE, OPTIONS, STEPS
 
+PARTS = 2
+"""Micro-batches of a rank's step."""
 FROM_ARGUMENTS = ("lr", "weight_decay", "betas", "eps")
 FSDP = {"version": 2, "transformer_layer_cls_to_wrap": hf_cases.BLOCKS, "state_dict_type": "SHARDED_STATE_DICT"}
 
@@ -44,6 +46,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ZeRO-3": deepspeed_config(3),
     "ZeRO-2, client": client_config(2),
     "ZeRO-3, client": client_config(3),
+    "ZeRO-3, from_pretrained": deepspeed_config(3),
+    "ZeRO-3, from_pretrained, client": client_config(3),
     "ZeRO-2, offload, client": client_config(2, **OFFLOAD, zero_force_ds_cpu_optimizer=False),
 }
 
@@ -58,7 +62,8 @@ def arguments(folder: Path, way: str, **more: Any) -> Any:
     if way == "FSDP2":
         engine = {"fsdp": True, "fsdp_config": dict(FSDP)}
     given = {
-        "output_dir": str(folder), "per_device_train_batch_size": BATCH // ranks, "max_steps": STEPS,
+        "output_dir": str(folder), "per_device_train_batch_size": BATCH // ranks // PARTS,
+        "gradient_accumulation_steps": PARTS, "max_steps": STEPS,
         "learning_rate": OPTIONS["lr"], "weight_decay": OPTIONS["weight_decay"], "adam_epsilon": OPTIONS["eps"],
         "max_grad_norm": 1.0, "lr_scheduler_type": "linear", "save_strategy": "steps", "save_steps": MIDDLE, "seed": 5,
         "use_cpu": True, "report_to": [], "logging_strategy": "no", "disable_tqdm": True, **engine, **more,
@@ -85,7 +90,21 @@ def trainer(folder: Path, way: str, options: dict[str, Any] | None = None, **mor
         hf_cases.allow_fsdp()
     kept = {} if "optimizer" in CONFIGS.get(way, {}) else optimizer_cls_and_kwargs(args, **{**own, **(options or {})})
     given = {"optimizer_cls_and_kwargs": kept} if kept else {}
-    return InOrder(cases.small_llama(), args, train_dataset=hf_cases.Rows(), callbacks=watch, **given)
+    model = _pretrained(folder) if "from_pretrained" in way else cases.small_llama()
+    return InOrder(model, args, train_dataset=hf_cases.Rows(), callbacks=watch, **given)
+
+
+def _pretrained(folder: Path) -> Any:
+    """Loaded while a ZeRO-3 config is alive: partitioned from the start."""
+    import transformers
+
+    saved = folder / "pretrained"
+    if torch.distributed.get_rank() == 0:
+        cases.small_llama().save_pretrained(saved)
+    torch.distributed.barrier()
+    model = transformers.LlamaForCausalLM.from_pretrained(saved, attn_implementation="eager")
+    assert all(param.numel() == 0 for param in model.parameters())
+    return model
 
 
 def weights_of(one: Any) -> Weights:
