@@ -66,6 +66,13 @@ def optimizer_cls_and_kwargs(
 class FrugalForModel:
     """What the Trainer calls an optimizer factory: it gets the model, so that modules and names decide."""
 
+    def __init__(self, *given: Any, **options: Any) -> None:
+        if given or options:
+            raise ValueError(
+                "This version of transformers gives parameters without names to optimizer_cls_and_kwargs, not the "
+                "model. Update transformers, or pass Trainer(optimizers=(Frugal(split_parameters(model)), None))."
+            )
+
     def __call__(
         self,
         model: nn.Module,

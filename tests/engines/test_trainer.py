@@ -78,6 +78,7 @@ def test_parts_of_another_run_are_not_taken(fleet: Fleets, tmp_path: Path) -> No
         ("optimizers= under DeepSpeed", "optimizers=(...)"),
         ("another optimizer", "trains with AdamW"),
         ("another JSON optimizer", "not with Frugal"),
+        ("no factories", "Update transformers"),
         ("forced offload", '"zero_force_ds_cpu_optimizer": false'),
     ],
 )
@@ -88,7 +89,8 @@ def test_refused_on_all_ranks(name: str, words: str, fleet: Fleets, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "name", ["parts, nothing is saved", "FULL_STATE_DICT, only the model is saved", "optimizers= under DDP"]
+    "name",
+    ["parts, nothing is saved", "FULL_STATE_DICT, only the model is saved", "optimizers= under DDP", "train() twice"],
 )
 def test_not_refused(name: str, fleet: Fleets, tmp_path: Path) -> None:
     assert fleet(2).run(trainer_cases.trouble, tmp_path, name) == ["", ""]

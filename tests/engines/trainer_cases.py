@@ -174,7 +174,26 @@ def _forced_offload(folder: Path) -> Any:
     return trainer(folder, "ZeRO-2, client", deepspeed=client_config(2, **OFFLOAD)).train()
 
 
+def _without_factories(folder: Path) -> Any:
+    """How the Trainer builds optimizers where it knows no factories."""
+    from frugal_dist.integrations.transformers import optimizer_cls_and_kwargs
+
+    kind, options = optimizer_cls_and_kwargs()
+    return kind([{"params": []}], **options)
+
+
+def _twice(folder: Path) -> Any:
+    """Training goes on with the same optimizer."""
+    one = trainer(folder, "plain", {"shard_state": True}, max_steps=2)
+    one.train()
+    before = weights_of(one)
+    one.train()
+    assert hf_cases.differing(weights_of(one), before)
+
+
 TROUBLES: dict[str, Any] = {
+    "no factories": _without_factories,
+    "train() twice": _twice,
     "parts, nobody saves them": lambda folder: trainer(
         folder, "plain", {"shard_state": True}, callbacks=[], max_steps=1
     ).train(),
