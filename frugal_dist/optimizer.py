@@ -278,14 +278,16 @@ class Frugal(Optimizer):
         Dtypes stay as saved. What does not fit raises ValueError: here on one process, on all ranks alike at the next
         step otherwise.
         """
+        before = list(self.param_groups)
         super().load_state_dict({**state_dict, "state": {}})
+        loaded = {id(old): new for old, new in zip(before, self.param_groups, strict=True)}
+        self._groups = [loaded.get(id(group), group) for group in self._groups]  # DeepSpeed removes empty groups
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         order = [tensor for group in self.param_groups for tensor in group["params"]]
         self.state.clear()
         for number, tensor in zip(saved, order, strict=True):
             if number in state_dict["state"]:
                 self.state[tensor] = saving.placed(state_dict["state"][number], tensor.device)
-        self._groups = list(self.param_groups)
         self._runtime, self._loaded = None, True
         if engines.is_alone(self._process_group):
             with full_precision():

@@ -108,12 +108,13 @@ def reference(
     accumulated_in: torch.dtype | None = None,
     clip: float = 0.0,
     model: Callable[[], nn.Module] = small_llama,
-    schedule: Callable[[int], float] | None = None,
+    groups: Callable[[nn.Module], Any] | None = None,
+    schedule: Callable[[Any], Any] | None = None,
 ) -> Weights:
     """Plain PyTorch. ``parts``: in how many micro-batches a step's gradient is computed, as ranks do.
 
     ``half``: forward and backward in half precision on copies of fp32 weights, whose gradients are added up in
-    ``accumulated_in``.
+    ``accumulated_in``. ``groups``: the parameter groups of a model, ``schedule``: the scheduler of an optimizer.
     """
     from frugal_dist import Frugal, split_parameters
 
@@ -121,17 +122,18 @@ def reference(
     for param in worker.parameters() if half else ():  # not the buffers: DeepSpeed leaves them alone too
         param.data = param.data.to(half)
     master = copy.deepcopy(worker).float() if half else worker
-    optimizer = Frugal(split_parameters(master), process_group=None, **options)
+    optimizer = Frugal((groups or split_parameters)(master), process_group=None, **options)
+    scheduler = schedule(optimizer) if schedule else None
     pairs = list(zip(master.parameters(), worker.parameters(), strict=True))
     for step in range(STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] *= schedule(step) if schedule else 1.0
         sums = _gradients(worker, batch(step).chunk(parts), accumulated_in)
         for (high, _), grad in zip(pairs, sums, strict=True):
             high.grad = None if grad is None else grad.float()
         if clip:
             torch.nn.utils.clip_grad_norm_(master.parameters(), clip)
         optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
         with torch.no_grad():
             for high, low in pairs:
                 low.copy_(high)

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import deepspeed_cases as cases
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+Groups = Callable[[nn.Module], list[dict[str, Any]]]
 SCHEDULE = {"scheduler": {"type": "WarmupLR", "params": cases.WARMUP}}
 OPTIONS = {**cases.SIGNS, "lr": 1e-3}
 """Sign rules and the usual eps: nothing hides a difference."""
 
 
-def config(setting: str, options: dict[str, Any], **more: Any) -> dict[str, Any]:
+def config(setting: str, options: dict[str, Any]) -> dict[str, Any]:
     chosen = cases.SETTINGS[setting]
     ranks = torch.distributed.get_world_size()
-    return cases.config_of({**OPTIONS, **options}, chosen.zero, ranks, **chosen.more, **SCHEDULE, **more)
+    return cases.config_of({**OPTIONS, **options}, chosen.zero, ranks, **chosen.more, **SCHEDULE)
 
 
-def start(setting: str, options: dict[str, Any], fresh: bool = False, **more: Any) -> Any:
+def start(setting: str, options: dict[str, Any], fresh: bool = False, groups: Groups | None = None) -> Any:
     """``fresh``: with other weights than everybody else's, which loading must replace."""
     model = cases.small_llama()
     if fresh:
         with torch.no_grad():
             for param in model.parameters():
                 param.add_(0.01)
-    return cases.start(config(setting, options, **more), model)
+    given = {"model_parameters": groups(model)} if groups else {}
+    return cases.start(config(setting, options), model, **given)
 
 
 def everything(engine: Any) -> dict[str, Tensor]:
@@ -51,9 +54,11 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
 
 
-def resumed(setting: str, options: dict[str, Any], folder: Path, stops: tuple[int, ...]) -> list[str]:
+def resumed(
+    setting: str, options: dict[str, Any], folder: Path, stops: tuple[int, ...], groups: Groups | None = None
+) -> list[str]:
     """What differs between an uninterrupted run and those that were resumed after ``stops`` steps. Collective."""
-    engine = start(setting, options)
+    engine = start(setting, options, groups=groups)
     for step in range(cases.STEPS):
         if step in stops:
             engine.save_checkpoint(str(folder), tag=f"after{step}")
@@ -62,7 +67,7 @@ def resumed(setting: str, options: dict[str, Any], folder: Path, stops: tuple[in
     engine.destroy()
     problems = []
     for stop in stops:
-        engine = start(setting, options, fresh=True)
+        engine = start(setting, options, fresh=True, groups=groups)
         if stop == stops[0]:
             cases.train(engine, [50])  # loading into an engine that has already trained something else
         engine.load_checkpoint(str(folder), tag=f"after{stop}")

@@ -30,6 +30,11 @@ QUICK_PROJECTIONS = {
 }
 """Of the table at 2 ranks, by setting; "svd std" for those not named."""
 
+QUICK_MORE_RANKS = {
+    3: (("1", "svd std"), ("2", "columns"), ("3", "svd std")),
+    4: (("1", "columns"), ("2", "svd std"), ("3", "svd std"), ("3", "columns"), ("3, sub-groups", "svd std")),
+}
+
 
 def _table() -> list[object]:
     items: list[object] = []
@@ -37,11 +42,9 @@ def _table() -> list[object]:
         for projection in PROJECTIONS:
             quick = projection in QUICK_PROJECTIONS.get(setting, ("svd std",))
             items.append(_item(2, setting, projection, quick))
-    for ranks in (3, 4):
-        for setting in SETTINGS:
-            for projection in ("svd std", "columns"):
-                quick = ranks == 4 and setting in ("2", "3, sub-groups")
-                items.append(_item(ranks, setting, projection, quick))
+    for ranks, quick_ones in QUICK_MORE_RANKS.items():
+        pairs = [(setting, projection) for setting in SETTINGS for projection in ("svd std", "columns")]
+        items += [_item(ranks, *pair, pair in quick_ones) for pair in pairs]
     return items
 
 

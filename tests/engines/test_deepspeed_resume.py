@@ -9,6 +9,7 @@ import deepspeed_resume as resume
 import pytest
 import tables
 from deepspeed_cases import PROJECTIONS
+from deepspeed_variants import with_an_empty_group
 from fleet import Fleet
 
 Fleets = Callable[[int], Fleet]
@@ -61,6 +62,12 @@ def test_a_resumed_run_ends_in_the_same_bits(setting: str, projection: str, flee
 def test_state_that_is_carried_over_resumes(projection: str, mode: str, fleet: Fleets, tmp_path: Path) -> None:
     options = {**PROJECTIONS[projection], "on_refresh": mode, "refresh_schedule": "staggered"}
     assert fleet(2).run(resume.resumed, "2", options, tmp_path, (2, 4)) == [[], []]
+
+
+@pytest.mark.parametrize("setting", ["1", "3"])
+def test_groups_keep_their_settings(setting: str, fleet: Fleets, tmp_path: Path) -> None:
+    """DeepSpeed removes the empty one from the optimizer; the others must not move up."""
+    assert fleet(2).run(resume.resumed, setting, {}, tmp_path, (2,), with_an_empty_group) == [[], []]
 
 
 @pytest.mark.parametrize("setting", ["1", "2", "3", "BF16_Optimizer"])

@@ -1,0 +1,193 @@
+"""Runs under DeepSpeed that differ from the table: parameter groups, frozen weights, clipping, unusual shapes ..."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import deepspeed_cases as cases
+import torch
+from deepspeed_cases import SMOOTH, VOCAB, WARMUP, Difference
+from torch import Tensor, nn
+
+from frugal_dist.sharding.tile import Layout
+
+
+@dataclass(frozen=True)
+class Variant:
+    """``path``: how the optimizer comes in. ``more``: into the config. ``layout``: what must be true of the layout of
+    the only matrix, or the case is not what its name says. The rest as for ``cases.reference``.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
+    zero: dict[str, Any] = field(default_factory=dict)
+    build: Callable[[], nn.Module] = cases.small_llama
+    groups: Callable[[nn.Module], Any] | None = None
+    path: str = "JSON"
+    clip: float = 0.0
+    accumulate: int = 1
+    schedule: Callable[[Any], Any] | None = None
+    layout: Callable[[Layout], bool] | None = None
+
+
+class Odd(nn.Module):
+    """An embedding, one matrix of any shape on top of it, a vector and a head."""
+
+    def __init__(self, rows: int, cols: int) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed_tokens = nn.Embedding(VOCAB, cols)
+        self.matrix = nn.Linear(cols, rows, bias=False)
+        self.scale = nn.Parameter(torch.ones(rows))
+        self.lm_head = nn.Linear(rows, VOCAB, bias=False)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        from transformers.modeling_outputs import CausalLMOutput
+
+        logits = self.lm_head(self.matrix(self.embed_tokens(input_ids)) * self.scale)
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss)
+
+
+def some_rank_holds_nothing(layout: Layout) -> bool:
+    return any(not tiles for tiles in layout)
+
+
+def a_row_lies_on_three_ranks(layout: Layout) -> bool:
+    rows = Counter(row for tiles in layout for row in {row for tile in tiles for row in range(*tile.rows)})
+    return max(rows.values()) >= 3
+
+
+def tiny() -> nn.Module:
+    return Odd(3, 3)
+
+
+def broad() -> nn.Module:
+    return Odd(2, 401)
+
+
+def frozen() -> nn.Module:
+    model = cases.small_llama()
+    for name, param in model.named_parameters():
+        param.requires_grad = not ("layers.0.mlp" in name or "embed" in name or name.endswith("input_layernorm.weight"))
+    return model
+
+
+def split(model: nn.Module) -> list[dict[str, Any]]:
+    from frugal_dist import split_parameters
+
+    return split_parameters(model)
+
+
+def several_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Four groups of different settings, norms without weight decay."""
+    from frugal_dist import split_parameters
+
+    attention, rest, regular, norms = [], [], [], []
+    for group in split_parameters(model, no_decay=["*norm.weight"]):
+        for name, param in group["params"]:
+            if group["projected"]:
+                (attention if "self_attn" in name else rest).append((name, param))
+            else:
+                (norms if "weight_decay" in group else regular).append((name, param))
+    return [
+        {"params": attention, "projected": True, "density": 0.5, "side": "left", "update_gap": 2, "lr": 5e-3},
+        {"params": rest, "projected": True, "projection": "columns", "lr": 2e-3},
+        {"params": regular, "projected": False, "betas": (0.8, 0.9)},
+        {"params": norms, "projected": False, "weight_decay": 0.0},
+    ]
+
+
+def with_an_empty_group(model: nn.Module) -> list[dict[str, Any]]:
+    """DeepSpeed removes empty groups from the optimizer that it is given."""
+    return [{"params": [], "projected": True, "lr": 0.5}, *several_groups(model)]
+
+
+def warmup(optimizer: Any) -> Any:
+    from deepspeed.runtime.lr_schedules import WarmupLR
+
+    return WarmupLR(optimizer, **WARMUP)
+
+
+VARIANTS = {
+    "groups of split_parameters": Variant(groups=split),
+    "several groups": Variant(groups=several_groups),
+    "an empty group": Variant(groups=with_an_empty_group),
+    "several groups, offload": Variant(groups=several_groups, zero=cases.CPU),
+    "optimizer object": Variant(groups=several_groups, path="object"),
+    "optimizer callable": Variant(path="callable"),
+    "frozen parameters": Variant(build=frozen),
+    "frozen parameters, blockwise": Variant(build=frozen, options={"projection": "blockwise"}),
+    "accumulation": Variant(accumulate=3),
+    "accumulation, overlap": Variant(accumulate=3, zero={"overlap_comm": True}),
+    "clipping": Variant(clip=0.1, more={"gradient_clipping": 0.1}),
+    "clipping by default": Variant(clip=1.0, more={"gradient_clipping": None}),
+    "no_decay": Variant(options={"no_decay": ["*norm.weight", "embed_tokens.*"], "weight_decay": 0.5}),
+    "schedule": Variant(schedule=warmup, more={"scheduler": {"type": "WarmupLR", "params": WARMUP}}),
+    "plain reduce": Variant(zero={"contiguous_gradients": False, "reduce_scatter": False}),
+    "parameter_alignment": Variant(zero={"parameter_alignment": True}),
+    "small buckets": Variant(zero={"reduce_bucket_size": 3000, "allgather_bucket_size": 3000}),
+    "all padding": Variant(build=tiny, groups=split, layout=some_rank_holds_nothing),
+    "all padding, columns": Variant(
+        build=tiny, groups=split, options={"projection": "columns"}, layout=some_rank_holds_nothing
+    ),
+    **{
+        f"rows over three ranks, {what}": Variant(
+            build=broad, groups=split, options={"density": 0.5, **options}, layout=a_row_lies_on_three_ranks
+        )
+        for what, options in {
+            "right": {"side": "right", "density": 0.0025},
+            "left": {"side": "left"},
+            "rows": {"projection": "rows"},
+            "randk": {"projection": "randk"},
+        }.items()
+    },
+    "staggered": Variant(options={"refresh_schedule": "staggered"}),
+    "owners": Variant(options={"compute_layout": "owner"}),
+    "lion": Variant(options={"state_full": "lion", "state_free": "none", "on_refresh": "keep", "lr": 1e-3}),
+    "sgdm": Variant(options={"state_full": "sgdm", "on_refresh": "project"}),
+    "keep": Variant(options={"on_refresh": "keep", "projection": "columns"}),
+    "project": Variant(options={"on_refresh": "project"}),
+}
+
+
+def run(name: str, stage: int) -> Difference:
+    """A job: train a variant at a stage; how far from one process?"""
+    ranks = torch.distributed.get_world_size()
+    variant = VARIANTS[name]
+    options = {**SMOOTH, **variant.options}
+    model = variant.build()
+    config = cases.config_of(options, {"stage": stage, **variant.zero}, ranks, **variant.more)
+    config = {key: value for key, value in config.items() if value is not None}
+    config["gradient_accumulation_steps"] = variant.accumulate
+    config["train_micro_batch_size_per_gpu"] = cases.ROWS // ranks // variant.accumulate
+    engine = cases.start(config, model, **_given(variant, model, options, config))
+    cases.train(engine, range(cases.STEPS))
+    found = cases.full_weights(engine)
+    if variant.layout is not None and stage > 0:
+        runtime, _ = engine.basic_optimizer.everything()
+        assert variant.layout(runtime.table.matrices[0].storage), runtime.table.matrices[0].storage
+    engine.destroy()
+    want = cases.reference(
+        options, clip=variant.clip, model=variant.build, groups=variant.groups or _by_name, schedule=variant.schedule
+    )
+    return cases.difference_to(found, want, float(options["lr"]))
+
+
+def _by_name(model: nn.Module) -> Any:
+    return model.named_parameters()
+
+
+def _given(variant: Variant, model: nn.Module, options: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    from frugal_dist import Frugal
+
+    groups = variant.groups(model) if variant.groups else list(model.parameters())
+    if variant.path == "JSON":
+        return {"model_parameters": groups}
+    del config["optimizer"]
+    if variant.path == "object":
+        return {"optimizer": Frugal(groups, **options)}
+    return {"model_parameters": groups, "optimizer": lambda params: Frugal(params, **options)}
