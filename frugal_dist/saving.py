@@ -197,7 +197,7 @@ def _travels_dense(runtime: Runtime, work: Work) -> bool:
 
 
 def _to_dense(runtime: Runtime, work: Work, name: str) -> Tensor:
-    pieces = coordinate_cut(runtime, work).pieces
+    pieces = _expected_pieces(runtime, work)
     found = []
     for piece, own in zip(pieces, work.state.pieces(name, [piece.mine for piece in pieces]), strict=True):
         values = torch.zeros(piece.shape, dtype=work.dtype, device=work.device)
@@ -209,7 +209,7 @@ def _to_dense(runtime: Runtime, work: Work, name: str) -> Tensor:
 
 
 def _from_dense(runtime: Runtime, work: Work, name: str) -> Tensor:
-    pieces = coordinate_cut(runtime, work).pieces
+    pieces = _expected_pieces(runtime, work)
     saved = work.state.get(name)
     if saved is None or saved.numel() != sum(piece.tile.numel for piece in pieces):
         raise ValueError(_misfit(work, name, saved, [(piece.tile.height, piece.tile.width) for piece in pieces]))

@@ -155,7 +155,7 @@ class Forks:
         self._pipe: Connection | None = None
 
     def run(self, size: int, job: Callable[..., Any], *args: Any, deadline: float = fleet.DEADLINE) -> list[Any]:
-        """``job(*args)`` on ``size`` fresh ranks; their results in order. Raises JobFailed."""
+        """``job(*args)`` on ``size`` fresh ranks; their results in order. Raises JobFailed. Tensors go as bytes."""
         if self._pipe is None:
             self._start()
         assert self._pipe is not None

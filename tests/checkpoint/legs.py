@@ -13,25 +13,23 @@ import torch
 import torch.distributed as dist
 from deepspeed_cases import SMOOTH, Weights, batch, loss_of, small_llama
 from torch import Tensor, nn
+from ways import PORTABLE, WAYS, Running
 
-from frugal_dist import Frugal, checkpoint, split_parameters
+from frugal_dist import Frugal, split_parameters
 
 DECAY = 0.8
 """Every step's learning rate is this times the last one's."""
 
 
 @dataclass
-class Running:
-    """An engine at work; ``engine`` is the model itself without DeepSpeed."""
+class Training(Running):
+    """With what it needs to go on, and the whole fp32 weights."""
 
-    engine: Any
-    optimizer: Any
-    scheduler: Any
     step: Callable[[Tensor], None]
     weights: Callable[[], Weights]
 
 
-def deepspeed_engine(options: dict[str, Any], stage: int, half: bool = False) -> Running:
+def deepspeed_engine(options: dict[str, Any], stage: int, half: bool = False) -> Training:
     more = deepspeed_cases.BF16 if half else {}
     zero = {"stage": stage, "stage3_param_persistence_threshold": 200}
     config = deepspeed_cases.config_of(options, zero, dist.get_world_size(), **more)
@@ -43,10 +41,10 @@ def deepspeed_engine(options: dict[str, Any], stage: int, half: bool = False) ->
         engine.step()
 
     scheduler = engine.lr_scheduler
-    return Running(engine, engine.optimizer, scheduler, step, lambda: deepspeed_cases.full_weights(engine))
+    return Training(engine, engine.optimizer, scheduler, step, lambda: deepspeed_cases.full_weights(engine))
 
 
-def torch_engine(options: dict[str, Any], prepare: Callable[[nn.Module], nn.Module]) -> Running:
+def torch_engine(options: dict[str, Any], prepare: Callable[[nn.Module], nn.Module]) -> Training:
     model = prepare(small_llama())
     optimizer = Frugal(split_parameters(model), **options)
     scheduler = _schedule(optimizer)
@@ -57,7 +55,7 @@ def torch_engine(options: dict[str, Any], prepare: Callable[[nn.Module], nn.Modu
         optimizer.zero_grad()
         scheduler.step()
 
-    return Running(model, optimizer, scheduler, step, lambda: _full(model))
+    return Training(model, optimizer, scheduler, step, lambda: _full(model))
 
 
 def _schedule(optimizer: Any) -> torch.optim.lr_scheduler.LambdaLR:
@@ -83,7 +81,7 @@ def _fsdp2(model: nn.Module, *shape: int) -> nn.Module:
     return model
 
 
-ENGINES: dict[str, Callable[[dict[str, Any]], Running]] = {
+ENGINES: dict[str, Callable[[dict[str, Any]], Training]] = {
     "one process": lambda options: torch_engine(options, lambda model: model),
     "DDP": lambda options: torch_engine(options, nn.parallel.DistributedDataParallel),
     "FSDP2": lambda options: torch_engine(options, lambda model: _fsdp2(model, dist.get_world_size())),
@@ -98,32 +96,59 @@ ENGINES: dict[str, Callable[[dict[str, Any]], Running]] = {
 }
 
 
-def leg(engine: str, projection: str, steps: tuple[int, int], load: Path | None, save: Path | None) -> Weights:
-    """Train ``steps``; the fp32 weights at the end. A run that loads starts from weights that are all zero."""
-    running = ENGINES[engine]({**SMOOTH, **deepspeed_cases.PROJECTIONS[projection]})
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    first, last = steps
+Spot = tuple[str, str, str]
+"""Engine, projection, state-full rule."""
+Places = dict[tuple[str, int], Path]
+"""Where to save, or where to load from: by the way of saving and the number of steps done."""
+
+
+def leg(spot: Spot, steps: tuple[int, int], load: Path | None, saves: Places) -> Weights:
+    """Train ``steps``, saving at some of them; the fp32 weights at the end. What is loaded was saved portably."""
+    training = _start(spot)
     if load is not None:
-        extra = checkpoint.load(load, running.engine, running.optimizer)
-        assert extra == {"done": first, "schedule": extra["schedule"]}
-        checkpoint.load_schedule(running.scheduler, extra["schedule"])
-    for number in range(first, last):
-        running.step(batch(number).chunk(ranks)[rank])
-    if save is not None:
-        extra = {"done": last, "schedule": running.scheduler.state_dict()}
-        checkpoint.save(save, running.engine, running.optimizer, extra)
-    found = running.weights()
-    if hasattr(running.engine, "destroy"):
-        running.engine.destroy()
+        assert WAYS[PORTABLE].load(load, training) == steps[0]
+    return _train(training, steps, saves)
+
+
+def resumes(spot: Spot, last: int, saved: Places) -> dict[tuple[str, int], Weights]:
+    """For each saved run the weights at the end of a run that goes on from there."""
+    found = {}
+    for (way, done), folder in saved.items():
+        training = _start(spot)
+        assert WAYS[way].load(folder, training) == done
+        found[way, done] = _train(training, (done, last), {})
     return found
 
 
-def leg_as_bytes(*arguments: Any) -> bytes:
-    """``leg`` for ranks whose answers go through a pipe."""
-    torch.save(leg(*arguments), buffer := io.BytesIO())
+def _start(spot: Spot) -> Training:
+    engine, projection, rule = spot
+    return ENGINES[engine]({**SMOOTH, **deepspeed_cases.PROJECTIONS[projection], "state_full": rule})
+
+
+def _train(training: Training, steps: tuple[int, int], saves: Places) -> Weights:
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    first, last = steps
+    for done in range(first, last + 1):
+        if done > first:
+            training.step(batch(done - 1).chunk(ranks)[rank])
+        for (way, when), folder in saves.items():
+            if when == done:
+                WAYS[way].save(folder, training, done)
+    found = training.weights()
+    if hasattr(training.engine, "destroy"):
+        training.engine.destroy()
+    return found
+
+
+def as_bytes(job: str, *arguments: Any) -> bytes:
+    """``leg`` or ``resumes`` for ranks whose answers go through a pipe."""
+    return to_bytes({"leg": leg, "resumes": resumes}[job](*arguments))
+
+
+def to_bytes(value: Any) -> bytes:
+    torch.save(value, buffer := io.BytesIO())
     return buffer.getvalue()
 
 
-def weights_from(answer: bytes) -> Weights:
-    found: Weights = torch.load(io.BytesIO(answer), weights_only=True)
-    return found
+def from_bytes(answer: bytes) -> Any:
+    return torch.load(io.BytesIO(answer), weights_only=True)

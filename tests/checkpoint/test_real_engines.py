@@ -5,8 +5,9 @@ Every leg of a run has processes of its own, which end by SIGKILL: those that lo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from deepspeed_cases import Weights
 from forks import Forks
+from ways import PORTABLE, WAYS
 
 DEADLINE = 600.0
 """Many processes on few cores, which may be busy with other things."""
@@ -26,18 +28,31 @@ ROUNDING = 2e-5
 """ZeRO computes in fp32 and adds gradients up in another order than one process does."""
 
 
-def run(processes: Forks, engine: str, ranks: int, projection: str, steps: tuple[int, int],
-        load: Path | None, save: Path | None) -> Weights:  # fmt: skip
-    answers = processes.run(ranks, legs.leg_as_bytes, engine, projection, steps, load, save, deadline=DEADLINE)
-    first, *others = (legs.weights_from(answer) for answer in answers)
-    for other in others:
-        assert all(torch.equal(first[name], other[name]) for name in other), "the ranks hold different weights"
-    return first
+def on_ranks(processes: Forks, ranks: int, *job: Any) -> Any:
+    """The first rank's answer; all must give the same."""
+    answers = [legs.from_bytes(answer) for answer in processes.run(ranks, legs.as_bytes, *job, deadline=DEADLINE)]
+    for other in answers[1:]:
+        assert agree(other, answers[0]), "the ranks hold different weights"
+    return answers[0]
+
+
+def agree(found: Any, want: Any) -> bool:
+    """Bit for bit."""
+    if isinstance(want, torch.Tensor):
+        return torch.equal(found, want)
+    return found.keys() == want.keys() and all(agree(found[key], want[key]) for key in want)
+
+
+def run(processes: Forks, ranks: int, spot: legs.Spot, steps: tuple[int, int], load: Path | None = None,
+        save: Path | None = None) -> Weights:  # fmt: skip
+    saves = {} if save is None else {(PORTABLE, steps[1]): save}
+    found: Weights = on_ranks(processes, ranks, "leg", spot, steps, load, saves)
+    return found
 
 
 @cache
-def uninterrupted(processes: Forks, engine: str, ranks: int, projection: str) -> Weights:
-    return run(processes, engine, ranks, projection, (0, STEPS), None, None)
+def uninterrupted(processes: Forks, projection: str) -> Weights:
+    return run(processes, 1, ("one process", projection, "adamw"), (0, STEPS))
 
 
 def difference(found: Weights, want: Weights) -> float:
@@ -54,54 +69,69 @@ ROUTES = {
 }  # fmt: skip
 FIRST, SECOND, THIRD = ROUTES
 PROJECTIONS = ("svd std", "svd left", "columns", "randk", "blockwise")
-RANKS = {"DDP": 2, "FSDP2": 3, "ZeRO-1": 3, "ZeRO-2 bf16": 3, "ZeRO-3 bf16": 3}
-"""DDP adds the gradients of its first step in another order than later ones, which two ranks do not notice."""
 
 
-def cells(rows: Iterable[str], quick: set[tuple[str, str]]) -> list[Any]:
-    """Every row with every projection; all but the quick ones are heavy."""
+def cells(rows: Iterable[Any], columns: Iterable[Any], quick: Callable[[Any, Any], bool]) -> list[Any]:
+    """Every row with every column; all but the quick ones are heavy."""
     return [
-        pytest.param(row, projection, marks=[] if (row, projection) in quick else pytest.mark.heavy)
-        for row in rows
-        for projection in PROJECTIONS
+        pytest.param(row, column, marks=[] if quick(row, column) else pytest.mark.heavy)
+        for row, column in product(rows, columns)
     ]
 
 
+QUICK = {(FIRST, "svd std"), (FIRST, "columns"), (SECOND, "randk"), (THIRD, "blockwise")}
+
+
 @pytest.mark.parametrize(
-    ("route", "projection"),
-    cells(ROUTES, {(FIRST, "svd std"), (FIRST, "columns"), (SECOND, "randk"), (THIRD, "blockwise")}),
+    ("route", "projection"), cells(ROUTES, PROJECTIONS, lambda route, projection: (route, projection) in QUICK)
 )
 def test_a_run_that_changes_engines_on_its_way(route: str, projection: str, processes: Forks, tmp_path: Path) -> None:
     """The learning rate falls at every step: it must come along, too."""
     weights: Weights = {}
     for number, (engine, ranks) in enumerate(ROUTES[route]):
         load = tmp_path / str(number - 1) if number else None
-        steps = (2 * number, 2 * number + 2)
-        weights = run(processes, engine, ranks, projection, steps, load, tmp_path / str(number))
-    apart = difference(weights, uninterrupted(processes, "one process", 1, projection))
+        steps, save = (2 * number, 2 * number + 2), tmp_path / str(number)
+        weights = run(processes, ranks, (engine, projection, "adamw"), steps, load, save)
+    apart = difference(weights, uninterrupted(processes, projection))
     printed.note("two steps on each engine, fp32: difference to one process", route, projection, apart)
     assert apart < ROUNDING
 
 
-@pytest.mark.parametrize(
-    ("engine", "projection"),
-    cells(RANKS, {("DDP", "svd std"), ("FSDP2", "svd std"), ("ZeRO-2 bf16", "columns"), ("ZeRO-3 bf16", "svd std")}),
-)
-def test_a_resume_is_exact(engine: str, projection: str, processes: Forks, tmp_path: Path) -> None:
-    ranks = RANKS[engine]
-    whole = uninterrupted(processes, engine, ranks, projection)
-    run(processes, engine, ranks, projection, (0, 4), None, tmp_path / "saved")
-    resumed = run(processes, engine, ranks, projection, (4, STEPS), tmp_path / "saved", None)
-    printed.note(
-        "resume on the same real engine: does every bit agree?", engine, projection, difference(resumed, whole)
-    )
-    assert difference(resumed, whole) == 0.0
+# --- the same engine again ----------------------------------------------------------------------------
+
+RANKS = {"DDP": 2, "FSDP2": 3, "HSDP": 4, "ZeRO-0": 2, "ZeRO-1": 3, "ZeRO-2": 2, "ZeRO-3": 3, "ZeRO-1 bf16": 2,
+         "ZeRO-2 bf16": 3, "ZeRO-3 bf16": 2}  # fmt: skip
+"""DDP adds the gradients of its first step in another order than later ones, which two ranks do not notice."""
+RULES = ("adamw", "lion", "sgdm")
+SAVED_AFTER = (3, 4)
+"""Exactly before a refresh, and in the middle of a projector's life."""
+EVERY = [(projection, rule) for projection in PROJECTIONS for rule in RULES]
+
+
+@pytest.mark.parametrize(("engine", "turn"), cells(RANKS, range(len(EVERY)), lambda engine, turn: turn == 0))
+def test_a_resume_is_exact(engine: str, turn: int, processes: Forks, tmp_path: Path) -> None:
+    """Train, save, SIGKILL, load, train on, through every way of saving. Engines and settings take turns."""
+    position = list(RANKS).index(engine)
+    projection, rule = EVERY[(turn + 4 * position) % len(EVERY)]
+    spot, ways = (engine, projection, rule), [PORTABLE] if engine.startswith("ZeRO") else list(WAYS)
+    saves = {(way, step): tmp_path / f"{way} {step}" for way in ways for step in SAVED_AFTER}
+    whole = on_ranks(processes, RANKS[engine], "leg", spot, (0, STEPS), None, saves)
+    found = on_ranks(processes, RANKS[engine], "resumes", spot, STEPS, saves)
+    assert found.keys() == saves.keys()
+    for (way, step), weights in found.items():
+        apart = difference(weights, whole)
+        printed.note("resume on the same real engine: does every bit agree?", engine, way, apart)
+        assert apart == 0.0, f"{spot}: {way}, saved after step {step}"
+
+
+# --- master weights -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", [("ZeRO-3 bf16", 3), ("ZeRO-1 bf16", 2), ("one process", 1)])
 def test_fp32_master_weights_arrive_exactly(target: tuple[str, int], processes: Forks, tmp_path: Path) -> None:
     """Of a model that computes in bf16: not the rounded weights, but those that the optimizer keeps."""
-    saved = run(processes, "ZeRO-2 bf16", 4, "svd std", (0, 4), None, tmp_path / "saved")
-    found = run(processes, *target, "svd std", (4, 4), tmp_path / "saved", None)
+    engine, ranks = target
+    saved = run(processes, 4, ("ZeRO-2 bf16", "svd std", "adamw"), (0, 4), save=tmp_path / "saved")
+    found = run(processes, ranks, (engine, "svd std", "adamw"), (4, 4), load=tmp_path / "saved")
     assert difference(found, saved) == 0.0
     assert any(not torch.equal(value, value.bfloat16().float()) for value in saved.values())

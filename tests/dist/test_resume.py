@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import resuming
-from cases import ON_REFRESH, PROJECTIONS, Case
+import torch
+from cases import ON_REFRESH, PROJECTIONS, Case, gradients
 from resuming import Saved, from_bytes
 from threads import run_ranks
 
@@ -62,6 +63,29 @@ def test_bit_for_bit_on_other_layouts(layout: str, case: Case) -> None:
 def test_before_the_first_step_and_after_the_last(layout: str) -> None:
     check(layout, case_of("svd", "std", "keep"), (0, 1, 4, 6))
     check(layout, case_of("randk", "std", "keep"), (0, 1, 4, 6))
+
+
+@pytest.mark.parametrize("projection", ["svd", "columns", "randk", "blockwise"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, "replicas", "Shard(1)"])
+def test_state_that_an_engine_creates_with_zero_gradients(layout: str, projection: str) -> None:
+    """torch.distributed.checkpoint makes its template so. It must fit what a run saves, and be a beginning."""
+    case = case_of(projection, "std", "keep")
+
+    def body(rank: int) -> list[str]:
+        held = resuming.build(layout, case, resuming.weights())
+        held.step({name: torch.zeros_like(grad) for name, grad in resuming.of_case(case, gradients()[0]).items()})
+        template = resuming.to_bytes(held.optimizer.state_dict())
+        (_, run), whole = resuming.straight(layout, case, (4,))[0][4], resuming.straight(layout, case, ())[1]
+        started = resuming.resumed(layout, case, 0, (resuming.weights(), template))
+        return [*shapes_apart(from_bytes(template), from_bytes(run)), *resuming.differences(started, whole)]
+
+    assert run_ranks(RANKS[layout], body) == [[]] * RANKS[layout]
+
+
+def shapes_apart(template: dict[str, Any], run: dict[str, Any]) -> list[str]:
+    stores = [found["state"] for found in (template, run)]
+    shapes = [{(n, key): value.shape for n, store in state.items() for key, value in store.items()} for state in stores]
+    return [str(key) for key in {**shapes[0], **shapes[1]} if shapes[0].get(key) != shapes[1].get(key)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

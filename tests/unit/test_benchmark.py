@@ -1,9 +1,15 @@
-"""The benchmark script runs and reports what it promises. Nothing here looks at a time."""
+"""The benchmark scripts run and report what they promise. Nothing here looks at a time."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -48,3 +54,31 @@ def test_timed_steps_do_not_refresh(step_time: ModuleType) -> None:
         for _ in range(4):
             optimizer.step()
         assert int(optimizer.state[weights[0]]["refreshes"]) == expected
+
+
+def apart(script: Path, *options: str) -> str:
+    """Run in a process of its own, which can start others; what it printed."""
+    return subprocess.run([sys.executable, script, *options], capture_output=True, text=True, check=True).stdout
+
+
+def here(script: Path, *options: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        runpy.run_path(str(script), run_name="checkpoint_time")["main"](options)
+    return output.getvalue()
+
+
+@pytest.mark.parametrize(("ranks", "run"), [((1,), here), pytest.param((1, 2), apart, marks=pytest.mark.heavy)])
+def test_the_report_of_checkpoints_has_every_contender_on_every_number_of_ranks(
+    ranks: tuple[int, ...], run: Callable[..., str], tmp_path: Path
+) -> None:
+    file = tmp_path / "times.json"
+    options = ["--layers", "1", "--vocabulary", "20", "--rounds", "1", "--folder", str(tmp_path), "--json", str(file)]
+    printed = run(SCRIPT.with_name("checkpoint_time.py"), *options, "--ranks", *map(str, ranks))
+    report = json.loads(file.read_text())
+    frugal = [(f"Frugal, {projection}", size) for size in ranks for projection in ("columns", "svd")]
+    assert [(row["name"], row["ranks"]) for row in report["rows"]] == [("AdamW, torch.save", 1), *frugal]
+    assert all(f"| {row['name']} | {row['ranks']} | {row['size']:.0f} |" in printed for row in report["rows"])
+    adamw, columns, svd, *shared = (row["size"] for row in report["rows"])
+    assert columns < svd < adamw, "less state, fewer bytes"
+    assert shared == pytest.approx([columns, svd][: len(shared)], rel=0.02), "ranks share the writing"
+    assert report["machine"] in printed

@@ -1,0 +1,94 @@
+"""Jobs of test_export: they import transformers, so they run where it is imported already."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import legs
+import torch
+from deepspeed_cases import batch, small_llama
+from torch import nn
+
+from frugal_dist import Frugal, checkpoint, cli, split_parameters
+from frugal_dist.training.export import export
+
+
+def export_and_load(folder: Path, out: Path, *options: str) -> bytes:
+    """The weights and the logits of what ``frugal-dist export`` has written, as AutoModelForCausalLM loads it."""
+    from transformers import AutoModelForCausalLM
+
+    assert cli.main(["export", str(folder), "--out", str(out), *options]) == 0
+    model = AutoModelForCausalLM.from_pretrained(out)
+    return legs.to_bytes(({name: param.detach() for name, param in model.named_parameters()}, _logits(model)))
+
+
+def logits_of(packed: bytes) -> bytes:
+    """Of the model with these weights."""
+    weights = legs.from_bytes(packed)
+    model = small_llama()
+    model.load_state_dict(weights)
+    return legs.to_bytes(_logits(model))
+
+
+def _logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(input_ids=batch(0)).logits
+    return logits
+
+
+def _tied() -> nn.Module:
+    from transformers import LlamaForCausalLM
+
+    config = small_llama().config
+    config.tie_word_embeddings = True
+    return LlamaForCausalLM(config)
+
+
+def tied_weights_of_the_latest(root: Path) -> None:
+    """A model whose head is its embedding, in a folder of checkpoints."""
+    from transformers import AutoModelForCausalLM
+
+    model = _tied()
+    optimizer = Frugal(split_parameters(model), projection="columns", density=0.25)
+    for step in (1, 2):
+        legs.loss_of(model, batch(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        checkpoint.save_step(root / "run", step, model, optimizer)
+    report = export(root / "run", root / "out").report()
+    assert "step_000002" in report
+    assert "Without a tokenizer" in report
+    found = AutoModelForCausalLM.from_pretrained(root / "out")
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+    for (name, mine), theirs in zip(model.named_parameters(), found.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def refusals(folder: Path, root: Path) -> dict[str, str]:
+    """The errors; none of them may leave anything behind."""
+    other, plain, wide = root / "other", root / "plain", root / "wide.json"
+    other.mkdir()
+    (other / "thesis.tex").write_text("thesis")
+    model = nn.Sequential(nn.Linear(8, 8))
+    checkpoint.save(plain, model, Frugal(split_parameters(model), projection="columns", density=0.25))
+    config = json.loads(small_llama().config.to_json_string())
+    wide.write_text(json.dumps({**config, "hidden_size": 64}))
+    attempts = {
+        "out exists": (folder, other, {}),
+        "no configuration": (plain, root / "a", {}),
+        "another model": (folder, root / "b", {"config": wide}),
+        "no tokenizer": (folder, root / "c", {"tokenizer": root / "nowhere"}),
+        "dtype": (folder, root / "d", {"dtype": "fp8"}),
+        "no checkpoint": (root, root / "e", {}),
+    }
+    before = sorted(path.name for path in root.iterdir())
+    found = {}
+    for what, (source, out, options) in attempts.items():
+        try:
+            export(source, out, **options)  # type: ignore[arg-type]
+        except ValueError as error:
+            found[what] = str(error)
+    assert sorted(path.name for path in root.iterdir()) == before, "something was left behind"
+    assert (other / "thesis.tex").read_text() == "thesis"
+    return found
