@@ -37,6 +37,13 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
     pretrain.set_defaults(command=_pretrain, changes=())
 
+    plan = commands.add_parser("plan", help="a recipe's bytes and collectives per rank, without running it")
+    plan.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
+    plan.add_argument("--engine", required=True, help="single, ddp, fsdp2, hsdp:SHARDS, zero0, zero1, zero2 or zero3")
+    plan.add_argument("--ranks", type=int, required=True, help="how many")
+    plan.add_argument("--gpu", help="say whether it fits: h100, a100, ...")
+    plan.set_defaults(command=_plan, changes=())
+
     plot = commands.add_parser("plot", help="draw the loss curve of a run")
     plot.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     plot.set_defaults(command=_plot)
@@ -85,6 +92,14 @@ def _pretrain(options: argparse.Namespace) -> int:
     from frugal_dist.training.recipe import read_recipe
 
     return pretrain(read_recipe(options.recipe, options.changes))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from frugal_dist.training.planning import plan_recipe
+    from frugal_dist.training.recipe import read_recipe
+
+    print(plan_recipe(read_recipe(options.recipe, options.changes), options.engine, options.ranks, options.gpu))
+    return 0
 
 
 def _plot(options: argparse.Namespace) -> int:

@@ -186,6 +186,11 @@ class Frugal(Optimizer):
             for original in mine:
                 selection_size(config, original.name, *original.matrix_shape)
 
+    @property
+    def originals(self) -> list[Original]:
+        """The parameters as the user's model has them, in order."""
+        return list(self._originals)
+
     def parameter_report_rows(self) -> list[ParameterInfo]:
         """How every parameter is treated, in order."""
         return [ParameterInfo(o.name, o.shape, o.projected, o.decay) for o in self._originals]

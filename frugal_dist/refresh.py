@@ -193,14 +193,21 @@ def _advance(work: Work, size: int) -> None:
 
 def _refresh_bases(runtime: Runtime, works: Sequence[Work]) -> None:
     """In bounded buckets, so that scratch stays small and a long SVD never runs into a collective's time-out."""
+    for bucket in buckets_of(runtime, works):
+        _refresh_bucket(runtime, bucket)
+
+
+def buckets_of(runtime: Runtime, works: Sequence[Work]) -> list[list[Work]]:
+    """The matrices that are gathered and published together."""
+    found = []
     for dtype in sorted({work.dtype for work in works}, key=str):
         same = [work for work in works if work.dtype == dtype]
-        loads = [_load(runtime, work) for work in same]
-        for bucket in fill_buckets(loads, runtime.bucket_bytes // dtype.itemsize):
-            _refresh_bucket(runtime, [same[i] for i in bucket])
+        loads = [refresh_load(runtime, work) for work in same]
+        found += [[same[i] for i in bucket] for bucket in fill_buckets(loads, runtime.bucket_bytes // dtype.itemsize)]
+    return found
 
 
-def _load(runtime: Runtime, work: Work) -> tuple[int, ...]:
+def refresh_load(runtime: Runtime, work: Work) -> tuple[int, ...]:
     """Elements that each rank may hold for this refresh: its own part, and the whole matrix at the owner."""
     matrix = work.matrix
     extra = [matrix.rows * matrix.cols if rank == matrix.owner else 0 for rank in range(runtime.ranks.size)]
@@ -280,6 +287,11 @@ def _basis_of(work: Work, grad: Tensor, number: int) -> Basis:
     return random_basis(rows, cols, work.side, work.size, seed=seed, name=name, refresh=number, dtype=grad.dtype)
 
 
+def used_by_others(runtime: Runtime, work: Work) -> bool:
+    """Whether any rank but the owner computes with this matrix' basis."""
+    return any(tiles for rank, tiles in enumerate(basis_route(runtime, work).layout) if rank != work.matrix.owner)
+
+
 def _publish(runtime: Runtime, works: Sequence[Work], found: Sequence[Basis | None], owner: int) -> None:
     """Owner's statuses and bases to everyone, then the state follows. All ranks use the same contiguous bytes."""
     like = torch.empty(0, dtype=works[0].dtype, device=works[0].device)
@@ -292,7 +304,7 @@ def _publish(runtime: Runtime, works: Sequence[Work], found: Sequence[Basis | No
                 **{name: torch.zeros(shape, dtype=like.dtype, device=like.device) for name, shape in shapes.items()}
             )
         bases.append(basis)
-        if any(tiles for rank, tiles in enumerate(basis_route(runtime, work).layout) if rank != owner):
+        if used_by_others(runtime, work):
             pieces += basis.parts
     broadcast(runtime.ranks, owner, pieces, like)
     for work, basis, code in zip(works, bases, status.tolist(), strict=True):

@@ -45,12 +45,12 @@ def step_matrices(runtime: Runtime, works: Sequence[Work], stepped: Sequence[Wor
         work.state.set_clock("step", work.state.clock("step") + 1)
         for weight in work.weights:
             decay_(weight, work.config.lr, work.decay)
-    remote = [work for work in works if _travels(runtime, work)]
+    remote = [work for work in works if travels(runtime, work)]
     far = {work.matrix.index for work in remote}
     for work in stepped:
         if work.matrix.index not in far:
             _STEP_HERE[work.family](runtime, work)
-    for bucket in _buckets(runtime, remote):
+    for bucket in buckets_of(runtime, remote):
         _step_bucket(runtime, bucket, active)
     for work in stepped:
         work.state.set_clock("updates", work.state.clock("updates") + 1)
@@ -126,7 +126,7 @@ class Packing:
         return lists
 
 
-def _travels(runtime: Runtime, work: Work) -> bool:
+def travels(runtime: Runtime, work: Work) -> bool:
     """Whether any rank exchanges anything for this matrix; the same answer on every rank.
 
     A matrix that never was refreshed is not stepped by anyone.
@@ -141,7 +141,7 @@ def _travels(runtime: Runtime, work: Work) -> bool:
     return not coordinate_cut(runtime, work).nothing
 
 
-def _buckets(runtime: Runtime, works: Sequence[Work]) -> list[list[Work]]:
+def buckets_of(runtime: Runtime, works: Sequence[Work]) -> list[list[Work]]:
     """Equal dtype and equal kind of collective in a bucket, bounded by ``bucket_bytes``."""
     groups: dict[tuple[str, bool], list[Work]] = {}
     for work in works:

@@ -64,7 +64,7 @@ def build_table(
     _check_agreement(everyone)
     sizes = _matrix_list(originals)
     owners = assign_owners([refresh_cost(rows, cols) for _, _, rows, cols in sizes], ranks.size)
-    numbers = _block_numbers(given)
+    numbers = number_blocks(given)
     matrices = []
     for index, (i, member, rows, cols) in enumerate(sizes):
         name = originals[i].name if originals[i].stack == 1 else f"{originals[i].name}[{member}]"
@@ -75,7 +75,7 @@ def build_table(
     return Table(tuple(matrices), tuple(i for i, original in enumerate(originals) if not original.projected))
 
 
-def _block_numbers(originals: Sequence[Original]) -> dict[tuple[str, int], tuple[int, int]]:
+def number_blocks(originals: Sequence[Original]) -> dict[tuple[str, int], tuple[int, int]]:
     """For every matrix, by parameter name and member, its position in its group and how many the group has."""
     groups: dict[int, list[tuple[str, int]]] = {}
     for i, member, _, _ in _matrix_list(originals):

@@ -29,7 +29,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("saving",),
     ("optimizer",),
     ("checkpoint", "checkpoint.*"),
-    ("planner",),
+    ("planner", "planner.*"),
     ("integrations", "integrations.*"),
     ("",),
     ("training", "training.*"),

@@ -1,0 +1,266 @@
+"""The plan of a run: what every rank holds, computes and sends. It asks the code that does it, rank by rank, on meta
+tensors: no memory, no ranks, no GPU.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frugal_dist import refresh, stepping
+from frugal_dist.optimizer import BUCKET_BYTES, Frugal
+from frugal_dist.planner.engines import EngineLayout
+from frugal_dist.projection.basis import basis_shapes
+from frugal_dist.sharding.exchange import Ranks
+from frugal_dist.sharding.plan import Move, assign_owners, moves_for, owner_layout, refresh_cost
+from frugal_dist.sharding.storage import Interval, Original, Part
+from frugal_dist.sharding.table import Matrix, Table, number_blocks
+from frugal_dist.sharding.tile import Layout, Tile, elements, holders, is_replicated, owned, whole
+from frugal_dist.state import MatrixState
+from frugal_dist.work import Runtime, Work, basis_route, coordinate_cut
+from frugal_dist.workload import Load, ensure_state, load_of
+
+ITEM = 4
+"""Bytes of an fp32 number: masters, moments, bases and what travels."""
+
+
+@dataclass
+class RankPlan:
+    """One rank, in bytes; ``*_calls`` count collectives, ``*_sent`` is what this rank sends."""
+
+    rank: int
+    parameters: int = 0
+    moments: int = 0
+    bases: int = 0
+    regular: int = 0
+    clocks: int = 0
+    step_sent: int = 0
+    refresh_sent: int = 0
+    step_calls: Counter[str] = field(default_factory=Counter)
+    refresh_calls: Counter[str] = field(default_factory=Counter)
+    refresh_work: float = 0.0
+    owned: int = 0
+    scratch: int = 0
+
+    @property
+    def state(self) -> int:
+        """All optimizer state."""
+        return self.moments + self.bases + self.regular + self.clocks
+
+
+@dataclass
+class Plan:
+    """Some ranks of a run (all of them, unless told otherwise), and what is the same for all."""
+
+    engine: str
+    ranks: int
+    ranked: list[RankPlan] = field(default_factory=list)
+    layouts: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def worst(self) -> RankPlan:
+        """The rank with the most state."""
+        return max(self.ranked, key=lambda one: one.state)
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """A rank's parts as empty tensors."""
+
+    originals: Sequence[Original]
+    groups: Sequence[dict[str, Any]]
+    parts: Sequence[Part]
+    weights: Sequence[Tensor]
+    shares_replicas: bool
+
+    def call(self) -> Sequence[int]:
+        return range(len(self.originals))
+
+    def part(self, i: int) -> Part:
+        return self.parts[i]
+
+    def carrier(self, i: int) -> Tensor:
+        return self.weights[i]
+
+    def options(self, i: int) -> dict[str, Any]:
+        return self.groups[self.originals[i].group]
+
+    def weight(self, i: int) -> Tensor:
+        return self.weights[i]
+
+    def grad(self, i: int) -> Tensor | None:
+        return None
+
+
+def make_plan(
+    optimizer: Frugal, engine: EngineLayout, ranks: int, bucket_bytes: int = BUCKET_BYTES, shown: Sequence[int] = ()
+) -> Plan:
+    """Plan for ``optimizer`` (its parameters may be on the meta device) under ``engine`` on ``ranks`` ranks.
+
+    ``shown``: the ranks to look at, all if empty. The weights are taken to be fp32, as masters are.
+    """
+    originals, groups = optimizer.originals, optimizer.param_groups
+    parts = [engine.parts(originals, rank, ranks) for rank in range(ranks)]
+    table = _table(originals, parts)
+    plan = Plan(engine.name, ranks)
+    for rank in shown or range(ranks):
+        storage = _Storage(originals, groups, parts[rank], _tensors(originals, parts[rank]), engine.shares)
+        group = None if ranks == 1 else "planned"
+        share = engine.shares and ranks > 1
+        runtime = Runtime(Ranks(group, rank, ranks), storage, originals, table, share, bucket_bytes)
+        state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+        load = load_of(runtime, state, everything=True)
+        ensure_state(runtime, load)
+        plan.ranked.append(_rank_plan(runtime, load))
+        if len(plan.ranked) == 1:
+            _note_layouts(plan, runtime, load)
+    return plan
+
+
+def _table(originals: Sequence[Original], parts: Sequence[Sequence[Part]]) -> Table:
+    """As the ranks would build it together."""
+    numbers = number_blocks(originals)
+    projected = [(i, member) for i, o in enumerate(originals) if o.projected for member in range(o.stack)]
+    owners = assign_owners([refresh_cost(*originals[i].matrix_shape) for i, _ in projected], len(parts))
+    matrices = []
+    for index, (i, member) in enumerate(projected):
+        original = originals[i]
+        layout: Layout = tuple(mine[i].tiles(original, member) for mine in parts)
+        name = original.name if original.stack == 1 else f"{original.name}[{member}]"
+        block, blocks = numbers[original.name, member]
+        matrices.append(Matrix(name, i, member, *original.matrix_shape, index, block, blocks, layout, owners[index]))
+    return Table(tuple(matrices), tuple(i for i, original in enumerate(originals) if not original.projected))
+
+
+def _tensors(originals: Sequence[Original], parts: Sequence[Part]) -> list[Tensor]:
+    return [
+        torch.empty(part.stop - part.start, device="meta")
+        if isinstance(part, Interval)
+        else torch.empty([stop - start for start, stop in part.spans], device="meta")
+        for part in parts
+    ]
+
+
+def _rank_plan(runtime: Runtime, load: Load) -> RankPlan:
+    found = RankPlan(runtime.ranks.rank, parameters=sum(runtime.storage.weight(i).numel() for i in load.key))
+    for one in load.regular:
+        found.regular += sum(size for _, size in _sizes(one.state))
+    for work in load.works:
+        for name, size in _sizes(work.state):
+            kind = "bases" if name.startswith("basis") else "moments" if name.startswith("exp_avg") else "clocks"
+            setattr(found, kind, getattr(found, kind) + size)
+        if work.family == "basis" and work.matrix.owner == runtime.ranks.rank:
+            found.refresh_work += refresh_cost(work.matrix.rows, work.matrix.cols)
+            found.owned += 1
+        if work.family != "basis" and not work.empty:  # as after the first refresh
+            work.state.set_clock("refreshes", 1)
+            work.state.set_clock("size", work.size)
+        elif not work.empty:
+            work.state.set_clock("refreshes", 1)
+    _plan_step(runtime, load.works, found)
+    _plan_refresh(runtime, load.works, found)
+    return found
+
+
+def _sizes(state: MatrixState) -> list[tuple[str, int]]:
+    """(name, bytes) of the tensors in a state."""
+    prefix = state.prefix
+    return [
+        (key[len(prefix) :], tensor.numel() * tensor.element_size())
+        for key, tensor in state.store.items()
+        if key.startswith(prefix)
+    ]
+
+
+def _plan_step(runtime: Runtime, works: Sequence[Work], found: RankPlan) -> None:
+    """What an ordinary step sends, bucket by bucket as the step packs it."""
+    size = runtime.ranks.size
+    for bucket in stepping.buckets_of(runtime, [work for work in works if stepping.travels(runtime, work)]):
+        routes = [basis_route(runtime, work) for work in bucket if work.family == "basis"]
+        if any(route.travels_in for route in routes):
+            found.step_calls["all_to_all"] += 1
+            found.step_sent += ITEM * sum(_away(runtime, route.gradient_in) for route in routes)
+        if is_replicated(bucket[0].matrix.storage):
+            shares = [sum(_share(runtime, work, rank) for work in bucket) for rank in range(size)]
+            found.step_calls["all_gather"] += 1
+            found.step_sent += ITEM * max(shares) * (size - 1)
+        else:
+            found.step_calls["all_to_all"] += 1
+            found.step_sent += ITEM * sum(_sent_back(runtime, work) for work in bucket)
+
+
+def _away(runtime: Runtime, moves: Sequence[Move]) -> int:
+    """Elements that this rank sends to others."""
+    return sum(move.area.numel for move in moves if move.source == runtime.ranks.rank != move.target)
+
+
+def _share(runtime: Runtime, work: Work, rank: int) -> int:
+    """Elements of the update that a replica computes for all."""
+    if work.family == "basis":
+        return elements(basis_route(runtime, work).layout[rank])
+    return sum(prod(piece.share_shape(rank)) for piece in coordinate_cut(runtime, work).pieces)
+
+
+def _sent_back(runtime: Runtime, work: Work) -> int:
+    """Elements of updates that this rank computed for others."""
+    if work.family == "basis":
+        return _away(runtime, basis_route(runtime, work).update_out)
+    pieces = coordinate_cut(runtime, work).pieces
+    return sum(prod(piece.mine) * (len(piece.holders) - 1) for piece in pieces)
+
+
+def _plan_refresh(runtime: Runtime, works: Sequence[Work], found: RankPlan) -> None:
+    """What a refresh sends beyond the step: gradients to their owners, bases to those who use them.
+
+    The one small all-reduce by which ranks agree is counted as a call, not in bytes.
+    """
+    bases = [work for work in works if work.family == "basis" and not work.empty]
+    if runtime.ranks.alone or not bases:
+        return
+    rank = runtime.ranks.rank
+    found.refresh_calls["all_reduce"] += 1
+    for bucket in refresh.buckets_of(runtime, bases):
+        gathered = [work for work in bucket if owned(work.matrix.storage[work.matrix.owner], _whole(work)) is None]
+        found.refresh_calls["all_to_all"] += bool(gathered)
+        for work in gathered:
+            target = owner_layout(runtime.ranks.size, work.matrix.owner, work.matrix.rows, work.matrix.cols)
+            moves = moves_for(work.matrix.storage, target, rank, work.matrix.index)
+            found.refresh_sent += ITEM * _away(runtime, moves)
+        found.refresh_calls["broadcast"] += len({work.matrix.owner for work in bucket})
+        mine = [work for work in bucket if work.matrix.owner == rank]
+        found.refresh_sent += ITEM * sum(1 + _published(runtime, work) for work in mine)  # 1: the status
+        found.scratch = max(found.scratch, ITEM * sum(refresh.refresh_load(runtime, work)[rank] for work in bucket))
+
+
+def _whole(work: Work) -> Tile:
+    return whole(work.matrix.rows, work.matrix.cols)[0]
+
+
+def _published(runtime: Runtime, work: Work) -> int:
+    """Elements of the basis that the owner broadcasts."""
+    shapes = basis_shapes(work.side, work.matrix.rows, work.matrix.cols, work.size).values()
+    return sum(prod(shape) for shape in shapes) if refresh.used_by_others(runtime, work) else 0
+
+
+def _note_layouts(plan: Plan, runtime: Runtime, load: Load) -> None:
+    """Which compute layouts were chosen, by the matrices' shapes."""
+    for work in load.works:
+        plan.layouts[f"{work.matrix.rows}x{work.matrix.cols}: {_kind(runtime, work)}"] += 1
+
+
+def _kind(runtime: Runtime, work: Work) -> str:
+    if runtime.ranks.alone or work.family != "basis":
+        return "where it is stored"
+    layout = basis_route(runtime, work).layout
+    if layout == work.matrix.storage:
+        return "where it is stored"
+    busy = [rank for rank, tiles in enumerate(layout) if tiles]
+    if len(busy) == 1 and len(holders(layout)) == 1:
+        return "whole, on its owner"
+    return "cut along its free dim"

@@ -1,0 +1,155 @@
+"""A plan in words and tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from frugal_dist.planner.engines import EngineLayout
+from frugal_dist.planner.plan import ITEM, Plan, RankPlan
+from frugal_dist.planner.shapes import LlamaShape
+
+MIB = 2**20
+GPUS = {
+    "h100": 80e9, "h200": 141e9, "a100": 80e9, "a100-40": 40e9, "l40s": 48e9, "a10g": 24e9, "v100": 32e9,
+    "rtx4090": 24e9, "mi300x": 192e9,
+}  # fmt: skip
+"""Memory of a GPU in bytes, by the makers' data sheets."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What of a run decides about memory beside the optimizer. ``tokens``: of a micro-batch on one rank."""
+
+    title: str
+    shape: LlamaShape
+    parameters: int
+    precision: str
+    tokens: int
+    checkpointing: bool
+
+
+def weight_and_gradient_bytes(engine: EngineLayout, plan: RankPlan, setting: Setting) -> tuple[int, int]:
+    """Weights with their fp32 masters, and gradients, on one rank: what engines document. An estimate.
+
+    torch's engines keep fp32 weights and cast on the way; DeepSpeed keeps a low-precision copy, and fp32 masters of the
+    rank's part.
+    """
+    everything, part = setting.parameters, plan.parameters
+    held = part if engine.cuts_weights else everything
+    reduced = part if engine.cuts_gradients else everything
+    if not engine.one_group:
+        return ITEM * held, ITEM * reduced
+    low = ITEM if setting.precision == "fp32" else 2
+    return low * held + ITEM * part, low * reduced + ITEM * part
+
+
+def activation_bytes(setting: Setting) -> int:
+    """Activations of a micro-batch of a LLaMA-style model with a fused attention, and its logits. An estimate.
+
+    Per token and layer 8 hidden + 4 intermediate numbers are kept for the backward pass; with checkpointing one hidden
+    per layer and one whole layer. The logits are there in the precision of the model and, with their gradient, in fp32.
+    """
+    shape, item = setting.shape, 4 if setting.precision == "fp32" else 2
+    layer = 8 * shape.hidden + 4 * shape.intermediate
+    kept = shape.layers * shape.hidden + layer if setting.checkpointing else shape.layers * layer
+    return setting.tokens * (item * kept + (item + 2 * ITEM) * shape.vocab)
+
+
+def report(plan: Plan, baselines: dict[str, Plan], engine: EngineLayout, setting: Setting, gpu: str | None) -> str:
+    """Everything about a plan. ``baselines``: by name the plans of other optimizers on the same engine.
+
+    Raises ValueError for a GPU that is not known.
+    """
+    if gpu is not None and gpu not in GPUS:
+        raise ValueError(f"gpu is {gpu!r}; choose one of {', '.join(GPUS)}.")
+    return "\n".join(
+        [
+            f"{setting.title}: {setting.parameters / 1e6:,.1f} M parameters, {plan.engine} on {plan.ranks} "
+            f"rank{'s' if plan.ranks > 1 else ''}",
+            "",
+            *_memory(plan, engine, setting, gpu),
+            "",
+            *_state(plan, baselines),
+            "",
+            *_traffic(plan),
+            "",
+            *_layouts(plan),
+        ]
+    )
+
+
+def _memory(plan: Plan, engine: EngineLayout, setting: Setting, gpu: str | None) -> list[str]:
+    worst = plan.worst
+    weights, gradients = weight_and_gradient_bytes(engine, worst, setting)
+    activations = activation_bytes(setting)
+    rows = [
+        ("weights and fp32 masters (estimate)", weights),
+        ("gradients (estimate)", gradients),
+        ("optimizer state", worst.state),
+        ("  moments of projected matrices", worst.moments),
+        ("  bases", worst.bases),
+        ("  moments of regular parameters", worst.regular),
+        ("  counters", worst.clocks),
+        ("refresh scratch, at most", worst.scratch),
+        (f"activations of {setting.tokens:,} tokens (estimate)", activations),
+    ]
+    total = weights + gradients + worst.state + worst.scratch + activations
+    lines = _table(["rank with the most state", "MiB"], [(name, f"{size / MIB:,.1f}") for name, size in rows])
+    lines.append(f"Together {total / 1e9:,.2f} GB")
+    if gpu is not None:
+        verdict = "fits" if total < 0.9 * GPUS[gpu] else "does NOT fit"
+        lines[-1] += f": {verdict} into {gpu} ({GPUS[gpu] / 1e9:.0f} GB, of which a tenth is left free)"
+    return lines
+
+
+def _state(plan: Plan, baselines: dict[str, Plan]) -> list[str]:
+    rows = []
+    for name, one in {"this": plan, **baselines}.items():
+        total = sum(rank.state for rank in one.ranked)
+        all_ranks = f"{total / MIB:,.1f}" if len(one.ranked) == one.ranks else ""
+        rows.append((name, f"{one.worst.state / MIB:,.1f}", all_ranks))
+    return _table(["optimizer state, MiB", "most on a rank", "all ranks"], rows)
+
+
+def _traffic(plan: Plan) -> list[str]:
+    busiest = max(plan.ranked, key=lambda rank: rank.step_sent)
+    refresher = max(plan.ranked, key=lambda rank: rank.refresh_sent)
+    work = [rank.refresh_work for rank in plan.ranked]
+    lines = _table(
+        ["sent by the busiest rank", "MiB", "collectives"],
+        [
+            ("a step", f"{busiest.step_sent / MIB:,.1f}", _calls(busiest.step_calls)),
+            ("a refresh, beside the step", f"{refresher.refresh_sent / MIB:,.1f}", _calls(refresher.refresh_calls)),
+        ],
+    )
+    if sum(work) and len(work) == plan.ranks:
+        owned = [rank.owned for rank in plan.ranked]
+        balance = max(work) * len(work) / sum(work)
+        lines.append(
+            f"Refreshes are owned by {sum(count > 0 for count in owned)} of {plan.ranks} ranks, {min(owned)} to "
+            f"{max(owned)} matrices each; the busiest has {balance:.2f} times the mean work"
+        )
+    return lines
+
+
+def _calls(calls: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in calls.items() if count) or "none"
+
+
+def _layouts(plan: Plan) -> list[str]:
+    return _table(["matrices and where they are computed", "number"], [(k, str(n)) for k, n in plan.layouts.items()])
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
+    rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    aligned = [
+        [
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        for line in (header, rule, *rows)
+    ]
+    return [f"| {' | '.join(line)} |" for line in aligned]
