@@ -142,15 +142,25 @@ def travels(runtime: Runtime, work: Work) -> bool:
 
 
 def buckets_of(runtime: Runtime, works: Sequence[Work]) -> list[list[Work]]:
-    """Equal dtype and equal kind of collective in a bucket, bounded by ``bucket_bytes``."""
-    groups: dict[tuple[str, bool], list[Work]] = {}
-    for work in works:
-        groups.setdefault((str(work.dtype), is_replicated(work.matrix.storage)), []).append(work)
+    """Equal dtype and equal kind of collective in a bucket, bounded by ``bucket_bytes``.
+
+    Routes and parts are fixed for the run, so the same matrices always fall into the same buckets.
+    """
+    key = tuple(work.matrix.index for work in works)
+    if key not in runtime.buckets:
+        runtime.buckets[key] = _fill(runtime, works)
+    return [[works[i] for i in bucket] for bucket in runtime.buckets[key]]
+
+
+def _fill(runtime: Runtime, works: Sequence[Work]) -> list[list[int]]:
+    groups: dict[tuple[str, bool], list[int]] = {}
+    for i, work in enumerate(works):
+        groups.setdefault((str(work.dtype), is_replicated(work.matrix.storage)), []).append(i)
     buckets = []
     for key in sorted(groups):
         same = groups[key]
-        loads = [_load(runtime, work) for work in same]
-        limit = runtime.bucket_bytes // same[0].dtype.itemsize
+        loads = [_load(runtime, works[i]) for i in same]
+        limit = runtime.bucket_bytes // works[same[0]].dtype.itemsize
         buckets += [[same[i] for i in bucket] for bucket in fill_buckets(loads, limit)]
     return buckets
 

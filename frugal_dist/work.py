@@ -47,6 +47,7 @@ class Runtime:
     cuts: dict[int, Cut] = field(default_factory=dict)
     agreed: dict[int, Agreed] = field(default_factory=dict)
     failures: dict[int, int] = field(default_factory=dict)
+    buckets: dict[tuple[int, ...], list[list[int]]] = field(default_factory=dict)
 
     def by_original(self) -> dict[int, list[Matrix]]:
         """The matrices of every projected parameter."""

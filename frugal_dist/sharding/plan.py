@@ -49,15 +49,18 @@ def free_cut(storage: Layout, rows: int, cols: int, free_dim: int, index: int) -
     runs = _runs(storage, length, free_dim)
     layout: list[list[Tile]] = [[] for _ in storage]
     for (start, stop), weights in runs:
-        ranks = [rank for rank, weight in enumerate(weights) if weight]
-        parts = split_by_weight(stop - start, [weights[rank] for rank in ranks], index)
-        for rank, (a, b) in zip(ranks, parts, strict=True):
+        parts = split_by_weight(stop - start, [weight for _, weight in weights], index)
+        for (rank, _), (a, b) in zip(weights, parts, strict=True):
             span, rest = (start + a, start + b), (0, other)
             layout[rank].extend(box_tiles(span, rest) if free_dim == 0 else box_tiles(rest, span))
     return tuple(tuple(tiles) for tiles in layout)
 
 
-def _runs(storage: Layout, length: int, free_dim: int) -> list[tuple[tuple[int, int], tuple[int, ...]]]:
+Weights = tuple[tuple[int, int], ...]
+"""(rank, elements per line) of those who hold any, by rank: few, however many ranks there are."""
+
+
+def _runs(storage: Layout, length: int, free_dim: int) -> list[tuple[tuple[int, int], Weights]]:
     """Maximal ranges of the free dim over which every rank holds the same number of elements per line."""
     spans = [[(t.rows, t.width) if free_dim == 0 else (t.cols, t.height) for t in tiles] for tiles in storage]
     points = cuts((span for rank in spans for span, _ in rank), length)
@@ -66,15 +69,17 @@ def _runs(storage: Layout, length: int, free_dim: int) -> list[tuple[tuple[int, 
         for (start, stop), extent in parts:
             changes[start].append((rank, extent))
             changes[stop].append((rank, -extent))
-    runs: list[tuple[tuple[int, int], tuple[int, ...]]] = []
-    weights = [0] * len(storage)
+    runs: list[tuple[tuple[int, int], Weights]] = []
+    held: dict[int, int] = {}
     for start, stop in pairwise(points):
         for rank, extent in changes[start]:
-            weights[rank] += extent
-        if runs and runs[-1][1] == tuple(weights):
-            runs[-1] = ((runs[-1][0][0], stop), runs[-1][1])
+            held[rank] = held.get(rank, 0) + extent
+        weights = tuple(sorted((rank, extent) for rank, extent in held.items() if extent))
+        held = dict(weights)
+        if runs and runs[-1][1] == weights:
+            runs[-1] = ((runs[-1][0][0], stop), weights)
         else:
-            runs.append(((start, stop), tuple(weights)))
+            runs.append(((start, stop), weights))
     return runs
 
 
@@ -174,12 +179,11 @@ def moves_for(source: Layout, target: Layout, rank: int, index: int) -> list[Mov
     spread over the holders). Both layouts' tiles are exact copies of each other or disjoint within a layout.
     """
     held = holders(source)
+    mine = [(piece, ranks) for piece, ranks in held.items() if rank in ranks]
     found: list[Move] = []
     for other, tiles in enumerate(target):
         for tile in tiles:
-            for piece, ranks in held.items():
-                if other != rank and rank not in ranks:
-                    continue
+            for piece, ranks in held.items() if other == rank else mine:
                 area = overlap(piece, tile)
                 if area is None:
                     continue

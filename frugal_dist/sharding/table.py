@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from frugal_dist.sharding.exchange import Ranks, gather_objects
@@ -30,7 +31,7 @@ class Matrix:
     storage: Layout
     owner: int
 
-    @property
+    @cached_property
     def copies(self) -> int:
         """How many ranks hold each element."""
         return len(next(iter(holders(self.storage).values()), (0,)))

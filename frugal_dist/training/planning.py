@@ -15,8 +15,8 @@ from frugal_dist.planner.shapes import LLAMA_SHAPES
 from frugal_dist.training.optimizers import frugal_options
 from frugal_dist.training.recipe import Optimizer, Recipe, check_recipe
 
-SHOWN = 64
-"""Up to so many ranks all are planned; of more ranks a spread of these."""
+ALL, SPREAD = 64, 5
+"""Up to ``ALL`` ranks each is planned; of more so many from the first to the last, where embedding and head may lie."""
 
 
 def plan_recipe(recipe: Recipe, engine: str, ranks: int, gpu: str | None = None) -> str:
@@ -49,7 +49,7 @@ def plan_model(model: nn.Module, optimizer: Optimizer, layout: EngineLayout, ran
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about how little is projected: the figures tell
         frugal = Frugal(groups, **{**options, "process_group": None})
-    shown = range(ranks) if ranks <= SHOWN else sorted({i * (ranks - 1) // (SHOWN - 1) for i in range(SHOWN)})
+    shown = range(ranks) if ranks <= ALL else [i * (ranks - 1) // (SPREAD - 1) for i in range(SPREAD)]
     return make_plan(frugal, layout, ranks, shown=list(shown))
 
 

@@ -195,3 +195,38 @@ def test_a_world_without_a_rank() -> None:
 )
 def test_the_first_host_of_a_slurm_list(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
+
+
+# --- plans
+
+
+def test_a_plan_says_what_a_rank_holds_and_sends(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "llama_60m", "--engine", "zero3", "--ranks", "4", "--gpu", "h100"]
+    assert main([*arguments, "--optimizer.options.density", "0.5"]) == 0
+    half = capsys.readouterr().out
+    assert main(arguments) == 0
+    quarter = capsys.readouterr().out
+    for words in ("58.1 M parameters", "adamw", "galore", "fits into h100", "a refresh, beside the step"):
+        assert words in quarter
+    assert _state(quarter) < _state(half)
+
+
+def _state(text: str) -> float:
+    (line,) = [line for line in text.splitlines() if line.startswith("| optimizer state   ")]
+    return float(line.split("|")[2].replace(",", ""))
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks", "gpu", "words"),
+    [
+        ("zero4", "2", "h100", "engine is 'zero4'"),
+        ("single", "2", "h100", "exactly 1"),
+        ("hsdp:3", "4", "h100", "4 ranks do not divide"),
+        ("zero2", "2", "h1000", "gpu is 'h1000'"),
+    ],
+)
+def test_plans_that_make_no_sense(
+    engine: str, ranks: str, gpu: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "llama_9m", "--engine", engine, "--ranks", ranks, "--gpu", gpu]) == 2
+    assert words in capsys.readouterr().err

@@ -44,7 +44,7 @@ def with_options(projection: str, on_refresh: str, side: str = "std", **more: An
 LARGE = ("tall", "wide", "square", "experts")
 VARIANTS = [
     *(
-        Case(projection, "std", mode, names=LARGE, later=((2, 0.5), (5, 0.1)))
+        Case(projection, "std", mode, names=LARGE, later=((2, 0.5), (5, 0.2)))
         for projection, modes in (
             ("svd", ("reset", "keep", "project")),
             ("randperm", ("keep",)),
