@@ -18,6 +18,7 @@ import shutil
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -75,7 +76,9 @@ def make_frugal(model: nn.Module, projection: str) -> Frugal:
     projected = [(name, param) for name, param in names.items() if name.startswith("layer")]
     regular = [(name, param) for name, param in names.items() if not name.startswith("layer")]
     groups = [{"params": projected, "projected": True}, {"params": regular, "projected": False}]
-    optimizer = Frugal(groups, lr=1e-6, projection=projection, density=0.25)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Only .* of the parameters are projected")  # so small LLaMAs are
+        optimizer = Frugal(groups, lr=1e-6, projection=projection, density=0.25)
     optimizer.step()
     return optimizer
 

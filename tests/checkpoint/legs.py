@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,10 @@ class Training(Running):
     weights: Callable[[], Weights]
 
 
-def deepspeed_engine(options: dict[str, Any], stage: int, half: bool = False) -> Training:
-    more = deepspeed_cases.BF16 if half else {}
-    zero = {"stage": stage, "stage3_param_persistence_threshold": 200}
-    config = deepspeed_cases.config_of(options, zero, dist.get_world_size(), **more)
+def deepspeed_engine(options: dict[str, Any], setting: str) -> Training:
+    chosen = deepspeed_cases.SETTINGS[setting]
+    zero = {**chosen.zero, "stage3_param_persistence_threshold": 200}
+    config = deepspeed_cases.config_of(options, zero, dist.get_world_size(), **chosen.more)
     model = small_llama()
     engine = deepspeed_cases.start(config, model, model_parameters=model.parameters(), lr_scheduler=_schedule)
 
@@ -81,18 +82,26 @@ def _fsdp2(model: nn.Module, *shape: int) -> nn.Module:
     return model
 
 
+SETTINGS = {
+    "ZeRO-0": "0",
+    "ZeRO-1": "1",
+    "ZeRO-2": "2",
+    "ZeRO-3": "3",
+    "ZeRO-0 bf16": "0, bf16",
+    "ZeRO-1 bf16": "1, bf16",
+    "ZeRO-2 bf16": "2, bf16",
+    "ZeRO-3 bf16": "3, bf16",
+    "BF16_Optimizer": "BF16_Optimizer",
+    "ZeRO-2 offload": "2, offload",
+    "ZeRO-3 offload": "3, offload",
+}
+"""Of DeepSpeed, by the names of these tests and of tests/engines."""
 ENGINES: dict[str, Callable[[dict[str, Any]], Training]] = {
     "one process": lambda options: torch_engine(options, lambda model: model),
     "DDP": lambda options: torch_engine(options, nn.parallel.DistributedDataParallel),
     "FSDP2": lambda options: torch_engine(options, lambda model: _fsdp2(model, dist.get_world_size())),
     "HSDP": lambda options: torch_engine(options, lambda model: _fsdp2(model, 2, dist.get_world_size() // 2)),
-    "ZeRO-0": lambda options: deepspeed_engine(options, 0),
-    "ZeRO-1": lambda options: deepspeed_engine(options, 1),
-    "ZeRO-2": lambda options: deepspeed_engine(options, 2),
-    "ZeRO-3": lambda options: deepspeed_engine(options, 3),
-    "ZeRO-1 bf16": lambda options: deepspeed_engine(options, 1, half=True),
-    "ZeRO-2 bf16": lambda options: deepspeed_engine(options, 2, half=True),
-    "ZeRO-3 bf16": lambda options: deepspeed_engine(options, 3, half=True),
+    **{name: partial(deepspeed_engine, setting=setting) for name, setting in SETTINGS.items()},
 }
 
 

@@ -193,10 +193,15 @@ OTHERS: dict[str, tuple[Callable[[Named], Named], str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the usual case; nobody changes it."""
+    return saved(tmp_path_factory.mktemp("usual") / "saved")
+
+
 @pytest.mark.parametrize("on_mismatch", ["error", "refresh"])
 @pytest.mark.parametrize("what", OTHERS)
-def test_another_model_is_described(what: str, on_mismatch: str, tmp_path: Path) -> None:
-    folder = saved(tmp_path / "saved")
+def test_another_model_is_described(what: str, on_mismatch: str, usual: Path) -> None:
     change, words = OTHERS[what]
     given = change({name: weight.clone() for name, weight in weights().items()})
     regular = [name for name in given if name in REGULAR]
@@ -206,17 +211,16 @@ def test_another_model_is_described(what: str, on_mismatch: str, tmp_path: Path)
     ]
     held = replicas(given, groups, {"projection": "columns", "process_group": None})
     with pytest.raises(MismatchError) as caught:
-        checkpoint.load(folder, MODEL, held.optimizer, on_mismatch)
+        checkpoint.load(usual, MODEL, held.optimizer, on_mismatch)
     assert words in str(caught.value)
     assert all(torch.equal(value, given[name]) for name, value in held.full().items()), "nothing may be changed"
 
 
-def test_many_differences_are_counted(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "saved")
+def test_many_differences_are_counted(usual: Path) -> None:
     names = [f"layer{i}.weight" for i in range(40)]
     optimizer = Frugal([(name, torch.nn.Parameter(torch.zeros(8, 8))) for name in names], process_group=None)
     with pytest.raises(MismatchError, match=r"only in the checkpoint: .* and 6 more; only in this run: .* and 35 more"):
-        checkpoint.load(folder, MODEL, optimizer)
+        checkpoint.load(usual, MODEL, optimizer)
 
 
 @pytest.mark.parametrize("to", ["regular", "projected"])

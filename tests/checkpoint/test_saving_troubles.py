@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from cases import gradients
 from disks import disk_that_fills_up, disk_that_turns_read_only
 from doubles import CASE, PLACE, STEPS, refused, saved, trained
-from places import MODEL, identical, load_and_train, train_and_save
+from places import MODEL, Ended, identical, load_and_train, train_and_save
 from storages import Held
 from threads import run_ranks
 from torch import distributed
@@ -28,8 +29,12 @@ def names_in(folder: Path) -> list[str]:
 
 def sound(folder: Path) -> bool:
     """Loads, and continues as the run that was never interrupted."""
-    whole = train_and_save(PLACE, CASE, torch.float64, {})
-    return identical(load_and_train(PLACE, CASE, torch.float64, folder, 4), whole)
+    return identical(load_and_train(PLACE, CASE, torch.float64, folder, 4), uninterrupted())
+
+
+@cache
+def uninterrupted() -> list[Ended]:
+    return train_and_save(PLACE, CASE, torch.float64, {})
 
 
 TROUBLES = {"full": "No space left on device", "read-only": "Read-only file system"}
@@ -61,7 +66,7 @@ def test_the_disk_gives_trouble(trouble: str, target: str, tmp_path: Path, monke
 
 @pytest.mark.parametrize("how", ["save", "save_step"])
 def test_training_goes_on_if_it_should(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = train_and_save(PLACE, CASE, torch.float64, {})
+    whole = uninterrupted()
 
     def save(folder: Path, held: Held) -> bool:
         if how == "save":
