@@ -57,10 +57,11 @@ class Training:
     _busy: float = field(default=0.0, init=False)
     _skipped: int = field(default=0, init=False)
     _bad: int = field(default=0, init=False)
+    _begin: float = field(default=0.0, init=False)
 
     def run(self) -> Outcome:
         """Train all steps, evaluating at the start, at the end and in between."""
-        begin = time.monotonic()
+        begin = self._begin = time.monotonic()
         self._skipped = self.engine.skipped_steps()
         first = last = math.nan if 0 < self.start < self.steps else self._evaluate(self.start)
         self.progress.start()
@@ -124,6 +125,7 @@ class Training:
             learning_rate=self.engine.learning_rate(),
             gradient_norm=self.engine.gradient_norm(),
             tokens_per_second=round(speed, 1),
+            seconds=self._seconds(),
         )
         if not math.isfinite(loss) and not self._bad:
             raise ValueError(f"the training loss is {loss} at step {done}; lower lr or lengthen the warm-up.")
@@ -133,9 +135,14 @@ class Training:
     def _evaluate(self, done: int) -> float:
         loss = self.validation.loss(self.engine)
         perplexity = math.exp(loss)
-        self.metrics.write("validation", step=done, tokens=self._tokens(done), loss=loss, perplexity=perplexity)
+        figures = {"tokens": self._tokens(done), "seconds": self._seconds(), "loss": loss, "perplexity": perplexity}
+        self.metrics.write("validation", step=done, **figures)
         self.progress.say(f"step {done:>5}/{self.steps}: validation perplexity {perplexity:,.1f}")
         return loss
+
+    def _seconds(self) -> float:
+        """Since this process began to train; a run that goes on starts at 0 again."""
+        return round(time.monotonic() - self._begin, 2)
 
     def _tokens(self, steps: int) -> int:
         return steps * self.batches.batch_size * self.batches.rows.length

@@ -1,9 +1,11 @@
-"""The loss curve of a run as a picture."""
+"""Runs as pictures: the loss curve of one, or several side by side."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from frugal_dist.training.metrics import of_kind, read_metrics
 
@@ -38,7 +40,7 @@ def plot_run(run: Path) -> Path:
     right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # readable numbers instead of powers of ten
     right.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     right.yaxis.set_minor_formatter(NullFormatter())
-    for setup in of_kind(records, "run"):
+    for setup in (record for record in of_kind(records, "run") if "unigram_loss" in record):
         left.axhline(setup["unigram_loss"], color="0.5", linestyle="--", label="unigram model")
         right.axhline(math.exp(setup["unigram_loss"]), color="0.5", linestyle="--", label="unigram model")
         figure.suptitle(f"{setup['model']}: {setup['parameters'] / 1e6:.1f} M parameters, {setup['optimizer']}")
@@ -48,3 +50,55 @@ def plot_run(run: Path) -> Path:
     path = run / PLOT_FILE
     figure.savefig(path, dpi=100)
     return path
+
+
+# --- several runs
+
+Points = list[tuple[float, float]]
+
+
+def plot_runs(runs: Sequence[Path], out: Path) -> list[Path]:
+    """Loss and perplexity of several runs, and the optimizer state they took; a PNG and an SVG, named after ``out``.
+
+    Raises ValueError for a folder that holds no run, or none that has trained.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [run.name for run in runs]
+    everything = {run.name if names.count(run.name) == 1 else str(run): read_metrics(run) for run in runs}
+    for name, records in everything.items():
+        if not of_kind(records, "train"):
+            raise ValueError(f"{name} has no training records yet; run it for a few more steps.")
+    figure = Figure(figsize=(9.0, 6.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    (loss, perplexity), (time, state) = figure.subplots(2, 2)
+    for name, records in everything.items():
+        train, validation = of_kind(records, "train"), of_kind(records, "validation")
+        _line(loss, name, [(row["tokens"] / 1e6, row["loss"]) for row in train])
+        _line(perplexity, name, [(row["tokens"] / 1e6, row["perplexity"]) for row in validation], marker="o")
+        _line(time, name, [(r["seconds"] / 60, r["perplexity"]) for r in validation if "seconds" in r], marker="o")
+    loss.set(xlabel="million tokens", ylabel="training loss (nats per token)")
+    perplexity.set(xlabel="million tokens", ylabel="validation perplexity", yscale="log")
+    time.set(xlabel="minutes", ylabel="validation perplexity", yscale="log")
+    _bars(state, {name: of_kind(records, "summary") for name, records in everything.items()})
+    for panel in (loss, perplexity, time):
+        panel.grid(alpha=0.3)
+        panel.legend()
+    paths = [out.with_suffix(".png"), out.with_suffix(".svg")]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=100)
+    return paths
+
+
+def _line(panel: Any, name: str, points: Points, marker: str = "") -> None:
+    panel.plot([x for x, _ in points], [y for _, y in points], label=name, marker=marker)
+
+
+def _bars(panel: Any, summaries: dict[str, list[dict[str, Any]]]) -> None:
+    """Optimizer state of the rank that has most; runs that are not finished have none yet."""
+    sizes = {name: max(found[-1]["state_bytes"]) / 1e6 for name, found in summaries.items() if found}
+    panel.barh(list(sizes), list(sizes.values()), color=[f"C{list(summaries).index(name)}" for name in sizes])
+    panel.invert_yaxis()
+    panel.set(xlabel="optimizer state, MB on the rank with most")

@@ -29,7 +29,7 @@ from frugal_dist.training.evaluate import Validation
 from frugal_dist.training.loop import Training
 from frugal_dist.training.metrics import MetricsLog, of_kind, read_metrics
 from frugal_dist.training.models import build_llama, token_losses
-from frugal_dist.training.plot import plot_run
+from frugal_dist.training.plot import plot_run, plot_runs
 from frugal_dist.training.prepare import open_prepared, prepare_demo
 from frugal_dist.training.progress import Progress
 from frugal_dist.training.report import Summary, report_text
@@ -360,6 +360,9 @@ def test_metrics_survive_and_plot(tmp_path):
         assert len(read_metrics(tmp_path)) == 3  # readable before the run ends
     assert of_kind(read_metrics(tmp_path), "train")[0]["loss"] == 7.0
     assert plot_run(tmp_path).read_bytes().startswith(b"\x89PNG")
+    png, svg = plot_runs([tmp_path, tmp_path], tmp_path / "pictures" / "both.png")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in svg.read_text()
     with pytest.raises(ValueError, match=r"holds no metrics.jsonl"):
         plot_run(tmp_path / "nothing")
 
