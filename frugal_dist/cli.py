@@ -37,6 +37,14 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
     pretrain.set_defaults(command=_pretrain, changes=())
 
+    compare = commands.add_parser("compare", help="train several optimizers under the same recipe; table and picture")
+    compare.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
+    compare.add_argument(
+        "--optimizers", required=True, help="NAME or NAME@LR, separated by commas, such as adamw,frugal-svd,galore@4e-3"
+    )
+    compare.add_argument("--seeds", default="0", help="separated by commas (default 0)")
+    compare.set_defaults(command=_compare, changes=())
+
     plan = commands.add_parser("plan", help="a recipe's bytes and collectives per rank, without running it")
     plan.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
     plan.add_argument("--engine", required=True, help="single, ddp, fsdp2, hsdp:SHARDS, zero0, zero1, zero2 or zero3")
@@ -93,6 +101,17 @@ def _pretrain(options: argparse.Namespace) -> int:
     from frugal_dist.training.recipe import read_recipe
 
     return pretrain(read_recipe(options.recipe, options.changes))
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from frugal_dist.training.compare import compare
+    from frugal_dist.training.recipe import read_recipe
+
+    try:
+        seeds = [int(seed) for seed in options.seeds.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--seeds {options.seeds}: whole numbers, separated by commas, are needed.") from error
+    return compare(read_recipe(options.recipe, options.changes), options.optimizers.split(","), seeds)
 
 
 def _plan(options: argparse.Namespace) -> int:

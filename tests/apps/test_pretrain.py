@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("jsonargparse")
 pytest.importorskip("transformers")
 
+from frugal_dist.cli import main
 from frugal_dist.training.metrics import of_kind, read_metrics
 from frugal_dist.training.pretrain import pretrain
 from frugal_dist.training.recipe import Recipe, read_recipe
@@ -171,3 +172,24 @@ def test_a_run_goes_on_on_another_engine(folder: Path, uninterrupted: dict[tuple
 def test_too_little_text_is_an_error_before_training(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert pretrain(recipe(folder, "short", "--data.epochs", "0.01")) == 1
     assert "data.epochs is 0.01" in capfd.readouterr().err
+
+
+def test_optimizers_are_compared_and_finished_runs_are_not_repeated(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = folder / "runs" / "comparison"
+    arguments = ["compare", str(folder / "recipe.yaml"), "--optimizers", "adamw,frugal-columns,galore@4e-3,frugal-rho0"]
+    arguments += ["--folder", str(root), "--steps", "2", "--evaluate_every", "0", "--saving.every", "0"]
+    assert main(arguments) == 0
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in (root / "comparison.md").read_text().splitlines()
+    ]
+    assert [line[0] for line in lines[2:]] == ["adamw", "frugal-columns", "galore@4e-3", "frugal-rho0"]
+    state = {line[0]: float(line[3]) for line in lines[2:]}
+    assert state["adamw"] > state["frugal-columns"] > state["frugal-rho0"]
+    assert (root / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    before = (root / "adamw-seed0" / "metrics.jsonl").read_bytes()
+    assert main(arguments) == 0
+    assert (root / "adamw-seed0" / "metrics.jsonl").read_bytes() == before
+    assert main([*arguments[:3], "adam", *arguments[4:]]) == 2
+    assert "optimizers='adam' is not known" in capfd.readouterr().err
