@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from frugal_dist.training.data import TokenRows, Tokens
 from frugal_dist.training.engines import Engine
+from frugal_dist.training.rows import IGNORED, Rows, Tokens
 
 _ROWS_AT_ONCE = 16
 
@@ -14,14 +14,14 @@ _ROWS_AT_ONCE = 16
 class Validation:
     """The first `tokens` predicted tokens of a validation text, the same for every number of ranks."""
 
-    def __init__(self, rows: TokenRows, tokens: int) -> None:
+    def __init__(self, rows: Rows, tokens: int) -> None:
         self.rows = rows
-        self.count = min(rows.count, max(1, tokens // rows.length))
+        self.count = rows.enough(tokens)
 
     @property
     def tokens(self) -> int:
-        """How many tokens are predicted."""
-        return self.count * self.rows.length
+        """How many tokens are predicted; positions of padding are not."""
+        return self.rows.targets(self.count)
 
     def loss(self, engine: Engine) -> float:
         """Mean loss per token. Row i belongs to rank i mod world."""
@@ -39,5 +39,5 @@ class Validation:
         """Loss of guessing each token by its share of the training text, seen tokens or not (add one)."""
         counts = np.bincount(train, minlength=vocab_size).astype(np.float64) + 1
         log_share = np.log(counts / counts.sum())
-        targets = self.rows.tokens[1 : self.tokens + 1]
-        return -float(log_share[targets].mean())
+        targets = self.rows.take(range(self.count))[:, 1:]
+        return -float(log_share[targets[targets != IGNORED]].mean())

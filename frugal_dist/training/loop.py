@@ -8,12 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from frugal_dist.training.data import Batches
+from frugal_dist.training.data import Source
 from frugal_dist.training.engines import Engine
 from frugal_dist.training.evaluate import Validation
 from frugal_dist.training.metrics import MetricsLog
 from frugal_dist.training.progress import Progress
+from frugal_dist.training.rows import IGNORED
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Training:
     """
 
     engine: Engine
-    batches: Batches
+    batches: Source
     validation: Validation
     metrics: MetricsLog
     progress: Progress
@@ -82,11 +84,34 @@ class Training:
 
     def _train_step(self, index: int) -> None:
         begin = time.monotonic()
-        rows = torch.from_numpy(self.batches.share(index, self.engine.rank, self.engine.world))
-        self._loss_sum = self._loss_sum + self.engine.train_step(rows)
+        rows, targets = self._rows(index)
+        self._loss_sum = self._loss_sum + self.engine.train_step(rows, targets)
         self._loss_count += 1
         self._busy += time.monotonic() - begin
         self._count_bad(index + 1)
+
+    def _rows(self, index: int) -> tuple[Tensor, float | None]:
+        """This rank's rows of a batch, and targets of a rank on average where rows may be padded.
+
+        If reading fails on one rank, all of them raise.
+        """
+        rank, world = self.engine.rank, self.engine.world
+        if self.batches.full:
+            return torch.from_numpy(self.batches.share(index, rank, world)), None
+        rows, trouble = torch.empty(0, 1), None
+        try:
+            rows = torch.from_numpy(self.batches.share(index, rank, world))
+        except Exception as error:  # the others must hear of it, whatever it is
+            trouble = error
+        targets = int((rows[:, 1:] != IGNORED).sum())
+        failed, targets_of_all = self.engine.total([float(trouble is not None), float(targets)])
+        if trouble is not None:
+            raise trouble
+        if failed:
+            raise ValueError(
+                f"the training data could not be read on {failed:.0f} other ranks; their messages say why."
+            )
+        return rows, max(targets_of_all, 1.0) / world
 
     def _count_bad(self, done: int) -> None:
         """Skipped steps are said at once, and end the run if there is no end to them. Ranks skip together."""
@@ -145,4 +170,4 @@ class Training:
         return round(time.monotonic() - self._begin, 2)
 
     def _tokens(self, steps: int) -> int:
-        return steps * self.batches.batch_size * self.batches.rows.length
+        return steps * self.batches.batch_size * self.batches.length

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from frugal_dist.planner import LLAMA_SHAPES
 from frugal_dist.training.recipe import Model
+from frugal_dist.training.rows import IGNORED
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -86,6 +87,10 @@ def build_llama(size: str, vocab_size: int, sequence_length: int) -> LlamaForCau
 
 
 def token_losses(model: nn.Module, rows: Tensor) -> Tensor:
-    """Cross entropy of every predicted token; rows hold one token more than the model reads."""
-    logits = model(input_ids=rows[:, :-1]).logits.float()
-    return functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
+    """Cross entropy of every predicted token; rows hold one token more than the model reads.
+
+    Rows may be padded at their end with IGNORED, whose loss is 0; the real tokens before it cannot see it.
+    """
+    logits = model(input_ids=rows[:, :-1].clamp(min=0)).logits.float()
+    targets = rows[:, 1:].flatten()
+    return functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none", ignore_index=IGNORED)

@@ -10,29 +10,35 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from frugal_dist.training.data import Tokens, read_tokens, write_tokens
+from frugal_dist.training.data import Tokens, read_tokens, token_type, write_tokens
 from frugal_dist.training.text import demo_corpus
 from frugal_dist.training.tokenizer import load_tokenizer, separator_id, train_tokenizer
 
-FORMAT = 1  # raise it when the same settings would give other files
+FORMAT = 2  # raise it when the same settings would give other files
 _DESCRIPTION = "prepared.json"
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What lies in a folder of prepared data."""
+    """What lies in a folder of prepared data.
+
+    ``requested``: the settings it was made with. ``vocab_size``: ids that occur. ``dtype``: uint16 or uint32.
+    ``separator``: the id at the end of every document.
+    """
 
     format: int
     requested: str
     source: str
     vocab_size: int
+    dtype: str
+    separator: int
     train_tokens: int
     validation_tokens: int
 
 
 def prepare_demo(folder: Path, *, source: str = "auto", vocab_size: int = 4096) -> PreparedData:
     """Make tokenizer and token files from the demo text, unless the folder already holds just these."""
-    found = _read(folder)
+    found = read_description(folder)
     if found and (found.format, found.requested, found.vocab_size) == (FORMAT, source, vocab_size):
         print(f"Data is ready: {found.source}, {found.train_tokens:,} training tokens in {folder}")
         return found
@@ -54,23 +60,28 @@ def prepare_demo(folder: Path, *, source: str = "auto", vocab_size: int = 4096) 
         requested=source,
         source=corpus.source,
         vocab_size=vocab_size,
+        dtype=token_type(tokenizer.get_vocab_size()),
+        separator=separator,
         train_tokens=counts[0],
         validation_tokens=counts[1],
     )
-    _write(folder, made)
+    write_description(folder, made)
     print(f"Prepared {made.train_tokens:,} training and {made.validation_tokens:,} validation tokens in {folder}")
     return made
 
 
 def open_prepared(folder: Path) -> tuple[PreparedData, Tokens, Tokens]:
     """The description, training tokens and validation tokens of a prepared folder."""
-    data = _read(folder)
+    data = read_description(folder)
     if data is None:
-        raise ValueError(f"data folder {folder} is not prepared; run `frugal-dist demo prepare --data {folder}` first.")
-    return data, read_tokens(folder / "train.bin"), read_tokens(folder / "validation.bin")
+        raise ValueError(
+            f"data folder {folder} is not prepared, or by another version; run `frugal-dist data prepare SOURCE --out "
+            f"{folder}`, or `frugal-dist demo prepare --data {folder}` for the quickstart."
+        )
+    return data, read_tokens(folder / "train.bin", data.dtype), read_tokens(folder / "validation.bin", data.dtype)
 
 
-def _read(folder: Path) -> PreparedData | None:
+def read_description(folder: Path) -> PreparedData | None:
     """The description in a folder, or None if it was never finished or another version wrote it."""
     try:
         return PreparedData(**json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8")))
@@ -78,7 +89,7 @@ def _read(folder: Path) -> PreparedData | None:
         return None
 
 
-def _write(folder: Path, data: PreparedData) -> None:
+def write_description(folder: Path, data: PreparedData) -> None:
     """Written last and in one move: a folder that has it is complete."""
     unfinished = folder / (_DESCRIPTION + ".unfinished")
     unfinished.write_text(json.dumps(asdict(data), indent=1) + "\n", encoding="utf-8")

@@ -18,11 +18,10 @@ from frugal_dist.training.signals import STOPPED, StopRequest, stop_requests
 
 # Heavy and noisy libraries are imported inside the functions: once the terminal is protected from their output.
 if TYPE_CHECKING:
-    from frugal_dist.training.data import Batches
     from frugal_dist.training.engines import Engine
-    from frugal_dist.training.evaluate import Validation
     from frugal_dist.training.loop import Outcome, Training
     from frugal_dist.training.metrics import MetricsLog
+    from frugal_dist.training.sources import OpenData
 
 CHECKPOINTS = "checkpoints"
 
@@ -64,46 +63,30 @@ def _train(recipe: Recipe, place: Place, terminal: TextIO, request: StopRequest)
     from frugal_dist.training.engines import build_engine
     from frugal_dist.training.models import build_model
     from frugal_dist.training.schedule import build_schedule
+    from frugal_dist.training.sources import open_data
 
     schedule = build_schedule(recipe.schedule, recipe.steps)
-    batches, validation, vocab_size = _open_data(recipe)
+    data = open_data(recipe, place.world)
     torch.manual_seed(recipe.seed)
-    model = build_model(recipe.model, vocab_size, recipe.length)
+    model = build_model(recipe.model, data.vocab_size, recipe.length)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = build_engine(model, recipe, schedule, place)
     with ExitStack() as stack:
         stack.callback(engine.close)
+        stack.callback(data.batches.close)
         found = engine.resume(Path(recipe.folder) / CHECKPOINTS)
         start = 0 if found is None else found[0]
+        if found is not None:
+            data.batches.load_state_dict(found[1].get("data", []), start)
         if engine.rank == 0:
             print(_headline(recipe, engine, parameters, start), file=terminal)
-        outcome = _run(recipe, engine, batches, validation, start, terminal, request)
+        outcome = _run(recipe, engine, data, start, terminal, request)
     if outcome.steps < recipe.steps:
         if place.rank == 0:
             why = request.name or "a signal to another rank"
             print(f"Stopped after step {outcome.steps} ({why}); the same command goes on.", file=terminal)
         return STOPPED
     return 0
-
-
-def _open_data(recipe: Recipe) -> tuple[Batches, Validation, int]:
-    """Training batches, validation and the size of the vocabulary. ValueError if the text is too short."""
-    from frugal_dist.training.data import Batches, TokenRows
-    from frugal_dist.training.evaluate import Validation
-    from frugal_dist.training.prepare import open_prepared
-
-    if recipe.data.path is None:
-        raise ValueError("data.path is not set; name the folder that `frugal-dist data prepare` made.")
-    data, train, held_back = open_prepared(Path(recipe.data.path))
-    rows = TokenRows(train, recipe.length)
-    passes = recipe.steps * recipe.batch / rows.count
-    if passes > recipe.data.epochs:
-        raise ValueError(
-            f"{recipe.steps} steps of {recipe.batch} sequences go {passes:.2f} times through the {rows.count:,} "
-            f"sequences in {recipe.data.path}, but data.epochs is {recipe.data.epochs:g}. Raise it, or lower steps."
-        )
-    batches = Batches(rows, recipe.batch, recipe.seed)
-    return batches, Validation(TokenRows(held_back, recipe.length), recipe.evaluation_tokens), data.vocab_size
 
 
 def _headline(recipe: Recipe, engine: Engine, parameters: int, start: int) -> str:
@@ -118,8 +101,7 @@ def _headline(recipe: Recipe, engine: Engine, parameters: int, start: int) -> st
 def _run(
     recipe: Recipe,
     engine: Engine,
-    batches: Batches,
-    validation: Validation,
+    data: OpenData,
     start: int,
     terminal: TextIO,
     request: StopRequest,
@@ -130,7 +112,7 @@ def _run(
     path = Path(recipe.folder) / METRICS_FILE if engine.rank == 0 else None
     with MetricsLog(path, start or None) as metrics, Progress(recipe.steps, terminal, engine.rank == 0) as progress:
         metrics.write("run", **recipe.record(), start=start, ranks=engine.world)
-        training = _training(recipe, engine, batches, validation, start, metrics, progress, request)
+        training = _training(recipe, engine, data, start, metrics, progress, request)
         outcome = training.run()
         if outcome.steps < recipe.steps:
             metrics.write("stopped", step=outcome.steps, signal=request.name)
@@ -153,24 +135,26 @@ def _run(
 def _training(
     recipe: Recipe,
     engine: Engine,
-    batches: Batches,
-    validation: Validation,
+    data: OpenData,
     start: int,
     metrics: MetricsLog,
     progress: Any,
     request: StopRequest,
 ) -> Training:
+    from frugal_dist.training.engines.collectives import gathered
     from frugal_dist.training.loop import Training
 
     def save(step: int) -> None:
         saving = recipe.saving
         options = {"keep_last": saving.keep_last, "keep_every": saving.keep_every, "on_error": saving.on_error}
-        engine.save(Path(recipe.folder) / CHECKPOINTS, step, {}, **options)
+        position = data.batches.state_dict()
+        extra = {"data": gathered(position)} if position else {}
+        engine.save(Path(recipe.folder) / CHECKPOINTS, step, extra, **options)
 
     return Training(
         engine,
-        batches,
-        validation,
+        data.batches,
+        data.validation,
         metrics,
         progress,
         steps=recipe.steps,

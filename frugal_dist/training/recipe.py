@@ -53,9 +53,15 @@ class Data:
         column: the column that holds the text.
         tokenizer: folder, file or hub name.
         rows: packed (documents one after the other, separated) or truncated (a row per document, as in the papers).
-        shuffle_buffer: documents among which a stream is shuffled.
-        epochs: how often the training text may be gone through; fewer passes than the steps need are an error.
+        documents: what a document of a text file is: line, paragraph (up to an empty line) or file.
+        split: the training split of a dataset.
+        validation_split: its validation split.
         validation_path: like path, where the source has no validation split of its own.
+        shuffle_buffer: documents among which a stream is shuffled.
+        streams: parts of a stream that are read side by side, a multiple of the ranks; null: 8, where files and batch
+            can be divided so, otherwise one a rank. Batches depend on this number, not on that of the ranks.
+        workers: threads in which every rank reads and tokenizes streams ahead.
+        epochs: how often the training text may be gone through; fewer passes than the steps need are an error.
     """
 
     kind: Literal["tokens", "c4", "hub", "files"] = "tokens"
@@ -64,9 +70,14 @@ class Data:
     column: str = "text"
     tokenizer: str | None = None
     rows: Literal["packed", "truncated"] = "packed"
-    shuffle_buffer: int = 10_000
-    epochs: float = 1.0
+    documents: Literal["line", "paragraph", "file"] = "line"
+    split: str = "train"
+    validation_split: str = "validation"
     validation_path: str | None = None
+    shuffle_buffer: int = 10_000
+    streams: int | None = None
+    workers: int = 2
+    epochs: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +192,11 @@ def check_recipe(recipe: Recipe) -> None:
             raise ValueError(f"{key} is {getattr(recipe, key)}; it must not be negative.")
     if recipe.micro_batch is not None and recipe.micro_batch < 1:
         raise ValueError(f"micro_batch is {recipe.micro_batch}; it must be at least 1, or null.")
+    for key in ("shuffle_buffer", "workers"):
+        if getattr(recipe.data, key) < 1:
+            raise ValueError(f"data.{key} is {getattr(recipe.data, key)}; it must be at least 1.")
+    if not recipe.data.epochs > 0:
+        raise ValueError(f"data.epochs is {recipe.data.epochs:g}; it must be above 0.")
     if (recipe.model.llama is None) == (recipe.model.path is None):
         raise ValueError("model.llama and model.path: set one of them, the shape of the papers or a folder.")
     if recipe.model.pretrained and recipe.model.path is None:

@@ -174,7 +174,7 @@ class FakeEngine:
     seen: list[int] = field(default_factory=list)
     batch_size = 6
 
-    def train_step(self, rows):
+    def train_step(self, rows, targets=None):
         self.seen.extend(rows[:, 0].tolist())
         return rows.float().mean()
 
@@ -259,7 +259,7 @@ def test_loop_trains_each_step_and_evaluates_at_start_middle_and_end(tmp_path):
 
 def test_loop_stops_when_the_loss_is_not_finite(tmp_path, monkeypatch):
     engine = FakeEngine(rank=1, world=2)
-    monkeypatch.setattr(engine, "train_step", lambda rows: torch.tensor(math.nan), raising=False)
+    monkeypatch.setattr(engine, "train_step", lambda rows, targets=None: torch.tensor(math.nan), raising=False)
     training, terminal = _training(tmp_path, engine, steps=5)
     with training.metrics, pytest.raises(ValueError, match="training loss is nan at step 2"):
         training.run()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import distributed
 
@@ -22,6 +24,15 @@ def everyone(value: int, device: torch.device) -> list[int]:
     found = [torch.zeros_like(own) for _ in range(distributed.get_world_size())]
     distributed.all_gather(found, own)
     return [int(count) for count in found]
+
+
+def gathered(value: Any) -> list[Any]:
+    """A small plain value of each rank, on all ranks."""
+    if not distributed.is_initialized():
+        return [value]
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, value)
+    return found
 
 
 def leave() -> None:

@@ -38,13 +38,15 @@ class DeepSpeedEngine:
         self._schedule = scheduler if ours is not None else None
         self.optimizer_name = type(self._engine.basic_optimizer).__name__
 
-    def train_step(self, rows: Tensor) -> Tensor:
+    def train_step(self, rows: Tensor, targets: float | None = None) -> Tensor:
         """One optimizer step, in as many micro-batches as the JSON asks for."""
         self._engine.train()
         parts = rows.split(self._engine.train_micro_batch_size_per_gpu())
         mean = torch.zeros((), device=self._engine.device)
         for part in parts:
-            loss = token_losses(self._engine, part.to(self._engine.device)).mean()
+            losses = token_losses(self._engine, part.to(self._engine.device))
+            # DeepSpeed divides by the number of micro-batches.
+            loss = losses.mean() if targets is None else losses.sum() * (len(parts) / targets)
             self._engine.backward(loss)
             self._engine.step()
             mean += loss.detach() / len(parts)

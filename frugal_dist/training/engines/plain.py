@@ -39,15 +39,16 @@ class PlainEngine:
         self._norm, self._skipped = math.nan, 0
         self.optimizer_name: str = recipe.optimizer.name
 
-    def train_step(self, rows: Tensor) -> Tensor:
+    def train_step(self, rows: Tensor, targets: float | None = None) -> Tensor:
         """One optimizer step, in micro-batches whose gradients add up to the batch's."""
         self._model.train()
         self._optimizer.zero_grad(set_to_none=True)
         parts = rows.split(self._micro or len(rows))
         mean = torch.zeros((), device=self.device)
+        targets = rows.shape[0] * (rows.shape[1] - 1) if targets is None else targets
         for number, part in enumerate(parts):
             with self._sync(self._model, number == len(parts) - 1):
-                loss = self._losses(part).sum() / (rows.shape[0] * (rows.shape[1] - 1))
+                loss = self._losses(part).sum() / targets
                 loss.backward()
             mean += loss.detach()
         self._norm = self._gradient_norm()

@@ -21,8 +21,12 @@ class Engine(Protocol):
     batch_size: int
     optimizer_name: str
 
-    def train_step(self, rows: Tensor) -> Tensor:
-        """One optimizer step on this rank's rows of the batch; returns their mean loss."""
+    def train_step(self, rows: Tensor, targets: float | None = None) -> Tensor:
+        """One optimizer step on this rank's rows of the batch; returns their loss, divided by ``targets``.
+
+        ``targets``: predicted tokens of a rank, on average over the ranks, where rows may be padded: the mean over
+        ranks is then the mean over the batch's tokens. None: all rows are full.
+        """
 
     def losses(self, rows: Tensor) -> Tensor:
         """The loss of every predicted token, without gradient."""

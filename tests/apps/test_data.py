@@ -1,0 +1,392 @@
+"""Data for training: streams and token files, their order, their positions, and errors before training starts."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("datasets")
+pytest.importorskip("jsonargparse")
+pytest.importorskip("transformers")
+
+import corpora
+
+from frugal_dist.training.documents import open_documents
+from frugal_dist.training.encoding import read_encoder
+from frugal_dist.training.metrics import of_kind, read_metrics
+from frugal_dist.training.models import token_losses
+from frugal_dist.training.pretrain import pretrain
+from frugal_dist.training.recipe import Data, Model, Recipe, read_recipe
+from frugal_dist.training.rows import IGNORED, DocumentRows, TokenRows, cut_or_padded
+from frugal_dist.training.sources import open_data
+from frugal_dist.training.streams import Lane, Position, Reading, Stream, choose_lanes
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore::ResourceWarning")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """C4-like data with and without README, and tokenizers."""
+    found = tmp_path_factory.mktemp("data")
+    corpora.write_c4(found / "c4")
+    corpora.write_t5_like(found / "t5")
+    corpora.write_tokenizer(found / "small.json")
+    return found
+
+
+def recipe_for(folder: Path, **data: Any) -> Recipe:
+    values = {"kind": "c4", "path": str(folder / "c4"), "tokenizer": str(folder / "t5"), "rows": "truncated", **data}
+    return Recipe(
+        model=Model(llama="quick", vocab_size=500),
+        data=Data(**values),
+        steps=2,
+        batch=16,
+        length=32,
+        evaluation_tokens=500,
+    )
+
+
+def batches_of(stream: Any, count: int, first: int = 0, world: int = 1) -> list[list[list[int]]]:
+    """Global batches, put together from the shares of ``world`` ranks that share one process."""
+    return [
+        [row for rank in range(world) for row in stream[rank].share(first + index, rank, world).tolist()]
+        for index in range(count)
+    ]
+
+
+# --- what a row is
+
+
+def test_rows_are_those_of_the_papers(folder: Path) -> None:
+    """As the papers' code calls the tokenizer: cut or padded to the length; labels are ids, padding is none."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "t5")
+    encoder = read_encoder(str(folder / "t5"))
+    texts = ["short", *corpora.topics()[0][:5]]
+    theirs = tokenizer(texts, max_length=48, truncation=True, padding="max_length", return_tensors="np")
+    labels = np.where(theirs["input_ids"] == tokenizer.pad_token_id, IGNORED, theirs["input_ids"])
+    ours = np.stack([cut_or_padded(document, 48) for document in encoder.encode(texts)])
+    assert (ours == labels).all()
+    assert (encoder.vocab_size, len(tokenizer)) == (500, 510)
+    assert max(encoder.encode(["<extra_id_3></s>"])[0][:-1]) < 500  # text, not tokens
+    assert 1 not in encoder.encode(["<extra_id_3></s>"])[0][:-1]
+
+
+@torch.no_grad()
+def test_padding_changes_no_loss(folder: Path) -> None:
+    """The loss of a padded row is that of the row alone, with an attention mask as in the papers' code."""
+    from frugal_dist.training.models import build_llama
+
+    torch.manual_seed(0)
+    model = build_llama("quick", 500, 32).eval()
+    rows = torch.randint(3, 500, (2, 32))
+    rows[1, 20:] = IGNORED
+    losses = token_losses(model, rows).view(2, 31)
+    assert (losses[1, 19:] == 0).all()
+    alone = token_losses(model, rows[1:, :20])
+    assert torch.allclose(losses[1, :19], alone, atol=1e-5)
+    ids, labels = rows.clamp(min=0), rows
+    theirs = model(input_ids=ids, attention_mask=(rows != IGNORED).long(), labels=labels).loss
+    assert float(losses.sum() / (31 + 19)) == pytest.approx(float(theirs), abs=1e-5)
+
+
+def test_document_rows_of_a_token_file() -> None:
+    tokens = np.array([5, 6, 0, 7, 0, 1, 2, 3, 4, 5, 6, 0], dtype=np.uint32)
+    rows = DocumentRows(tokens, 5, separator=0)
+    assert rows.count == 3
+    assert rows.take([0, 2, 1]).tolist() == [[5, 6, 0, -100, -100], [1, 2, 3, 4, 0], [7, 0, -100, -100, -100]]
+    assert (rows.targets(3), rows.targets(2)) == (2 + 1 + 4, 3)
+    assert [rows.enough(tokens) for tokens in (0, 1, 2, 3, 4, 7, 99)] == [1, 1, 1, 2, 3, 3, 3]
+    packed = TokenRows(tokens, 5)
+    assert (packed.enough(5), packed.enough(99), packed.targets(2)) == (1, 2, 10)
+
+
+# --- streams
+
+
+@pytest.mark.parametrize("rows", ["packed", "truncated"])
+def test_batches_do_not_depend_on_the_ranks(rows: str, folder: Path) -> None:
+    recipe = recipe_for(folder, rows=rows, epochs=9)
+    curves = []
+    for world in (1, 2, 4):
+        streams = [open_data(recipe, world).batches for _ in range(world)] if world < 4 else None
+        if streams is None:  # opened once: what differs is the share only
+            data = open_data(recipe, world).batches
+            assert isinstance(data, Stream)
+            streams = [Stream(data.reading, 16, data.lanes, False, 1) for _ in range(world)]
+        curves.append(batches_of(streams, 3, world=world))
+    assert curves[0] == curves[1] == curves[2]
+    assert len(curves[0][0]) == 16
+    assert {len(row) for row in curves[0][0]} == {33 if rows == "packed" else 32}
+    assert curves[0][0] != curves[0][1]
+
+
+def reading_of(folder: Path, **changes: Any) -> Reading:
+    recipe = recipe_for(folder)
+    known = Reading(open_documents(recipe.data), read_encoder(recipe.data.tokenizer), 32, False, 7, 0, 3.0)
+    return replace(known, **changes)
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 8])  # three do not divide the files: each reads all and keeps its share
+def test_every_pass_has_every_document_once_in_another_order(lanes: int, folder: Path) -> None:
+    reading = reading_of(folder)
+    wanted = sorted(
+        cut_or_padded(ids, 32).tolist() for ids in reading.encoder.encode([t.strip() for t in corpora.topics()[0]])
+    )
+    passes = []
+    for epoch in range(2):
+        start = Position(epoch=epoch)
+        found = [row.tolist() for n in range(lanes) for row, _ in Lane(reading, n, lanes).rows(start, passes=epoch + 1)]
+        assert sorted(found) == wanted
+        passes.append(found)
+    assert passes[0] != passes[1]
+    other = [row.tolist() for row, _ in Lane(replace(reading, seed=1), 0, lanes).rows(Position(), passes=1)]
+    assert other != passes[0][: len(other)]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("lanes", [1, 3, 8])
+def test_a_lane_goes_on_from_every_position(packed: bool, lanes: int, folder: Path) -> None:
+    """Across blocks and passes; a position survives what checkpoints allow: plain numbers and text."""
+    lane = Lane(reading_of(folder, packed=packed, length=200 if packed else 32), lanes - 1, lanes)
+    steps = list(lane.rows(Position()))
+    assert {position.epoch for _, position in steps} == {0, 1, 2}
+    for number in range(0, len(steps) - 1, max(1, len(steps) // 9)):
+        saved = json.loads(json.dumps(vars(steps[number][1])))
+        position = Position(**{**saved, "carry": tuple(saved["carry"])})
+        later = lane.rows(position)
+        for wanted, place in steps[number + 1 : number + 12]:
+            row, position = next(later)
+            assert row.tolist() == wanted.tolist()
+            assert replace(position, source=None) == replace(place, source=None)
+
+
+def test_packed_rows_lose_nothing(folder: Path) -> None:
+    """Rows overlap by one token; together they are the documents, each with its separator."""
+    reading = reading_of(folder, packed=True, block=10_000)
+    rows = [row.tolist() for row, _ in Lane(reading, 0, 1).rows(Position(), passes=1)]
+    assert all(before[-1] == after[0] for before, after in pairwise(rows))
+    stream = [token for row in rows for token in row[:-1]]
+    tokens = sum(map(len, reading.encoder.encode([text.strip() for text in corpora.topics()[0]])))
+    assert tokens - 33 <= len(stream) <= tokens
+    assert stream.count(1) in (len(corpora.topics()[0]) - 1, len(corpora.topics()[0]))
+
+
+def test_lanes_follow_batch_ranks_and_files() -> None:
+    assert [choose_lanes(None, 512, world, 1024) for world in (1, 2, 8, 16)] == [8, 8, 8, 16]
+    assert choose_lanes(None, 512, 2, 5) == 2  # five files: one lane a rank
+    assert choose_lanes(None, 12, 3, 12) == 6
+    assert choose_lanes(4, 512, 2, 5) == 4
+    with pytest.raises(ValueError, match=r"data.streams is 4: .*multiple of the 8 ranks"):
+        choose_lanes(4, 512, 8, 1024)
+    with pytest.raises(ValueError, match="batch is 512, which 3 ranks"):
+        choose_lanes(None, 512, 3, 1024)
+
+
+def test_a_stream_goes_on_with_other_ranks(folder: Path) -> None:
+    """Two ranks save, one goes on, then four; in between more was read ahead than was trained on."""
+    data = open_data(recipe_for(folder, rows="packed", epochs=9, shuffle_buffer=40), 1).batches
+    assert isinstance(data, Stream)
+
+    def fresh(states: list[dict[str, Any]], at: int, world: int) -> list[Stream]:
+        found = [Stream(data.reading, 16, 8, False, 2) for _ in range(world)]
+        for stream in found:
+            stream.load_state_dict(states, at)
+        return found
+
+    wanted = batches_of([data], 9)
+    streams = [Stream(data.reading, 16, 8, False, 2) for _ in range(2)]
+    got = batches_of(streams, 3, world=2)
+    for first, world in ((3, 1), (6, 4)):
+        states = json.loads(json.dumps([stream.state_dict() for stream in streams]))
+        streams = fresh(states, first, world)
+        got += batches_of(streams, 3, first, world)
+    assert got == wanted
+    unread = fresh([stream.state_dict() for stream in streams], 9, 1)[0].state_dict()
+    assert len(unread["positions"]) == 8
+    with pytest.raises(ValueError, match=r"step 4 has no position in .*c4"):
+        streams[0].load_state_dict([unread], 4)
+    with pytest.raises(ValueError, match=r"data.streams is 4, but the run was begun with 8"):
+        Stream(data.reading, 16, 4, True, 1).load_state_dict([unread], 9)
+
+
+# --- kinds of sources
+
+
+def texts_of(data: Data, validation: bool = False) -> list[str]:
+    documents = open_documents(data, validation)
+    return [documents.text(example).strip() for example in documents.dataset]
+
+
+def test_every_kind_of_source(folder: Path, tmp_path: Path) -> None:
+    train, validation = corpora.topics()
+    bare = corpora.write_c4(tmp_path / "bare", readme=False)
+    for place, kind in ((folder / "c4", "c4"), (bare, "c4"), (folder / "c4", "hub")):
+        data = Data(kind=kind, path=str(place), name="en")
+        assert sorted(texts_of(data)) == sorted(train), (place, kind)
+        assert sorted(texts_of(data, validation=True)) == sorted(validation)
+    corpora.write_jsonl(tmp_path / "a.jsonl", train[:3], "body")
+    corpora.write_parquet(tmp_path / "b.parquet", train[:3], "body")
+    (tmp_path / "c.txt").write_text("one\ntwo\n\nthree\n")
+    for name in ("a.jsonl", "b.parquet"):
+        both = {"path": str(tmp_path / name), "validation_path": str(tmp_path / name)}
+        assert texts_of(Data(kind="files", column="body", **both)) == train[:3]
+        assert texts_of(Data(kind="files", column="body", **both), validation=True) == train[:3]
+    text = {"kind": "files", "path": str(tmp_path / "*.txt")}
+    assert texts_of(Data(**text)) == ["one", "two", "", "three"]
+    assert texts_of(Data(**text, documents="paragraph")) == ["one\ntwo", "three"]
+    assert texts_of(Data(**text, documents="file")) == ["one\ntwo\n\nthree"]
+
+
+# --- errors before training
+
+
+def broken(folder: Path, tmp_path: Path, name: str) -> dict[str, Any]:
+    """Data that cannot be trained on, by what is wrong with it."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder / "c4", copy)
+    shard = next((copy / "en").glob("c4-train.00003*"))
+    if name == "empty":
+        shard.write_bytes(b"")
+    elif name == "no gzip":
+        shard.write_bytes(b"not packed\n")
+    elif name == "no json":
+        with gzip.open(shard, "wt") as file:
+            file.write('{"text": "cut\n')
+    elif name == "cut":
+        shard.write_bytes(shard.read_bytes()[:-2000])
+    elif name == "no split":
+        for file in (copy / "en").glob("c4-validation*"):
+            file.unlink()
+        (copy / "README.md").unlink()
+        return {"kind": "hub", "path": str(copy), "name": None}
+    return {"path": str(copy)}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("empty", r"c4-train.00003-of-00008.json.gz is empty"),
+        ("no gzip", r"c4-train.00003-of-00008.json.gz is damaged"),
+        ("no json", r"c4-train.00003-of-00008.json.gz is damaged"),
+        ("cut", r"copy \(en, train\) cannot be read any further"),
+        ("no split", r"data.validation_split"),
+    ],
+)
+def test_damaged_text(name: str, words: str, folder: Path, tmp_path: Path) -> None:
+    changes = {"name": "en", **broken(folder, tmp_path, name)}
+    with pytest.raises(ValueError, match=words):
+        open_data(recipe_for(folder, **changes), 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"column": "body"}, r"no column 'body': its columns are text, timestamp, url. Set data.column"),
+        ({"column": "timestamp"}, r"column 'timestamp' holds datetime where text should be.*data.column"),
+        ({"name": "de"}, r"'de'.*Set data.name"),
+        ({"tokenizer": None}, "data.tokenizer is not set"),
+        ({"tokenizer": "t5-base"}, r"data.tokenizer is 't5-base', which could not be had.*HF_HOME"),
+        ({"path": None}, r"data.path: allenai/c4 \(en, train\) could not be had.*HF_HOME.*--data.path FOLDER"),
+        ({"kind": "hub", "path": None}, "data.path is not set"),
+        ({"kind": "files", "path": "nowhere/*.jsonl"}, r"data.path is 'nowhere/\*.jsonl', where there are no files"),
+        ({"epochs": 0.1}, r"steps need 4 sequences of each of 8 streams, .* but data.epochs is 0.1"),
+        ({"streams": 5}, "data.streams is 5"),
+    ],
+)
+def test_what_cannot_be_trained_on(changes: dict[str, Any], words: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        open_data(recipe_for(folder, **changes), 1)
+
+
+def test_a_vocabulary_that_does_not_fit(folder: Path) -> None:
+    recipe = replace(recipe_for(folder), model=Model(llama="quick", vocab_size=499))
+    with pytest.raises(ValueError, match=r"model.vocab_size is 499, but the tokenizer .* has 500"):
+        open_data(recipe, 1)
+
+
+# --- training
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = """{"model_type": "llama", "vocab_size": 512, "hidden_size": 48, "intermediate_size": 101, "use_cache": false,
+"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}"""
+CHANGES = """
+--model.path {folder}/model --model.llama null --model.vocab_size null --data.path {folder}/c4 --data.tokenizer
+{folder}/t5 --data.epochs 9 --batch 16 --micro_batch 2 --length 48 --precision fp32 --evaluate_every 4
+--evaluation_tokens 3000 --log_every 1 --schedule.name constant --schedule.warmup 0 --data.shuffle_buffer 40
+--optimizer.options.update_gap 4 --optimizer.options.state_free sgd --optimizer.options.eps 1e-3
+"""
+LAUNCHES = {
+    "ddp": ["torchrun", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m"],
+    "fsdp2": ["torchrun", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m"],
+    "deepspeed": ["deepspeed", "--num_gpus=2", "--no_local_rank", "--log_level=error", "--module"],
+}
+
+
+def arguments(folder: Path, name: str, *more: str) -> list[str]:
+    return [*CHANGES.format(folder=folder).split(), "--folder", str(folder / "runs" / name), *more]
+
+
+def losses(folder: Path, name: str) -> dict[tuple[str, int], float]:
+    records = read_metrics(folder / "runs" / name)
+    return {(r["kind"], r["step"]): r["loss"] for kind in ("train", "validation") for r in of_kind(records, kind)}
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> dict[tuple[str, int], float]:
+    """The losses of eight steps of the papers' recipe on one process, and a run that did four."""
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(CONFIG)
+    for name, steps in (("all", 8), ("half", 4)):
+        assert pretrain(read_recipe("llama_60m", arguments(folder, name, "--steps", str(steps)))) == 0
+    return losses(folder, "all")
+
+
+def test_the_papers_recipe_goes_on_exactly(folder: Path, runs: dict[tuple[str, int], float]) -> None:
+    shutil.copytree(folder / "runs" / "half", folder / "runs" / "more")
+    assert pretrain(read_recipe("llama_60m", arguments(folder, "more", "--steps", "8"))) == 0
+    assert losses(folder, "more") == runs
+    assert runs["validation", 8] < runs["validation", 0] - 0.05
+
+
+@pytest.mark.parametrize(
+    "engine",
+    ["ddp", pytest.param("fsdp2", marks=pytest.mark.heavy), pytest.param("deepspeed", marks=pytest.mark.heavy)],
+)
+def test_padded_rows_of_a_stream_on_several_ranks(
+    engine: str, folder: Path, runs: dict[tuple[str, int], float]
+) -> None:
+    """Two ranks go on where one was: the mean is over the real tokens of all ranks and micro-batches."""
+    shutil.copytree(folder / "runs" / "half", folder / "runs" / engine)
+    launch = [str(Path(sys.executable).parent / LAUNCHES[engine][0]), *LAUNCHES[engine][1:]]
+    if engine == "deepspeed":
+        launch.insert(1, f"--master_port={20_000 + os.getpid() % 20_000}")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [*launch, "frugal_dist.cli", "pretrain", "llama_60m"]
+    done = subprocess.run(
+        [*command, *arguments(folder, engine, "--steps", "8", "--engine", engine)],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + (folder / "runs" / engine / "output.txt").read_text()[-3000:]
+    found = losses(folder, engine)
+    assert found.keys() == runs.keys()
+    assert max(abs(found[key] - runs[key]) for key in found) < 2e-4
