@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     pretrain.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
     pretrain.set_defaults(command=_pretrain, changes=())
+
+    _add_data(commands.add_parser("data", help="text to token files"))
 
     compare = commands.add_parser("compare", help="train several optimizers under the same recipe; table and picture")
     compare.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
@@ -80,6 +83,34 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--config", type=Path, required=True, help="DeepSpeed JSON")
     train.add_argument("--steps", type=int, help="number of optimizer steps")
     train.set_defaults(command=_demo_train)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    steps = parser.add_subparsers(required=True, metavar="STEP")
+    prepare = steps.add_parser(
+        "prepare", help="tokenize text, JSONL, parquet or a dataset once; interrupted, the same command goes on"
+    )
+    prepare.add_argument("source", metavar="SOURCE", help="file, folder or 'pattern', or a dataset's name on the hub")
+    prepare.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the token files")
+    prepare.add_argument("--tokenizer", required=True, help="folder, tokenizer.json or hub name")
+    prepare.add_argument("--name", help="configuration of a hub dataset, for C4 en")
+    prepare.add_argument("--column", default="text", help="column with the text (default text)")
+    prepare.add_argument("--split", default="train", help="split of a hub dataset (default train)")
+    prepare.add_argument("--validation-split", help="take validation from this split instead of holding some back")
+    prepare.add_argument("--validation-share", type=float, default=0.01, help="of documents held back (default 0.01)")
+    prepare.add_argument("--documents", choices=("line", "paragraph", "file"), default="line", help="in text files")
+    prepare.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    prepare.add_argument("--part-documents", type=int, default=10_000, help="documents per part (default 10000)")
+    prepare.set_defaults(command=_data_prepare)
+
+
+def _data_prepare(options: argparse.Namespace) -> int:
+    from dataclasses import fields
+
+    from frugal_dist.training.preparing import Preparation, prepare
+
+    prepare(Preparation(**{field.name: getattr(options, field.name) for field in fields(Preparation)}))
+    return 0
 
 
 def _demo_prepare(options: argparse.Namespace) -> int:

@@ -183,12 +183,19 @@ class Stream:
     def state_dict(self) -> dict[str, Any]:
         """Positions of the lanes that this rank reads; of all, before it reads any."""
         mine = {str(number): asdict(self._positions[number]) for number in self._iterators or self._positions}
-        return {"index": self._index, "lanes": self.lanes, "positions": mine}
+        return {
+            "index": self._index,
+            "lanes": self.lanes,
+            "block": self.reading.block,
+            "settings": _settings(self.reading),
+            "positions": mine,
+        }
 
     def load_state_dict(self, states: list[dict[str, Any]], index: int) -> None:
         """Go on where the ranks that saved were, on any number of ranks that can share the lanes.
 
-        Raises ValueError if the checkpoint is of a run on other data, or was begun with another number of lanes.
+        Lanes and blocks stay as the run was begun with. Raises ValueError if the checkpoint is of a run on other data,
+        or other keys of the recipe have changed on which the rows depend.
         """
         if not states or any(state.get("index") != index for state in states):
             raise ValueError(
@@ -198,8 +205,15 @@ class Stream:
         lanes = int(states[0]["lanes"])
         if self._given and lanes != self.lanes:
             raise ValueError(f"data.streams is {self.lanes}, but the run was begun with {lanes}. Set it to {lanes}.")
+        for key, value in _settings(self.reading).items():
+            if states[0]["settings"][key] != value:
+                raise ValueError(
+                    f"{key} is {value}, but the run was begun with {states[0]['settings'][key]}: its position in the "
+                    "text would mean another text. Set it back, or begin in another folder."
+                )
         positions = {int(number): value for state in states for number, value in state["positions"].items()}
         self.lanes = lanes
+        self.reading = replace(self.reading, block=int(states[0]["block"]))
         self._index = index
         self._positions = {
             number: Position(**{**value, "carry": tuple(value["carry"])}) for number, value in positions.items()
@@ -208,6 +222,16 @@ class Stream:
     def close(self) -> None:
         """Stop reading ahead; a thread that waits for the network is left to it."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _settings(reading: Reading) -> dict[str, Any]:
+    """The keys of the recipe on which the rows after a position depend."""
+    return {
+        "seed": reading.seed,
+        "length": reading.length,
+        "data.rows": "packed" if reading.packed else "truncated",
+        "the size of data.tokenizer": reading.encoder.vocab_size,
+    }
 
 
 def choose_lanes(given: int | None, batch: int, world: int, shards: int) -> int:

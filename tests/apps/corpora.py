@@ -88,3 +88,15 @@ def write_t5_like(folder: Path, vocab_size: int = 500, sentinels: int = 10) -> P
     )
     fast.save_pretrained(folder)
     return folder
+
+
+def write_words(path: Path, vocab_size: int) -> Path:
+    """A tokenizer.json with as many words; those it does not know have the last id."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["</s>", *(f"word{number}" for number in range(vocab_size - 2)), "<unk>"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(path))
+    return path

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,15 +24,20 @@ pytest.importorskip("transformers")
 
 import corpora
 
+from frugal_dist.cli import main
 from frugal_dist.training.documents import open_documents
 from frugal_dist.training.encoding import read_encoder
 from frugal_dist.training.metrics import of_kind, read_metrics
 from frugal_dist.training.models import token_losses
+from frugal_dist.training.prepare import open_prepared
+from frugal_dist.training.preparing import Preparation, prepare
 from frugal_dist.training.pretrain import pretrain
 from frugal_dist.training.recipe import Data, Model, Recipe, read_recipe
 from frugal_dist.training.rows import IGNORED, DocumentRows, TokenRows, cut_or_padded
 from frugal_dist.training.sources import open_data
 from frugal_dist.training.streams import Lane, Position, Reading, Stream, choose_lanes
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
@@ -221,6 +227,8 @@ def test_a_stream_goes_on_with_other_ranks(folder: Path) -> None:
         streams[0].load_state_dict([unread], 4)
     with pytest.raises(ValueError, match=r"data.streams is 4, but the run was begun with 8"):
         Stream(data.reading, 16, 4, True, 1).load_state_dict([unread], 9)
+    with pytest.raises(ValueError, match="seed is 5, but the run was begun with 0"):
+        Stream(replace(data.reading, seed=5), 16, 8, True, 1).load_state_dict([unread], 9)
 
 
 # --- kinds of sources
@@ -318,9 +326,144 @@ def test_a_vocabulary_that_does_not_fit(folder: Path) -> None:
         open_data(recipe, 1)
 
 
+# --- token files
+
+
+@pytest.fixture(scope="module")
+def prepared(folder: Path) -> Path:
+    """Token files of the training text, made by two processes, a tenth held back."""
+    source = corpora.write_jsonl(folder / "texts.jsonl", corpora.topics()[0], "body")
+    options = ["--tokenizer", str(folder / "t5"), "--column", "body", "--part-documents", "9", "--workers", "2"]
+    out = folder / "prepared"
+    assert main(["data", "prepare", str(source), "--out", str(out), "--validation-share", "0.1", *options]) == 0
+    return out
+
+
+def preparation(folder: Path, out: Path, **changes: Any) -> Preparation:
+    values = {"column": "body", "validation_share": 0.1, "part_documents": 9, "tokenizer": str(folder / "t5")}
+    return Preparation(source=str(folder / "texts.jsonl"), out=out, **{**values, **changes})
+
+
+def test_token_files_are_the_documents(folder: Path, prepared: Path, tmp_path: Path) -> None:
+    """On one process as on two; every document once, in one of the halves, as a stream would cut it."""
+    alone = prepare(preparation(folder, tmp_path / "alone"))
+    assert sorted(path.name for path in prepared.iterdir()) == [
+        "prepared.json",
+        "tokenizer.json",
+        "train.bin",
+        "validation.bin",
+    ]
+    for name in ("train.bin", "validation.bin", "tokenizer.json"):
+        assert (tmp_path / "alone" / name).read_bytes() == (prepared / name).read_bytes()
+    assert (alone.vocab_size, alone.dtype, alone.separator) == (500, "uint16", 1)
+    data, train, validation = open_prepared(prepared)
+    documents = [DocumentRows(tokens, 32, data.separator) for tokens in (train, validation)]
+    assert 0 < documents[1].count < documents[0].count / 2
+    found = [row for rows in documents for row in rows.take(range(rows.count)).tolist()]
+    encoder = read_encoder(str(folder / "t5"))
+    assert sorted(found) == sorted(cut_or_padded(ids, 32).tolist() for ids in encoder.encode(corpora.topics()[0]))
+
+
+def test_prepared_data_is_made_once(
+    folder: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (prepared / "train.bin").stat().st_mtime_ns
+    prepare(preparation(folder, prepared, workers=2))
+    assert "Data is ready" in capsys.readouterr().out
+    assert (prepared / "train.bin").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="prepared holds other data"):
+        prepare(preparation(folder, prepared, validation_share=0.2))
+    with pytest.raises(ValueError, match=r"none is left for validation. Change --validation-share \(1e-06\)"):
+        prepare(preparation(folder, tmp_path, validation_share=1e-6))
+
+
+def test_uint32_and_a_validation_split(folder: Path, tmp_path: Path) -> None:
+    """A vocabulary beyond 65,536 ids; validation from a split of its own."""
+    tokenizer = corpora.write_words(tmp_path / "words.json", 70_000)
+    changes = {"name": "en", "column": "text", "validation_split": "validation", "tokenizer": str(tokenizer)}
+    wanted = replace(preparation(folder, tmp_path / "out", **changes), source=str(folder / "c4"))
+    made = prepare(wanted)
+    assert (made.dtype, made.vocab_size) == ("uint32", 70_000)
+    data, train, validation = open_prepared(tmp_path / "out")
+    assert (train.dtype, int(train.max())) == (np.uint32, 69_999)
+    counts = [int((tokens == data.separator).sum()) for tokens in (train, validation)]
+    assert counts == [len(half) for half in corpora.topics()]
+
+
+def test_a_killed_preparation_goes_on(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [f"{number} {text}" for number in range(25) for text in corpora.topics()[0]]
+    source = corpora.write_jsonl(tmp_path / "many.jsonl", texts)
+    more = {"source": str(source), "column": "text", "part_documents": 50}
+    whole = prepare(replace(preparation(folder, tmp_path / "whole"), **more))
+    out = tmp_path / "killed"
+    options = ["--out", str(out), "--tokenizer", str(folder / "t5"), "--validation-share", "0.1", "--workers", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "frugal_dist.cli", "data", "prepare", str(source), *options, "--part-documents", "50"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    while process.poll() is None and not (out / "parts" / "train" / "00002.json").is_file():
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() != 0, "it was finished before it could be killed"
+    first = out / "parts" / "train" / "00000.train"
+    marked = np.full(first.stat().st_size // 2, 7, dtype=np.uint16)
+    first.write_bytes(marked.tobytes())  # seen in the result if the part is kept
+    capsys.readouterr()
+    made = prepare(replace(preparation(folder, out), **more))
+    assert replace(made, requested="") == replace(whole, requested="")
+    assert "Going on with the parts" in capsys.readouterr().out
+    train, wanted = ((place / "train.bin").read_bytes() for place in (out, tmp_path / "whole"))
+    assert train == marked.tobytes() + wanted[len(marked) * 2 :]
+    assert (out / "validation.bin").read_bytes() == (tmp_path / "whole" / "validation.bin").read_bytes()
+    assert not (out / "parts").exists()
+
+
+def damage(folder: Path, name: str) -> None:
+    content = bytearray((folder / "train.bin").read_bytes())
+    if name == "empty":
+        content.clear()
+    elif name == "half a token":
+        content.pop()
+    elif name == "cut":
+        del content[-10:]
+    elif name == "large token":
+        content[20:22] = b"\xf4\x01"  # 500
+    elif name == "no description":
+        (folder / "prepared.json").unlink()
+    (folder / "train.bin").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("empty", {}, "train.bin is missing or empty"),
+        ("half a token", {}, "train.bin has .* bytes, which is no whole number of uint16"),
+        ("cut", {}, r"train.bin has [\d,]+ tokens, but prepared.json beside it says"),
+        ("large token", {}, "train.bin has token 500 at position 10, but the vocabulary has 500"),
+        ("no description", {}, "is not prepared.*frugal-dist data prepare"),
+        ("short", {"epochs": 0.001}, r"data.epochs is 0.001. Raise it"),
+        ("short", {"epochs": 0.001, "rows": "packed"}, r"data.epochs is 0.001. Raise it"),
+    ],
+)
+def test_damaged_token_files(
+    name: str, changes: dict[str, Any], words: str, folder: Path, prepared: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(prepared, tmp_path / "copy")
+    damage(tmp_path / "copy", name)
+    with pytest.raises(ValueError, match=words):
+        open_data(recipe_for(folder, kind="tokens", path=str(tmp_path / "copy"), **changes), 1)
+
+
+@pytest.mark.parametrize("rows", ["packed", "truncated"])
+def test_token_files_are_trained_on_as_streams_are(rows: str, folder: Path, prepared: Path) -> None:
+    data = open_data(recipe_for(folder, kind="tokens", path=str(prepared), rows=rows), 1)
+    assert data.batches.full == (rows == "packed")
+    assert data.batches.share(0, 0, 1).shape == (16, 33 if rows == "packed" else 32)
+    assert data.vocab_size == 500
+
+
 # --- training
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """{"model_type": "llama", "vocab_size": 512, "hidden_size": 48, "intermediate_size": 101, "use_cache": false,
 "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}"""
 CHANGES = """

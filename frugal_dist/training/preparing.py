@@ -1,0 +1,197 @@
+"""Any text to token files, once: `frugal-dist data prepare`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from glob import glob
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from frugal_dist.training.data import token_type
+from frugal_dist.training.documents import Documents, open_documents
+from frugal_dist.training.encoding import Encoder, read_encoder
+from frugal_dist.training.parts import HALVES, TOKENIZER, Job, Part, encode_parts, write_whole
+from frugal_dist.training.prepare import FORMAT, PreparedData, read_description, write_description
+from frugal_dist.training.recipe import Data
+
+PARTS = "parts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What to prepare: see ``frugal-dist data prepare --help``."""
+
+    source: str
+    out: Path
+    tokenizer: str
+    name: str | None = None
+    column: str = "text"
+    split: str = "train"
+    validation_split: str | None = None
+    validation_share: float = 0.01
+    documents: Literal["line", "paragraph", "file"] = "line"
+    workers: int = 1
+    part_documents: int = 10_000
+
+
+def prepare(wanted: Preparation) -> PreparedData:
+    """Make train.bin, validation.bin, tokenizer.json and prepared.json in a folder, unless it holds just these.
+
+    Raises ValueError, naming what is missing, damaged or contradictory; finished parts stay for the next time.
+    """
+    _check(wanted)
+    encoder = read_encoder(wanted.tokenizer)
+    texts = _open(wanted)
+    requested = _fingerprint(wanted, encoder, texts)
+    found = read_description(wanted.out)
+    if found is not None and (found.format, found.requested) == (FORMAT, requested):
+        print(f"Data is ready: {found.train_tokens:,} training tokens in {wanted.out}")
+        return found
+    if found is not None:
+        raise ValueError(
+            f"--out {wanted.out} holds other data, from {found.source}, or the source has changed since. Name another "
+            "folder, or remove this one."
+        )
+    with _troubles_of_disks(wanted.out):
+        made = _make(wanted, encoder, texts, requested)
+    print(
+        f"Prepared {made.train_tokens:,} training and {made.validation_tokens:,} validation tokens ({made.dtype}) in "
+        f"{wanted.out}"
+    )
+    return made
+
+
+def _check(wanted: Preparation) -> None:
+    for key in ("workers", "part_documents"):
+        if getattr(wanted, key) < 1:
+            raise ValueError(f"--{key.replace('_', '-')} is {getattr(wanted, key)}; it must be at least 1.")
+    if wanted.validation_split is None and not 0 < wanted.validation_share < 1:
+        raise ValueError(f"--validation-share is {wanted.validation_share}; it must be between 0 and 1.")
+
+
+def _open(wanted: Preparation) -> dict[str, Documents]:
+    """The text to read by the name of its parts' folder."""
+    like_the_hub = (Path(wanted.source) / "README.md").is_file()
+    data = Data(
+        kind="files" if glob(wanted.source) and not like_the_hub else "hub",
+        path=wanted.source,
+        name=wanted.name,
+        column=wanted.column,
+        split=wanted.split,
+        documents=wanted.documents,
+    )
+    found = {"train": open_documents(data)}
+    if wanted.validation_split is not None:
+        found["validation"] = open_documents(replace(data, split=wanted.validation_split))
+    return found
+
+
+def _fingerprint(wanted: Preparation, encoder: Encoder, texts: dict[str, Documents]) -> str:
+    """Of all that the result depends on: parts of other settings, or of files that have changed, are of no use."""
+    files = [
+        (str(file), file.stat().st_size, file.stat().st_mtime_ns) for text in texts.values() for file in text.files
+    ]
+    settings = replace(wanted, out=Path(), workers=1, tokenizer="")
+    content = json.dumps([FORMAT, repr(settings), encoder.tokenizer.to_str(), encoder.separator, files])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _make(wanted: Preparation, encoder: Encoder, texts: dict[str, Documents], requested: str) -> PreparedData:
+    folder = wanted.out / PARTS
+    _begin(folder, encoder, requested)
+    dtype = token_type(encoder.vocab_size)
+    parts: list[tuple[Path, Part]] = []
+    for name, documents in texts.items():
+        share = wanted.validation_share if wanted.validation_split is None else float(name == "validation")
+        job = Job(folder / name, folder / TOKENIZER, encoder.separator, dtype, share)
+        with _bar(name, documents) as bar:
+            found = encode_parts(job, documents, wanted.part_documents, wanted.workers, bar.show)
+        parts += [(job.folder, part) for part in found]
+    counts = {half: sum(part.tokens[half] for _, part in parts) for half in HALVES}
+    for half, count in counts.items():
+        if not count:
+            raise ValueError(
+                f"{texts['train'].label} has too few documents: none is left for {half}. Change --validation-share "
+                f"({wanted.validation_share}) or add text."
+            )
+        _join([place / f"{part.number:05d}.{half}" for place, part in parts], wanted.out / f"{half}.bin")
+    shutil.copyfile(folder / TOKENIZER, wanted.out / TOKENIZER)
+    made = PreparedData(
+        format=FORMAT,
+        requested=requested,
+        source=texts["train"].label,
+        vocab_size=encoder.vocab_size,
+        dtype=dtype,
+        separator=encoder.separator,
+        train_tokens=counts["train"],
+        validation_tokens=counts["validation"],
+    )
+    write_description(wanted.out, made)
+    shutil.rmtree(folder)
+    return made
+
+
+def _begin(folder: Path, encoder: Encoder, requested: str) -> None:
+    """The folder of the parts; parts of other settings go."""
+    settings = folder / "requested"
+    if folder.exists() and (not settings.is_file() or settings.read_text() != requested):
+        print(f"Parts in {folder} are of other settings, or the text has changed: they are made again.")
+        shutil.rmtree(folder)
+    if settings.is_file():
+        print(f"Going on with the parts in {folder}")
+        return
+    folder.mkdir(parents=True)
+    write_whole(folder / TOKENIZER, encoder.tokenizer.to_str().encode())
+    write_whole(settings, requested.encode())
+
+
+def _join(files: list[Path], path: Path) -> None:
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("wb") as whole:
+        for file in files:
+            with file.open("rb") as part:
+                shutil.copyfileobj(part, whole, 1 << 24)
+        whole.flush()
+        os.fsync(whole.fileno())
+    os.replace(unfinished, path)
+
+
+class _Progress:
+    """A bar over the bytes of local files, or a count of documents where their size says nothing."""
+
+    def __init__(self, bar: tqdm[None], by_size: bool) -> None:
+        self._bar = bar
+        self._by_size = by_size
+        self._tokens = 0
+
+    def show(self, part: Part) -> None:
+        self._tokens += sum(part.tokens.values())
+        self._bar.set_postfix_str(f"{self._tokens / 1e6:,.1f} M tokens", refresh=False)
+        self._bar.update(part.size if self._by_size else part.documents)
+
+
+@contextmanager
+def _bar(name: str, documents: Documents) -> Iterator[_Progress]:
+    plain = documents.files and all(file.suffix in (".txt", ".jsonl", ".json") for file in documents.files)
+    total = documents.local_bytes if plain else None
+    unit = {"unit": "B", "unit_scale": True} if total else {"unit": " documents"}
+    with tqdm(desc=f"Encoding {name}", total=total, mininterval=0.5, **unit) as bar:
+        yield _Progress(bar, total is not None)
+
+
+@contextmanager
+def _troubles_of_disks(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"--out {out}: {error.strerror or error}; finished parts are kept, the same command goes on."
+        ) from error
