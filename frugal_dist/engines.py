@@ -32,6 +32,11 @@ def announce(optimizer_class: type[Any]) -> None:
     deepspeed.announce(optimizer_class)
 
 
+def cuts_groups_evenly() -> bool:
+    """Whether the engine that is building the optimizer gives each rank an equal part of every parameter group."""
+    return deepspeed.engine_in_construction() is not None
+
+
 def refuse_replacement() -> None:
     """ValueError if a launcher is about to put another optimizer in the place of this one."""
     accelerate.refuse_replacement()

@@ -111,7 +111,7 @@ class Frugal(Optimizer):
         """Whether all ranks' state is saved by other means where a launcher keeps rank 0's ``state_dict`` only."""
         self._saving_checked = False
         FrugalConfig(**given)
-        super().__init__(_as_groups(params), given)
+        super().__init__(_arranged(_as_groups(params)), given)
         check_patterns([original.name for original in self._originals], self._no_decay, "no_decay")
         check_selection(self.parameter_report_rows())
         self._check_shapes()
@@ -351,6 +351,28 @@ def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
     if not members:
         raise ValueError("params is empty: pass model.named_parameters() or split_parameters(model).")
     return members if isinstance(members[0], dict) else [{"params": members}]
+
+
+def _arranged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """ZeRO-1/2 give every rank an equal part of each group. Projected and regular parameters have unequal state, so a
+    group that does not say which it holds becomes two, and the state is spread evenly.
+    """
+    if not engines.cuts_groups_evenly():
+        return groups
+    return [part for group in groups for part in _divided(group)]
+
+
+def _divided(group: dict[str, Any]) -> list[dict[str, Any]]:
+    members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    tensors = [member[1] if isinstance(member, tuple) else member for member in members]
+    known = engines.names_of(tensors)
+    names = [m[0] if isinstance(m, tuple) else name for m, name in zip(members, known, strict=True)]
+    if "projected" in group or None in names:
+        return [{**group, "params": members}]
+    parts: dict[bool, list[Any]] = {True: [], False: []}
+    for name, tensor in zip(names, tensors, strict=True):
+        parts[is_projected_name(clean_name(str(name)), engines.full_shape(tensor))].append((name, tensor))
+    return [{**group, "params": part, "projected": kind} for kind, part in parts.items() if part]
 
 
 def _check_group_keys(group: dict[str, Any]) -> None:

@@ -18,13 +18,13 @@ ALIGNMENT = 2
 class EngineLayout:
     """``parts(originals, rank, ranks)``; ``shares``: whether replicas share the low-rank state by default.
 
-    ``weights``, ``gradients``: which of them a rank holds only its part of.
+    ``masters``: whether fp32 weights are kept beside the model's own. ``cuts_*``: what a rank holds its part of only.
     """
 
     name: str
     parts: Callable[[Sequence[Original], int, int], Parts]
     shares: bool
-    one_group: bool
+    masters: bool
     cuts_weights: bool
     cuts_gradients: bool
 

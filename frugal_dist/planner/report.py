@@ -39,7 +39,7 @@ def weight_and_gradient_bytes(engine: EngineLayout, plan: RankPlan, setting: Set
     everything, part = setting.parameters, plan.parameters
     held = part if engine.cuts_weights else everything
     reduced = part if engine.cuts_gradients else everything
-    if not engine.one_group:
+    if not engine.masters:
         return ITEM * held, ITEM * reduced
     low = ITEM if setting.precision == "fp32" else 2
     return low * held + ITEM * part, low * reduced + ITEM * part

@@ -45,10 +45,9 @@ def plan_recipe(recipe: Recipe, engine: str, ranks: int, gpu: str | None = None)
 def plan_model(model: nn.Module, optimizer: Optimizer, layout: EngineLayout, ranks: int) -> Plan:
     """The plan of an optimizer for a model that may be on the meta device."""
     options = frugal_options(optimizer)
-    groups = model.named_parameters() if layout.one_group else split_parameters(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about how little is projected: the figures tell
-        frugal = Frugal(groups, **{**options, "process_group": None})
+        frugal = Frugal(split_parameters(model), **{**options, "process_group": None})
     shown = range(ranks) if ranks <= ALL else [i * (ranks - 1) // (SPREAD - 1) for i in range(SPREAD)]
     return make_plan(frugal, layout, ranks, shown=list(shown))
 
