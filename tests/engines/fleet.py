@@ -42,6 +42,7 @@ class Fleet:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._pipes: list[Connection] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._port = 0
 
     def run(self, job: Callable[..., Any], *args: Any, deadline: float = DEADLINE) -> list[Any]:
         """``job(*args)`` on every rank; their results in order. Raises JobFailed."""
@@ -68,10 +69,12 @@ class Fleet:
             pipe.close()
         if self._folder is not None:
             self._folder.cleanup()
+        for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self._port}_*"):
+            left.unlink(missing_ok=True)  # 66 MiB a rank, which a killed process does not take away
         self._processes, self._pipes, self._folder = [], [], None
 
     def _start(self) -> None:
-        port = free_port()
+        port = self._port = free_port()
         self._folder = tempfile.TemporaryDirectory(prefix="fleet")
         for rank in range(self.size):
             ours, theirs = socket.socketpair()
