@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-import printed
 import pytest
+import tables
 import torch
 from cases import PROJECTIONS, Case, label
 from places import PLACES, STEPS, apart, load_and_train, train_and_save
@@ -33,9 +33,7 @@ def check(projection: tuple[str, str], source: str, targets: list[str], step: in
     train_and_save(PLACES[source], case, dtype, {step: folder})
     for target in targets:
         difference = apart(load_and_train(PLACES[target], case, dtype, folder, step), want)
-        printed.note(
-            "from any engine to any other, float64: largest difference of a weight", source, target, difference
-        )
+        tables.note("from any engine to any other, float64: largest difference of a weight", source, target, difference)
         assert difference <= case.tolerance, f"{label(*projection)}: {source} -> {target} after step {step}"
 
 

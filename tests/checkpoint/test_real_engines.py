@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import legs
-import printed
 import pytest
+import tables
 import torch
 from deepspeed_cases import Weights
 from forks import Forks
@@ -93,7 +93,7 @@ def test_a_run_that_changes_engines_on_its_way(route: str, projection: str, proc
         steps, save = (2 * number, 2 * number + 2), tmp_path / str(number)
         weights = run(processes, ranks, (engine, projection, "adamw"), steps, load, save)
     apart = difference(weights, uninterrupted(processes, projection))
-    printed.note("two steps on each engine, fp32: difference to one process", route, projection, apart)
+    tables.note("two steps on each engine, fp32: difference to one process", route, projection, apart)
     assert apart < ROUNDING
 
 
@@ -122,7 +122,7 @@ def test_a_resume_is_exact(engine: str, turn: int, processes: Forks, tmp_path: P
     assert found.keys() == saves.keys()
     for (way, step), weights in found.items():
         apart = difference(weights, whole)
-        printed.note("resume on the same real engine: does every bit agree?", engine, way, apart)
+        tables.note("resume on the same real engine: does every bit agree?", engine, way, apart)
         assert apart == 0.0, f"{spot}: {way}, saved after step {step}"
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-import printed
 import pytest
+import tables
 import torch
 from cases import ON_REFRESH, PROJECTIONS, Case, label
 from places import PLACES, identical, load_and_train, train_and_save
@@ -41,7 +41,7 @@ def check(place: str, projection: tuple[str, str], setting: Setting, steps: Sequ
     for step in steps:
         continued = load_and_train(PLACES[place], case, dtype, folder / str(step), step)
         assert identical(continued, uninterrupted), f"{setting}, saved after step {step}"
-        printed.note("resume on the same engine: does every bit agree?", label(*projection), place, 0.0)
+        tables.note("resume on the same engine: does every bit agree?", label(*projection), place, 0.0)
 
 
 @pytest.mark.parametrize("place", NAMES)

@@ -1,3 +1,0 @@
-"""The tables that these tests print."""
-
-from tables import note as note
