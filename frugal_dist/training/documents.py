@@ -178,5 +178,5 @@ def _loaded(key: str, label: str, *arguments: Any, **options: Any) -> Any:
             raise ValueError(f"{key}: {label} is not there: {short(error)}. {advice}") from error
         raise ValueError(
             f"{key}: {label} could not be had: {short(error)}. {OFFLINE}; a folder with the dataset's files works "
-            f"wherever its name does: --{key} FOLDER."
+            "wherever its name does."
         ) from error

@@ -109,7 +109,7 @@ class Training:
             raise trouble
         if failed:
             raise ValueError(
-                f"the training data could not be read on {failed:.0f} other ranks; their messages say why."
+                f"the training data could not be read on {failed:.0f} other rank(s); their messages say why."
             )
         return rows, max(targets_of_all, 1.0) / world
 

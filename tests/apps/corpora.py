@@ -9,6 +9,7 @@ from pathlib import Path
 from frugal_dist.training.text import demo_corpus
 from frugal_dist.training.tokenizer import train_tokenizer
 
+_LENGTHS = (1500, 40, 700, 90, 15)  # in five different shards: ranks have different numbers of real tokens
 C4_README = """---
 configs:
 - config_name: en
@@ -22,9 +23,13 @@ configs:
 
 
 def topics() -> tuple[list[str], list[str]]:
-    """Training and validation documents, the beginnings of the originals: tests read them many times."""
+    """Training and validation documents: beginnings of the originals, short and long ones."""
     corpus = demo_corpus("topics")
-    return [text[:1500].strip() for text in corpus.train], [text[:1500].strip() for text in corpus.validation]
+    return _beginnings(corpus.train), _beginnings(corpus.validation)
+
+
+def _beginnings(texts: list[str]) -> list[str]:
+    return [text[: _LENGTHS[number % len(_LENGTHS)]].strip() for number, text in enumerate(texts)]
 
 
 def write_c4(folder: Path, shards: int = 8, readme: bool = True) -> Path:
