@@ -97,10 +97,19 @@ def bind(request: Request) -> Runtime:
         ranks, originals, storage = _choose(request, ranks)
     except ValueError as error:  # all ranks must hear of it before any of them raises
         storage, problem = PlainStorage(request.groups, originals), str(error)
-    options = [{key: group.get(key) for key in HYPERPARAMETERS} for group in request.groups]
-    table = build_table(ranks, originals, request.originals, storage, (options, request.shard_state), problem)
+    table = build_table(ranks, originals, request.originals, storage, _settings(request), problem)
     share = request.shard_state if isinstance(request.shard_state, bool) else storage.shares_replicas
     return Runtime(ranks, storage, originals, table, share and not ranks.alone, request.bucket_bytes)
+
+
+def _settings(request: Request) -> dict[str, object]:
+    """What must be equal on all ranks, by the name under which a difference is reported."""
+    one = len(request.groups) == 1
+    found: dict[str, object] = {"shard_state": request.shard_state}
+    for number, group in enumerate(request.groups):
+        where = "" if one else f" of group {number}"
+        found.update({key + where: group.get(key) for key in HYPERPARAMETERS})
+    return found
 
 
 def _choose(request: Request, ranks: Ranks) -> tuple[Ranks, Sequence[Original], Storage]:

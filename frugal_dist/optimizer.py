@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from frugal_dist import engines, saving
 from frugal_dist.config import HYPERPARAMETERS, FrugalConfig, check_choice, check_keys, config_from, without_auto
+from frugal_dist.notices import notice
 from frugal_dist.parameters import (
     ParameterInfo,
     check_patterns,
@@ -40,6 +41,12 @@ ONLY_RANK_ZERO = (
     'only. FSDP2: "state_dict_type": "SHARDED_STATE_DICT". DDP: leave out shard_state=True, or give the Trainer '
     "callbacks=[FrugalCallback()] from frugal_dist.integrations.transformers. Who saves with frugal_dist.checkpoint "
     "instead says so after building the optimizer: optimizer.saved_elsewhere = True."
+)
+
+NO_GRADIENTS = (
+    "step() found no gradient on any parameter of any rank, so nothing is updated. Was backward() called? If the "
+    "optimizer was built before fully_shard(model), it holds the parameters that fully_shard has replaced: build it "
+    "afterwards."
 )
 
 
@@ -109,7 +116,7 @@ class Frugal(Optimizer):
         self._loaded = False
         self.saved_elsewhere = False
         """Whether all ranks' state is saved by other means where a launcher keeps rank 0's ``state_dict`` only."""
-        self._saving_checked = False
+        self._saving_checked = self._told = False
         FrugalConfig(**given)
         super().__init__(_arranged(_as_groups(params)), given)
         check_patterns([original.name for original in self._originals], self._no_decay, "no_decay")
@@ -232,6 +239,9 @@ class Frugal(Optimizer):
         running, moving = agree_max(runtime.ranks, [int(load.has_run()), int(load.has_gradient())], device)
         if running or moving:
             self._started.add(load.key)
+        elif load.lacks_gradients() and not self._told:
+            self._told = True
+            notice(NO_GRADIENTS)
         return not (running or moving)
 
     def _bind(self) -> Runtime:
@@ -272,6 +282,8 @@ class Frugal(Optimizer):
                 'holds a part. Save with frugal_dist.checkpoint, or remove "shard_state".'
             )
         packed = saving.pack_all(self._runtime, self.state)
+        if not self.saved_elsewhere:
+            saving.refuse_to_lose(packed)
         order = [tensor for group in self.param_groups for tensor in group["params"]]
         state = {number: packed[id(tensor)] for number, tensor in enumerate(order) if id(tensor) in packed}
         return {**plain, "state": state}
@@ -341,7 +353,7 @@ class Frugal(Optimizer):
         if "_originals" in state:  # unpickled or copied: the sources of a DeepSpeed engine do not come along
             self._groups = list(self.param_groups)
             self._sources = [lambda: None for _ in self._originals]
-        self.__dict__.update(_runtime=None, _started=set(), _saving_checked=False)
+        self.__dict__.update(_runtime=None, _started=set(), _saving_checked=False, _told=False)
 
 
 def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:

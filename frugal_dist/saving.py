@@ -18,6 +18,7 @@ from torch import Tensor
 from frugal_dist.sharding.exchange import gather_objects
 from frugal_dist.sharding.storage import Box
 from frugal_dist.sharding.tile import is_replicated
+from frugal_dist.sharding.torch_checkpoint import losing_option
 from frugal_dist.state import CLOCKS, MOMENTS, MatrixState
 from frugal_dist.work import (
     CoordinatePiece,
@@ -61,6 +62,21 @@ def pack_all(runtime: Runtime, state: MutableMapping[Tensor, Store]) -> dict[int
                 saved.put(name, None)
                 saved.put(_key(runtime, name, True), value)
     return packed
+
+
+def refuse_to_lose(packed: Mapping[int, Store]) -> None:
+    """ValueError if whoever asked for this state would keep one rank's parts only. Not a collective, but all ranks
+    raise alike: which tensors are divided follows from the layout, and the options are the program's.
+    """
+    if not any(_PART.match(key) for store in packed.values() for key in store):
+        return
+    option = losing_option()
+    if option:
+        raise ValueError(
+            f"Every rank holds a part of the optimizer's state; with {option}=True torch.distributed.checkpoint would "
+            "lose the others' parts. Leave it out for the optimizer (dcp.save and dcp.load write and read all parts), "
+            "or use frugal_dist.checkpoint."
+        )
 
 
 def is_divided(runtime: Runtime, load: Load) -> bool:

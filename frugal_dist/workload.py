@@ -63,6 +63,11 @@ class Load:
         grads += [one.grad for one in self.regular if one.grad is not None]
         return any(bool(grad.any()) for grad in grads)
 
+    def lacks_gradients(self) -> bool:
+        """Whether there are parameters here, and none of them has a gradient, not even of zeros."""
+        grads = [work.grads for work in self.works] + [one.grad for one in self.regular]
+        return bool(grads) and all(grad is None for grad in grads)
+
 
 def load_of(runtime: Runtime, state: State, everything: bool = False) -> Load:
     """Look up everything anew: engines replace parameters and gradients between calls.

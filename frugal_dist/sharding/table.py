@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -50,14 +50,14 @@ def build_table(
     originals: Sequence[Original],
     given: Sequence[Original],
     storage: Storage,
-    options: object,
+    options: Mapping[str, object],
     problem: str,
 ) -> Table:
     """Exchange every rank's description, check that all agree, and lay out the matrices.
 
     ``originals`` are what the engine optimizes, of all that were ``given``: ZeRO drops frozen parameters, but blocks
     are counted over all matrices, so that every engine makes the same ones state-full.
-    ``options`` is anything that must be equal on all ranks (hyperparameters); ``problem`` a local error text, "" if
+    ``options`` must be equal on all ranks (hyperparameters); ``problem`` a local error text, "" if
     none. Raises ValueError on all ranks alike, whichever rank has the trouble.
     """
     mine = _describe(originals, storage, options, problem)
@@ -94,7 +94,9 @@ def _matrix_list(originals: Sequence[Original]) -> list[tuple[int, int, int, int
     ]
 
 
-def _describe(originals: Sequence[Original], storage: Storage, options: object, problem: str) -> dict[str, Any]:
+def _describe(
+    originals: Sequence[Original], storage: Storage, options: Mapping[str, object], problem: str
+) -> dict[str, Any]:
     tiles = []
     if not problem:
         try:
@@ -123,8 +125,14 @@ def _check_agreement(everyone: Sequence[dict[str, Any]]) -> None:
                     f"{mine.projected}, group {mine.group}) against {theirs.name} {theirs.shape} (projected="
                     f"{theirs.projected}, group {theirs.group}). Names, shapes and order must be equal on all ranks."
                 )
-        if other["options"] != first["options"]:
+        apart = _differences(first["options"], other["options"])
+        if apart:
             raise ValueError(
-                f"rank 0 and rank {rank} have different hyperparameters: {first['options']} against "
-                f"{other['options']}. Give every rank the same ones, the seed included."
+                f"rank 0 and rank {rank} have different hyperparameters: {apart}. Give every rank the same ones, the "
+                "seed included."
             )
+
+
+def _differences(first: Mapping[str, object], other: Mapping[str, object]) -> str:
+    keys = [key for key in {**first, **other} if first.get(key) != other.get(key)]
+    return "; ".join(f"{key}: {first.get(key)!r} against {other.get(key)!r}" for key in keys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -212,6 +214,33 @@ def mixed_precision(job: Job) -> tuple[float, set[torch.dtype]]:
     _, load = optimizer.everything()
     dtypes = {work.weight_dtype for work in load.works} | {work.dtype for work in load.works}
     return off / moved, dtypes
+
+
+def saved_with(option: str) -> str:
+    """The error of get_optimizer_state_dict with an option; every rank must get one."""
+    model = sharded(Job())
+    optimizer = make_optimizer(model, Job())
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    try:
+        get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**{option: True}))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def built_too_early() -> list[str]:
+    """What an optimizer says that holds the parameters from before fully_shard; it must not say it twice."""
+    model = build(Job())
+    optimizer = make_optimizer(model, Job())
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    model(tokens(0)).logits.sum().backward()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        optimizer.step()
+        optimizer.step()
+    return [str(one.message) for one in told]
 
 
 def refused(kind: str) -> str:

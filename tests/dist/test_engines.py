@@ -87,3 +87,15 @@ def test_mixed_precision_keeps_fp32_masters(fleet: Fleet) -> None:
 def test_what_is_not_supported_is_refused_by_name(fleet: Fleet, kind: str, word: str) -> None:
     for message in fleet.run(4, engine_jobs.refused, kind):
         assert word in message
+
+
+@pytest.mark.parametrize("option", ["full_state_dict", "flatten_optimizer_state_dict"])
+def test_options_that_lose_parts_of_the_state_are_refused(fleet: Fleet, option: str) -> None:
+    for message in fleet.run(2, engine_jobs.saved_with, option):
+        assert f"with {option}=True torch.distributed.checkpoint would lose the others' parts" in message
+
+
+def test_an_optimizer_built_before_fully_shard_says_that_it_does_nothing(fleet: Fleet) -> None:
+    for messages in fleet.run(2, engine_jobs.built_too_early):
+        assert len(messages) == 1
+        assert "built before fully_shard" in messages[0]

@@ -19,7 +19,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("config", "names", "notices"),
     ("rules", "projection", "projection.*"),
     ("sharding", "sharding.tile"),
-    ("sharding.plan", "sharding.deepspeed", "sharding.accelerate"),
+    ("sharding.plan", "sharding.deepspeed", "sharding.accelerate", "sharding.torch_checkpoint"),
     ("sharding.route", "sharding.storage", "sharding.exchange"),
     ("sharding.plain", "sharding.dtensor", "sharding.zero", "sharding.table"),
     ("parameters", "clock", "state", "update"),
