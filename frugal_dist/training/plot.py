@@ -66,7 +66,9 @@ def plot_runs(runs: Sequence[Path], out: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     names = [run.name for run in runs]
-    everything = {run.name if names.count(run.name) == 1 else str(run): read_metrics(run) for run in runs}
+    everything = {
+        run.name if names.count(run.name) == 1 else f"{run.parent.name}/{run.name}": read_metrics(run) for run in runs
+    }
     for name, records in everything.items():
         if not of_kind(records, "train"):
             raise ValueError(f"{name} has no training records yet; run it for a few more steps.")

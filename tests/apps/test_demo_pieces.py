@@ -360,7 +360,10 @@ def test_metrics_survive_and_plot(tmp_path):
         assert len(read_metrics(tmp_path)) == 3  # readable before the run ends
     assert of_kind(read_metrics(tmp_path), "train")[0]["loss"] == 7.0
     assert plot_run(tmp_path).read_bytes().startswith(b"\x89PNG")
-    png, svg = plot_runs([tmp_path, tmp_path], tmp_path / "pictures" / "both.png")
+    other = tmp_path / "b"
+    other.mkdir()
+    (other / "metrics.jsonl").write_bytes((tmp_path / "metrics.jsonl").read_bytes())
+    png, svg = plot_runs([tmp_path, other], tmp_path / "pictures" / "both.png")
     assert png.read_bytes().startswith(b"\x89PNG")
     assert "<svg" in svg.read_text()
     with pytest.raises(ValueError, match=r"holds no metrics.jsonl"):
