@@ -41,7 +41,8 @@ step "ruff format" ruff format --check .
 step "mypy" mypy
 step "shellcheck" shellcheck .ci/run launch/*.sh tests/*.sh tests/launch/*.sh
 # One worker per core, at most 4: most tests start no processes, but some start as many ranks as there are workers.
-workers=$(($(nproc) < 4 ? $(nproc) : 4))
+cores=$(getconf _NPROCESSORS_ONLN) # not nproc, which heeds OMP_NUM_THREADS
+workers=$((cores < 4 ? cores : 4))
 step "pytest" python -m pytest -n "$workers" --dist loadgroup "${heavy[@]}" "$@"
 
 printf '\n== summary\n'
