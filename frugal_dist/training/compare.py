@@ -51,6 +51,9 @@ def compare(recipe: Recipe, optimizers: Sequence[str], seeds: Sequence[int]) -> 
     from frugal_dist.training.pretrain import pretrain
 
     check_recipe(recipe)
+    for key, values in (("optimizers", list(optimizers)), ("seeds", list(seeds))):
+        if len(set(values)) < len(values):  # the second run would find the first one's folder
+            raise ValueError(f"--{key} {','.join(map(str, values))} names one of them twice; name each once.")
     contenders = [contender(text, recipe) for text in optimizers]
     root = Path(recipe.folder)
     for name, optimizer in contenders:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,10 +18,10 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path | None, after: int | None = None) -> None:
-        kept = _until(path, after) if path and after is not None and path.is_file() else ""
-        self._file = path.open("w", encoding="utf-8") if path else None
-        if self._file:
-            self._file.write(kept)
+        goes_on = path is not None and after is not None and path.is_file()
+        if path and after is not None and goes_on:
+            _cut(path, after)
+        self._file = path.open("a" if goes_on else "w", encoding="utf-8") if path else None
 
     def write(self, kind: str, **values: Any) -> None:
         """Write one record at once, so that a killed run keeps all it has reached."""
@@ -38,10 +39,13 @@ class MetricsLog:
             self._file.close()
 
 
-def _until(path: Path, step: int) -> str:
-    """The lines of a metrics file up to a step; a last line that was cut off is dropped."""
+def _cut(path: Path, step: int) -> None:
+    """Keep the lines up to a step, without a last one that was cut off; in one move, so that a kill loses none."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return "".join(line for line in lines if line.endswith("\n") and json.loads(line).get("step", 0) <= step)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line).get("step", 0) <= step]
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text("".join(kept), encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

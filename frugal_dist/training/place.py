@@ -118,7 +118,7 @@ def _local_world(environ: Mapping[str, str], launcher: Launcher, world: int) -> 
 def _meeting_point(name: str, environ: Mapping[str, str]) -> tuple[str, int]:
     """Where rank 0 listens. Slurm says who is first; ports follow job numbers, so that jobs do not share one."""
     address = environ.get("MASTER_ADDR", "")
-    port = int(environ.get("MASTER_PORT") or 0)
+    port = _number(environ, "MASTER_PORT", name) if environ.get("MASTER_PORT") else 0
     if name == "Slurm" and not address:
         address = first_host(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", ""))
     if name == "Slurm" and not port:

@@ -117,7 +117,7 @@ def _run(
         if outcome.steps < recipe.steps:
             metrics.write("stopped", step=outcome.steps, signal=request.name)
             return outcome
-        state = engine.state_bytes()
+        state, perplexity = engine.state_bytes(), math.exp(outcome.last_loss)
         metrics.write(
             "summary",
             steps=outcome.steps,
@@ -125,9 +125,8 @@ def _run(
             seconds=round(outcome.seconds, 1),
             state_bytes=state,
             validation_loss=outcome.last_loss,
-            perplexity=math.exp(outcome.last_loss),
+            perplexity=perplexity,
         )
-        perplexity = math.exp(outcome.last_loss)
         progress.say(f"validation perplexity {perplexity:,.2f}; optimizer state {max(state) / 1e6:,.1f} MB per rank")
     return outcome
 

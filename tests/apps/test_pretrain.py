@@ -193,3 +193,5 @@ def test_optimizers_are_compared_and_finished_runs_are_not_repeated(
     assert (root / "adamw-seed0" / "metrics.jsonl").read_bytes() == before
     assert main([*arguments[:3], "adam", *arguments[4:]]) == 2
     assert "optimizers='adam' is not known" in capfd.readouterr().err
+    assert main([*arguments[:3], "adamw,adamw", *arguments[4:]]) == 2
+    assert "names one of them twice" in capfd.readouterr().err

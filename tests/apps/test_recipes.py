@@ -178,6 +178,7 @@ def test_a_process_alone() -> None:
         ({"RANK": "one"}, "RANK is 'one', which is no number"),
         ({"LOCAL_RANK": "2"}, "contradict each other"),
         ({"MASTER_ADDR": ""}, "MASTER_ADDR or MASTER_PORT is not set"),
+        ({"MASTER_PORT": "here"}, "MASTER_PORT is 'here', which is no number"),
     ],
 )
 def test_contradictions_are_named(change: dict[str, str], words: str) -> None:
@@ -230,3 +231,17 @@ def test_plans_that_make_no_sense(
 ) -> None:
     assert main(["plan", "llama_9m", "--engine", engine, "--ranks", ranks, "--gpu", gpu]) == 2
     assert words in capsys.readouterr().err
+
+
+# --- the DeepSpeed JSON of a recipe
+
+
+def test_the_json_keeps_its_loss_scaling_under_the_recipes_precision(tmp_path: Path) -> None:
+    from frugal_dist.training.engines.deepspeed import deepspeed_config
+
+    path = tmp_path / "ds.json"
+    path.write_text('{"fp16": {"enabled": false, "initial_scale_power": 8}, "bf16": {"enabled": true}}')
+    recipe = read_recipe("llama_9m", ["--engine", "deepspeed", "--deepspeed", str(path), "--precision", "fp16"])
+    config = deepspeed_config(recipe, 2)
+    assert config["fp16"] == {"enabled": True, "initial_scale_power": 8}
+    assert "bf16" not in config

@@ -87,7 +87,7 @@ class DeepSpeedEngine:
         """Load the latest portable checkpoint, whichever engine wrote it."""
         found = checkpoint.load_latest(root, self._engine, self._engine.optimizer, on_damaged="previous")
         if found is not None and self._schedule is not None:
-            jump(self._schedule, found[0])
+            jump(self._schedule, found[0] - self.skipped_steps())  # DeepSpeed's schedules stand still then
         return found
 
     def close(self) -> None:
@@ -132,7 +132,10 @@ def deepspeed_config(recipe: Recipe, world: int) -> dict[str, Any]:
 
     Raises ValueError if the JSON cannot be read, or the batch cannot be shared by ``world`` ranks.
     """
-    config = {"zero_optimization": {"stage": 2}} if recipe.deepspeed is None else _read(Path(recipe.deepspeed))
+    config: dict[str, Any] = (
+        {"zero_optimization": {"stage": 2}} if recipe.deepspeed is None else _read(Path(recipe.deepspeed))
+    )
+    scaling = config.get(recipe.precision, {})  # such as the first loss scale: the JSON's
     for key in ("scheduler", "gradient_accumulation_steps", "fp16", "bf16"):
         config.pop(key, None)  # of the recipe
     micro = recipe.micro_batch or recipe.batch // world
@@ -148,5 +151,5 @@ def deepspeed_config(recipe: Recipe, world: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": micro,
         "gradient_clipping": recipe.clip,
         "steps_per_print": 10**9,
-        **({} if recipe.precision == "fp32" else {recipe.precision: {"enabled": True}}),
+        **({} if recipe.precision == "fp32" else {recipe.precision: {**scaling, "enabled": True}}),
     }
