@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 
 from frugal_dist import engines, saving
 from frugal_dist.config import HYPERPARAMETERS, FrugalConfig, check_choice, check_keys, config_from, without_auto
+from frugal_dist.groups import arranged, as_groups, check_group_keys, check_unique
 from frugal_dist.notices import notice
 from frugal_dist.parameters import (
     ParameterInfo,
@@ -118,7 +118,7 @@ class Frugal(Optimizer):
         """Whether all ranks' state is saved by other means where a launcher keeps rank 0's ``state_dict`` only."""
         self._saving_checked = self._told = False
         FrugalConfig(**given)
-        super().__init__(_arranged(_as_groups(params)), given)
+        super().__init__(arranged(as_groups(params)), given)
         check_patterns([original.name for original in self._originals], self._no_decay, "no_decay")
         check_selection(self.parameter_report_rows())
         self._check_shapes()
@@ -142,7 +142,7 @@ class Frugal(Optimizer):
         if len(self.param_groups) and self._runtime is not None:
             self._runtime = None  # the table of all ranks is built anew at the next step
         group = dict(param_group)
-        _check_group_keys(group)
+        check_group_keys(group)
         members = group["params"]
         members = [members] if isinstance(members, Tensor) else list(members)
         named = [member if isinstance(member, tuple) else (None, member) for member in members]
@@ -160,7 +160,7 @@ class Frugal(Optimizer):
             self._sources.append(weakref.ref(tensor))
             name = name or known[position]
             self._originals.append(self._original(name, tensor, group.get("projected"), index, position))
-        _check_unique(self._originals)
+        check_unique(self._originals)
 
     def _original(
         self, name: str | None, tensor: Tensor, projected: bool | None, group: int, position: int
@@ -354,54 +354,3 @@ class Frugal(Optimizer):
             self._groups = list(self.param_groups)
             self._sources = [lambda: None for _ in self._originals]
         self.__dict__.update(_runtime=None, _started=set(), _saving_checked=False, _told=False)
-
-
-def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
-    if isinstance(params, Tensor):
-        raise ValueError("params must be named parameters or groups, not a single tensor.")
-    members = list(params)
-    if not members:
-        raise ValueError("params is empty: pass model.named_parameters() or split_parameters(model).")
-    return members if isinstance(members[0], dict) else [{"params": members}]
-
-
-def _arranged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """ZeRO-1/2 give every rank an equal part of each group. Projected and regular parameters have unequal state, so a
-    group that does not say which it holds becomes two, and the state is spread evenly.
-    """
-    if not engines.cuts_groups_evenly():
-        return groups
-    return [part for group in groups for part in _divided(group)]
-
-
-def _divided(group: dict[str, Any]) -> list[dict[str, Any]]:
-    members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-    tensors = [member[1] if isinstance(member, tuple) else member for member in members]
-    known = engines.names_of(tensors)
-    names = [m[0] if isinstance(m, tuple) else name for m, name in zip(members, known, strict=True)]
-    if "projected" in group or None in names:
-        return [{**group, "params": members}]
-    parts: dict[bool, list[Any]] = {True: [], False: []}
-    for name, tensor in zip(names, tensors, strict=True):
-        parts[is_projected_name(clean_name(str(name)), engines.full_shape(tensor))].append((name, tensor))
-    return [{**group, "params": part, "projected": kind} for kind, part in parts.items() if part]
-
-
-def _check_group_keys(group: dict[str, Any]) -> None:
-    """Groups may carry keys of their own, but a misspelled hyperparameter must not pass silently."""
-    if group.get("maximize"):
-        raise ValueError("Parameter group: maximize is not supported; negate the loss instead.")
-    for key in group:
-        close = difflib.get_close_matches(key, HYPERPARAMETERS, n=1, cutoff=0.8)
-        if key not in HYPERPARAMETERS and close:
-            raise ValueError(f"Parameter group: unknown key {key!r}. Did you mean {close[0]!r}?")
-
-
-def _check_unique(originals: Sequence[Original]) -> None:
-    seen: set[str] = set()
-    for original in originals:
-        if original.name in seen:
-            raise ValueError(
-                f"Two parameters are called {original.name!r}. Names must be unique: they identify the state."
-            )
-        seen.add(original.name)

@@ -51,6 +51,11 @@ def compare(recipe: Recipe, optimizers: Sequence[str], seeds: Sequence[int]) -> 
     from frugal_dist.training.pretrain import pretrain
 
     check_recipe(recipe)
+    if recipe.engine == "deepspeed" and len(optimizers) * len(seeds) > 1:
+        raise ValueError(
+            "engine deepspeed can start only once in a process: compare with engine single, ddp or fsdp2, or give "
+            "--optimizers and --seeds one at a time."
+        )
     for key, values in (("optimizers", list(optimizers)), ("seeds", list(seeds))):
         if len(set(values)) < len(values):  # the second run would find the first one's folder
             raise ValueError(f"--{key} {','.join(map(str, values))} names one of them twice; name each once.")

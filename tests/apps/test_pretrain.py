@@ -195,3 +195,5 @@ def test_optimizers_are_compared_and_finished_runs_are_not_repeated(
     assert "optimizers='adam' is not known" in capfd.readouterr().err
     assert main([*arguments[:3], "adamw,adamw", *arguments[4:]]) == 2
     assert "names one of them twice" in capfd.readouterr().err
+    assert main([*arguments, "--engine", "deepspeed"]) == 2
+    assert "engine deepspeed can start only once" in capfd.readouterr().err

@@ -25,7 +25,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("parameters", "clock", "state", "update"),
     ("work",),
     ("moments", "replicas", "workload", "engines"),
-    ("refresh", "stepping"),
+    ("refresh", "stepping", "groups"),
     ("saving",),
     ("optimizer",),
     ("checkpoint", "checkpoint.*"),
