@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
 import numpy as np
 import torch
 
@@ -9,6 +13,22 @@ from frugal_dist.training.engines import Engine
 from frugal_dist.training.rows import IGNORED, Rows, Tokens
 
 _ROWS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What an evaluation found: the mean loss, figures for the metrics file, and words for the terminal."""
+
+    loss: float
+    figures: dict[str, float]
+    text: str
+
+
+class Evaluation(Protocol):
+    """Measures a model. Every rank calls it at the same steps, and all get the same answer."""
+
+    def evaluate(self, engine: Engine) -> Finding:
+        """Measure now."""
 
 
 class Validation:
@@ -22,6 +42,11 @@ class Validation:
     def tokens(self) -> int:
         """How many tokens are predicted; positions of padding are not."""
         return self.rows.targets(self.count)
+
+    def evaluate(self, engine: Engine) -> Finding:
+        loss = self.loss(engine)
+        perplexity = math.exp(loss)
+        return Finding(loss, {"perplexity": perplexity}, f"validation perplexity {perplexity:,.1f}")
 
     def loss(self, engine: Engine) -> float:
         """Mean loss per token. Row i belongs to rank i mod world."""

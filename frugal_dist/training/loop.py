@@ -12,7 +12,7 @@ from torch import Tensor
 
 from frugal_dist.training.data import Source
 from frugal_dist.training.engines import Engine
-from frugal_dist.training.evaluate import Validation
+from frugal_dist.training.evaluate import Evaluation, Finding
 from frugal_dist.training.metrics import MetricsLog
 from frugal_dist.training.progress import Progress
 from frugal_dist.training.rows import IGNORED
@@ -38,12 +38,13 @@ class Training:
 
     ``start``: steps done before, by a run that this one continues. ``save(step)`` writes a checkpoint, every
     ``save_every`` steps (0: never) and when told to stop. ``stop()``: whether this rank was told to stop, by a signal.
-    ``bad_steps``: so many consecutive steps without a finite gradient end the run.
+    ``bad_steps``: so many consecutive steps without a finite gradient end the run. ``evaluated(step, finding)`` hears
+    of every evaluation.
     """
 
     engine: Engine
     batches: Source
-    validation: Validation
+    validation: Evaluation
     metrics: MetricsLog
     progress: Progress
     steps: int
@@ -54,6 +55,7 @@ class Training:
     save_every: int = 0
     stop: Callable[[], bool] | None = None
     bad_steps: int = 10
+    evaluated: Callable[[int, Finding], None] | None = None
     _loss_sum: float | torch.Tensor = field(default=0.0, init=False)
     _loss_count: int = field(default=0, init=False)
     _busy: float = field(default=0.0, init=False)
@@ -158,12 +160,13 @@ class Training:
         self._loss_sum, self._loss_count, self._busy = 0.0, 0, 0.0
 
     def _evaluate(self, done: int) -> float:
-        loss = self.validation.loss(self.engine)
-        perplexity = math.exp(loss)
-        figures = {"tokens": self._tokens(done), "seconds": self._seconds(), "loss": loss, "perplexity": perplexity}
+        found = self.validation.evaluate(self.engine)
+        figures = {"tokens": self._tokens(done), "seconds": self._seconds(), "loss": found.loss, **found.figures}
         self.metrics.write("validation", step=done, **figures)
-        self.progress.say(f"step {done:>5}/{self.steps}: validation perplexity {perplexity:,.1f}")
-        return loss
+        self.progress.say(f"step {done:>5}/{self.steps}: {found.text}")
+        if self.evaluated is not None:
+            self.evaluated(done, found)
+        return found.loss
 
     def _seconds(self) -> float:
         """Since this process began to train; a run that goes on starts at 0 again."""

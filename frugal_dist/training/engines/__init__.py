@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
-from frugal_dist.training.engines.protocol import Engine, Schedule
+from frugal_dist.optimizer import Frugal
+from frugal_dist.training.engines.protocol import Engine, Losses, Schedule
+from frugal_dist.training.models import token_losses
 from frugal_dist.training.place import Place
 from frugal_dist.training.recipe import Recipe
 
 
-def build_engine(model: nn.Module, recipe: Recipe, schedule: Schedule, place: Place) -> Engine:
-    """The engine that the recipe names. Raises ValueError if it does not fit the number of ranks."""
+def build_engine(
+    model: nn.Module,
+    recipe: Recipe,
+    schedule: Schedule,
+    place: Place,
+    losses: Losses = token_losses,
+    optimizer: Callable[[nn.Module], Frugal] | None = None,
+) -> Engine:
+    """The engine that the recipe names. Raises ValueError if it does not fit the number of ranks.
+
+    ``optimizer``: builds it for the model as the engine wraps it; None: the recipe's.
+    """
     if recipe.engine == "deepspeed":
         from frugal_dist.training.engines.deepspeed import DeepSpeedEngine, deepspeed_config
 
-        return DeepSpeedEngine(model, deepspeed_config(recipe, place.world), schedule)
+        return DeepSpeedEngine(model, deepspeed_config(recipe, place.world), schedule, losses, optimizer)
     from frugal_dist.training.engines.plain import PlainEngine
 
-    return PlainEngine(model, recipe, schedule, place)
+    return PlainEngine(model, recipe, schedule, place, losses, optimizer)
 
 
-__all__ = ["Engine", "Schedule", "build_engine"]
+__all__ = ["Engine", "Losses", "Schedule", "build_engine"]

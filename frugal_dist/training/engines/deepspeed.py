@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, distributed, nn
 
 from frugal_dist import checkpoint
+from frugal_dist.optimizer import Frugal
 from frugal_dist.training.engines import collectives
-from frugal_dist.training.engines.protocol import Schedule, count_state_bytes
+from frugal_dist.training.engines.protocol import Losses, Schedule, count_state_bytes
 from frugal_dist.training.models import token_losses
 from frugal_dist.training.optimizers import frugal_options
 from frugal_dist.training.recipe import Recipe
@@ -20,9 +22,19 @@ from frugal_dist.training.schedule import jump
 
 
 class DeepSpeedEngine:
-    """The DeepSpeed engine for a model and the settings of a DeepSpeed JSON."""
+    """The DeepSpeed engine for a model and the settings of a DeepSpeed JSON.
 
-    def __init__(self, model: nn.Module, config: dict[str, Any], schedule: Schedule) -> None:
+    ``optimizer``: builds it, instead of what the JSON says.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: dict[str, Any],
+        schedule: Schedule,
+        losses: Losses = token_losses,
+        optimizer: Callable[[nn.Module], Frugal] | None = None,
+    ) -> None:
         import deepspeed
 
         deepspeed.init_distributed()
@@ -32,9 +44,14 @@ class DeepSpeedEngine:
         # A scheduler in the JSON is the user's word; ours knows the number of steps and is the default.
         ours = None if "scheduler" in config else partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=schedule)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        built: dict[str, Any] = {}
+        if optimizer is not None:
+            built["optimizer"] = optimizer(model)
+            config = {key: value for key, value in config.items() if key != "optimizer"}
         self._engine, _, _, scheduler = deepspeed.initialize(
-            model=model, model_parameters=parameters, config=config, lr_scheduler=ours
+            model=model, model_parameters=parameters, config=config, lr_scheduler=ours, **built
         )
+        self._function = losses
         self._schedule = scheduler if ours is not None else None
         self.optimizer_name = type(self._engine.basic_optimizer).__name__
 
@@ -44,7 +61,7 @@ class DeepSpeedEngine:
         parts = rows.split(self._engine.train_micro_batch_size_per_gpu())
         mean = torch.zeros((), device=self._engine.device)
         for part in parts:
-            losses = token_losses(self._engine, part.to(self._engine.device))
+            losses = self._function(self._engine, part.to(self._engine.device))
             # DeepSpeed divides by the number of micro-batches.
             loss = losses.mean() if targets is None else losses.sum() * (len(parts) / targets)
             self._engine.backward(loss)
@@ -52,11 +69,15 @@ class DeepSpeedEngine:
             mean += loss.detach() / len(parts)
         return mean
 
-    @torch.no_grad()
     def losses(self, rows: Tensor) -> Tensor:
-        """The loss of every predicted token, without gradient."""
+        """The loss of every target, without gradient."""
+        return self.outputs(self._function, rows)
+
+    @torch.no_grad()
+    def outputs(self, function: Losses, rows: Tensor) -> Tensor:
+        """What a function makes of the model and these rows, without gradient."""
         self._engine.eval()
-        return token_losses(self._engine, rows.to(self._engine.device))
+        return function(self._engine, rows.to(self._engine.device))
 
     def total(self, values: list[float]) -> list[float]:
         """Each value summed over the ranks, in double precision."""

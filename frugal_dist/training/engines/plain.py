@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, distributed, nn
 
 from frugal_dist import checkpoint
+from frugal_dist.optimizer import Frugal
 from frugal_dist.training.engines import collectives
-from frugal_dist.training.engines.protocol import Schedule, count_state_bytes
+from frugal_dist.training.engines.protocol import Losses, Schedule, count_state_bytes
 from frugal_dist.training.models import token_losses
 from frugal_dist.training.optimizers import build_optimizer
 from frugal_dist.training.place import Place
@@ -27,14 +28,23 @@ Sync = Callable[[nn.Module, bool], AbstractContextManager[None]]
 class PlainEngine:
     """Trains a model with torch alone. Weights stay in fp32; bf16 is for the forward and backward pass."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, schedule: Schedule, place: Place) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        schedule: Schedule,
+        place: Place,
+        losses: Losses = token_losses,
+        optimizer: Callable[[nn.Module], Frugal] | None = None,
+    ) -> None:
         self.rank, self.world, self.batch_size = place.rank, place.world, recipe.batch
         self.device = _join(place)
         self._clip, self._micro = recipe.clip, recipe.micro_batch
         wrap, self._sync = WRAPPERS[recipe.engine]
         self._bf16 = recipe.precision == "bf16"
         self._model = wrap(model.to(self.device), self._bf16)
-        self._optimizer = build_optimizer(recipe.optimizer, self._model)
+        self._function = losses
+        self._optimizer = optimizer(self._model) if optimizer else build_optimizer(recipe.optimizer, self._model)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, schedule)
         self._norm, self._skipped = math.nan, 0
         self.optimizer_name: str = recipe.optimizer.name
@@ -45,10 +55,11 @@ class PlainEngine:
         self._optimizer.zero_grad(set_to_none=True)
         parts = rows.split(self._micro or len(rows))
         mean = torch.zeros((), device=self.device)
-        targets = rows.shape[0] * (rows.shape[1] - 1) if targets is None else targets
         for number, part in enumerate(parts):
             with self._sync(self._model, number == len(parts) - 1):
-                loss = self._losses(part).sum() / targets
+                losses = self._outputs(self._function, part)
+                # Full rows have equally many targets.
+                loss = losses.sum() / (losses.numel() // len(part) * len(rows) if targets is None else targets)
                 loss.backward()
             mean += loss.detach()
         self._norm = self._gradient_norm()
@@ -65,15 +76,19 @@ class PlainEngine:
         norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), limit)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
-    def _losses(self, rows: Tensor) -> Tensor:
+    def _outputs(self, function: Losses, rows: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
-            return token_losses(self._model, rows.to(self.device, non_blocking=True))
+            return function(self._model, rows.to(self.device, non_blocking=True))
+
+    def losses(self, rows: Tensor) -> Tensor:
+        """The loss of every target, without gradient."""
+        return self.outputs(self._function, rows)
 
     @torch.no_grad()
-    def losses(self, rows: Tensor) -> Tensor:
-        """The loss of every predicted token, without gradient."""
+    def outputs(self, function: Losses, rows: Tensor) -> Tensor:
+        """What a function makes of the model and these rows, without gradient."""
         self._model.eval()
-        return self._losses(rows)
+        return self._outputs(function, rows)
 
     def total(self, values: list[float]) -> list[float]:
         """Each value summed over the ranks, in double precision."""

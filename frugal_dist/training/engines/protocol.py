@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+Losses = Callable[[nn.Module, Tensor], Tensor]
+"""What is trained: from a model and rows to the loss of every target, as many for each full row."""
 Schedule = Callable[[int], float]
 """The factor on the learning rate at a step, from 0."""
 
@@ -29,7 +31,10 @@ class Engine(Protocol):
         """
 
     def losses(self, rows: Tensor) -> Tensor:
-        """The loss of every predicted token, without gradient."""
+        """The loss of every target, without gradient."""
+
+    def outputs(self, function: Losses, rows: Tensor) -> Tensor:
+        """What a function makes of the model and these rows, without gradient."""
 
     def total(self, values: list[float]) -> list[float]:
         """Each value summed over the ranks."""

@@ -1,0 +1,170 @@
+"""One rank of a training by recipe: terminal, signals, metrics, checkpoints, going on where it was.
+
+What is trained, and what it found at the end, is the job's.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from frugal_dist.training.console import LOG_FILE, quiet_console
+from frugal_dist.training.place import Place, find_place
+from frugal_dist.training.recipe import Recipe
+from frugal_dist.training.signals import STOPPED, StopRequest, stop_requests
+
+# Heavy and noisy libraries are imported inside the functions: once the terminal is protected from their output.
+if TYPE_CHECKING:
+    from frugal_dist.training.data import Source
+    from frugal_dist.training.engines import Engine
+    from frugal_dist.training.evaluate import Evaluation, Finding
+    from frugal_dist.training.loop import Outcome, Training
+    from frugal_dist.training.metrics import MetricsLog
+    from frugal_dist.training.progress import Progress
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training that can start.
+
+    ``record``: the user's recipe, for the metrics file. ``summary(outcome)``: figures of the end, and words for the
+    terminal. ``evaluated``: as the loop's. ``remember()``: what a checkpoint holds beside the position in the data;
+    ``recall`` gets it back when the run goes on.
+    """
+
+    recipe: Recipe
+    record: dict[str, Any]
+    parameters: int
+    engine: Engine
+    batches: Source
+    validation: Evaluation
+    summary: Callable[[Outcome], tuple[dict[str, Any], str]]
+    evaluated: Callable[[int, Finding], None] | None = None
+    remember: Callable[[], dict[str, Any]] = dict
+    recall: Callable[[dict[str, Any]], None] | None = None
+
+
+def run_rank(folder: str, prepare: Callable[[Place, ExitStack], Job]) -> int:
+    """Train as one rank of whatever launcher started this process; return the exit code.
+
+    0 when all steps are done, 75 after a signal to stop (a checkpoint is saved; the same command goes on), 1 after a
+    failure. ``prepare(place, stack)``: builds the job; what it leaves in ``stack`` is closed at the end.
+    """
+    place = find_place()
+    run = Path(folder)
+    run.mkdir(parents=True, exist_ok=True)
+    with _environment(place), quiet_console(run / LOG_FILE) as terminal, stop_requests() as request:
+        try:
+            with ExitStack() as stack:
+                return _train(prepare(place, stack), terminal, request)
+        except Exception as error:
+            traceback.print_exc(file=sys.stderr)
+            print(f"\nRank {place.rank} failed: {type(error).__name__}: {error}", file=terminal)
+            return 1
+
+
+@contextmanager
+def _environment(place: Place) -> Iterator[None]:
+    """The variables that torch and DeepSpeed read, for as long as the training runs."""
+    before = dict(os.environ)
+    os.environ.update(place.environment())
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _train(job: Job, terminal: TextIO, request: StopRequest) -> int:
+    recipe, engine = job.recipe, job.engine
+    found = engine.resume(Path(recipe.folder) / CHECKPOINTS)
+    start = 0 if found is None else found[0]
+    if found is not None:
+        job.batches.load_state_dict(found[1].get("data", []), start)
+        if job.recall is not None:
+            job.recall(found[1])
+    if engine.rank == 0:
+        print(_headline(job, start), file=terminal)
+    outcome = _run(job, start, terminal, request)
+    if outcome.steps < recipe.steps:
+        if engine.rank == 0:
+            why = request.name or "a signal to another rank"
+            print(f"Stopped after step {outcome.steps} ({why}); the same command goes on.", file=terminal)
+        return STOPPED
+    return 0
+
+
+def _headline(job: Job, start: int) -> str:
+    recipe, engine = job.recipe, job.engine
+    begun = f"going on after step {start}" if start else f"{recipe.steps:,} steps"
+    ranks = "one rank" if engine.world == 1 else f"{engine.world} ranks"
+    return (
+        f"{recipe.folder}: {job.parameters / 1e6:.2f} M parameters, {engine.optimizer_name}, {recipe.engine} on "
+        f"{ranks}, {recipe.batch * job.batches.length:,} tokens a step, {begun}"
+    )
+
+
+def _run(job: Job, start: int, terminal: TextIO, request: StopRequest) -> Outcome:
+    from frugal_dist.training.metrics import METRICS_FILE, MetricsLog
+    from frugal_dist.training.progress import Progress
+
+    recipe, engine = job.recipe, job.engine
+    path = Path(recipe.folder) / METRICS_FILE if engine.rank == 0 else None
+    with MetricsLog(path, start or None) as metrics, Progress(recipe.steps, terminal, engine.rank == 0) as progress:
+        metrics.write("run", **job.record, start=start, ranks=engine.world)
+        outcome = _training(job, start, metrics, progress, request).run()
+        if outcome.steps < recipe.steps:
+            metrics.write("stopped", step=outcome.steps, signal=request.name)
+            return outcome
+        state = engine.state_bytes()
+        figures, text = job.summary(outcome)
+        metrics.write(
+            "summary",
+            steps=outcome.steps,
+            tokens=outcome.tokens,
+            seconds=round(outcome.seconds, 1),
+            state_bytes=state,
+            validation_loss=outcome.last_loss,
+            **figures,
+        )
+        progress.say(f"{text}; optimizer state {max(state) / 1e6:,.1f} MB per rank")
+    return outcome
+
+
+def _training(job: Job, start: int, metrics: MetricsLog, progress: Progress, request: StopRequest) -> Training:
+    from frugal_dist.training.engines.collectives import gathered
+    from frugal_dist.training.loop import Training
+
+    recipe = job.recipe
+
+    def save(step: int) -> None:
+        saving = recipe.saving
+        options = {"keep_last": saving.keep_last, "keep_every": saving.keep_every, "on_error": saving.on_error}
+        position = job.batches.state_dict()
+        extra = {"data": gathered(position)} if position else {}
+        job.engine.save(Path(recipe.folder) / CHECKPOINTS, step, {**extra, **job.remember()}, **options)
+
+    return Training(
+        job.engine,
+        job.batches,
+        job.validation,
+        metrics,
+        progress,
+        steps=recipe.steps,
+        evaluate_every=recipe.evaluate_every,
+        log_every=recipe.log_every,
+        start=start,
+        save=save,
+        save_every=recipe.saving.every,
+        stop=request,
+        bad_steps=recipe.bad_steps,
+        evaluated=job.evaluated,
+    )
