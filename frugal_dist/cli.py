@@ -62,6 +62,11 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_export(commands.add_parser("export", help="a checkpoint as a Hugging Face model folder"))
 
+    doctor = commands.add_parser("doctor", help="what works on this machine, tried out in about a minute")
+    doctor.add_argument("--folder", type=Path, default=Path("runs"), help="where runs would be written (default runs)")
+    doctor.add_argument("--quick", action="store_true", help="start no processes and train nothing; for health checks")
+    doctor.set_defaults(command=_doctor)
+
     memory = commands.add_parser("memory", help="optimizer-state memory of the papers' LLaMA sizes")
     memory.add_argument("--density", type=float, default=0.25, help="share updated with state (default 0.25)")
     memory.set_defaults(command=_memory)
@@ -177,6 +182,12 @@ def _export(options: argparse.Namespace) -> int:
     done = export(options.checkpoint, options.out, options.config, options.tokenizer, options.dtype)
     print(done.report())
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from frugal_dist.training.doctor import doctor
+
+    return doctor(options.folder, options.quick)
 
 
 def _memory(options: argparse.Namespace) -> int:

@@ -1,0 +1,117 @@
+"""What is installed, and what the machine has."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+from frugal_dist.training.doctor.finding import FAIL, NOTE, OK, Finding
+
+GIB = 2**30
+
+
+# --- versions -------------------------------------------------------------------------------------------------------
+
+
+def versions(folder: Path) -> Iterator[Finding]:
+    """Installed packages against the ranges that are tested; those of an extra may be missing."""
+    from packaging.requirements import Requirement
+
+    yield Finding(OK, "Python", sys.version.split()[0])
+    shown: set[str] = set()
+    for text in metadata.requires("frugal_dist") or []:
+        requirement = Requirement(text)
+        extra = _extra(text)
+        if extra in ("dev", "all") or requirement.name in {"frugal_dist", *shown}:
+            continue
+        shown.add(requirement.name)
+        yield _version(requirement.name, str(requirement.specifier), extra, requirement.specifier.contains)
+
+
+def _extra(text: str) -> str:
+    return text.partition("extra == ")[2].strip("\"' ")
+
+
+def _version(name: str, tested: str, extra: str, contains: Callable[..., bool]) -> Finding:
+    try:
+        found = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return Finding(NOTE, name, f"not installed; what needs it: pip install 'frugal_dist[{extra}]'")
+    if contains(found, prereleases=True):
+        return Finding(OK, name, found)
+    # Only the core's range is a condition: applications may work with others.
+    return Finding(NOTE if extra else FAIL, name, f"{found}, tested is {tested}")
+
+
+# --- the machine ----------------------------------------------------------------------------------------------------
+
+
+def devices(folder: Path) -> Iterator[Finding]:
+    """GPUs that torch can use, or cores."""
+    import torch
+
+    if not torch.cuda.is_available():
+        if shutil.which("nvidia-smi"):
+            why = "torch is a CPU build" if torch.version.cuda is None else "driver and CUDA do not fit"
+            yield Finding(FAIL, "GPU", f"nvidia-smi is here, but torch {torch.__version__} finds no GPU: {why}")
+        yield Finding(OK, "device", f"CPU, {os.cpu_count()} cores, torch {torch.__version__}")
+        return
+    for index in range(torch.cuda.device_count()):
+        name = torch.cuda.get_device_name(index)
+        free, total = torch.cuda.mem_get_info(index)
+        verdict = OK if free > total // 2 else NOTE
+        yield Finding(verdict, f"GPU {index}", f"{name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free")
+    if not torch.cuda.is_bf16_supported():
+        yield Finding(NOTE, "bf16", "not supported by this GPU: use precision fp16 under DeepSpeed, or fp32")
+    if torch.cuda.device_count() > 1:
+        yield Finding(OK, "NCCL", ".".join(map(str, torch.cuda.nccl.version())))
+
+
+def disk(folder: Path) -> Iterator[Finding]:
+    """Whether runs can be written, and the shared memory through which ranks of a machine exchange data."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        yield Finding(FAIL, "disk", f"cannot write to {existing}: {error.strerror}")
+    else:
+        free = shutil.disk_usage(existing).free
+        verdict = OK if free > 20 * GIB else NOTE
+        yield Finding(verdict, "disk", f"{free / GIB:,.0f} GiB free at {existing}")
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        size = shutil.disk_usage(shared).total
+        small = size < GIB
+        advice = "; ranks may fail: docker run --shm-size 8g, or --ipc host" if small else ""
+        yield Finding(NOTE if small else OK, "shared memory", f"{size / GIB:.1f} GiB at {shared}{advice}")
+
+
+def deepspeed_ops(folder: Path) -> Iterator[Finding]:
+    """Whether DeepSpeed's operations for this device can be built or are."""
+    try:
+        metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        return
+    if not shutil.which("ninja"):
+        yield Finding(NOTE, "DeepSpeed ops", "ninja is not on PATH; activate the environment, or pip install ninja")
+    if not (shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")):
+        yield Finding(NOTE, "DeepSpeed ops", "no C++ compiler; an operation that is not built yet cannot be")
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it guesses, aloud
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    wanted = ["FusedAdamBuilder"] if accelerator.device_name() == "cuda" else ["ShareMemCommBuilder"]
+    for name in wanted:
+        builder = accelerator.create_op_builder(name)
+        fits = builder is not None and builder.is_compatible(verbose=False)
+        text = f"{name.removesuffix('Builder')} can be built for {accelerator.device_name()}"
+        yield Finding(OK if fits else NOTE, "DeepSpeed ops", text if fits else text.replace("can", "cannot"))

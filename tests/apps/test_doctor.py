@@ -1,0 +1,93 @@
+"""The doctor on this machine, and on ones where something is wrong."""
+
+from __future__ import annotations
+
+import sys
+from collections import namedtuple
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("jsonargparse")
+
+from frugal_dist.cli import main
+from frugal_dist.training.doctor import finding, machine, trials
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def test_quick_starts_nothing_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--quick", "--folder", str(tmp_path / "not" / "yet" / "there")]) == 0
+    said = capsys.readouterr().out
+    assert f"ok    torch                      {metadata.version('torch')}" in said
+    assert "not tried with --quick" in said
+    assert "FAIL" not in said
+    assert not (tmp_path / "not").exists()
+
+
+def test_trials_on_one_process_and_on_two(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "ENGINES", ("single", "fsdp2"))
+    assert main(["doctor", "--folder", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "2 ranks exchange through gloo" in said
+    assert "on 1 rank\n" in said
+    assert "on 2 ranks\n" in said
+
+
+@pytest.mark.heavy
+def test_trials_on_every_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--folder", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert all(f"ok    training, {engine}" in said for engine in trials.ENGINES)
+
+
+def test_a_wrong_version_of_the_core_fails_and_one_of_an_application_is_noted() -> None:
+    never = lambda version, prereleases: False  # noqa: E731
+    assert machine._version("torch", "<1", "", never).verdict == finding.FAIL
+    assert machine._version("numpy", "<1", "train", never).verdict == finding.NOTE
+    missing = machine._version("no-such-package", ">1", "train", never)
+    assert missing.verdict == finding.NOTE
+    assert "pip install 'frugal_dist[train]'" in missing.found
+
+
+def test_a_folder_that_cannot_be_written_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # /proc refuses new files even to root.
+    assert main(["doctor", "--quick", "--folder", "/proc/runs"]) == 1
+    assert "FAIL  disk" in capsys.readouterr().out
+
+
+def test_little_shared_memory_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage(64 << 20, 0, 64 << 20))
+    found = {one.what: one for one in machine.disk(tmp_path)}
+    assert found["shared memory"].verdict == finding.NOTE
+    assert "--shm-size" in found["shared memory"].found
+
+
+def test_a_trial_that_fails_or_hangs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = trials._run([sys.executable, "-c", "raise OSError('no such network')"], tmp_path)
+    assert failing == "exit 1: OSError: no such network"
+    monkeypatch.setattr(trials, "PATIENCE", 1)
+    hanging = trials._run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path)
+    assert hanging == "no end after 1 s"
+
+
+def test_a_training_that_does_not_learn_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from frugal_dist.training.metrics import MetricsLog
+
+    monkeypatch.setattr(trials, "_run", lambda command, scratch: "")
+    for name, last in (("flat", 5.4), ("other", 3.0)):
+        (tmp_path / name).mkdir()
+        with MetricsLog(tmp_path / name / "metrics.jsonl") as log:
+            log.write("validation", step=0, loss=5.5)
+            log.write("validation", step=20, loss=last)
+    assert "does not learn" in trials._train("flat", 1, tmp_path / "recipe.yaml", None)[0].line()
+    found, loss = trials._train("other", 2, tmp_path / "recipe.yaml", 2.0)
+    assert (found.verdict, loss) == (finding.FAIL, 3.0)
+    assert "2.00 on one process" in found.found
