@@ -17,11 +17,11 @@ from frugal_dist.sharding.exchange import all_gather, all_to_all
 from frugal_dist.sharding.route import Route, fill_buckets
 from frugal_dist.sharding.tile import Tile, elements, is_replicated
 from frugal_dist.update import (
+    add_coordinates_,
     basis_delta,
     basis_step_,
     coordinate_share,
     decay_,
-    finish_coordinates,
     state_free_,
     update_coordinates,
 )
@@ -316,9 +316,5 @@ def _post(piece: CoordinatePiece, share: Tensor, update: Tensor, send: Lists, re
 def _finish_coordinates(work: Work, pieces: Sequence[CoordinatePiece], updates: Sequence[Tensor], active: bool) -> None:
     if not active or work.grads is None:
         return
-    chosen = [piece.selection for piece in pieces]
-    picked = []
-    for selection, weight, update in zip(chosen, work.weights, updates, strict=True):
-        values = selection.take(weight)
-        picked.append(update.add_(values))
-    finish_coordinates(work.weights, work.grads, chosen, picked, work.config)
+    for piece, weight, grad, update in zip(pieces, work.weights, work.grads, updates, strict=True):
+        add_coordinates_(weight, grad, piece.selection, update, work.config)

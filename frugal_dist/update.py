@@ -54,22 +54,39 @@ def update_coordinates(weights: Sequence[Tensor], grads: Sequence[Tensor], chose
                        moments: Sequence[Moments], step: int, config: FrugalConfig) -> None:  # fmt: skip
     """Selected entries move by the state-full rule, all others by the state-free one.
 
-    The selected weights are gathered, updated in place by the fused rule, and written over whatever the state-free
-    step did to them: no dense temporary of zeros, no residual.
+    A selection of everything moves the weights in place. Otherwise the selected gradients are gathered, their update is
+    computed by the fused rule and joins the state-free one: the weights are read and written once.
     """
-    picked = [_dense(selection.take(weight)) for selection, weight in zip(chosen, weights, strict=True)]
     low = [_dense(selection.take(grad)) for selection, grad in zip(chosen, grads, strict=True)]
-    state_full_(picked, low, moments, step, config.lr * config.lr_scale, 0.0, config)
-    finish_coordinates(weights, grads, chosen, picked, config)
+    moved = [
+        _dense(weight) if selection.complete else torch.zeros_like(part)
+        for selection, weight, part in zip(chosen, weights, low, strict=True)
+    ]
+    state_full_(moved, low, moments, step, config.lr * config.lr_scale, 0.0, config)
+    for weight, grad, selection, values in zip(weights, grads, chosen, moved, strict=True):
+        if selection.complete:
+            selection.put_(weight, values)
+        else:
+            add_coordinates_(weight, grad, selection, values, config)
 
 
-def finish_coordinates(weights: Sequence[Tensor], grads: Sequence[Tensor], chosen: Sequence[Selection],
-                       picked: Sequence[Tensor], config: FrugalConfig) -> None:  # fmt: skip
-    """The state-free step of the other entries, then the new selected weights ``picked``."""
-    for weight, grad, selection, values in zip(weights, grads, chosen, picked, strict=True):
-        if not selection.complete:
-            state_free_(weight, grad, config)
-        selection.put_(weight, values.to(weight.dtype))
+def add_coordinates_(weight: Tensor, grad: Tensor, selection: Selection, moved: Tensor, config: FrugalConfig) -> None:
+    """Add the update ``moved`` (-lr s U, in R's shape) to the selected entries and the state-free step to the others.
+
+    Both are put together in one small buffer that stays in the cache: writing scattered entries is cheap only there.
+    """
+    direction = STATE_FREE[config.state_free]
+    if selection.complete:
+        weight.add_(moved)
+    elif direction is None:
+        selection.put_(weight, (_wide(selection.take(weight)) + moved).to(weight.dtype))
+    else:
+        wide = _wide(grad)
+        free = direction(wide)
+        scale = -config.lr * config.lr_scale * config.state_free_lr_scale
+        delta = free.mul(scale) if free is grad else free.mul_(scale)
+        selection.put_(delta, moved)
+        weight.add_(delta)
 
 
 def coordinate_share(grad: Tensor, selection: Selection, bounds: tuple[int, int], moments: Moments, step: int,

@@ -43,7 +43,7 @@ def test_the_report_has_every_contender_once(
     assert report["rows"][0]["ratio"] == 1.0
     assert report["machine"]["device"] in printed
     goals = {row["name"]: row["goal"] for row in report["rows"] if row["goal"] is not None}
-    assert goals == {"columns": 5.0, "randk": 6.0, "svd": 20.0, "blockwise": 1.5}
+    assert goals == step_time.GOALS
 
 
 def test_timed_steps_do_not_refresh(step_time: ModuleType) -> None:
