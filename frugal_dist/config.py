@@ -16,7 +16,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "state_full": ("adamw", "lion", "sgdm"),
     "state_free": ("sign", "sgd", "none"),
     "on_refresh": ("reset", "keep", "project"),
-    "svd_method": ("exact",),
+    "svd_method": ("exact", "subspace", "gram64"),
     "refresh_schedule": ("together", "staggered"),
     "compute_layout": ("auto", "cut", "owner"),
 }
@@ -42,7 +42,9 @@ class FrugalConfig:
     lr_scale             s, scales both parts of a projected matrix.
     state_free_lr_scale  s_free, scales the state-free part once more.
     on_refresh           what becomes of the state at a refresh: reset, keep, or project into the new basis.
-    svd_method           "exact": a full SVD in fp32 (fp64 for fp64 gradients).
+    svd_method           how the projector of "svd" is found. "exact": a full SVD in fp32 (fp64 for fp64 gradients);
+                         "subspace": a few rounds of subspace iteration from the old projector, several times
+                         faster, nearly the same; "gram64": eigenvectors of the Gram matrix in fp64.
     refresh_schedule     "together" (the paper), or "staggered": matrices take turns within update_gap.
     compute_layout       where basis projections compute when storage is sharded: "auto" picks by cost.
     residual_threshold   relative size below which a residual row (column for a left basis) counts as
@@ -83,6 +85,11 @@ class FrugalConfig:
         object.__setattr__(self, "momentum", _number("momentum", self.momentum, low=0.0, high=1.0))
         for key, low in (("update_gap", 1), ("seed", 0)):
             object.__setattr__(self, key, _integer(key, getattr(self, key), low))
+        if self.svd_method != "exact" and self.projection != "svd":
+            raise ValueError(
+                f"svd_method={self.svd_method!r} belongs to projection='svd', but projection={self.projection!r} "
+                "computes no SVD. Leave svd_method out, or use projection='svd'."
+            )
 
     @property
     def beta_pair(self) -> tuple[float, float]:

@@ -6,7 +6,7 @@ A NaN, a zero gradient or a failed SVD is a status that all ranks learn; no rank
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from frugal_dist.clock import due, offset
 from frugal_dist.moments import carry_basis_moments, move_coordinate_moments, moves_between_ranks
 from frugal_dist.notices import notice
 from frugal_dist.projection.basis import Basis, basis_shapes, exact_svd, random_basis
+from frugal_dist.projection.subspace import gram_svd, subspace_svd
 from frugal_dist.replicas import fingerprints, mismatched, resynchronise
 from frugal_dist.sharding.exchange import agree_max, all_to_all, broadcast
 from frugal_dist.sharding.plan import moves_for, owner_layout
@@ -83,6 +84,8 @@ def _suspects(runtime: Runtime, works: Sequence[Work]) -> list[Work]:
     found = []
     for work in works:
         known = runtime.agreed.get(work.matrix.index)
+        if runtime.ranks.alone and work.family != "basis":
+            continue  # it never takes part
         if runtime.ranks.alone:
             suspect = _due(work)
         else:
@@ -216,9 +219,9 @@ def refresh_load(runtime: Runtime, work: Work) -> tuple[int, ...]:
 
 def _refresh_bucket(runtime: Runtime, works: Sequence[Work]) -> None:
     """All owners compute at the same time; only then the first of them publishes."""
-    gathered = _gather(runtime, works)
+    gathered, warm = _gather(runtime, works)
     found = {
-        work.matrix.index: _compute(work, gathered[work.matrix.index])
+        work.matrix.index: _compute(work, gathered[work.matrix.index], warm.get(work.matrix.index))
         for work in works
         if work.matrix.owner == runtime.ranks.rank
     }
@@ -228,14 +231,43 @@ def _refresh_bucket(runtime: Runtime, works: Sequence[Work]) -> None:
             _publish(runtime, mine, [found.get(work.matrix.index) for work in mine], owner)
 
 
-def _gather(runtime: Runtime, works: Sequence[Work]) -> dict[int, Tensor]:
-    """The whole gradients of the matrices this rank owns."""
+def warm_source(runtime: Runtime, work: Work) -> int | None:
+    """The rank that has the old basis when a refresh starts from it and the owner does not; None: nothing to send."""
+    matrix = work.matrix
+    if work.config.svd_method != "subspace" or work.config.projection != "svd" or work.state.clock("refreshes") == 0:
+        return None
+    users = [rank for rank, tiles in enumerate(basis_route(runtime, work).layout) if tiles]
+    return None if matrix.owner in users else users[0]
+
+
+def _send_warm(runtime: Runtime, work: Work, send: list[list[Tensor]], recv: list[list[Tensor]]) -> Basis | None:
+    """Queue the old basis for its owner; returns the one that this rank, if it is the owner, will start from."""
+    source, rank = warm_source(runtime, work), runtime.ranks.rank
+    if source is None:
+        return work.state.basis(work.side)
+    if rank == source:
+        basis = work.state.basis(work.side)
+        assert basis is not None
+        send[work.matrix.owner] += basis.parts
+    if rank != work.matrix.owner:
+        return None
+    shapes = basis_shapes(work.side, work.matrix.rows, work.matrix.cols, work.state.clock("size"))
+    basis = Basis(**{part: torch.empty(size, dtype=work.dtype, device=work.device) for part, size in shapes.items()})
+    recv[source] += basis.parts
+    return basis
+
+
+def _gather(runtime: Runtime, works: Sequence[Work]) -> tuple[dict[int, Tensor], dict[int, Basis | None]]:
+    """The whole gradients of the matrices this rank owns, and the bases that their refresh starts from."""
     ranks = runtime.ranks
     send: list[list[Tensor]] = [[] for _ in range(ranks.size)]
     recv: list[list[Tensor]] = [[] for _ in range(ranks.size)]
     found, landing = {}, []
+    warm: dict[int, Basis | None] = {}
     travels = False
     for work in works:
+        warm[work.matrix.index] = _send_warm(runtime, work, send, recv)
+        travels = travels or warm_source(runtime, work) is not None
         matrix = work.matrix
         everything = whole(matrix.rows, matrix.cols)[0]
         home = owned(matrix.storage[matrix.owner], everything)
@@ -259,17 +291,17 @@ def _gather(runtime: Runtime, works: Sequence[Work]) -> dict[int, Tensor]:
                 recv[move.source].append(landing[-1])
     if travels:
         all_to_all(ranks, send, recv, torch.empty(0, dtype=works[0].dtype, device=works[0].device))
-    return found
+    return found, warm
 
 
-def _compute(work: Work, grad: Tensor) -> Basis | None:
+def _compute(work: Work, grad: Tensor, warm: Basis | None) -> Basis | None:
     """The new basis, or None. Never raises: the other ranks are waiting for the outcome."""
     refresh_number = work.state.clock("refreshes")
     attempts = [(grad.device, work.dtype), (torch.device("cpu"), work.dtype), (torch.device("cpu"), torch.float64)]
     troubles = []
     for device, dtype in attempts:
         try:
-            basis = _basis_of(work, grad.to(device, dtype), refresh_number)
+            basis = _basis_of(work, grad.to(device, dtype), refresh_number, warm)
             if all(bool(torch.isfinite(part).all()) for part in basis.parts):
                 return Basis(**{k: v.to(work.device, work.dtype) for k, v in vars(basis).items() if v is not None})
             troubles.append("the result is not finite")
@@ -279,12 +311,17 @@ def _compute(work: Work, grad: Tensor) -> Basis | None:
     return None
 
 
-def _basis_of(work: Work, grad: Tensor, number: int) -> Basis:
-    if work.config.projection == "svd":
-        return exact_svd(grad, work.side, work.size)
-    rows, cols = grad.shape
-    name, seed = work.matrix.name, work.config.seed
-    return random_basis(rows, cols, work.side, work.size, seed=seed, name=name, refresh=number, dtype=grad.dtype)
+def _basis_of(work: Work, grad: Tensor, number: int, warm: Basis | None) -> Basis:
+    name, seed, side, r = work.matrix.name, work.config.seed, work.side, work.size
+    if work.config.projection == "random":
+        rows, cols = grad.shape
+        return random_basis(rows, cols, side, r, seed=seed, name=name, refresh=number, dtype=grad.dtype)
+    methods: dict[str, Callable[[], Basis]] = {
+        "exact": lambda: exact_svd(grad, side, r),
+        "subspace": lambda: subspace_svd(grad, side, r, warm, seed=seed, name=name, refresh=number),
+        "gram64": lambda: gram_svd(grad, side, r),
+    }
+    return methods[work.config.svd_method]()
 
 
 def used_by_others(runtime: Runtime, work: Work) -> bool:

@@ -227,7 +227,10 @@ def _plan_refresh(runtime: Runtime, works: Sequence[Work], found: RankPlan) -> N
     found.refresh_calls["all_reduce"] += 1
     for bucket in refresh.buckets_of(runtime, bases):
         gathered = [work for work in bucket if owned(work.matrix.storage[work.matrix.owner], _whole(work)) is None]
-        found.refresh_calls["all_to_all"] += bool(gathered)
+        warm = [work for work in bucket if refresh.warm_source(runtime, work) is not None]
+        found.refresh_calls["all_to_all"] += bool(gathered or warm)
+        sent_warm = [work for work in warm if refresh.warm_source(runtime, work) == rank]
+        found.refresh_sent += ITEM * sum(_basis_elements(work) for work in sent_warm)
         for work in gathered:
             target = owner_layout(runtime.ranks.size, work.matrix.owner, work.matrix.rows, work.matrix.cols)
             moves = moves_for(work.matrix.storage, target, rank, work.matrix.index)
@@ -244,8 +247,11 @@ def _whole(work: Work) -> Tile:
 
 def _published(runtime: Runtime, work: Work) -> int:
     """Elements of the basis that the owner broadcasts."""
-    shapes = basis_shapes(work.side, work.matrix.rows, work.matrix.cols, work.size).values()
-    return sum(prod(shape) for shape in shapes) if refresh.used_by_others(runtime, work) else 0
+    return _basis_elements(work) if refresh.used_by_others(runtime, work) else 0
+
+
+def _basis_elements(work: Work) -> int:
+    return sum(prod(s) for s in basis_shapes(work.side, work.matrix.rows, work.matrix.cols, work.size).values())
 
 
 def _note_layouts(plan: Plan, runtime: Runtime, load: Load) -> None:
