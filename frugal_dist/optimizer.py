@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from frugal_dist import engines, saving
 from frugal_dist.config import HYPERPARAMETERS, FrugalConfig, check_choice, check_keys, config_from, without_auto
+from frugal_dist.figures import RefreshFigures
 from frugal_dist.groups import arranged, as_groups, check_group_keys, check_unique
 from frugal_dist.notices import notice
 from frugal_dist.parameters import (
@@ -243,6 +244,13 @@ class Frugal(Optimizer):
             self._told = True
             notice(NO_GRADIENTS)
         return not (running or moving)
+
+    def take_refresh_figures(self) -> list[float]:
+        """This rank's sums over the refreshes since the last call; add them over the ranks, then ``RefreshReport.of``.
+
+        Zeros where nothing was refreshed. No collective.
+        """
+        return RefreshFigures().take() if self._runtime is None else self._runtime.figures.take()
 
     def _bind(self) -> Runtime:
         """Find out, once, how the engine stores the parameters. Collective on more than one rank."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from frugal_dist.clock import due, offset
+from frugal_dist.figures import RefreshFigures
 from frugal_dist.moments import carry_basis_moments, move_coordinate_moments, moves_between_ranks
 from frugal_dist.notices import notice
 from frugal_dist.projection.basis import Basis, basis_shapes, exact_svd, random_basis
@@ -21,8 +22,8 @@ from frugal_dist.replicas import fingerprints, mismatched, resynchronise
 from frugal_dist.sharding.exchange import agree_max, all_to_all, broadcast
 from frugal_dist.sharding.plan import moves_for, owner_layout
 from frugal_dist.sharding.route import fill_buckets
-from frugal_dist.sharding.tile import elements, owned, whole
-from frugal_dist.work import Agreed, Runtime, Work, basis_route, coordinate_cut, moment_names
+from frugal_dist.sharding.tile import elements, holders, owned, whole
+from frugal_dist.work import Agreed, Cut, Runtime, Work, basis_route, coordinate_cut, moment_names
 
 NEW, FAILED = 0.0, 1.0
 ATTEMPTS = 3
@@ -181,7 +182,18 @@ def _refresh_coordinates(runtime: Runtime, works: Sequence[Work], reports: dict[
             old = coordinate_cut(runtime, work).pieces
             before = (work.state.clock("refreshes"), work.state.clock("size"))
             _advance(work, work.size)
-            move_coordinate_moments(runtime, work, old, coordinate_cut(runtime, work).pieces, before)
+            new = coordinate_cut(runtime, work)
+            move_coordinate_moments(runtime, work, old, new.pieces, before)
+            _count_coordinates(runtime, work, new)
+
+
+def _count_coordinates(runtime: Runtime, work: Work, cut: Cut) -> None:
+    """Figures of this rank's tiles, each by the first of the ranks that hold it."""
+    held = holders(work.matrix.storage)
+    for piece in cut.pieces if work.grads is not None else ():
+        if held[piece.tile][0] == runtime.ranks.rank:
+            grad = work.local_grad(piece.tile)
+            runtime.figures.add_part([grad], [] if cut.nothing else [piece.selection.take(grad)])
 
 
 def _advance(work: Work, size: int) -> None:
@@ -221,7 +233,7 @@ def _refresh_bucket(runtime: Runtime, works: Sequence[Work]) -> None:
     """All owners compute at the same time; only then the first of them publishes."""
     gathered, warm = _gather(runtime, works)
     found = {
-        work.matrix.index: _compute(work, gathered[work.matrix.index], warm.get(work.matrix.index))
+        work.matrix.index: _compute(work, gathered[work.matrix.index], warm.get(work.matrix.index), runtime.figures)
         for work in works
         if work.matrix.owner == runtime.ranks.rank
     }
@@ -294,7 +306,7 @@ def _gather(runtime: Runtime, works: Sequence[Work]) -> tuple[dict[int, Tensor],
     return found, warm
 
 
-def _compute(work: Work, grad: Tensor, warm: Basis | None) -> Basis | None:
+def _compute(work: Work, grad: Tensor, warm: Basis | None, figures: RefreshFigures) -> Basis | None:
     """The new basis, or None. Never raises: the other ranks are waiting for the outcome."""
     refresh_number = work.state.clock("refreshes")
     attempts = [(grad.device, work.dtype), (torch.device("cpu"), work.dtype), (torch.device("cpu"), torch.float64)]
@@ -303,6 +315,7 @@ def _compute(work: Work, grad: Tensor, warm: Basis | None) -> Basis | None:
         try:
             basis = _basis_of(work, grad.to(device, dtype), refresh_number, warm)
             if all(bool(torch.isfinite(part).all()) for part in basis.parts):
+                figures.add_basis(grad.to(device, dtype), basis)
                 return Basis(**{k: v.to(work.device, work.dtype) for k, v in vars(basis).items() if v is not None})
             troubles.append("the result is not finite")
         except Exception as error:  # whatever went wrong becomes a status; a traceback here would hang the others
@@ -353,6 +366,8 @@ def _adopt(runtime: Runtime, work: Work, basis: Basis) -> None:
     plan = basis_route(runtime, work)
     carry_basis_moments(work, plan, basis, moment_names(work.config))
     if plan.tiles:
+        if runtime.ranks.rank == next(rank for rank, tiles in enumerate(plan.layout) if tiles):
+            runtime.figures.add_turn(work.state.basis(work.side), basis)
         work.state.set_basis(work.side, basis)
     _advance(work, work.size)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from frugal_dist.config import FrugalConfig
+from frugal_dist.figures import RefreshFigures
 from frugal_dist.projection.blocks import active_blocks, active_count
 from frugal_dist.projection.coordinates import NOTHING, Selection
 from frugal_dist.projection.draw import draw_selection, whole_block
@@ -48,6 +49,7 @@ class Runtime:
     agreed: dict[int, Agreed] = field(default_factory=dict)
     failures: dict[int, int] = field(default_factory=dict)
     buckets: dict[tuple[int, ...], list[list[int]]] = field(default_factory=dict)
+    figures: RefreshFigures = field(default_factory=RefreshFigures)
 
     def by_original(self) -> dict[int, list[Matrix]]:
         """The matrices of every projected parameter."""

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from frugal_dist.figures import RefreshReport
 from frugal_dist.training.data import Source
 from frugal_dist.training.engines import Engine
 from frugal_dist.training.evaluate import Evaluation, Finding
+from frugal_dist.training.flops import memory
 from frugal_dist.training.metrics import MetricsLog
 from frugal_dist.training.progress import Progress
 from frugal_dist.training.rows import IGNORED
@@ -38,8 +40,9 @@ class Training:
 
     ``start``: steps done before, by a run that this one continues. ``save(step)`` writes a checkpoint, every
     ``save_every`` steps (0: never) and when told to stop. ``stop()``: whether this rank was told to stop, by a signal.
-    ``bad_steps``: so many consecutive steps without a finite gradient end the run. ``evaluated(step, finding)`` hears
-    of every evaluation.
+    ``bad_steps``: so many consecutive steps without a finite gradient end the run. ``flop_share``: the share of
+    all devices' arithmetic that one token per second takes; 0: not known. ``evaluated(step, finding)`` hears of every
+    evaluation.
     """
 
     engine: Engine
@@ -55,6 +58,7 @@ class Training:
     save_every: int = 0
     stop: Callable[[], bool] | None = None
     bad_steps: int = 10
+    flop_share: float = 0.0
     evaluated: Callable[[int, Finding], None] | None = None
     _loss_sum: float | torch.Tensor = field(default=0.0, init=False)
     _loss_count: int = field(default=0, init=False)
@@ -141,7 +145,8 @@ class Training:
     def _log(self, done: int) -> None:
         """Write the mean over the steps since the last record."""
         begin = time.monotonic()
-        loss = self.engine.total([float(self._loss_sum)])[0] / (self._loss_count * self.engine.world)
+        loss_sum, *refreshes = self.engine.total([float(self._loss_sum), *self.engine.refresh_figures()])
+        loss = loss_sum / (self._loss_count * self.engine.world)
         self._busy += time.monotonic() - begin  # on a GPU the steps' work is waited for here
         speed = self._tokens(self._loss_count) / self._busy
         self.metrics.write(
@@ -153,11 +158,27 @@ class Training:
             gradient_norm=self.engine.gradient_norm(),
             tokens_per_second=round(speed, 1),
             seconds=self._seconds(),
+            **({"mfu": round(speed * self.flop_share, 4)} if self.flop_share else {}),
+            **memory(),
         )
+        self._log_refreshes(done, refreshes)
         if not math.isfinite(loss) and not self._bad:
             raise ValueError(f"the training loss is {loss} at step {done}; lower lr or lengthen the warm-up.")
         self.progress.figures(loss, speed)
         self._loss_sum, self._loss_count, self._busy = 0.0, 0, 0.0
+
+    def _log_refreshes(self, done: int, sums: list[float]) -> None:
+        """What the projectors that were refreshed since the last record caught; nothing if there were none."""
+        found = RefreshReport.of(sums)
+        if found.matrices:
+            self.metrics.write(
+                "refresh",
+                step=done,
+                tokens=self._tokens(done),
+                matrices=found.matrices,
+                residual_energy=_or_none(found.residual_energy),
+                overlap=_or_none(found.overlap),
+            )
 
     def _evaluate(self, done: int) -> float:
         found = self.validation.evaluate(self.engine)
@@ -174,3 +195,8 @@ class Training:
 
     def _tokens(self, steps: int) -> int:
         return steps * self.batches.batch_size * self.batches.length
+
+
+def _or_none(value: float) -> float | None:
+    """NaN is no JSON."""
+    return value if math.isfinite(value) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,9 +16,13 @@ class MetricsLog:
     """Appends records to a file; without a path (ranks other than 0) it does nothing.
 
     ``after``: the run goes on after this step; what an earlier run wrote of later steps is dropped. None starts anew.
+    ``also(kind, values)`` hears of every record, once it is in the file.
     """
 
-    def __init__(self, path: Path | None, after: int | None = None) -> None:
+    def __init__(
+        self, path: Path | None, after: int | None = None, also: Callable[[str, dict[str, Any]], None] | None = None
+    ) -> None:
+        self._also = also
         goes_on = path is not None and after is not None and path.is_file()
         if path and after is not None and goes_on:
             _cut(path, after)
@@ -28,6 +33,8 @@ class MetricsLog:
         if self._file:
             self._file.write(json.dumps({"kind": kind, **values}) + "\n")
             self._file.flush()
+            if self._also:
+                self._also(kind, values)
 
     def __enter__(self) -> MetricsLog:
         return self

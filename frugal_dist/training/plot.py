@@ -72,9 +72,12 @@ def plot_runs(runs: Sequence[Path], out: Path) -> list[Path]:
     for name, records in everything.items():
         if not of_kind(records, "train"):
             raise ValueError(f"{name} has no training records yet; run it for a few more steps.")
-    figure = Figure(figsize=(9.0, 6.4), layout="constrained")
+    refreshes = {name: of_kind(records, "refresh") for name, records in everything.items()}
+    rows = 3 if any(refreshes.values()) else 2
+    figure = Figure(figsize=(9.0, 3.2 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    (loss, perplexity), (time, state) = figure.subplots(2, 2)
+    panels = figure.subplots(rows, 2)
+    (loss, perplexity), (time, state) = panels[:2]
     for name, records in everything.items():
         train, validation = of_kind(records, "train"), of_kind(records, "validation")
         _line(loss, name, [(row["tokens"] / 1e6, row["loss"]) for row in train])
@@ -87,6 +90,8 @@ def plot_runs(runs: Sequence[Path], out: Path) -> list[Path]:
     for panel in (loss, perplexity, time):
         panel.grid(alpha=0.3)
         panel.legend()
+    if rows == 3:
+        _draw_refreshes(panels[2][0], panels[2][1], refreshes)
     paths = [out.with_suffix(".png"), out.with_suffix(".svg")]
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,8 +99,23 @@ def plot_runs(runs: Sequence[Path], out: Path) -> list[Path]:
     return paths
 
 
-def _line(panel: Any, name: str, points: Points, marker: str = "") -> None:
-    panel.plot([x for x, _ in points], [y for _, y in points], label=name, marker=marker)
+def _draw_refreshes(energy: Any, overlap: Any, refreshes: dict[str, list[dict[str, Any]]]) -> None:
+    """What was left to the state-free rule at every refresh, and how far the bases turned."""
+    for number, (name, found) in enumerate(refreshes.items()):
+        for panel, key in ((energy, "residual_energy"), (overlap, "overlap")):
+            points = [(row["tokens"] / 1e6, row[key]) for row in found if row[key] is not None]
+            if points:
+                _line(panel, name, points, marker=".", color=f"C{number}")
+    energy.set(xlabel="million tokens", ylabel="share of energy in the residual", ylim=(0, 1))
+    overlap.set(xlabel="million tokens", ylabel="overlap with the basis before", ylim=(0, 1))
+    for panel in (energy, overlap):
+        panel.grid(alpha=0.3)
+        if panel.lines:
+            panel.legend()
+
+
+def _line(panel: Any, name: str, points: Points, marker: str = "", color: str | None = None) -> None:
+    panel.plot([x for x, _ in points], [y for _, y in points], label=name, marker=marker, color=color)
 
 
 def _bars(panel: Any, summaries: dict[str, list[dict[str, Any]]]) -> None:

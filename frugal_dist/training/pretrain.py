@@ -27,6 +27,7 @@ def _prepare(recipe: Recipe, place: Place, stack: ExitStack) -> Job:
     import torch
 
     from frugal_dist.training.engines import build_engine
+    from frugal_dist.training.flops import flops_per_token
     from frugal_dist.training.models import build_model
     from frugal_dist.training.schedule import build_schedule
     from frugal_dist.training.sources import open_data
@@ -35,11 +36,12 @@ def _prepare(recipe: Recipe, place: Place, stack: ExitStack) -> Job:
     data = open_data(recipe, place.world)
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, data.vocab_size, recipe.length)
+    flops = flops_per_token(model, recipe.length)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = build_engine(model, recipe, schedule, place)
     stack.callback(engine.close)
     stack.callback(data.batches.close)
-    return Job(recipe, recipe.record(), parameters, engine, data.batches, data.validation, _summary)
+    return Job(recipe, recipe.record(), parameters, engine, data.batches, data.validation, _summary, flops)
 
 
 def _summary(outcome: Outcome) -> tuple[dict[str, Any], str]:

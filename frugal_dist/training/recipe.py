@@ -14,6 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from frugal_dist.training.trackers import check_trackers
+
 Number = int | float | str | bool | list[float] | list[str] | None
 
 
@@ -155,6 +157,8 @@ class Recipe:
         log_every: steps between two lines of metrics.
         bad_steps: consecutive steps without a finite gradient that are skipped before the run gives up.
         seed: of weights and data order.
+        trackers: tensorboard, wandb, or both, beside the metrics file.
+        peak_tflops: the device's matmul rate, for the MFU; null takes what is known of the GPU.
     """
 
     model: Model = field(default_factory=Model)
@@ -176,6 +180,8 @@ class Recipe:
     log_every: int = 10
     bad_steps: int = 10
     seed: int = 0
+    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    peak_tflops: float | None = None
 
     def record(self) -> dict[str, Any]:
         """All of it, for the metrics file."""
@@ -201,6 +207,9 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError("model.llama and model.path: set one of them, the shape of the papers or a folder.")
     if recipe.model.pretrained and recipe.model.path is None:
         raise ValueError("model.pretrained needs model.path, the folder with the weights.")
+    if recipe.peak_tflops is not None and not recipe.peak_tflops > 0:
+        raise ValueError(f"peak_tflops is {recipe.peak_tflops:g}; it must be above 0, or null.")
+    check_trackers(recipe.trackers)
     if recipe.precision == "fp16" and recipe.engine != "deepspeed":
         raise ValueError(f"precision fp16 scales the loss, which engine {recipe.engine!r} does not do. Use bf16.")
     if recipe.deepspeed is not None and recipe.engine != "deepspeed":

@@ -36,8 +36,8 @@ class Job:
     """A training that can start.
 
     ``record``: the user's recipe, for the metrics file. ``summary(outcome)``: figures of the end, and words for the
-    terminal. ``evaluated``: as the loop's. ``remember()``: what a checkpoint holds beside the position in the data;
-    ``recall`` gets it back when the run goes on.
+    terminal. ``flops_per_token``: 0 if not known. ``evaluated``: as the loop's. ``remember()``: what a checkpoint holds
+    beside the position in the data; ``recall`` gets it back when the run goes on.
     """
 
     recipe: Recipe
@@ -47,6 +47,7 @@ class Job:
     batches: Source
     validation: Evaluation
     summary: Callable[[Outcome], tuple[dict[str, Any], str]]
+    flops_per_token: float = 0.0
     evaluated: Callable[[int, Finding], None] | None = None
     remember: Callable[[], dict[str, Any]] = dict
     recall: Callable[[dict[str, Any]], None] | None = None
@@ -113,18 +114,24 @@ def _headline(job: Job, start: int) -> str:
 
 
 def _run(job: Job, start: int, terminal: TextIO, request: StopRequest) -> Outcome:
+    from frugal_dist.training.engines.collectives import gathered
     from frugal_dist.training.metrics import METRICS_FILE, MetricsLog
     from frugal_dist.training.progress import Progress
+    from frugal_dist.training.trackers import Trackers
 
     recipe, engine = job.recipe, job.engine
-    path = Path(recipe.folder) / METRICS_FILE if engine.rank == 0 else None
-    with MetricsLog(path, start or None) as metrics, Progress(recipe.steps, terminal, engine.rank == 0) as progress:
+    folder, first = Path(recipe.folder), engine.rank == 0
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(recipe.steps, terminal, first))
+        trackers = Trackers(recipe.trackers if first else [], folder, job.record, start, progress.say)
+        stack.callback(trackers.close)
+        metrics = stack.enter_context(MetricsLog(folder / METRICS_FILE if first else None, start or None, trackers))
         metrics.write("run", **job.record, start=start, ranks=engine.world)
         outcome = _training(job, start, metrics, progress, request).run()
         if outcome.steps < recipe.steps:
             metrics.write("stopped", step=outcome.steps, signal=request.name)
             return outcome
-        state = engine.state_bytes()
+        state, kinds = engine.state_bytes(), gathered(engine.state_kinds())
         figures, text = job.summary(outcome)
         metrics.write(
             "summary",
@@ -132,6 +139,7 @@ def _run(job: Job, start: int, terminal: TextIO, request: StopRequest) -> Outcom
             tokens=outcome.tokens,
             seconds=round(outcome.seconds, 1),
             state_bytes=state,
+            state_kinds=kinds,
             validation_loss=outcome.last_loss,
             **figures,
         )
@@ -141,9 +149,11 @@ def _run(job: Job, start: int, terminal: TextIO, request: StopRequest) -> Outcom
 
 def _training(job: Job, start: int, metrics: MetricsLog, progress: Progress, request: StopRequest) -> Training:
     from frugal_dist.training.engines.collectives import gathered
+    from frugal_dist.training.flops import peak_flops
     from frugal_dist.training.loop import Training
 
     recipe = job.recipe
+    peak = peak_flops(recipe.precision, recipe.peak_tflops)
 
     def save(step: int) -> None:
         saving = recipe.saving
@@ -166,5 +176,6 @@ def _training(job: Job, start: int, metrics: MetricsLog, progress: Progress, req
         save_every=recipe.saving.every,
         stop=request,
         bad_steps=recipe.bad_steps,
+        flop_share=job.flops_per_token / (peak * job.engine.world) if peak else 0.0,
         evaluated=job.evaluated,
     )

@@ -69,6 +69,12 @@ def losses(folder: Path, name: str) -> dict[tuple[str, int], float]:
     return {(r["kind"], r["step"]): r["loss"] for kind in ("train", "validation") for r in of_kind(records, kind)}
 
 
+def refreshes(folder: Path, name: str) -> list[tuple[int, int, float, float]]:
+    """Step, matrices, share of energy in the residual and overlap of every refresh."""
+    records = of_kind(read_metrics(folder / "runs" / name), "refresh")
+    return [(r["step"], r["matrices"], r["residual_energy"], r["overlap"] or 0.0) for r in records]
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(folder: Path) -> dict[tuple[str, int], float]:
     torch.manual_seed(1)  # the recipe's own seed counts, not this one
@@ -120,12 +126,23 @@ def test_every_engine_has_the_same_curve(
     found = losses(folder, engine)
     assert found.keys() == uninterrupted.keys()
     assert max(abs(found[key] - uninterrupted[key]) for key in found) < 2e-4
+    assert refreshes(folder, engine) == [pytest.approx(row, rel=2e-2) for row in refreshes(folder, "single")]
     (summary,) = of_kind(read_metrics(folder / "runs" / engine), "summary")
     assert len(summary["state_bytes"]) == 2
+    assert [sum(kinds.values()) for kinds in summary["state_kinds"]] == summary["state_bytes"]
+    assert all(kinds["bases"] > 0 for kinds in summary["state_kinds"])
 
 
 def test_the_curve_falls(uninterrupted: dict[tuple[str, int], float]) -> None:
     assert uninterrupted["validation", 10] < uninterrupted["validation", 0] - 0.05
+
+
+def test_refreshes_are_written_down(folder: Path, uninterrupted: dict[tuple[str, int], float]) -> None:
+    """Every four steps, 21 matrices; the first has nothing to overlap with."""
+    found = refreshes(folder, "single")
+    assert [row[:2] for row in found] == [(1, 21), (5, 21), (9, 21)]
+    assert all(0.0 < row[2] < 1.0 for row in found)
+    assert [row[3] > 0.0 for row in found] == [False, True, True]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])

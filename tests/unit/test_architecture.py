@@ -22,7 +22,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("sharding.plan", "sharding.deepspeed", "sharding.accelerate", "sharding.torch_checkpoint"),
     ("sharding.route", "sharding.storage", "sharding.exchange"),
     ("sharding.plain", "sharding.dtensor", "sharding.zero", "sharding.table"),
-    ("parameters", "clock", "state", "update"),
+    ("parameters", "clock", "state", "update", "figures"),
     ("work",),
     ("moments", "replicas", "workload", "engines"),
     ("refresh", "stepping", "groups"),

@@ -14,7 +14,13 @@ from torch import Tensor, distributed, nn
 from frugal_dist import checkpoint
 from frugal_dist.optimizer import Frugal
 from frugal_dist.training.engines import collectives
-from frugal_dist.training.engines.protocol import Losses, Schedule, count_state_bytes
+from frugal_dist.training.engines.protocol import (
+    Losses,
+    Schedule,
+    count_state_bytes,
+    count_state_kinds,
+    refresh_figures,
+)
 from frugal_dist.training.models import token_losses
 from frugal_dist.training.optimizers import frugal_options
 from frugal_dist.training.recipe import Recipe
@@ -86,6 +92,14 @@ class DeepSpeedEngine:
     def state_bytes(self) -> list[int]:
         """Bytes of optimizer state on each rank, counted from the base optimizer's tensors."""
         return collectives.everyone(count_state_bytes(self._engine.basic_optimizer), self._engine.device)
+
+    def state_kinds(self) -> dict[str, int]:
+        """This rank's bytes by kind."""
+        return count_state_kinds(self._engine.basic_optimizer)
+
+    def refresh_figures(self) -> list[float]:
+        """This rank's sums of the refreshes since the last call."""
+        return refresh_figures(self._engine.basic_optimizer)
 
     def learning_rate(self) -> float:
         """The rate of the next step."""

@@ -14,7 +14,13 @@ from torch import Tensor, distributed, nn
 from frugal_dist import checkpoint
 from frugal_dist.optimizer import Frugal
 from frugal_dist.training.engines import collectives
-from frugal_dist.training.engines.protocol import Losses, Schedule, count_state_bytes
+from frugal_dist.training.engines.protocol import (
+    Losses,
+    Schedule,
+    count_state_bytes,
+    count_state_kinds,
+    refresh_figures,
+)
 from frugal_dist.training.models import token_losses
 from frugal_dist.training.optimizers import build_optimizer
 from frugal_dist.training.place import Place
@@ -97,6 +103,14 @@ class PlainEngine:
     def state_bytes(self) -> list[int]:
         """Bytes of optimizer state on each rank."""
         return collectives.everyone(count_state_bytes(self._optimizer), self.device)
+
+    def state_kinds(self) -> dict[str, int]:
+        """This rank's bytes by kind."""
+        return count_state_kinds(self._optimizer)
+
+    def refresh_figures(self) -> list[float]:
+        """This rank's sums of the refreshes since the last call."""
+        return refresh_figures(self._optimizer)
 
     def learning_rate(self) -> float:
         """The rate of the next step."""

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from frugal_dist.figures import RefreshFigures
+
 Losses = Callable[[nn.Module, Tensor], Tensor]
 """What is trained: from a model and rows to the loss of every target, as many for each full row."""
 Schedule = Callable[[int], float]
@@ -42,6 +44,12 @@ class Engine(Protocol):
     def state_bytes(self) -> list[int]:
         """Bytes of optimizer state on each rank, counted from the tensors there are."""
 
+    def state_kinds(self) -> dict[str, int]:
+        """This rank's bytes by kind: moments, bases, other."""
+
+    def refresh_figures(self) -> list[float]:
+        """This rank's sums of the refreshes since the last call, see ``frugal_dist.figures``."""
+
     def learning_rate(self) -> float:
         """The rate of the next step."""
 
@@ -63,8 +71,26 @@ class Engine(Protocol):
 
 def count_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all tensors in ``optimizer.state`` on this rank."""
-    tensors = (value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
-    return sum(_local(tensor).numel() * tensor.element_size() for tensor in tensors)
+    return sum(count_state_kinds(optimizer).values())
+
+
+def count_state_kinds(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes of the tensors in ``optimizer.state`` on this rank by kind; other: clocks and counters."""
+    parts = {"exp_avg": "moments", "basis": "bases"}
+    found = {"moments": 0, "bases": 0, "other": 0}
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if torch.is_tensor(value):
+                kind = next((kind for part, kind in parts.items() if part in name), "other")
+                found[kind] += _local(value).numel() * value.element_size()
+    return found
+
+
+def refresh_figures(optimizer: Any) -> list[float]:
+    """Of Frugal; zeros for another optimizer, which a DeepSpeed JSON may name."""
+    take = getattr(optimizer, "take_refresh_figures", RefreshFigures().take)
+    found: list[float] = take()
+    return found
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -1,0 +1,93 @@
+"""Figures of the refreshes: how much of the gradient the state-full part catches, and how far the bases turn.
+
+Every rank counts what it sees, each matrix or tile on one rank only, so that sums over the ranks are the truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from frugal_dist.projection.basis import Basis, down
+
+Number = float | Tensor
+
+
+@dataclass
+class RefreshFigures:
+    """Sums since they were last taken.
+
+    ``refreshed``: matrices (for coordinates: their tiles). ``energy``: sum of squares of their gradients at the
+    refresh, ``captured``: of what the state-full rule gets of them. ``overlap``: summed over the ``turned`` bases that
+    replaced another, the mean squared cosine between the old subspace and the new one: 1 where they are the same.
+    """
+
+    refreshed: int = 0
+    energy: Number = 0.0
+    captured: Number = 0.0
+    turned: int = 0
+    overlap: Number = 0.0
+
+    def add_part(self, grads: Sequence[Tensor], captured: Sequence[Tensor]) -> None:
+        """A refreshed matrix or tile: its gradient, and the part of it that is state-full."""
+        self.refreshed += 1
+        self.energy = self.energy + _energy(grads)
+        self.captured = self.captured + _energy(captured)
+
+    def add_basis(self, grad: Tensor, basis: Basis) -> None:
+        """A new basis, on the rank that computed it from the whole gradient."""
+        self.add_part([grad], [down(grad, basis)])
+
+    def add_turn(self, old: Basis | None, new: Basis) -> None:
+        """A basis that takes the place of another; nothing is counted where they cannot be compared."""
+        if old is None or [part.shape[0] for part in old.parts] != [part.shape[0] for part in new.parts]:
+            return  # the first one, or on another side
+        self.turned += 1
+        cosines = [_cosine(before, after) for before, after in zip(old.parts, new.parts, strict=True)]
+        self.overlap = self.overlap + torch.stack(cosines).mean()
+
+    def take(self) -> list[float]:
+        """The sums as numbers, in the order of the fields; counting begins anew. Waits for the device."""
+        found = [float(getattr(self, entry.name)) for entry in fields(self)]
+        self.__init__()  # type: ignore[misc]
+        return found
+
+
+@dataclass(frozen=True)
+class RefreshReport:
+    """What the sums over all ranks say; NaN for what was not seen.
+
+    ``residual_energy``: share of the gradients' energy that only the state-free rule gets. ``overlap``: mean over the
+    bases that took the place of another.
+    """
+
+    matrices: int
+    residual_energy: float
+    overlap: float
+    turned: int = field(default=0)
+
+    @classmethod
+    def of(cls, sums: Sequence[float]) -> RefreshReport:
+        """From ``RefreshFigures.take()``, added over the ranks."""
+        refreshed, energy, captured, turned, overlap = sums
+        nan = float("nan")
+        return cls(
+            matrices=int(refreshed),
+            residual_energy=1.0 - captured / energy if energy > 0.0 else nan,
+            overlap=overlap / turned if turned else nan,
+            turned=int(turned),
+        )
+
+
+def _energy(tensors: Sequence[Tensor]) -> Number:
+    found = [tensor.float().square().sum(dtype=torch.float64) for tensor in tensors if tensor.numel()]
+    return torch.stack(found).sum() if found else 0.0
+
+
+def _cosine(old: Tensor, new: Tensor) -> Tensor:
+    """||old^T new||^2 / r of two orthonormal bases of shape (length, r); the smaller r counts."""
+    product = old.to(new.dtype).T @ new
+    return product.square().sum(dtype=torch.float64) / min(product.shape)

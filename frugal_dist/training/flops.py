@@ -1,0 +1,61 @@
+"""How much of the device's arithmetic a training uses: model FLOPs utilisation (MFU), after PaLM, appendix B."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "A10": 125.0,
+    "RTX 4090": 165.0,
+    "V100": 125.0,
+}
+"""Dense bf16 (V100: fp16) matmul rates by the makers' data sheets; the first name that fits counts."""
+
+
+def flops_per_token(model: nn.Module, length: int) -> float:
+    """Forward and backward: 6 per weight that is multiplied, and 12 * layers * width * length for attention.
+
+    The input embedding is looked up, not multiplied; one that is also the output head counts. Recomputed activations
+    (checkpointing) do not count.
+    """
+    parameters = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = {id(parameter) for parameter in output.parameters()} if output is not None else set()
+    looked_up = {
+        id(module.weight): module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and id(module.weight) not in heads
+    }
+    config = getattr(model, "config", None)
+    attention = 12 * getattr(config, "num_hidden_layers", 0) * getattr(config, "hidden_size", 0) * length
+    return 6.0 * (sum(parameters.values()) - sum(looked_up.values())) + attention
+
+
+def peak_flops(precision: str, given: float | None) -> float | None:
+    """The device's rate in FLOP/s: ``given`` in TFLOP/s, or what is known of this GPU; None if nothing is."""
+    if given is not None:
+        return given * 1e12
+    if precision == "fp32" or not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((rate * 1e12 for known, rate in PEAK_TFLOPS.items() if known in name), None)
+
+
+def memory() -> dict[str, int]:
+    """Bytes that this process uses now and used at most: of the GPU's memory, or of the machine's without a GPU."""
+    if torch.cuda.is_available():
+        return {"memory": torch.cuda.memory_allocated(), "peak_memory": torch.cuda.max_memory_allocated()}
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return {}
+    with open("/proc/self/statm", encoding="ascii") as file:
+        resident = int(file.read().split()[1]) * resource.getpagesize()
+    return {"memory": resident, "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}

@@ -1,0 +1,103 @@
+"""TensorBoard and Weights & Biases, beside the metrics file. Trouble with one never ends a training."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+
+
+@dataclass
+class Tracker:
+    """``add(step, figures)`` and ``close()`` of a library; ``None`` once it failed."""
+
+    name: str
+    add: Callable[[int, dict[str, float]], None] | None
+    close: Callable[[], None]
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """ValueError for a tracker whose package is missing; on every rank, before anything is started."""
+    for name in names:
+        if find_spec(PACKAGES[name]) is None:
+            raise ValueError(f"trackers has {name!r}, whose package is missing: pip install 'frugal_dist[tracking]'.")
+
+
+class Trackers:
+    """All trackers of a run, on rank 0. ``tell``: where trouble is told."""
+
+    def __init__(
+        self, names: Sequence[str], folder: Path, record: dict[str, Any], start: int, tell: Callable[[str], None]
+    ) -> None:
+        self._tell = tell
+        self._all: list[Tracker] = []
+        for name in names:
+            try:
+                self._all.append(OPEN[name](folder, record, start))
+            except Exception as error:  # no network, no account: rank 0 must not leave the others alone for that
+                tell(f"{name} cannot be started, the run goes on without it: {type(error).__name__}: {error}")
+
+    def __call__(self, kind: str, values: dict[str, Any]) -> None:
+        """One record of metrics: its numbers, under kind/name."""
+        step = values.get("step", values.get("steps"))
+        figures = {f"{kind}/{key}": float(value) for key, value in values.items() if _is_figure(key, value)}
+        if step is None or not figures:
+            return
+        for tracker in self._all:
+            if tracker.add is not None:
+                self._try(tracker, lambda tracker=tracker: tracker.add(step, figures))  # type: ignore[misc]
+
+    def close(self) -> None:
+        """Write out what is left."""
+        for tracker in self._all:
+            self._try(tracker, tracker.close)
+
+    def _try(self, tracker: Tracker, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            tracker.add, tracker.close = None, lambda: None
+            self._tell(f"{tracker.name} failed, the run goes on without it: {type(error).__name__}: {error}")
+
+
+def _is_figure(key: str, value: Any) -> bool:
+    return key not in ("step", "steps") and isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _tensorboard(folder: Path, record: dict[str, Any], start: int) -> Tracker:
+    """Event files in FOLDER/tensorboard; what an earlier run wrote of later steps is hidden."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+
+    def add(step: int, figures: dict[str, float]) -> None:
+        for name, value in figures.items():
+            writer.add_scalar(name, value, step)
+
+    return Tracker("tensorboard", add, writer.close)
+
+
+def _wandb(folder: Path, record: dict[str, Any], start: int) -> Tracker:
+    """A run of the project that WANDB_PROJECT names. The same folder is the same run, also after an interruption."""
+    import wandb
+
+    identity = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+    run: Any = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "frugal_dist"),
+        name=folder.name,
+        id=identity,
+        resume="allow",
+        dir=str(folder),
+        config=record,
+        settings=wandb.Settings(silent=True),
+    )
+    return Tracker("wandb", lambda step, figures: run.log(figures, step=step), run.finish)
+
+
+OPEN: dict[str, Callable[[Path, dict[str, Any], int], Tracker]] = {"tensorboard": _tensorboard, "wandb": _wandb}
