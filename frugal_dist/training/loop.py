@@ -126,12 +126,13 @@ class Training:
         self._skipped = skipped
         if not self._bad:
             return
-        self.metrics.write("skipped", step=done, skipped=skipped)
-        self.progress.say(f"step {done:>5}/{self.steps}: skipped, its gradient is not finite")
+        norm = self.engine.gradient_norm()
+        self.metrics.write("skipped", step=done, skipped=skipped, gradient_norm=_or_none(norm))
+        self.progress.say(f"step {done:>5}/{self.steps}: skipped, its gradient has norm {norm:.3g}")
         if self._bad >= self.bad_steps:
             raise ValueError(
-                f"{self._bad} steps in a row had no finite gradient, the last at step {done}; lower lr, lengthen the "
-                "warm-up, or go back to a checkpoint before it."
+                f"{self._bad} steps in a row had a gradient that is not finite or a spike, the last at step {done}; "
+                "lower lr, lengthen the warm-up, or go back to a checkpoint before it."
             )
 
     def _must_stop(self) -> bool:

@@ -156,6 +156,8 @@ class Recipe:
         evaluation_tokens: predicted tokens of an evaluation, the same for every number of ranks.
         log_every: steps between two lines of metrics.
         bad_steps: consecutive steps without a finite gradient that are skipped before the run gives up.
+        spike: a step whose gradient norm is above so many times the recent mean is skipped, too; 0 skips none. Not
+            under DeepSpeed, whose engine takes the step itself: use clip there.
         seed: of weights and data order.
         trackers: tensorboard, wandb, or both, beside the metrics file.
         peak_tflops: the device's matmul rate, for the MFU; null takes what is known of the GPU.
@@ -179,6 +181,7 @@ class Recipe:
     evaluation_tokens: int = 10_000_000
     log_every: int = 10
     bad_steps: int = 10
+    spike: float = 0.0
     seed: int = 0
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     peak_tflops: float | None = None
@@ -207,6 +210,10 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError("model.llama and model.path: set one of them, the shape of the papers or a folder.")
     if recipe.model.pretrained and recipe.model.path is None:
         raise ValueError("model.pretrained needs model.path, the folder with the weights.")
+    if recipe.spike and not recipe.spike > 1:
+        raise ValueError(f"spike is {recipe.spike:g}; it must be above 1, or 0 to skip no spikes.")
+    if recipe.spike and recipe.engine == "deepspeed":
+        raise ValueError("spike: DeepSpeed's engine takes its steps itself. Use clip, or engine ddp or fsdp2.")
     if recipe.peak_tflops is not None and not recipe.peak_tflops > 0:
         raise ValueError(f"peak_tflops is {recipe.peak_tflops:g}; it must be above 0, or null.")
     check_trackers(recipe.trackers)

@@ -26,6 +26,7 @@ from frugal_dist.training.optimizers import build_optimizer
 from frugal_dist.training.place import Place
 from frugal_dist.training.recipe import Recipe
 from frugal_dist.training.schedule import jump
+from frugal_dist.training.spikes import SpikeGuard
 
 Sync = Callable[[nn.Module, bool], AbstractContextManager[None]]
 """Whether the backward pass in this context exchanges gradients."""
@@ -52,7 +53,7 @@ class PlainEngine:
         self._function = losses
         self._optimizer = optimizer(self._model) if optimizer else build_optimizer(recipe.optimizer, self._model)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, schedule)
-        self._norm, self._skipped = math.nan, 0
+        self._norm, self._skipped, self._guard = math.nan, 0, SpikeGuard(recipe.spike)
         self.optimizer_name: str = recipe.optimizer.name
 
     def train_step(self, rows: Tensor, targets: float | None = None) -> Tensor:
@@ -69,7 +70,7 @@ class PlainEngine:
                 loss.backward()
             mean += loss.detach()
         self._norm = self._gradient_norm()
-        if math.isfinite(self._norm):  # the same on all ranks, so they skip together
+        if self._guard.passes(self._norm):  # the same on all ranks, so they skip together
             self._optimizer.step()
         else:
             self._skipped += 1
@@ -121,12 +122,12 @@ class PlainEngine:
         return self._norm
 
     def skipped_steps(self) -> int:
-        """Steps whose gradient was not finite."""
+        """Steps whose gradient was not finite, or a spike."""
         return self._skipped
 
     def save(self, root: Path, step: int, extra: dict[str, Any], **options: Any) -> bool:
         """Write a portable checkpoint."""
-        more = {**extra, "skipped": self._skipped}
+        more = {**extra, "skipped": self._skipped, "norms": self._guard.state_dict()}
         return checkpoint.save_step(root, step, self._model, self._optimizer, more, **options)
 
     def resume(self, root: Path) -> tuple[int, dict[str, Any]] | None:
@@ -137,6 +138,7 @@ class PlainEngine:
         step, extra = found
         jump(self._schedule, step)
         self._skipped = extra.get("skipped", 0)
+        self._guard.load_state_dict(extra.get("norms", {}))
         return step, extra
 
     def close(self) -> None:
