@@ -43,17 +43,22 @@ def step_matrices(runtime: Runtime, works: Sequence[Work], stepped: Sequence[Wor
     active = {work.matrix.index for work in stepped}
     for work in stepped:
         work.state.set_clock("step", work.state.clock("step") + 1)
-        for weight in work.weights:
-            decay_(weight, work.config.lr, work.decay)
     remote = [work for work in works if travels(runtime, work)]
     far = {work.matrix.index for work in remote}
     for work in stepped:
         if work.matrix.index not in far:
             _STEP_HERE[work.family](runtime, work)
+        else:
+            _decay(work)
     for bucket in buckets_of(runtime, remote):
         _step_bucket(runtime, bucket, active)
     for work in stepped:
         work.state.set_clock("updates", work.state.clock("updates") + 1)
+
+
+def _decay(work: Work) -> None:
+    for weight in work.weights:
+        decay_(weight, work.config.lr, work.decay)
 
 
 # --- matrices that compute where they are stored ---------------------------------------------------
@@ -64,16 +69,17 @@ def _coordinates_here(runtime: Runtime, work: Work) -> None:
     assert work.grads is not None
     if cut.nothing:
         for weight, grad in zip(work.weights, work.grads, strict=True):
-            state_free_(weight, grad, work.config)
+            state_free_(weight, grad, work.config, work.decay)
         return
     pieces = cut.pieces
     moments = moments_of(work, [piece.mine for piece in pieces])
     chosen = [piece.selection for piece in pieces]
-    update_coordinates(work.weights, work.grads, chosen, moments, work.state.clock("step"), work.config)
+    update_coordinates(work.weights, work.grads, chosen, moments, work.state.clock("step"), work.decay, work.config)
 
 
 def _basis_here(runtime: Runtime, work: Work) -> None:
     plan = basis_route(runtime, work)
+    _decay(work)
     _basis_tiles_in_place(work, plan)
 
 

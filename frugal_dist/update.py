@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from frugal_dist.config import FrugalConfig
+from frugal_dist.kernels import fused_for
 from frugal_dist.projection.basis import Basis, add_up_, down, residual, silence_noise_
 from frugal_dist.projection.coordinates import Selection
 from frugal_dist.projection.numerics import compute_dtype
@@ -33,11 +34,17 @@ def state_full_(params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequ
     rule.update(params, grads, columns, step, lr, decay, config)
 
 
-def state_free_(weight: Tensor, grad: Tensor, config: FrugalConfig) -> None:
-    """W <- W - lr s s_free free(G)."""
+def state_free_(weight: Tensor, grad: Tensor, config: FrugalConfig, decay: float = 0.0) -> None:
+    """W <- W (1 - lr decay) - lr s s_free free(G)."""
     direction = STATE_FREE[config.state_free]
+    size = config.lr * config.lr_scale * config.state_free_lr_scale
+    fused = fused_for(weight)
+    keep = 1.0 - config.lr * decay
+    if fused is not None and config.state_free == "sign" and fused.sign_step_(weight, grad, size, keep):
+        return
+    decay_(weight, config.lr, decay)
     if direction is not None:
-        weight.add_(direction(grad), alpha=-config.lr * config.lr_scale * config.state_free_lr_scale)
+        weight.add_(direction(grad), alpha=-size)
 
 
 def update_regular(params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Moments], step: int,
@@ -51,8 +58,23 @@ def update_regular(params: Sequence[Tensor], grads: Sequence[Tensor], moments: S
 
 
 def update_coordinates(weights: Sequence[Tensor], grads: Sequence[Tensor], chosen: Sequence[Selection],
-                       moments: Sequence[Moments], step: int, config: FrugalConfig) -> None:  # fmt: skip
-    """Selected entries move by the state-full rule, all others by the state-free one.
+                       moments: Sequence[Moments], step: int, decay: float,
+                       config: FrugalConfig) -> None:  # fmt: skip
+    """Weight decay; then selected entries move by the state-full rule, all others by the state-free one."""
+    left = []
+    for position, (weight, grad, selection, own) in enumerate(zip(weights, grads, chosen, moments, strict=True)):
+        fused = fused_for(weight)
+        if fused is None or not fused.coordinate_step_(weight, grad, selection, own, step, decay, config):
+            left.append(position)
+            decay_(weight, config.lr, decay)
+    if left:
+        _update_coordinates([weights[i] for i in left], [grads[i] for i in left], [chosen[i] for i in left],
+                            [moments[i] for i in left], step, config)  # fmt: skip
+
+
+def _update_coordinates(weights: Sequence[Tensor], grads: Sequence[Tensor], chosen: Sequence[Selection],
+                        moments: Sequence[Moments], step: int, config: FrugalConfig) -> None:  # fmt: skip
+    """In torch's operations.
 
     A selection of everything moves the weights in place. Otherwise the selected gradients are gathered, their update is
     computed by the fused rule and joins the state-free one: the weights are read and written once.

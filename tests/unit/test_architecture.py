@@ -18,6 +18,7 @@ from imports import PACKAGE, ROOT, Module, read_modules
 LAYERS: list[tuple[str, ...]] = [
     ("config", "names", "notices"),
     ("rules", "projection", "projection.*"),
+    ("kernels", "kernels.*"),
     ("sharding", "sharding.tile"),
     ("sharding.plan", "sharding.deepspeed", "sharding.accelerate", "sharding.torch_checkpoint"),
     ("sharding.route", "sharding.storage", "sharding.exchange"),
@@ -51,6 +52,7 @@ KNOWS = {
     ),
     "deepspeed": ("sharding.zero", "sharding.deepspeed", "integrations.deepspeed", *APPLICATIONS),
     "transformers": ("integrations.transformers", *APPLICATIONS),
+    "triton": ("kernels.fused",),
 }
 NOT_NEEDED = (
     "accelerate",

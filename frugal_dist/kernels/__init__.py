@@ -1,0 +1,43 @@
+"""Fused Triton kernels for the steps that are bound by memory, and the choice between them and plain torch.
+
+Every kernel does what a pure function of ``update`` does, in one pass over weights and gradients. The environment
+variable FRUGAL_KERNELS decides: "auto" (Triton on CUDA tensors where triton can be imported), "torch" (never), "triton"
+(ValueError where it cannot be imported). Under Triton's interpreter (TRITON_INTERPRET=1) "triton" takes CPU tensors as
+well: that is how the kernels are tested.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import cache
+from types import ModuleType
+
+from torch import Tensor
+
+from frugal_dist.config import check_choice
+from frugal_dist.notices import notice
+
+VARIABLE = "FRUGAL_KERNELS"
+
+
+def fused_for(weight: Tensor) -> ModuleType | None:
+    """The module with the kernels if they run on this tensor's device, else None."""
+    choice = os.environ.get(VARIABLE, "auto")
+    if choice == "torch" or (choice == "auto" and not weight.is_cuda):
+        return None
+    check_choice(VARIABLE, choice, ("auto", "torch", "triton"))
+    module = _load()
+    if module is None and choice == "triton":
+        raise ValueError(f"{VARIABLE}=triton, but triton cannot be imported. Install it, or use {VARIABLE}=auto.")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return module if weight.is_cuda or (interpreted and weight.device.type == "cpu") else None
+
+
+@cache
+def _load() -> ModuleType | None:
+    try:
+        return importlib.import_module("frugal_dist.kernels.fused")
+    except ImportError as error:
+        notice(f"triton cannot be imported ({error}): steps on CUDA use torch's own operations, several passes each.")
+        return None
