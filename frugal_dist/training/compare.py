@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, TypeVar
 
 from frugal_dist.config import check_choice
+from frugal_dist.training.finetune_recipe import FinetuneRecipe
 from frugal_dist.training.place import find_place
-from frugal_dist.training.recipe import Number, Optimizer, Recipe, check_recipe
+from frugal_dist.training.recipe import Number, Recipe, check_recipe
 
-CONTENDERS: dict[str, tuple[str, dict[str, Number]]] = {
+R = TypeVar("R", Recipe, FinetuneRecipe)
+
+Contenders = Mapping[str, tuple[str, dict[str, Number]]]
+CONTENDERS: Contenders = {
     "adamw": ("adamw", {}),
     "frugal-svd": ("frugal", {"projection": "svd"}),
     "frugal-random": ("frugal", {"projection": "random"}),
@@ -25,21 +29,23 @@ CONTENDERS: dict[str, tuple[str, dict[str, Number]]] = {
     "badam": ("badam", {}),
 }
 """By name: the preset, and what it fixes. The rest, such as density and update_gap, is the recipe's."""
-OWN = {"adamw": ("density",), "signsgd": ("density",)}
+OWN: dict[str, list[str]] = {"adamw": ["density"], "signsgd": ["density"], "lora": ["density"]}
 """Options of the recipe that a preset does not take over: they make it what it is."""
 
 
-def contender(text: str, recipe: Recipe) -> tuple[str, Optimizer]:
-    """(name, optimizer) of "galore" or, with a learning rate of its own, "galore@0.01"."""
+def contender(text: str, recipe: R, known: Contenders = CONTENDERS) -> R:
+    """The recipe with the optimizer "galore" or, with a learning rate of its own, "galore@0.01"."""
     found = re.fullmatch(r"([\w-]+)(?:@([\d.eE+-]+))?", text)
     name = found.group(1) if found else text
-    check_choice("optimizers", name, CONTENDERS)
-    preset, fixed = CONTENDERS[name]
-    fixing = {*fixed, *OWN.get(preset, ()), "projection"}
+    check_choice("optimizers", name, known)
+    preset: str = known[name][0]
+    fixed: dict[str, Number] = known[name][1]
+    fixing = {*fixed, "projection", *OWN.get(preset, [])}
     options = {key: value for key, value in recipe.optimizer.options.items() if key not in fixing}
     rate = float(found.group(2)) if found and found.group(2) else recipe.optimizer.lr
     changes: dict[str, Any] = {"name": preset, "lr": rate, "options": {**options, **fixed}}
-    return text, replace(recipe.optimizer, **changes)
+    optimizer: Any = replace(recipe.optimizer, **changes)
+    return replace(recipe, optimizer=optimizer)
 
 
 def compare(recipe: Recipe, optimizers: Sequence[str], seeds: Sequence[int]) -> int:
@@ -51,6 +57,24 @@ def compare(recipe: Recipe, optimizers: Sequence[str], seeds: Sequence[int]) -> 
     from frugal_dist.training.pretrain import pretrain
 
     check_recipe(recipe)
+    code = train_all(recipe, optimizers, seeds, pretrain, lambda run: _finished(run, recipe.steps))
+    if code == 0 and find_place().rank == 0:
+        _conclude(Path(recipe.folder), optimizers, seeds)
+    return code
+
+
+def train_all(
+    recipe: R,
+    optimizers: Sequence[str],
+    seeds: Sequence[int],
+    train: Callable[[R], int],
+    finished: Callable[[Path], bool],
+    known: Contenders = CONTENDERS,
+) -> int:
+    """``train`` each optimizer with each seed in a folder of its own, unless it is finished; the first bad exit code.
+
+    Raises ValueError, before anything is trained, for what is not known or named twice.
+    """
     if recipe.engine == "deepspeed" and len(optimizers) * len(seeds) > 1:
         raise ValueError(
             "engine deepspeed can start only once in a process: compare with engine single, ddp or fsdp2, or give "
@@ -59,16 +83,18 @@ def compare(recipe: Recipe, optimizers: Sequence[str], seeds: Sequence[int]) -> 
     for key, values in (("optimizers", list(optimizers)), ("seeds", list(seeds))):
         if len(set(values)) < len(values):  # the second run would find the first one's folder
             raise ValueError(f"--{key} {','.join(map(str, values))} names one of them twice; name each once.")
-    contenders = [contender(text, recipe) for text in optimizers]
-    root = Path(recipe.folder)
-    for name, optimizer in contenders:
+    recipes = {text: contender(text, recipe, known) for text in optimizers}
+    for text, one in recipes.items():
         for seed in seeds:
-            one = replace(recipe, optimizer=optimizer, seed=seed, folder=str(root / f"{name}-seed{seed}"))
-            if not _finished(Path(one.folder), recipe.steps) and (code := pretrain(one)):
+            folder = run_folder(Path(recipe.folder), text, seed)
+            if not finished(folder) and (code := train(replace(one, seed=seed, folder=str(folder)))):
                 return code
-    if find_place().rank == 0:
-        _conclude(root, [name for name, _ in contenders], seeds)
     return 0
+
+
+def run_folder(root: Path, name: str, seed: int) -> Path:
+    """Where the run of an optimizer and a seed lies."""
+    return root / f"{name}-seed{seed}"
 
 
 def _finished(run: Path, steps: int) -> bool:
@@ -84,7 +110,7 @@ def _conclude(root: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
 
     text = "\n".join(table(root, names, seeds))
     (root / "comparison.md").write_text(text + "\n", encoding="utf-8")
-    pictures = plot_runs([root / f"{name}-seed{seeds[0]}" for name in names], root / "comparison.png")
+    pictures = plot_runs([run_folder(root, name, seeds[0]) for name in names], root / "comparison.png")
     print(text, *pictures, sep="\n")
 
 
@@ -97,7 +123,7 @@ def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for name in names:
-        runs = [read_metrics(root / f"{name}-seed{seed}") for seed in seeds]
+        runs = [read_metrics(run_folder(root, name, seed)) for seed in seeds]
         ends = [of_kind(records, "summary")[-1] for records in runs]
         speeds = [record["tokens_per_second"] for records in runs for record in of_kind(records, "train")]
         found = [end["perplexity"] for end in ends]

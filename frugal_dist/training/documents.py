@@ -118,13 +118,13 @@ def _c4(data: Data, path: str | None, validation: bool, key: str) -> Opened:
     if folder.is_dir() and not (folder / "README.md").is_file():
         files = find_files(str(folder / name / f"c4-{split}.*"), key)
         return _local("json", files, "data.documents is for text files", data)
-    return _hub_dataset(place, name, split, key)
+    return hub_dataset(place, name, split, key)
 
 
 def _hub(data: Data, path: str | None, validation: bool, key: str) -> Opened:
     if path is None:
         raise ValueError("data.path is not set; name the dataset on the hub, or a folder laid out like one.")
-    return _hub_dataset(path, data.name, _split(data, validation), key)
+    return hub_dataset(path, data.name, _split(data, validation), key)
 
 
 def _files(data: Data, path: str | None, validation: bool, key: str) -> Opened:
@@ -150,7 +150,11 @@ def _local(builder: str, files: list[Path], key: str, data: Data) -> Opened:
     return _loaded(key, label, builder, data_files=list(map(str, files)), split="train", **options), label, files
 
 
-def _hub_dataset(place: str, name: str | None, split: str, key: str) -> Opened:
+def hub_dataset(place: str, name: str | None, split: str, key: str) -> Opened:
+    """A split of a dataset on the hub, or of a folder laid out like one, as a stream; its label; its files if local.
+
+    Raises ValueError, naming the recipe's ``key``, if it cannot be had.
+    """
     files: list[Path] = []
     if Path(place).is_dir():
         base = Path(place) / name if name and (Path(place) / name).is_dir() else Path(place)

@@ -42,7 +42,7 @@ class Training:
     ``save_every`` steps (0: never) and when told to stop. ``stop()``: whether this rank was told to stop, by a signal.
     ``bad_steps``: so many consecutive steps without a finite gradient end the run. ``flop_share``: the share of
     all devices' arithmetic that one token per second takes; 0: not known. ``evaluated(step, finding)`` hears of every
-    evaluation.
+    evaluation. ``evaluate_first``: also before the first step.
     """
 
     engine: Engine
@@ -60,6 +60,7 @@ class Training:
     bad_steps: int = 10
     flop_share: float = 0.0
     evaluated: Callable[[int, Finding], None] | None = None
+    evaluate_first: bool = True
     _loss_sum: float | torch.Tensor = field(default=0.0, init=False)
     _loss_count: int = field(default=0, init=False)
     _busy: float = field(default=0.0, init=False)
@@ -71,7 +72,8 @@ class Training:
         """Train all steps, evaluating at the start, at the end and in between."""
         begin = self._begin = time.monotonic()
         self._skipped = self.engine.skipped_steps()
-        first = last = math.nan if 0 < self.start < self.steps else self._evaluate(self.start)
+        begins = self.evaluate_first and self.start == 0
+        first = last = self._evaluate(self.start) if begins or self.start == self.steps else math.nan
         self.progress.start()
         for done in range(self.start + 1, self.steps + 1):
             self._train_step(done - 1)

@@ -228,9 +228,13 @@ def check_recipe(recipe: Recipe) -> None:
 T = TypeVar("T")
 
 
-def shipped() -> dict[str, Path]:
+FOLDERS = {"Recipe": "recipes", "FinetuneRecipe": "recipes/finetune"}
+"""Where shipped recipes of a kind lie."""
+
+
+def shipped(kind: type[Any] = Recipe) -> dict[str, Path]:
     """The recipes that come with the package, by name."""
-    folder = Path(str(resources.files("frugal_dist.training") / "recipes"))
+    folder = Path(str(resources.files("frugal_dist.training"))) / FOLDERS[kind.__name__]
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
@@ -239,7 +243,7 @@ def read_recipe(name: str, changes: Sequence[str] = (), kind: type[T] = Recipe) 
 
     Raises ValueError that names the key and what is allowed.
     """
-    parser, path = recipe_parser(kind), _path_of(name)
+    parser, path = recipe_parser(kind), _path_of(name, kind)
     try:
         found = parser.parse_args(["--config", str(path), *changes])
     except Exception as error:  # the library has several kinds of errors
@@ -258,8 +262,8 @@ def recipe_parser(kind: type[Any]) -> Any:
     return parser
 
 
-def _path_of(name: str) -> Path:
-    known = shipped()
+def _path_of(name: str, kind: type[Any]) -> Path:
+    known = shipped(kind)
     if name in known:
         return known[name]
     path = Path(name)

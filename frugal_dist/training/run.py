@@ -37,7 +37,8 @@ class Job:
 
     ``record``: the user's recipe, for the metrics file. ``summary(outcome)``: figures of the end, and words for the
     terminal. ``flops_per_token``: 0 if not known. ``evaluated``: as the loop's. ``remember()``: what a checkpoint holds
-    beside the position in the data; ``recall`` gets it back when the run goes on.
+    beside the position in the data; ``recall`` gets it back when the run goes on. ``evaluate_first``: before the first
+    step, too.
     """
 
     recipe: Recipe
@@ -51,6 +52,7 @@ class Job:
     evaluated: Callable[[int, Finding], None] | None = None
     remember: Callable[[], dict[str, Any]] = dict
     recall: Callable[[dict[str, Any]], None] | None = None
+    evaluate_first: bool = True
 
 
 def run_rank(folder: str, prepare: Callable[[Place, ExitStack], Job]) -> int:
@@ -178,4 +180,5 @@ def _training(job: Job, start: int, metrics: MetricsLog, progress: Progress, req
         bad_steps=recipe.bad_steps,
         flop_share=job.flops_per_token / (peak * job.engine.world) if peak else 0.0,
         evaluated=job.evaluated,
+        evaluate_first=job.evaluate_first,
     )

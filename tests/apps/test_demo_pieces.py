@@ -55,14 +55,14 @@ def test_reviews_are_read_from_the_packages_table(tmp_path, monkeypatch):
         writer.writerows(
             [["text", "label", "source"], ['He said "no",<br />then left. ', 0, "imdb"], ["Fine.", 1, "rt"]]
         )
-    monkeypatch.setattr(text, "_reviews_csv", lambda: path)
+    monkeypatch.setattr(text, "reviews_csv", lambda: path)
     corpus = text.demo_corpus()
     assert {*corpus.train, *corpus.validation} == {'He said "no",\nthen left.', "Fine."}
     assert "reviews" in corpus.source
 
 
 def test_without_the_package_the_topics_serve(monkeypatch):
-    monkeypatch.setattr(text, "_reviews_csv", lambda: None)
+    monkeypatch.setattr(text, "reviews_csv", lambda: None)
     corpus = text.demo_corpus()
     assert "topics" in corpus.source
     assert sum(map(len, corpus.train)) > 300_000

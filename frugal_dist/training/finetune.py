@@ -1,0 +1,85 @@
+"""Fine-tuning by recipe: a pretrained encoder on labelled texts. Started again, a run goes on where it was."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from frugal_dist.training.finetune_recipe import FinetuneRecipe, check_finetune
+from frugal_dist.training.place import Place
+from frugal_dist.training.run import Job, run_rank
+
+if TYPE_CHECKING:
+    from frugal_dist.training.loop import Outcome
+    from frugal_dist.training.recipe import Recipe
+
+_RANKS_APART = 1_000_003
+"""Between the seeds of the ranks' dropout."""
+
+
+def finetune(recipe: FinetuneRecipe) -> int:
+    """Train as one rank of whatever launcher started this process; the exit code of ``run_rank``.
+
+    Raises ValueError for a recipe that cannot be trained, before anything is started.
+    """
+    check_finetune(recipe)
+    return run_rank(recipe.folder, lambda place, stack: _prepare(recipe, place, stack))
+
+
+def _prepare(recipe: FinetuneRecipe, place: Place, stack: ExitStack) -> Job:
+    import torch
+
+    from frugal_dist.training.classification import Classifier, encode
+    from frugal_dist.training.classifiers import TuningOptimizer, build_classifier, count, read_config, read_tokenizer
+    from frugal_dist.training.data import Batches
+    from frugal_dist.training.engines import build_engine
+    from frugal_dist.training.examples import read_examples
+    from frugal_dist.training.schedule import build_schedule
+    from frugal_dist.training.scoring import Best, Scoring
+
+    data = read_examples(recipe.data)
+    tokenizer = read_tokenizer(recipe.model.path)
+    config = read_config(recipe.model, data.classes)
+    train, held_back = (encode(tokenizer, half, recipe.length) for half in (data.train, data.validation))
+    run = recipe.as_run(train.count, config.hidden_size)
+    _check_batch(run, train.count, place)
+    schedule = build_schedule(run.schedule, run.steps)
+    torch.manual_seed(recipe.seed)
+    model = build_classifier(recipe, config)
+    parameters, trained = count(model, trained=False), count(model, trained=True)
+    torch.manual_seed(recipe.seed + _RANKS_APART * (1 + place.rank))  # a dropout of its own on every rank
+    classifier = Classifier(tokenizer.pad_token_id, "token_type_ids" in tokenizer.model_input_names, not data.classes)
+    optimizer = TuningOptimizer(recipe, config.hidden_size)
+    engine = build_engine(model, run, schedule, place, classifier.losses, optimizer)
+    stack.callback(engine.close)
+    best = Best(
+        Path(recipe.folder), engine, lambda: build_classifier(recipe, config), tokenizer, recipe.saving.on_error
+    )
+
+    def summary(outcome: Outcome) -> tuple[dict[str, Any], str]:
+        figures: dict[str, Any] = {**best.last, "best": {"step": best.step, **best.figures}}
+        figures |= {"parameters": parameters, "trained": trained, "epochs": recipe.epochs, "asked": recipe.steps}
+        return figures, f"score {best.last['score']:.4f}, best {best.figures['score']:.4f} after step {best.step}"
+
+    return Job(
+        run,
+        {**recipe.record(), "examples": train.count, "validation_examples": held_back.count},
+        parameters,
+        engine,
+        Batches(train, recipe.batch, recipe.seed),
+        Scoring(held_back, classifier, data.metrics),
+        summary,
+        evaluated=best.evaluated,
+        remember=best.remember,
+        recall=best.recall,
+        evaluate_first=False,  # an untrained head
+    )
+
+
+def _check_batch(run: Recipe, examples: int, place: Place) -> None:
+    """ValueError, on all ranks alike, if the examples or the ranks do not make a batch."""
+    if examples < run.batch:
+        raise ValueError(f"there are {examples} training examples, fewer than a batch of {run.batch}; lower batch.")
+    if run.batch % place.world:
+        raise ValueError(f"batch is {run.batch}, which {place.world} ranks cannot share equally; change it.")

@@ -1,0 +1,63 @@
+"""Optimizers compared on a fine-tuning: the same model, examples, order, seed and budget for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from frugal_dist.training.compare import CONTENDERS, run_folder, train_all
+from frugal_dist.training.finetune import finetune
+from frugal_dist.training.finetune_recipe import FinetuneRecipe, check_finetune
+from frugal_dist.training.metrics import METRICS_FILE, of_kind, read_metrics
+from frugal_dist.training.place import find_place
+
+TUNED = {**CONTENDERS, "lora": ("lora", {})}
+
+
+def compare_finetunes(recipe: FinetuneRecipe, optimizers: Sequence[str], seeds: Sequence[int]) -> int:
+    """Fine-tune with each optimizer and each seed, then write the table; the exit code of ``run_rank``.
+
+    Runs that are finished are not repeated, those that were interrupted go on: start the same command again.
+    Raises ValueError for an optimizer that is not known.
+    """
+    check_finetune(recipe)
+    code = train_all(recipe, optimizers, seeds, finetune, lambda run: _finished(run, recipe), TUNED)
+    if code == 0 and find_place().rank == 0:
+        root = Path(recipe.folder)
+        text = "\n".join(table(root, optimizers, seeds))
+        (root / "comparison.md").write_text(text + "\n", encoding="utf-8")
+        print(text)
+    return code
+
+
+def _finished(run: Path, recipe: FinetuneRecipe) -> bool:
+    records = read_metrics(run) if (run / METRICS_FILE).is_file() else []
+    asked = (recipe.epochs, recipe.steps)
+    return any((record["epochs"], record["asked"]) == asked for record in of_kind(records, "summary"))
+
+
+def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    """One line per optimizer: metrics at the end (mean ± standard deviation over the seeds), best score, cost."""
+    ends = {name: [_summary(root, name, seed) for seed in seeds] for name in names}
+    first = next(iter(ends.values()))[0]
+    metrics = [key for key in first["best"] if key not in ("step", "score")]
+    head = [*metrics, "best score", "trained, M", "state on the rank with most, MB", "seconds"]
+    lines = [f"| optimizer | {' | '.join(head)} |", "| --- |" + " ---: |" * len(head)]
+    for name, found in ends.items():
+        cells = [_spread([100 * end[metric] for end in found]) for metric in metrics]
+        cells.append(_spread([100 * end["best"]["score"] for end in found]))
+        cells.append(f"{found[0]['trained'] / 1e6:,.2f}")
+        cells.append(f"{max(max(end['state_bytes']) for end in found) / 1e6:,.2f}")
+        cells.append(f"{mean(end['seconds'] for end in found):,.0f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _summary(root: Path, name: str, seed: int) -> dict[str, Any]:
+    return of_kind(read_metrics(run_folder(root, name, seed)), "summary")[-1]
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")

@@ -1,0 +1,132 @@
+"""The score of a classifier on the whole validation set, the same for every number of ranks; the best model is kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from frugal_dist.checkpoint import SavedWeights
+from frugal_dist.training.classification import Classifier, ExampleRows
+from frugal_dist.training.engines import Engine
+from frugal_dist.training.engines.collectives import gathered
+from frugal_dist.training.evaluate import Finding
+from frugal_dist.training.glue import measure
+
+_TOGETHER = 32
+BEST = "best"
+EVALUATION = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Metrics of all validation examples."""
+
+    rows: ExampleRows
+    classifier: Classifier
+    metrics: tuple[str, ...]
+
+    def evaluate(self, engine: Engine) -> Finding:
+        """Batches are the same for every number of ranks: of examples of similar length; batch i is for rank i mod
+        world. Every rank calls the model equally often, as sharded weights require; what is beyond the end counts
+        nothing.
+        """
+        order = np.argsort(self.rows.sizes, kind="stable")
+        batches = [order[first : first + _TOGETHER] for first in range(0, len(order), _TOGETHER)]
+        mine: list[tuple[int, Tensor, Tensor]] = []
+        for turn in range(-(-len(batches) // engine.world)):
+            number = turn * engine.world + engine.rank
+            rows = torch.from_numpy(self.rows.take(batches[min(number, len(batches) - 1)]))
+            found = engine.outputs(self.classifier.logits, rows)
+            if number < len(batches):
+                mine.append((number, self.classifier.labels(rows), found.cpu()))
+        of_all = sorted((part for parts in gathered(mine) for part in parts), key=lambda part: part[0])
+        return self._finding(torch.cat([part[1] for part in of_all]), torch.cat([part[2] for part in of_all]))
+
+    def _finding(self, labels: Tensor, logits: Tensor) -> Finding:
+        loss = float(self.classifier.losses_of(logits.double(), labels).mean())
+        figures = measure(self.metrics, labels.numpy(), self.classifier.predictions(logits))
+        text = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        return Finding(loss, {**figures, "score": mean(figures.values())}, f"validation {text}")
+
+
+@dataclass
+class Best:
+    """Keeps the best model so far in ``folder/best``, as Hugging Face has it.
+
+    ``build()``: a model like the one that is trained, to be filled. The newest evaluation is kept here too.
+    """
+
+    folder: Path
+    engine: Engine
+    build: Callable[[], nn.Module]
+    tokenizer: Any
+    on_error: str
+    step: int = 0
+    figures: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+
+    def evaluated(self, step: int, found: Finding) -> None:
+        """Hear of an evaluation. All ranks hear the same and write together."""
+        self.last = found.figures
+        if self.figures and not found.figures["score"] > self.figures["score"]:
+            return
+        self.step, self.figures = step, found.figures
+        self._write()
+
+    def remember(self) -> dict[str, Any]:
+        """For checkpoints."""
+        return {"best": {"step": self.step, "figures": self.figures}}
+
+    def recall(self, extra: dict[str, Any]) -> None:
+        """Go on with what a checkpoint holds. A model that was kept after it will be kept again."""
+        self.step, self.figures = extra["best"]["step"], extra["best"]["figures"]
+
+    def _write(self) -> None:
+        """By way of a checkpoint, which every engine can write. If rank 0 fails to convert it, all ranks raise."""
+        saved = self.folder / f".{BEST}"
+        if not self.engine.save(saved, self.step, {}, keep_last=1, on_error=self.on_error):
+            return
+        trouble: Exception | None = None
+        if self.engine.rank == 0:
+            try:
+                self._convert(saved)
+            except Exception as error:  # the others must hear of it, whatever it is
+                trouble = error
+        if self.engine.total([float(trouble is not None)])[0]:
+            raise trouble or ValueError("rank 0 could not write the best model; its message says why.")
+
+    def _convert(self, saved: Path) -> None:
+        partial, old, final = (self.folder / name for name in (f".{BEST}.partial", f".{BEST}.old", BEST))
+        shutil.rmtree(partial, ignore_errors=True)
+        with torch.random.fork_rng():  # building a model draws numbers
+            model: Any = self.build()
+        fill(model, SavedWeights(saved, verify=False))
+        model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+        model.save_pretrained(partial)
+        self.tokenizer.save_pretrained(partial)
+        record = {"step": self.step, **self.figures}
+        (partial / EVALUATION).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
+        partial.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(saved, ignore_errors=True)
+
+
+def fill(model: nn.Module, weights: SavedWeights) -> None:
+    """Put saved weights into a model. ValueError that names what the checkpoint lacks."""
+    tensors = {name: weights[name] for name in weights.shapes}
+    missing = {name for name, _ in model.named_parameters()} - set(tensors)
+    if missing:
+        raise ValueError(f"{weights.folder} lacks {len(missing)} parameters of the model, such as {min(missing)}.")
+    model.load_state_dict(tensors, strict=False)
