@@ -17,6 +17,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "state_free": ("sign", "sgd", "none"),
     "on_refresh": ("reset", "keep", "project"),
     "svd_method": ("exact", "subspace", "gram64"),
+    "basis_dtype": ("full", "bf16"),
+    "rounding": ("nearest", "stochastic"),
     "refresh_schedule": ("together", "staggered"),
     "compute_layout": ("auto", "cut", "owner"),
 }
@@ -45,6 +47,10 @@ class FrugalConfig:
     svd_method           how the projector of "svd" is found. "exact": a full SVD in fp32 (fp64 for fp64 gradients);
                          "subspace": a few rounds of subspace iteration from the old projector, several times
                          faster, nearly the same; "gram64": eigenvectors of the Gram matrix in fp64.
+    basis_dtype          how projectors are kept between refreshes: "full" (fp32, fp64 for fp64 weights) or "bf16", half
+                         the bytes, but several percent of the residual's signs come out otherwise.
+    rounding             of updated bf16 weights that have no fp32 master: "nearest", or "stochastic", which is right on
+                         average also where a step is smaller than what bf16 resolves.
     refresh_schedule     "together" (the paper), or "staggered": matrices take turns within update_gap.
     compute_layout       where basis projections compute when storage is sharded: "auto" picks by cost.
     residual_threshold   relative size below which a residual row (column for a left basis) counts as
@@ -68,6 +74,8 @@ class FrugalConfig:
     state_free_lr_scale: float = 1.0
     on_refresh: str = "reset"
     svd_method: str = "exact"
+    basis_dtype: str = "full"
+    rounding: str = "nearest"
     refresh_schedule: str = "together"
     compute_layout: str = "auto"
     residual_threshold: float = 0.0

@@ -32,7 +32,7 @@ def carry_basis_moments(work: Work, plan: Route, new: Basis, names: Sequence[str
     state, mode = work.state, work.config.on_refresh
     old_shapes = basis_piece_shapes(work, plan, state.clock("size"))
     shapes = basis_piece_shapes(work, plan, work.size)
-    old = state.basis(work.side)
+    old = work.basis()
     carried: dict[str, list[Tensor]] = {}
     if old is not None and (mode == "project" or (mode == "keep" and old_shapes != shapes)):
         for name in names:

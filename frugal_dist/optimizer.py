@@ -91,6 +91,8 @@ class Frugal(Optimizer):
         state_free_lr_scale: float = 1.0,
         on_refresh: str = "reset",
         svd_method: str = "exact",
+        basis_dtype: str = "full",
+        rounding: str = "nearest",
         refresh_schedule: str = "together",
         compute_layout: str = "auto",
         residual_threshold: float = 0.0,

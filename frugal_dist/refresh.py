@@ -256,9 +256,9 @@ def _send_warm(runtime: Runtime, work: Work, send: list[list[Tensor]], recv: lis
     """Queue the old basis for its owner; returns the one that this rank, if it is the owner, will start from."""
     source, rank = warm_source(runtime, work), runtime.ranks.rank
     if source is None:
-        return work.state.basis(work.side)
+        return work.basis()
     if rank == source:
-        basis = work.state.basis(work.side)
+        basis = work.basis()
         assert basis is not None
         send[work.matrix.owner] += basis.parts
     if rank != work.matrix.owner:
@@ -363,12 +363,13 @@ def _publish(runtime: Runtime, works: Sequence[Work], found: Sequence[Basis | No
 
 def _adopt(runtime: Runtime, work: Work, basis: Basis) -> None:
     runtime.failures.pop(work.matrix.index, None)
-    plan = basis_route(runtime, work)
+    plan, kept = basis_route(runtime, work), basis.to(work.basis_dtype)
+    basis = kept.to(work.dtype)  # everyone computes with what is kept
     carry_basis_moments(work, plan, basis, moment_names(work.config))
     if plan.tiles:
         if runtime.ranks.rank == next(rank for rank, tiles in enumerate(plan.layout) if tiles):
-            runtime.figures.add_turn(work.state.basis(work.side), basis)
-        work.state.set_basis(work.side, basis)
+            runtime.figures.add_turn(work.basis(), basis)
+        work.state.set_basis(work.side, kept)
     _advance(work, work.size)
 
 

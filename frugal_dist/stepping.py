@@ -7,12 +7,13 @@ sends zeros and takes part all the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from frugal_dist.projection.basis import Basis
+from frugal_dist.rounding import round_stochastically_, rounds_stochastically, row_starts
 from frugal_dist.sharding.exchange import all_gather, all_to_all
 from frugal_dist.sharding.route import Route, fill_buckets
 from frugal_dist.sharding.tile import Tile, elements, is_replicated
@@ -47,13 +48,29 @@ def step_matrices(runtime: Runtime, works: Sequence[Work], stepped: Sequence[Wor
     far = {work.matrix.index for work in remote}
     for work in stepped:
         if work.matrix.index not in far:
-            _STEP_HERE[work.family](runtime, work)
-        else:
-            _decay(work)
+            wide = _widened(work)
+            _STEP_HERE[work.family](runtime, wide)
+            _round_back(work, wide)
     for bucket in buckets_of(runtime, remote):
         _step_bucket(runtime, bucket, active)
     for work in stepped:
         work.state.set_clock("updates", work.state.clock("updates") + 1)
+
+
+def _widened(work: Work) -> Work:
+    """The matrix with fp32 weights of its own for the time of the step if they are rounded stochastically after it."""
+    if not rounds_stochastically(work.config, work.weight_dtype):
+        return work
+    return replace(work, weights=[weight.float() for weight in work.weights])
+
+
+def _round_back(work: Work, wide: Work) -> None:
+    if wide is work:
+        return
+    matrix, updates = work.matrix, work.state.clock("updates")
+    for tile, weight, value in zip(work.tiles, work.weights, wide.weights, strict=True):
+        starts = row_starts((tile.rows, tile.cols), (matrix.rows, matrix.cols))
+        round_stochastically_(weight, value, starts, seed=work.config.seed, name=matrix.name, step=updates)
 
 
 def _decay(work: Work) -> None:
@@ -85,7 +102,7 @@ def _basis_here(runtime: Runtime, work: Work) -> None:
 
 def _basis_tiles_in_place(work: Work, plan: Route) -> None:
     moments = _basis_moments(work, plan)
-    basis = work.state.basis(work.side)
+    basis = work.basis()
     for tile, home, here, moment in zip(plan.tiles, plan.home, plan.in_place, moments, strict=True):
         if here:
             assert basis is not None and home is not None
@@ -179,6 +196,11 @@ def _load(runtime: Runtime, work: Work) -> tuple[int, ...]:
 
 def _step_bucket(runtime: Runtime, works: Sequence[Work], active: set[int]) -> None:
     ranks, like = runtime.ranks, torch.empty(0, dtype=works[0].dtype, device=works[0].device)
+    narrow = {work.matrix.index: work for work in works}
+    works = [_widened(work) if work.matrix.index in active else work for work in works]
+    for work in works:
+        if work.matrix.index in active:
+            _decay(work)
     gradients = _fetch_gradients(runtime, works, like)
     packing = Packing(ranks.size)
     for work in works:
@@ -189,8 +211,9 @@ def _step_bucket(runtime: Runtime, works: Sequence[Work], active: set[int]) -> N
         all_gather(ranks, mine, packing.merged("recv"), like)
     else:
         all_to_all(ranks, packing.merged("send"), packing.merged("recv"), like)
-    for parcel in packing.parcels:
+    for parcel, work in zip(packing.parcels, works, strict=True):
         parcel.finish()
+        _round_back(narrow[work.matrix.index], work)
 
 
 def _fetch_gradients(runtime: Runtime, works: Sequence[Work], like: Tensor) -> dict[tuple[int, Tile], Tensor]:
@@ -270,7 +293,7 @@ def _add_all(work: Work, arrivals: Sequence[tuple[Tile, Tile, Tensor]]) -> None:
 def _deltas(work: Work, plan: Route, gradients: dict[tuple[int, Tile], Tensor], active: bool) -> dict[Tile, Tensor]:
     """The updates of the compute tiles that are not stepped in place; zeros for a matrix that is skipped."""
     found: dict[Tile, Tensor] = {}
-    basis: Basis | None = work.state.basis(work.side)
+    basis: Basis | None = work.basis()
     moments = _basis_moments(work, plan) if plan.tiles else []
     for tile, home, here, moment in zip(plan.tiles, plan.home, plan.in_place, moments, strict=True):
         if here:

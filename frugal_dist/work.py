@@ -10,6 +10,7 @@ from torch import Tensor
 
 from frugal_dist.config import FrugalConfig
 from frugal_dist.figures import RefreshFigures
+from frugal_dist.projection.basis import Basis
 from frugal_dist.projection.blocks import active_blocks, active_count
 from frugal_dist.projection.coordinates import NOTHING, Selection
 from frugal_dist.projection.draw import draw_selection, whole_block
@@ -78,6 +79,16 @@ class Work:
     def dtype(self) -> torch.dtype:
         """Of moments, bases and exchanged pieces."""
         return compute_dtype(self.weight_dtype)
+
+    @property
+    def basis_dtype(self) -> torch.dtype:
+        """Of bases between refreshes; they compute in ``dtype``."""
+        return torch.bfloat16 if self.config.basis_dtype == "bf16" else self.dtype
+
+    def basis(self) -> Basis | None:
+        """The basis to compute with, or None before the first refresh and on ranks that do not use it."""
+        kept = self.state.basis(self.side)
+        return None if kept is None else kept.to(self.dtype)
 
     @property
     def family(self) -> str:

@@ -11,7 +11,8 @@ from torch import Tensor
 from frugal_dist.config import FrugalConfig, config_from
 from frugal_dist.projection.numerics import compute_dtype
 from frugal_dist.projection.shapes import FAMILY
-from frugal_dist.sharding.storage import Box, Original
+from frugal_dist.rounding import round_stochastically_, rounds_stochastically, row_starts
+from frugal_dist.sharding.storage import Box, Original, Part
 from frugal_dist.sharding.table import Matrix
 from frugal_dist.state import MatrixState
 from frugal_dist.update import update_regular
@@ -39,6 +40,7 @@ class Regular:
     state: MatrixState
     weight: Tensor
     grad: Tensor | None
+    part: Part
 
 
 @dataclass
@@ -89,6 +91,7 @@ def load_of(runtime: Runtime, state: State, everything: bool = False) -> Load:
         weight, grad = runtime.storage.weight(i), runtime.storage.grad(i)
         device = weight.device
         _check_gradient(original, grad)
+        _check_rounding(original, config, weight)
         store = state[runtime.storage.carrier(i)]
         decay = config.weight_decay if original.decay else 0.0
         if original.projected:
@@ -96,7 +99,16 @@ def load_of(runtime: Runtime, state: State, everything: bool = False) -> Load:
         else:
             prefix = "" if isinstance(runtime.storage.part(i), Box) else f"{original.name}/"
             regular.append(
-                Regular(original.name, original.shape, config, decay, MatrixState(store, prefix), weight, grad)
+                Regular(
+                    original.name,
+                    original.shape,
+                    config,
+                    decay,
+                    MatrixState(store, prefix),
+                    weight,
+                    grad,
+                    runtime.storage.part(i),
+                )
             )
     return Load(call, works, regular, device)
 
@@ -128,6 +140,14 @@ def _check_gradient(original: Original, grad: Tensor | None) -> None:
         )
     if not grad.is_floating_point():
         raise ValueError(f"{original.name} has a gradient of dtype {grad.dtype}; Frugal needs real floating point.")
+
+
+def _check_rounding(original: Original, config: FrugalConfig, weight: Tensor) -> None:
+    if config.rounding == "stochastic" and weight.dtype == torch.float16:
+        raise ValueError(
+            f"{original.name} is float16, but rounding='stochastic' is made for bfloat16 weights. Use bfloat16, or "
+            "leave rounding out."
+        )
 
 
 def ensure_state(runtime: Runtime, load: Load) -> None:
@@ -169,7 +189,9 @@ def _create(runtime: Runtime, work: Work) -> None:
     work.state.set_clock("size", work.size)
     work.state.ensure_moments(names, basis_piece_shapes(work, plan, work.size), work.dtype, work.device)
     if plan.tiles:
-        work.state.ensure_basis(work.side, (work.matrix.rows, work.matrix.cols), work.size, work.dtype, work.device)
+        work.state.ensure_basis(
+            work.side, (work.matrix.rows, work.matrix.cols), work.size, work.basis_dtype, work.device
+        )
 
 
 def step_regular(load: Load) -> None:
@@ -193,4 +215,12 @@ def _step_group(members: Sequence[Regular]) -> None:
     grads = [one.grad for one in members if one.grad is not None]
     assert len(grads) == len(members)
     weights = [one.weight for one in members]
-    update_regular(weights, grads, moments, first.state.clock("step"), first.decay, first.config)
+    step, rounds = first.state.clock("step"), rounds_stochastically(first.config, first.weight.dtype)
+    updated = [weight.float() for weight in weights] if rounds else weights
+    update_regular(updated, grads, moments, step, first.decay, first.config)
+    if rounds:
+        for one, wide in zip(members, updated, strict=True):
+            spans = one.part.spans if isinstance(one.part, Box) else ((one.part.start, one.part.stop),)
+            shape = one.shape if isinstance(one.part, Box) else (one.part.stop,)
+            starts = row_starts(spans, shape)
+            round_stochastically_(one.weight, wide, starts, seed=one.config.seed, name=one.name, step=step)

@@ -146,7 +146,7 @@ class Restoring:
         plan, r = basis_route(self.runtime, work), int(clocks["size"])
         scratch.state.ensure_moments(names, basis_piece_shapes(work, plan, r), work.dtype, device)
         if plan.tiles:
-            scratch.state.ensure_basis(work.side, (work.matrix.rows, work.matrix.cols), r, work.dtype, device)
+            scratch.state.ensure_basis(work.side, (work.matrix.rows, work.matrix.cols), r, work.basis_dtype, device)
         return scratch
 
     def _renewed(self, work: Work) -> Work:

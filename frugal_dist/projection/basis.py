@@ -16,7 +16,10 @@ import frugal_dist.projection.coordinates as coordinates
 
 @dataclass(frozen=True)
 class Basis:
-    """Orthonormal columns: ``left`` (P, rows x r) and/or ``right`` (Q, cols x r), contiguous, fp32 or fp64."""
+    """Orthonormal columns: ``left`` (P, rows x r) and/or ``right`` (Q, cols x r), contiguous.
+
+    They compute in fp32 or fp64, and may be kept in bf16.
+    """
 
     left: Tensor | None = None
     right: Tensor | None = None
@@ -24,6 +27,10 @@ class Basis:
     @property
     def parts(self) -> list[Tensor]:
         return [part for part in (self.left, self.right) if part is not None]
+
+    def to(self, dtype: torch.dtype) -> Basis:
+        """The same in another dtype; itself if it has it already."""
+        return Basis(**{name: None if part is None else part.to(dtype) for name, part in vars(self).items()})
 
 
 def basis_shapes(side: str, rows: int, cols: int, r: int) -> dict[str, tuple[int, int]]:

@@ -64,6 +64,7 @@ VARIANTS = [
     with_options("svd", "keep", side="left", svd_method="subspace", compute_layout="owner"),
     with_options("svd", "project", side="full", svd_method="subspace"),
     with_options("svd", "keep", svd_method="gram64"),
+    with_options("svd", "project", basis_dtype="bf16"),
     with_options("svd", "reset", state_full="lion"),
     with_options("svd", "project", state_full="sgdm", side="left"),
     with_options("randk", "project", state_full="lion"),
@@ -88,6 +89,8 @@ SINGLE = [
     Case("columns", "std", "keep", free="sign"),
     Case("randk", "std", "project", free="sign"),
     Case("blockwise", "std", "reset", free="sign"),
+    Case("columns", "std", "reset", free="sign", more=(("rounding", "stochastic"),)),
+    Case("svd", "std", "keep", free="sign", more=(("rounding", "stochastic"),)),
 ]
 """Compared in fp32 and bf16, where a residual near zero may change its sign: a flip moves its weight by 2 lr."""
 

@@ -23,14 +23,16 @@ ENGINES = {
     "ZeRO-1/2": "zero2",
     "ZeRO-3": "zero3",
 }
-SETTINGS = [("svd", "std"), ("svd subspace", "std"), ("svd", "left"), ("random", "right"), ("columns", "std"), ("rows", "std"), ("randk", "std"),
+SETTINGS = [("svd", "std"), ("svd subspace", "std"), ("svd exact bf16", "std"), ("svd", "left"), ("random", "right"), ("columns", "std"), ("rows", "std"), ("randk", "std"),
             ("blockwise", "std")]  # fmt: skip
 NAMES = {**SHAPES, "more": (48, 48)}
 
 
 def options_of(projection: str, side: str) -> dict[str, Any]:
-    projection, _, method = projection.partition(" ")
-    return {"projection": projection, "svd_method": method or "exact", "side": side, "density": 0.5, "update_gap": 2}
+    """``projection``: itself, the svd_method and the basis_dtype."""
+    projection, method, dtype = (projection.split() + ["exact", "full"][len(projection.split()) - 1 :])[:3]
+    return {"projection": projection, "svd_method": method, "basis_dtype": dtype, "side": side, "density": 0.5,
+            "update_gap": 2}  # fmt: skip
 
 
 def planned(layout: str, options: dict[str, Any]) -> Plan:

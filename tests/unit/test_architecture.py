@@ -17,7 +17,7 @@ from imports import PACKAGE, ROOT, Module, read_modules
 # other as long as no circle arises. "" is the package itself: the public interface, on which the applications stand.
 LAYERS: list[tuple[str, ...]] = [
     ("config", "names", "notices"),
-    ("rules", "projection", "projection.*"),
+    ("rules", "rounding", "projection", "projection.*"),
     ("kernels", "kernels.*"),
     ("sharding", "sharding.tile"),
     ("sharding.plan", "sharding.deepspeed", "sharding.accelerate", "sharding.torch_checkpoint"),

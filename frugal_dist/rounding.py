@@ -1,0 +1,89 @@
+"""Stochastic rounding of fp32 numbers to bf16: unbiased, and the same on every layout and number of ranks.
+
+bf16 weights lose most small steps when they are rounded to the nearest: an update below half a unit in the last place
+does nothing, forever. Rounded up with the probability that the remainder says, it is right on average.
+
+The random bits of an entry are a function of (seed, parameter, step, its index in the whole parameter): no generator,
+no order, nothing to store or to agree on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from math import prod
+
+import torch
+from torch import Tensor
+
+from frugal_dist.config import FrugalConfig
+
+_CHUNK = 1 << 16
+"""Entries rounded at once: their temporaries stay in the cache."""
+
+
+def rounds_stochastically(config: FrugalConfig, dtype: torch.dtype) -> bool:
+    """Whether weights of this dtype are: wider ones need no rounding."""
+    return config.rounding == "stochastic" and dtype == torch.bfloat16
+
+
+def row_starts(spans: tuple[tuple[int, int], ...], shape: tuple[int, ...]) -> Tensor:
+    """Of a box of a row-major tensor of ``shape``: the flat index of the first entry of each of its rows, int64."""
+    starts = torch.zeros((), dtype=torch.int64)
+    for dim, span in enumerate(spans[:-1]):
+        starts = starts.unsqueeze(-1) + torch.arange(*span) * prod(shape[dim + 1 :])
+    return starts.reshape(-1) + (spans[-1][0] if spans else 0)
+
+
+def round_stochastically_(target: Tensor, wide: Tensor, starts: Tensor, *, seed: int, name: str, step: int) -> None:
+    """Write fp32 ``wide`` to bf16 ``target`` of the same shape; row i's entries have the indices starts[i], ...
+
+    Numbers that bf16 has stay as they are; so do infinities and NaN.
+    """
+    if target.numel() == 0:
+        return
+    keys = _keys(seed, name, step)
+    source, rows = wide.reshape(starts.numel(), -1), starts.to(wide.device)
+    rounded = torch.empty(source.shape, dtype=target.dtype, device=target.device)
+    width = source.shape[1]
+    high, broad = max(1, _CHUNK // width), min(width, _CHUNK)
+    for top in range(0, source.shape[0], high):
+        for left in range(0, width, broad):
+            right = min(left + broad, width)
+            index = rows[top : top + high].view(-1, 1) + torch.arange(left, right, device=wide.device)
+            part = source[top : top + high, left:right]
+            rounded[top : top + high, left:right] = _rounded(part, random_bits(index, keys))
+    target.copy_(rounded.view(target.shape))
+
+
+def _rounded(values: Tensor, bits: Tensor) -> Tensor:
+    """Add 16 random bits below bf16's last place and cut off the rest: exact, since fp32 is bf16 and 16 more bits."""
+    found = ((values.contiguous().view(torch.int32) + bits) & -65536).view(torch.float32)
+    return torch.where(torch.isfinite(values), found, values).to(torch.bfloat16)
+
+
+def random_bits(index: Tensor, keys: tuple[int, int]) -> Tensor:
+    """16 random bits for each int64 index, as int32: a counter-based hash with two rounds of a 32-bit finaliser."""
+    low = (index & 0xFFFFFFFF) ^ (keys[0] & 0xFFFFFFFF)
+    high = (index >> 32) + keys[1]
+    return _mixed(_mixed(_int32(low)) + _int32(high & 0xFFFFFFFF)) & 0xFFFF
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Xor-shift-multiply (Wellons' lowbias32). Products wrap; right shifts of int32 copy the sign, which is masked."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _int32(x: Tensor) -> Tensor:
+    """The low 32 bits."""
+    return ((x + 0x80000000) % 0x100000000 - 0x80000000).to(torch.int32)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 32) if x >= 1 << 31 else x
+
+
+def _keys(seed: int, name: str, step: int) -> tuple[int, int]:
+    digest = hashlib.sha256(f"frugal|rounding|{seed}|{name}|{step}".encode()).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
