@@ -47,7 +47,8 @@ def export(
     dtype: str | None = None,
     verify: bool = True,
 ) -> Exported:
-    """Write safetensors, config and tokenizer to ``out``, for ``AutoModelForCausalLM.from_pretrained``.
+    """Write safetensors, config and tokenizer to ``out``, for ``AutoModelForCausalLM.from_pretrained``, or
+    ``AutoModelForSequenceClassification`` where such a model was saved.
 
     ``checkpoint``: a checkpoint or a folder of them. ``config``: of the model, a folder or a JSON file; not needed if a
     Hugging Face model was saved. ``dtype``: fp32, bf16, fp16, or None for the dtype of the saved weights.
@@ -111,9 +112,11 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model's structure without memory for its weights."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    build: Any = AutoModelForCausalLM.from_config
+    classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    auto: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    build = auto.from_config
     with torch.device("meta"):
         model: PreTrainedModel = build(config)
     return model

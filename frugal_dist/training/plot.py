@@ -13,9 +13,10 @@ PLOT_FILE = "loss_curve.png"
 
 
 def plot_run(run: Path) -> Path:
-    """Draw training loss and validation perplexity against tokens, with the unigram model as a line to beat."""
+    """Draw training loss and validation perplexity (score) against tokens, the unigram model as a line to beat."""
     records = read_metrics(run)
     train, validation = of_kind(records, "train"), of_kind(records, "validation")
+    key = _measure(records)
     if not train:
         raise ValueError(f"{run} has no training records yet; run it for a few more steps.")
 
@@ -28,18 +29,19 @@ def plot_run(run: Path) -> Path:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     left.plot([row["tokens"] / 1e3 for row in train], [row["loss"] for row in train], color="C0", label="training")
-    left.set(xlabel="thousand tokens", ylabel="training loss (nats per token)")
+    left.set(xlabel="thousand tokens", ylabel=_loss_label(key))
     right.plot(
         [row["tokens"] / 1e3 for row in validation],
-        [row["perplexity"] for row in validation],
+        [row[key] for row in validation],
         color="C1",
         marker="o",
         label="validation",
     )
-    right.set(xlabel="thousand tokens", ylabel="validation perplexity", yscale="log")
-    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # readable numbers instead of powers of ten
-    right.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    right.yaxis.set_minor_formatter(NullFormatter())
+    right.set(xlabel="thousand tokens", ylabel=f"validation {key}", yscale=SCALES[key])
+    if SCALES[key] == "log":
+        right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # readable numbers instead of powers of ten
+        right.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        right.yaxis.set_minor_formatter(NullFormatter())
     for setup in (record for record in of_kind(records, "run") if "unigram_loss" in record):
         left.axhline(setup["unigram_loss"], color="0.5", linestyle="--", label="unigram model")
         right.axhline(math.exp(setup["unigram_loss"]), color="0.5", linestyle="--", label="unigram model")
@@ -52,15 +54,28 @@ def plot_run(run: Path) -> Path:
     return path
 
 
+SCALES = {"perplexity": "log", "score": "linear"}
+"""What validation measures: the perplexity of pre-training, the score of fine-tuning."""
+
+
+def _measure(records: list[dict[str, Any]]) -> str:
+    return "score" if any("score" in row for row in of_kind(records, "validation")) else "perplexity"
+
+
+def _loss_label(key: str) -> str:
+    return "training loss (nats per token)" if key == "perplexity" else "training loss"
+
+
 # --- several runs
 
 Points = list[tuple[float, float]]
 
 
 def plot_runs(runs: Sequence[Path], out: Path) -> list[Path]:
-    """Loss and perplexity of several runs, and the optimizer state they took; a PNG and an SVG, named after ``out``.
+    """Loss and perplexity (score) of several runs, and the optimizer state they took; a PNG and an SVG, named after
+    ``out``.
 
-    Raises ValueError for a folder that holds no run, or none that has trained.
+    Raises ValueError for a folder that holds no run, or none that has trained, and for runs of different kinds.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -72,22 +87,26 @@ def plot_runs(runs: Sequence[Path], out: Path) -> list[Path]:
     for name, records in everything.items():
         if not of_kind(records, "train"):
             raise ValueError(f"{name} has no training records yet; run it for a few more steps.")
+    measures = {_measure(records) for records in everything.values()}
+    if len(measures) > 1:
+        raise ValueError("these are runs of pre-training and of fine-tuning; draw them apart.")
+    key = measures.pop()
     refreshes = {name: of_kind(records, "refresh") for name, records in everything.items()}
     rows = 3 if any(refreshes.values()) else 2
     figure = Figure(figsize=(9.0, 3.2 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, 2)
-    (loss, perplexity), (time, state) = panels[:2]
+    (loss, quality), (time, state) = panels[:2]
     for name, records in everything.items():
         train, validation = of_kind(records, "train"), of_kind(records, "validation")
         _line(loss, name, [(row["tokens"] / 1e6, row["loss"]) for row in train])
-        _line(perplexity, name, [(row["tokens"] / 1e6, row["perplexity"]) for row in validation], marker="o")
-        _line(time, name, [(r["seconds"] / 60, r["perplexity"]) for r in validation if "seconds" in r], marker="o")
-    loss.set(xlabel="million tokens", ylabel="training loss (nats per token)")
-    perplexity.set(xlabel="million tokens", ylabel="validation perplexity", yscale="log")
-    time.set(xlabel="minutes", ylabel="validation perplexity", yscale="log")
+        _line(quality, name, [(row["tokens"] / 1e6, row[key]) for row in validation], marker="o")
+        _line(time, name, [(r["seconds"] / 60, r[key]) for r in validation if "seconds" in r], marker="o")
+    loss.set(xlabel="million tokens", ylabel=_loss_label(key))
+    quality.set(xlabel="million tokens", ylabel=f"validation {key}", yscale=SCALES[key])
+    time.set(xlabel="minutes", ylabel=f"validation {key}", yscale=SCALES[key])
     _bars(state, {name: of_kind(records, "summary") for name, records in everything.items()})
-    for panel in (loss, perplexity, time):
+    for panel in (loss, quality, time):
         panel.grid(alpha=0.3)
         panel.legend()
     if rows == 3:

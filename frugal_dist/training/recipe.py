@@ -230,6 +230,7 @@ T = TypeVar("T")
 
 FOLDERS = {"Recipe": "recipes", "FinetuneRecipe": "recipes/finetune"}
 """Where shipped recipes of a kind lie."""
+COMMANDS = {"recipes": "pretrain or compare", "recipes/finetune": "finetune"}
 
 
 def shipped(kind: type[Any] = Recipe) -> dict[str, Path]:
@@ -271,6 +272,9 @@ def _path_of(name: str, kind: type[Any]) -> Path:
         return path
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
+    for folder, commands in COMMANDS.items():
+        if (Path(str(resources.files("frugal_dist.training"))) / folder / f"{name}.yaml").is_file():
+            hint = f" That one is for frugal-dist {commands}."
     raise ValueError(f"there is no recipe {name!r}: neither a file nor one of {', '.join(known)}.{hint}")
 
 

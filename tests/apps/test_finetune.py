@@ -104,6 +104,20 @@ def test_it_learns_and_the_best_model_is_transformers_own(folder: Path, whole: P
     assert not list(whole.glob(".best*"))
 
 
+def test_runs_are_exported_and_drawn(folder: Path, whole: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    assert main(["export", str(whole / "checkpoints"), "--out", str(folder / "exported")]) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "exported")
+    assert model.config.id2label == {0: "dull", 1: "fine"}
+    assert main(["plot", str(whole)]) == 0
+    assert main(["plot", str(whole), "--out", str(folder / "picture.png")]) == 0
+    assert (whole / "loss_curve.png").is_file()
+    assert (folder / "picture.svg").is_file()
+    assert main(["compare", "minilm_reviews", "--optimizers", "adamw"]) == 2
+    assert "That one is for frugal-dist finetune." in capfd.readouterr().err
+
+
 def environment() -> dict[str, str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
