@@ -21,6 +21,7 @@ pytest.importorskip("transformers")
 import torch
 
 from frugal_dist.cli import main
+from frugal_dist.figures import RefreshFigures
 from frugal_dist.training import text
 from frugal_dist.training.data import Batches, TokenRows, read_tokens, write_tokens
 from frugal_dist.training.engines.deepspeed import _batch_size, read_deepspeed_config
@@ -186,6 +187,9 @@ class FakeEngine:
 
     def skipped_steps(self):
         return 0
+
+    def refresh_figures(self):
+        return RefreshFigures().take()
 
     def losses(self, rows):
         self.calls += 1
