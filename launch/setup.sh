@@ -7,12 +7,14 @@
 #   PYTHON            the Python (3.10 or newer) to make .venv from
 #   TORCH_SPEC        exactly this torch instead of our choice, e.g. 'torch==2.12.1'
 #   TORCH_CPU_INDEX   where CPU wheels of torch are, if your pip's own indexes have none
+#   FRUGAL_DIST_IMAGE the extras that a container image brings (docker/Dockerfile sets it): then nothing is installed
 # Afterwards, programs that use DeepSpeed on CPU need TORCH_EXTENSIONS_DIR=.cache/torch_extensions and .venv/bin on PATH.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 ROOT=$PWD
-VENV=$ROOT/.venv
+VENV=${FRUGAL_DIST_IMAGE:+${VIRTUAL_ENV:?is not set, but FRUGAL_DIST_IMAGE is}}
+VENV=${VENV:-$ROOT/.venv}
 CACHE=$ROOT/.cache
 STAMP=$VENV/.frugal_dist_setup
 LOG=$CACHE/setup.log
@@ -241,10 +243,30 @@ check_extras() {
     done
 }
 
+# In a container image everything is there, and what is not there cannot be written by every user.
+check_image() {
+    local extra all have
+    all=$(sed -n 's/^all = \["frugal_dist\[\(.*\)\]"\]$/\1/p' pyproject.toml)
+    have=,${FRUGAL_DIST_IMAGE/all/$all},
+    EXTRAS=${1/all/$all}
+    for extra in ${EXTRAS//,/ }; do
+        [[ $have == *,$extra,* ]] || die "this image was built without the extra \"$extra\" (it has $FRUGAL_DIST_IMAGE); \
+build it with --build-arg EXTRAS=$FRUGAL_DIST_IMAGE,$extra"
+    done
+}
+
 main() {
     local start=$SECONDS
     check_extras "${1:-}"
     mkdir -p "$CACHE"
+    if [[ -n ${FRUGAL_DIST_IMAGE:-} ]]; then
+        check_image "${1:-}"
+        if needs_op; then
+            build_op
+        fi
+        say "the container image has what is needed: torch $(version_of torch), extras $FRUGAL_DIST_IMAGE"
+        return
+    fi
     if command -v flock >/dev/null; then
         # Two set-ups at once would spoil each other's environment. The kernel frees this lock with the process.
         exec 9>"$CACHE/setup.lock"

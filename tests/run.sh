@@ -39,7 +39,7 @@ step() {
 step "ruff check" ruff check .
 step "ruff format" ruff format --check .
 step "mypy" mypy
-step "shellcheck" shellcheck .ci/run launch/*.sh tests/*.sh tests/launch/*.sh
+step "shellcheck" shellcheck .ci/run docker/*.sh launch/*.sh tests/*.sh tests/launch/*.sh
 # One worker per core, at most 4: most tests start no processes, but some start as many ranks as there are workers.
 cores=$(getconf _NPROCESSORS_ONLN) # not nproc, which heeds OMP_NUM_THREADS
 workers=$((cores < 4 ? cores : 4))

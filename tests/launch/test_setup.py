@@ -118,6 +118,20 @@ def test_a_changed_project_file_installs_again_but_keeps_torch(checkout: Checkou
     assert checkout.calls() == [project(checkout.root, "train")]
 
 
+def test_in_a_container_image_nothing_is_installed(checkout: Checkout) -> None:
+    image = checkout.root / "image"
+    checkout.setup("all")
+    (checkout.root / ".venv").rename(image)
+    checkout.calls()
+    given = {"FRUGAL_DIST_IMAGE": "all", "VIRTUAL_ENV": str(image)}
+    assert "the container image has what is needed: torch 2.13.0+cpu" in checkout.setup("train,deepspeed", **given)
+    assert checkout.calls() == []
+    checkout.setup("all", **given)
+    assert 'built without the extra "dev"' in checkout.setup("all,dev", rc=1, **given)
+    assert checkout.calls() == []
+    assert not (checkout.root / ".venv").exists()
+
+
 def test_an_unknown_extra_is_an_error_that_lists_the_known_ones(checkout: Checkout) -> None:
     shown = checkout.setup("trian", rc=1)
     assert 'unknown extra "trian"; pyproject.toml has: train deepspeed mpi demo all dev' in shown
