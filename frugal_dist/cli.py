@@ -155,10 +155,10 @@ def _demo_train(options: argparse.Namespace) -> int:
 
 
 def _pretrain(options: argparse.Namespace) -> int:
-    from frugal_dist.training.pretrain import pretrain
+    from frugal_dist.training.pretrain import pretrain_from
     from frugal_dist.training.recipe import read_recipe
 
-    return pretrain(read_recipe(options.recipe, options.changes))
+    return pretrain_from(lambda: read_recipe(options.recipe, options.changes))
 
 
 def _finetune(options: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ while (($#)); do
 done
 
 bash launch/setup.sh all,dev || exit
+bash tests/launch/packages.sh
 
 export PATH=$PWD/.venv/bin:$PATH
 export TORCH_EXTENSIONS_DIR=$PWD/.cache/torch_extensions
@@ -39,7 +40,7 @@ step() {
 step "ruff check" ruff check .
 step "ruff format" ruff format --check .
 step "mypy" mypy
-step "shellcheck" shellcheck .ci/run docker/*.sh launch/*.sh tests/*.sh tests/launch/*.sh
+step "shellcheck" shellcheck -x .ci/run docker/*.sh launch/*.sh launch/*.sbatch tests/*.sh tests/launch/*.sh
 # One worker per core, at most 4: most tests start no processes, but some start as many ranks as there are workers.
 cores=$(getconf _NPROCESSORS_ONLN) # not nproc, which heeds OMP_NUM_THREADS
 workers=$((cores < 4 ? cores : 4))

@@ -12,12 +12,17 @@ from typing import TextIO
 LOG_FILE = "output.txt"
 
 
+def log_file(rank: int) -> str:
+    """The name of a rank's own log; that of rank 0 is LOG_FILE."""
+    return LOG_FILE if rank == 0 else f"output.rank{rank}.txt"
+
+
 @contextmanager
 def quiet_console(log: Path) -> Iterator[TextIO]:
     """Send stdout and stderr of this process, C++ code included, to `log`; yield the terminal.
 
-    It works on file descriptors, so it must be entered before noisy libraries are imported. All ranks append to the
-    same file.
+    It works on file descriptors, so it must be entered before noisy libraries are imported. The log is
+    appended to.
     """
     sys.stdout.flush()
     sys.stderr.flush()

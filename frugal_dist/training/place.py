@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+from frugal_dist.training.mpi import meeting_point
 
 
 @dataclass(frozen=True)
@@ -35,20 +37,25 @@ class Place:
 
 @dataclass(frozen=True)
 class Launcher:
-    """The names under which a launcher tells a process its place."""
+    """The names under which a launcher tells a process its place, and how ranks can find the first one's address."""
 
     rank: str
     world: str
     local_rank: str
     local_world: str
+    discover: Callable[[int], tuple[str, int]] | None = None
 
 
 LAUNCHERS = {
     "torchrun or deepspeed": Launcher("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "Open MPI": Launcher(
-        "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        meeting_point,
     ),
-    "MPICH": Launcher("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    "MPICH": Launcher("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", meeting_point),
     "Slurm": Launcher("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
 }
 """In the order in which they are asked: srun may start torchrun or mpirun, which then know better."""
@@ -87,6 +94,8 @@ def _place(name: str, launcher: Launcher, environ: Mapping[str, str]) -> Place:
     world = _number(environ, launcher.world, name)
     local_world = _local_world(environ, launcher, world)
     address, port = _meeting_point(name, environ)
+    if launcher.discover is not None and not (address and port):
+        address, port = launcher.discover(world)
     return Place(
         rank=_number(environ, launcher.rank, name),
         world=world,

@@ -3,45 +3,69 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from frugal_dist.training.place import Place
+from frugal_dist.training.ranks import together
 from frugal_dist.training.recipe import Recipe, check_recipe
-from frugal_dist.training.run import Job, run_rank
+from frugal_dist.training.run import Job, Start, run_begun
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from frugal_dist.training.engines import Schedule
     from frugal_dist.training.loop import Outcome
+    from frugal_dist.training.sources import OpenData
 
 
 def pretrain(recipe: Recipe) -> int:
-    """Train as one rank of whatever launcher started this process; the exit code of ``run_rank``.
+    """Train as one rank of whatever launcher started this process; the exit code of ``run.run_rank``.
 
-    Raises ValueError for a recipe that cannot be trained, before anything is started.
+    Raises ValueError, in a process alone, for a recipe that cannot be trained, before anything is started.
     """
+    return pretrain_from(lambda: recipe)
+
+
+def pretrain_from(read: Callable[[], Recipe]) -> int:
+    """As ``pretrain``, with the recipe that ``read`` returns; if it raises on one rank, all of them stop."""
+    return run_begun(lambda: _start(read()))
+
+
+def _start(recipe: Recipe) -> Start:
     check_recipe(recipe)
-    return run_rank(recipe.folder, lambda place, stack: _prepare(recipe, place, stack))
+    return Start(recipe.folder, partial(_prepare, recipe))
 
 
 def _prepare(recipe: Recipe, place: Place, stack: ExitStack) -> Job:
-    import torch
-
     from frugal_dist.training.engines import build_engine
     from frugal_dist.training.flops import flops_per_token
-    from frugal_dist.training.models import build_model
-    from frugal_dist.training.schedule import build_schedule
-    from frugal_dist.training.sources import open_data
 
-    schedule = build_schedule(recipe.schedule, recipe.steps)
-    data = open_data(recipe, place.world)
-    torch.manual_seed(recipe.seed)
-    model = build_model(recipe.model, data.vocab_size, recipe.length)
+    schedule, data, model = together(partial(_materials, recipe, place))
     flops = flops_per_token(model, recipe.length)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = build_engine(model, recipe, schedule, place)
     stack.callback(engine.close)
     stack.callback(data.batches.close)
     return Job(recipe, recipe.record(), parameters, engine, data.batches, data.validation, _summary, flops)
+
+
+def _materials(recipe: Recipe, place: Place) -> tuple[Schedule, OpenData, nn.Module]:
+    """What each rank makes for itself: most of what can be wrong shows here."""
+    import torch
+
+    from frugal_dist.training.engines import check_engine
+    from frugal_dist.training.models import build_model
+    from frugal_dist.training.schedule import build_schedule
+    from frugal_dist.training.sources import open_data
+
+    check_engine(recipe, place)
+    schedule = build_schedule(recipe.schedule, recipe.steps)
+    data = open_data(recipe, place.world)
+    torch.manual_seed(recipe.seed)
+    return schedule, data, build_model(recipe.model, data.vocab_size, recipe.length)
 
 
 def _summary(outcome: Outcome) -> tuple[dict[str, Any], str]:

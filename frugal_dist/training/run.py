@@ -11,12 +11,15 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from frugal_dist.training.console import LOG_FILE, quiet_console
+from frugal_dist.training.console import log_file, quiet_console
 from frugal_dist.training.place import Place, find_place
+from frugal_dist.training.ranks import joined, together
 from frugal_dist.training.recipe import Recipe
+from frugal_dist.training.rollcall import OthersFailed
 from frugal_dist.training.signals import STOPPED, StopRequest, stop_requests
 
 # Heavy and noisy libraries are imported inside the functions: once the terminal is protected from their output.
@@ -55,23 +58,59 @@ class Job:
     evaluate_first: bool = True
 
 
-def run_rank(folder: str, prepare: Callable[[Place, ExitStack], Job]) -> int:
+Prepare = Callable[[Place, ExitStack], Job]
+"""``prepare(place, stack)``: builds the job; what it leaves in ``stack`` is closed at the end."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a rank knows before it meets the others."""
+
+    folder: str
+    prepare: Prepare
+
+
+def run_rank(folder: str, prepare: Prepare) -> int:
     """Train as one rank of whatever launcher started this process; return the exit code.
 
     0 when all steps are done, 75 after a signal to stop (a checkpoint is saved; the same command goes on), 1 after a
-    failure. ``prepare(place, stack)``: builds the job; what it leaves in ``stack`` is closed at the end.
+    failure.
     """
+    return run_begun(lambda: Start(folder, prepare))
+
+
+def run_begun(begin: Callable[[], Start]) -> int:
+    """As ``run_rank``, of what ``begin`` returns. If it raises, no rank starts; a process alone raises the same."""
     place = find_place()
-    run = Path(folder)
-    run.mkdir(parents=True, exist_ok=True)
-    with _environment(place), quiet_console(run / LOG_FILE) as terminal, stop_requests() as request:
+    log, prepare = _begun(begin, place)
+    with _environment(place), quiet_console(log) as terminal, stop_requests() as request:
         try:
-            with ExitStack() as stack:
-                return _train(prepare(place, stack), terminal, request)
+            with joined(place), ExitStack() as stack:
+                code = _train(together(prepare)(place, stack), terminal, request)
         except Exception as error:
             traceback.print_exc(file=sys.stderr)
-            print(f"\nRank {place.rank} failed: {type(error).__name__}: {error}", file=terminal)
+            if not isinstance(error, OthersFailed):
+                print(f"\nRank {place.rank} failed: {type(error).__name__}: {error}", file=terminal)
             return 1
+        request.obeyed = code == STOPPED
+    return code
+
+
+def _begun(begin: Callable[[], Start], place: Place) -> tuple[Path, Callable[[], Prepare]]:
+    """The file for what libraries print, and what comes next; an error is kept until all ranks can hear of it."""
+    try:
+        start = begin()
+        run = Path(start.folder)
+        run.mkdir(parents=True, exist_ok=True)
+    except Exception as error:
+        if place.world == 1:
+            raise
+        return Path(os.devnull), partial(_raise, error)
+    return run / log_file(place.rank), lambda: start.prepare
+
+
+def _raise(error: Exception) -> Prepare:
+    raise error
 
 
 @contextmanager

@@ -17,6 +17,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name = ""
+        self.obeyed = False
+        """The work is saved and the process about to end."""
 
     def __call__(self) -> bool:
         return bool(self.name)
@@ -28,11 +30,15 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Catch the signals while a training runs; the handlers before are put back."""
+    """Catch the signals while a training runs; the handlers before are put back.
+
+    After a request was obeyed the signals are ignored instead: launchers send more of them to the other ranks once the
+    first has ended, which must not turn their exit code into a death by signal.
+    """
     request = StopRequest()
     before = {number: signal.signal(number, request.note) for number in SIGNALS}
     try:
         yield request
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if request.obeyed else handler)

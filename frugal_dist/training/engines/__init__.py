@@ -13,6 +13,18 @@ from frugal_dist.training.place import Place
 from frugal_dist.training.recipe import Recipe
 
 
+def check_engine(recipe: Recipe, place: Place) -> None:
+    """Raises ValueError if the recipe's engine does not fit the number of ranks, or its JSON cannot be used."""
+    if recipe.engine == "deepspeed":
+        from frugal_dist.training.engines.deepspeed import deepspeed_config
+
+        deepspeed_config(recipe, place.world)
+    else:
+        from frugal_dist.training.engines.plain import check_world
+
+        check_world(recipe.engine, place.world)
+
+
 def build_engine(
     model: nn.Module,
     recipe: Recipe,
@@ -21,7 +33,7 @@ def build_engine(
     losses: Losses = token_losses,
     optimizer: Callable[[nn.Module], Frugal] | None = None,
 ) -> Engine:
-    """The engine that the recipe names. Raises ValueError if it does not fit the number of ranks.
+    """The engine that the recipe names, which ``check_engine`` found to fit. Called by all ranks.
 
     ``optimizer``: builds it for the model as the engine wraps it; None: the recipe's.
     """
@@ -34,4 +46,4 @@ def build_engine(
     return PlainEngine(model, recipe, schedule, place, losses, optimizer)
 
 
-__all__ = ["Engine", "Losses", "Schedule", "build_engine"]
+__all__ = ["Engine", "Losses", "Schedule", "build_engine", "check_engine"]

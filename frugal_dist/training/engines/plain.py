@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from frugal_dist import checkpoint
 from frugal_dist.optimizer import Frugal
@@ -28,6 +28,7 @@ from frugal_dist.training.recipe import Recipe
 from frugal_dist.training.schedule import jump
 from frugal_dist.training.spikes import SpikeGuard
 
+_CPU = torch.device("cpu")
 Sync = Callable[[nn.Module, bool], AbstractContextManager[None]]
 """Whether the backward pass in this context exchanges gradients."""
 
@@ -45,7 +46,7 @@ class PlainEngine:
         optimizer: Callable[[nn.Module], Frugal] | None = None,
     ) -> None:
         self.rank, self.world, self.batch_size = place.rank, place.world, recipe.batch
-        self.device = _join(place)
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
         self._clip, self._micro = recipe.clip, recipe.micro_batch
         wrap, self._sync = WRAPPERS[recipe.engine]
         self._bf16 = recipe.precision == "bf16"
@@ -146,33 +147,24 @@ class PlainEngine:
         collectives.leave()
 
 
-def _join(place: Place) -> torch.device:
-    """The device of this rank; joins the process group if there are several ranks."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if place.world > 1:
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        distributed.init_process_group(
-            backend, rank=place.rank, world_size=place.world, device_id=device if cuda else None
-        )
-    return device
+def check_world(engine: str, world: int) -> None:
+    """Raises ValueError if this engine cannot run on so many ranks."""
+    if engine == "single" and world > 1:
+        raise ValueError(f"engine single is for one process, but {world} were started. Use ddp.")
+    if engine != "single" and world == 1:
+        raise ValueError(f"engine {engine} needs several ranks: start it with torchrun, srun or mpirun, or use single.")
 
 
 # --- how each engine wraps a model, and skips the exchange of gradients -----------------------------------------------
 
 
 def _single(model: nn.Module, bf16: bool) -> nn.Module:
-    if distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise ValueError(f"engine single is for one process, but {distributed.get_world_size()} were started. Use ddp.")
     return model
 
 
 def _ddp(model: nn.Module, bf16: bool) -> nn.Module:
     from torch.nn.parallel import DistributedDataParallel
 
-    _need_group("ddp")
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
@@ -180,7 +172,6 @@ def _fsdp2(model: nn.Module, bf16: bool) -> nn.Module:
     """Each block is a unit of its own: only one is whole at a time."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    _need_group("fsdp2")
     policy = (
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
     )
@@ -196,11 +187,6 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     found = [module for module in model.modules() if type(module).__name__ in names]
     lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
     return found or max(lists, key=len, default=[])
-
-
-def _need_group(engine: str) -> None:
-    if not distributed.is_initialized():
-        raise ValueError(f"engine {engine} needs several ranks: start it with torchrun, srun or mpirun, or use single.")
 
 
 def _no_exchange(model: nn.Module, last: bool) -> AbstractContextManager[None]:

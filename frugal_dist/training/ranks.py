@@ -1,0 +1,103 @@
+"""The ranks of a training as a group: it is made first, so that a rank that cannot begin is not missed but heard."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar, cast
+
+from frugal_dist.training.place import Place
+from frugal_dist.training.rollcall import OthersFailed, RollCall, own_name
+
+# torch is imported inside the functions: once the terminal is protected from its output.
+
+T = TypeVar("T")
+
+
+@contextmanager
+def joined(place: Place) -> Iterator[None]:
+    """The process group of these ranks, for the time of the context. A process alone needs none.
+
+    Raises ValueError if this rank has no GPU of its own on a machine with GPUs, and RankLost, naming it, in place of a
+    broken connection to a rank that is no longer there.
+    """
+    from torch import distributed
+
+    from frugal_dist.training.engines.collectives import leave
+
+    roll = _join(place) if place.world > 1 and not distributed.is_initialized() else None
+    try:
+        yield
+    except Exception as error:
+        told = error if roll is None else roll.explained(error)
+        if told is error:
+            raise
+        raise told from error
+    finally:
+        leave()
+
+
+def _join(place: Place) -> RollCall:
+    import torch
+    from torch import distributed
+    from torch.distributed.rendezvous import rendezvous
+
+    from frugal_dist.training.engines.collectives import gathered
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", gpu_index(place, torch.cuda.device_count())) if cuda else None
+    if device is not None:
+        torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes the GPU of this number
+    store, rank, world = next(rendezvous("env://"))
+    distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, device_id=device
+    )
+    return RollCall(store, place.rank, gathered(own_name(place.rank)))
+
+
+def gpu_index(place: Place, count: int) -> int:
+    """The GPU of this rank among those it can see: its own one if the launcher shows it no other.
+
+    Raises ValueError if there are fewer than ranks on this host.
+    """
+    if count == 1 and place.local_world > 1:
+        return 0  # as with Slurm's --gpus-per-task
+    if place.local_rank >= count:
+        raise ValueError(
+            f"rank {place.rank} is number {place.local_rank} of its host and needs a GPU of its own, but sees {count}: "
+            "start as many ranks on a host as it has GPUs."
+        )
+    return place.local_rank
+
+
+def together(action: Callable[[], T]) -> T:
+    """``action()``, which communicates with nobody; if it fails on any rank, no rank goes on.
+
+    Called by all ranks. Raises what the action raised, or OthersFailed where it worked, or where a rank before this one
+    failed with the same words.
+    """
+    result: T | None = None
+    trouble: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:  # the others must hear of it, whatever it is
+        trouble = error
+    agree(trouble)
+    return cast(T, result)
+
+
+def agree(trouble: Exception | None) -> None:
+    """Tell all ranks what went wrong on this one; raises if anything went wrong on any, see ``together``."""
+    from torch import distributed
+
+    from frugal_dist.training.engines.collectives import gathered
+
+    told = gathered(None if trouble is None else f"{type(trouble).__name__}: {trouble}")
+    rank = distributed.get_rank() if distributed.is_initialized() else 0
+    failed = {number: text for number, text in enumerate(told) if text is not None}
+    if trouble is not None and told.index(told[rank]) == rank:
+        raise trouble
+    if failed:
+        raise OthersFailed("; ".join(f"rank {number} failed: {text}" for number, text in failed.items()))

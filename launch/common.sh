@@ -1,0 +1,125 @@
+# shellcheck shell=bash
+# What the launch scripts share; they source it. It finds the environment and says what goes to other hosts.
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+NAME=$(basename "$0")
+
+say() { printf '%s: %s\n' "$NAME" "$*"; }
+die() { printf '%s: ERROR: %s\n' "$NAME" "$*" >&2; exit 2; }
+
+# begin SCRIPT "$@": the comment at SCRIPT's top is its help; then the environment in which everything below runs.
+begin() {
+    local script=$1
+    NAME=$(basename "$script")
+    if [[ $# == 1 || $2 == -h || $2 == --help ]]; then
+        sed -n '2,/^set /{/^# \{0,1\}/!d;s///p}' "$script"
+        exit 0
+    fi
+    # The checkout's own environment (launch/setup.sh), or else whatever the caller has activated.
+    [[ ! -x $ROOT/.venv/bin/python ]] || export PATH=$ROOT/.venv/bin:$PATH
+    command -v frugal-dist >/dev/null ||
+        die "frugal-dist is not installed: run \"bash launch/setup.sh train,deepspeed,mpi\", or activate your environment"
+    [[ ! -d $ROOT/.cache/torch_extensions ]] ||
+        export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$ROOT/.cache/torch_extensions}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun does: ranks share the cores
+    (($(gpus) > 0)) || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+}
+
+# gpus: how many GPUs there are on this host for us to use.
+gpus() {
+    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^ ]' || true
+    else
+        { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true
+    fi
+}
+
+# default_ranks: one per GPU, or one.
+default_ranks() {
+    local found
+    found=$(gpus)
+    echo "$((found > 0 ? found : 1))"
+}
+
+# need COMMAND: it must be there.
+need() { command -v "$1" >/dev/null || die "there is no command $1 on this machine; install it"; }
+
+# check_number NAME...: the variables of these names hold whole numbers above 0.
+check_number() {
+    local name
+    for name; do
+        [[ ${!name} =~ ^[1-9][0-9]*$ ]] || die "$name is \"${!name}\"; give a whole number above 0"
+    done
+}
+
+# check_hostfile FILE: lines "HOST slots=N", the form that DeepSpeed and Open MPI share.
+check_hostfile() {
+    [[ -r $1 ]] || die "there is no hostfile \"$1\"; write one line \"HOST slots=RANKS\" per host, and set HOSTFILE"
+    local bad
+    bad=$(grep -nvE '^[[:space:]]*(#.*)?$|^[^[:space:]]+[[:space:]]+slots=[1-9][0-9]*[[:space:]]*$' "$1" | head -n 1) || true
+    [[ -z $bad ]] || die "hostfile $1, line $bad: \"HOST slots=RANKS\" is needed"
+    [[ -n $(hosts "$1") ]] || die "hostfile $1 names no host"
+}
+
+# hosts FILE: "HOST RANKS" per line.
+hosts() { sed -n 's/^[[:space:]]*\([^#[:space:]]*\)[[:space:]]*slots=\([0-9]*\).*/\1 \2/p' "$1"; }
+
+# a_port: one that is free here now. Ports of other hosts cannot be tried: set MASTER_PORT if theirs is taken.
+a_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
+
+SENT_TOO='NCCL|GLOO|FI|UCX|HF|TOKENIZERS|CUDA|WANDB'
+# sent: names of the variables that ranks on other hosts need as well. More of them: SEND="NAME1 NAME2".
+sent() {
+    compgen -e | grep -xE \
+        "PATH|LD_LIBRARY_PATH|PYTHON.*|OMP_.*|TORCH.*|DS_ACCELERATOR|MASTER_(ADDR|PORT)|MPI4PY_.*|($SENT_TOO)_.*${SEND:+|${SEND// /|}}" |
+        grep -vxE 'CUDA_VISIBLE_DEVICES' || true
+}
+
+# find_mpirun FLAVOUR: the mpirun of "openmpi", "mpich" or "any"; MPIRUN names one.
+find_mpirun() {
+    local candidate
+    for candidate in ${MPIRUN:-mpirun mpirun.openmpi mpirun.mpich}; do
+        if command -v "$candidate" >/dev/null && [[ $1 == any || $(flavour_of "$candidate") == "$1" ]]; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    die "there is no mpirun ($1; tried: ${MPIRUN:-mpirun, mpirun.openmpi, mpirun.mpich}); install one, or set MPIRUN"
+}
+
+# flavour_of MPIRUN: openmpi or mpich.
+flavour_of() {
+    local text
+    text=$("$1" --version 2>/dev/null || true)
+    case $text in
+    *"Open MPI"* | *OpenRTE* | *PRRTE*) echo openmpi ;;
+    *HYDRA* | *MPICH* | *"Intel(R) MPI"*) echo mpich ;;
+    *) echo unknown ;;
+    esac
+}
+
+# allow_root: Open MPI refuses root unless told twice; in containers there is nobody else.
+allow_root() { [[ $(id -u) != 0 ]] || export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; }
+
+# confirm RECIPE [--key value ...]: some launchers end with 0 although ranks died. The run's own record says what is true:
+# 0 if it is finished, 75 if it saved and stopped, 1 otherwise.
+confirm() {
+    python - "$@" <<'PY'
+import sys
+from pathlib import Path
+
+from frugal_dist.training.metrics import read_metrics
+from frugal_dist.training.recipe import read_recipe
+from frugal_dist.training.signals import STOPPED
+
+folder = Path(read_recipe(sys.argv[1], sys.argv[2:]).folder)
+try:
+    last = read_metrics(folder)[-1]["kind"]
+except (ValueError, IndexError):
+    last = "nothing"
+codes = {"summary": 0, "stopped": STOPPED}
+if last not in codes:
+    print(f"ERROR: the launcher ended well, but the run in {folder} did not: its ranks were killed.", file=sys.stderr)
+sys.exit(codes.get(last, 1))
+PY
+}

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Pre-train by recipe with torchrun, on one machine or several. On several, start it on every one of them.
+#
+#   bash launch/torchrun.sh RECIPE [--key value ...]
+#   bash launch/torchrun.sh llama_60m --engine ddp
+#   NODES=2 MASTER=node1:29500 bash launch/torchrun.sh llama_1b --engine fsdp2        # on both machines
+#
+# RECIPE is a shipped name or a YAML file; --key value changes any of its keys. Machines see the run's folder under the
+# same path. Settings, all optional:
+#   RANKS      ranks on each machine (default: one per GPU, or one)
+#   NODES      machines
+#   MASTER     HOST:PORT of one of the machines, where all can reach it; a port that is free there
+#   JOB        a name that the machines of one run share, if several runs use the same MASTER
+#   RESTARTS   how often all ranks start again, from the last checkpoint, after one died (default: 0)
+#   GRACE      seconds that ranks get to save after SIGTERM (default: 120)
+# The same command goes on where the last checkpoint was made. SIGTERM, SIGUSR1 and Ctrl-C save first. A rank that dies is
+# named in torchrun's report, and ends all or starts all again.
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+begin "${BASH_SOURCE[0]}" "$@"
+RANKS=${RANKS:-$(default_ranks)} NODES=${NODES:-1} GRACE=${GRACE:-120} RESTARTS=${RESTARTS:-0}
+check_number RANKS NODES GRACE
+[[ $RESTARTS =~ ^[0-9]+$ ]] || die "RESTARTS is \"$RESTARTS\"; give a whole number"
+if ((NODES > 1)); then
+    [[ ${MASTER:-} == *:* ]] || die "NODES is $NODES, so MASTER must be HOST:PORT of one of the machines, the same on all"
+else
+    MASTER=${MASTER:-localhost:0}
+fi
+
+# Without this a restart finds the store of the ranks before it, and hangs (torch 2.13).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+exec torchrun --nnodes "$NODES" --nproc-per-node "$RANKS" --max-restarts "$RESTARTS" \
+    --rdzv-backend c10d --rdzv-endpoint "$MASTER" --rdzv-id "${JOB:-frugal}" \
+    --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout "$GRACE" \
+    -m frugal_dist.cli pretrain "$@"

@@ -1,0 +1,49 @@
+"""No rank alone: what one cannot begin no rank begins, and one that is gone is named. Real processes."""
+
+from __future__ import annotations
+
+import pytest
+import rank_jobs
+from processes import Fleet
+
+from frugal_dist.training.place import Place, find_place
+from frugal_dist.training.ranks import gpu_index
+
+
+def test_what_works_everywhere_goes_on(fleet: Fleet) -> None:
+    assert fleet.run(3, rank_jobs.beginning, {}) == [f"made by {rank}" for rank in range(3)]
+
+
+def test_a_rank_that_fails_is_heard_by_all(fleet: Fleet) -> None:
+    found = fleet.run(3, rank_jobs.beginning, {1: "no such file"})
+    assert found[1] == "ValueError: no such file"
+    assert found[0] == found[2] == "OthersFailed: rank 1 failed: ValueError: no such file"
+
+
+def test_what_fails_alike_on_all_ranks_is_said_once(fleet: Fleet) -> None:
+    found = fleet.run(3, rank_jobs.beginning, {0: "typo", 1: "typo", 2: "another"})
+    assert [text.split(":")[0] for text in found] == ["ValueError", "OthersFailed", "ValueError"]
+
+
+def test_the_first_of_those_that_live_names_the_missing(fleet: Fleet) -> None:
+    found = fleet.run(3, rank_jobs.roll_call, 1, "[gloo/transport/tcp/pair.cc] Connection closed by peer")
+    assert found[0].startswith("RankLost: no word from rank 1 (")
+    assert found[2].startswith("OthersFailed: no word from rank 1 (")
+
+
+def test_other_errors_stay_what_they_are(fleet: Fleet) -> None:
+    assert fleet.run(2, rank_jobs.roll_call, 1, "out of memory") == ["RuntimeError: out of memory", ""]
+
+
+def test_each_rank_has_a_gpu_of_its_own() -> None:
+    place = Place(5, 8, 1, 4, "node1", 29500, "Slurm")
+    assert gpu_index(place, 4) == 1
+    assert gpu_index(place, 1) == 0  # the launcher shows each rank only its own
+    with pytest.raises(ValueError, match="rank 5 is number 3 of its host"):
+        gpu_index(Place(5, 8, 3, 4, "node1", 29500, "Slurm"), 2)
+
+
+def test_without_mpi4py_or_an_address_the_error_says_what_to_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "mpi4py", None)
+    with pytest.raises(ValueError, match="export MASTER_ADDR"):
+        find_place({"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"})
