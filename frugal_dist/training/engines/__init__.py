@@ -33,7 +33,7 @@ def build_engine(
     losses: Losses = token_losses,
     optimizer: Callable[[nn.Module], Frugal] | None = None,
 ) -> Engine:
-    """The engine that the recipe names, which ``check_engine`` found to fit. Called by all ranks.
+    """The engine that the recipe names, called by all ranks. Raises ValueError as ``check_engine``.
 
     ``optimizer``: builds it for the model as the engine wraps it; None: the recipe's.
     """
@@ -41,8 +41,9 @@ def build_engine(
         from frugal_dist.training.engines.deepspeed import DeepSpeedEngine, deepspeed_config
 
         return DeepSpeedEngine(model, deepspeed_config(recipe, place.world), schedule, losses, optimizer)
-    from frugal_dist.training.engines.plain import PlainEngine
+    from frugal_dist.training.engines.plain import PlainEngine, check_world
 
+    check_world(recipe.engine, place.world)
     return PlainEngine(model, recipe, schedule, place, losses, optimizer)
 
 
