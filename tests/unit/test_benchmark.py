@@ -56,6 +56,59 @@ def test_timed_steps_do_not_refresh(step_time: ModuleType) -> None:
         assert int(optimizer.state[weights[0]]["refreshes"]) == expected
 
 
+def read(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A script as a module; scripts find each other beside them."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec = importlib.util.spec_from_file_location(name, SCRIPT.with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_report_of_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    peers = read("peers", monkeypatch)
+    names = ["AdamW, fused", "Frugal columns", "Frugal svd", "FusedAdam (DeepSpeed)"]
+    options = ["--size", "9M", "--layers", "1", "--device", "cpu", "--rounds", "1", "--refresh-rounds", "1"]
+    peers.main(
+        [*options, "--contenders", *names, "--json", str(tmp_path / "p.json"), "--plot", str(tmp_path / "p.png")]
+    )
+    report = json.loads((tmp_path / "p.json").read_text())
+    adamw, columns, svd = report["rows"]
+    assert [adamw["name"], columns["name"], svd["name"]] == names[:3]
+    assert columns["state"] < svd["state"] < adamw["state"]
+    assert svd["refresh"] is not None and columns["refresh"] is None
+    assert report["missing"] == {"FusedAdam (DeepSpeed)": "needs a GPU"}
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_peers_that_would_not_fit_are_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    peers = read("peers", monkeypatch)
+    with pytest.raises(SystemExit, match=r"GiB and .* are free: try"):
+        peers.check_memory(peers.shapes_of("7B", 1000), 10, peers.torch.device("cpu"), 4)
+
+
+def test_tokens_per_second_are_put_together_from_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = read("end_to_end", monkeypatch)
+    arguments = script.parse(["--batch", "16", "--micro", "2", "--length", "100", "--gap", "10"])
+    parts = {"micro-batch": 50.0, "micro-batch, not exchanged": 40.0, "AdamW": 10.0, "columns": 30.0, "svd": 60.0,
+             "svd, subspace": 60.0, "svd: refresh": 560.0, "svd, subspace: refresh": 160.0}  # fmt: skip
+    found = script.composed(arguments, 2, parts)  # four micro-batches, the last of them with an exchange
+    milliseconds = {"AdamW": 180.0, "columns": 200.0, "svd": 280.0, "svd, subspace": 240.0}
+    assert found == pytest.approx({name: 1600 / (value / 1e3) for name, value in milliseconds.items()})
+
+
+@pytest.mark.heavy
+def test_the_report_of_a_whole_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = read("end_to_end", monkeypatch)
+    size = ["--size", "quick", "--length", "4", "--micro", "1", "--batch", "2"]
+    script.main([*size, "--rounds", "1", "--real-batch", "2", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    for name in ("AdamW", *script.FRUGAL):
+        assert printed.count(f"| {name} |") == 3
+
+
 def apart(script: Path, *options: str) -> str:
     """Run in a process of its own, which can start others; what it printed."""
     return subprocess.run([sys.executable, script, *options], capture_output=True, text=True, check=True).stdout
