@@ -20,6 +20,7 @@ done
 
 bash launch/setup.sh all,dev || exit
 bash tests/launch/packages.sh
+((${#heavy[@]} == 0)) || bash tests/launch/image_packages.sh
 
 export PATH=$PWD/.venv/bin:$PATH
 export TORCH_EXTENSIONS_DIR=$PWD/.cache/torch_extensions
