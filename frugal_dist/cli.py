@@ -162,14 +162,14 @@ def _pretrain(options: argparse.Namespace) -> int:
 
 
 def _finetune(options: argparse.Namespace) -> int:
-    from frugal_dist.training.finetune import finetune
+    from frugal_dist.training.finetune import finetune_from
     from frugal_dist.training.finetune_compare import compare_finetunes
     from frugal_dist.training.finetune_recipe import FinetuneRecipe
     from frugal_dist.training.recipe import read_recipe
 
-    recipe: FinetuneRecipe = read_recipe(options.recipe, options.changes, FinetuneRecipe)
     if options.optimizers is None:
-        return finetune(recipe)
+        return finetune_from(lambda: read_recipe(options.recipe, options.changes, FinetuneRecipe))
+    recipe: FinetuneRecipe = read_recipe(options.recipe, options.changes, FinetuneRecipe)
     return compare_finetunes(recipe, options.optimizers.split(","), _seeds(options.seeds))
 
 

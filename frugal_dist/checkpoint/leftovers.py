@@ -37,13 +37,13 @@ def leftovers(runtime: Runtime, model_or_engine: Any) -> list[Leftover]:
     """All of them, tied parameters once; no communication."""
     model = module_of(model_or_engine)
     known = {original.name for original in runtime.originals}
+    saved = set(model.state_dict().keys())  # first: it makes FSDP2 give up whole parameters kept from a forward pass
     held = {id(runtime.storage.carrier(i)) for i in range(len(runtime.originals))}
     found = []
     for name, param in model.named_parameters():
         plain = clean_name(name)
         if plain not in known and id(param) not in held:
             found.append(Leftover(WEIGHT + plain, plain, *engines.stored_part(name, param)))
-    saved = set(model.state_dict().keys())
     for name, buffer in model.named_buffers():
         if name in saved and buffer.numel():
             plain, whole = clean_name(name), Box(tuple((0, size) for size in buffer.shape))

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frugal_dist.training.finetune_recipe import FinetuneRecipe, check_finetune
 from frugal_dist.training.place import Place
-from frugal_dist.training.run import Job, run_rank
+from frugal_dist.training.ranks import together
+from frugal_dist.training.run import Job, Start, run_begun
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from frugal_dist.training.classification import Classifier, ExampleRows
+    from frugal_dist.training.engines import Schedule
     from frugal_dist.training.loop import Outcome
     from frugal_dist.training.recipe import Recipe
 
@@ -19,43 +27,78 @@ _RANKS_APART = 1_000_003
 
 
 def finetune(recipe: FinetuneRecipe) -> int:
-    """Train as one rank of whatever launcher started this process; the exit code of ``run_rank``.
+    """Train as one rank of whatever launcher started this process; the exit code of ``run.run_rank``.
 
-    Raises ValueError for a recipe that cannot be trained, before anything is started.
+    Raises ValueError, in a process alone, for a recipe that cannot be trained, before anything is started.
     """
+    return finetune_from(lambda: recipe)
+
+
+def finetune_from(read: Callable[[], FinetuneRecipe]) -> int:
+    """As ``finetune``, with the recipe that ``read`` returns; if it raises on one rank, all of them stop."""
+    return run_begun(lambda: _start(read()))
+
+
+def _start(recipe: FinetuneRecipe) -> Start:
     check_finetune(recipe)
-    return run_rank(recipe.folder, lambda place, stack: _prepare(recipe, place, stack))
+    return Start(recipe.folder, partial(_prepare, recipe))
 
 
-def _prepare(recipe: FinetuneRecipe, place: Place, stack: ExitStack) -> Job:
+@dataclass(frozen=True)
+class Materials:
+    """What each rank makes for itself: most of what can be wrong shows here."""
+
+    run: Recipe
+    schedule: Schedule
+    train: ExampleRows
+    validation: ExampleRows
+    metrics: tuple[str, ...]
+    tokenizer: Any
+    config: Any
+    model: nn.Module
+    classifier: Classifier
+
+
+def _materials(recipe: FinetuneRecipe, place: Place) -> Materials:
     import torch
 
     from frugal_dist.training.classification import Classifier, encode
-    from frugal_dist.training.classifiers import TuningOptimizer, build_classifier, count, read_config, read_tokenizer
-    from frugal_dist.training.data import Batches
-    from frugal_dist.training.engines import build_engine
+    from frugal_dist.training.classifiers import build_classifier, read_config, read_tokenizer
+    from frugal_dist.training.engines import check_engine
     from frugal_dist.training.examples import read_examples
     from frugal_dist.training.schedule import build_schedule
-    from frugal_dist.training.scoring import Best, Scoring
 
     data = read_examples(recipe.data)
     tokenizer = read_tokenizer(recipe.model.path)
     config = read_config(recipe.model, data.classes)
     train, held_back = (encode(tokenizer, half, recipe.length) for half in (data.train, data.validation))
     run = recipe.as_run(train.count, config.hidden_size)
+    check_engine(run, place)
     _check_batch(run, train.count, place)
     schedule = build_schedule(run.schedule, run.steps)
     torch.manual_seed(recipe.seed)
     model = build_classifier(recipe, config)
+    classifier = Classifier(tokenizer.pad_token_id, "token_type_ids" in tokenizer.model_input_names, not data.classes)
+    return Materials(run, schedule, train, held_back, data.metrics, tokenizer, config, model, classifier)
+
+
+def _prepare(recipe: FinetuneRecipe, place: Place, stack: ExitStack) -> Job:
+    import torch
+
+    from frugal_dist.training.classifiers import TuningOptimizer, build_classifier, count
+    from frugal_dist.training.data import Batches
+    from frugal_dist.training.engines import build_engine
+    from frugal_dist.training.scoring import Best, Scoring
+
+    made = together(partial(_materials, recipe, place))
+    run, model = made.run, made.model
     parameters, trained = count(model, trained=False), count(model, trained=True)
     torch.manual_seed(recipe.seed + _RANKS_APART * (1 + place.rank))  # a dropout of its own on every rank
-    classifier = Classifier(tokenizer.pad_token_id, "token_type_ids" in tokenizer.model_input_names, not data.classes)
-    optimizer = TuningOptimizer(recipe, config.hidden_size)
-    engine = build_engine(model, run, schedule, place, classifier.losses, optimizer)
+    optimizer = TuningOptimizer(recipe, made.config.hidden_size)
+    engine = build_engine(model, run, made.schedule, place, made.classifier.losses, optimizer)
     stack.callback(engine.close)
-    best = Best(
-        Path(recipe.folder), engine, lambda: build_classifier(recipe, config), tokenizer, recipe.saving.on_error
-    )
+    build = partial(build_classifier, recipe, made.config)
+    best = Best(Path(recipe.folder), engine, build, made.tokenizer, recipe.saving.on_error)
 
     def summary(outcome: Outcome) -> tuple[dict[str, Any], str]:
         figures: dict[str, Any] = {**best.last, "best": {"step": best.step, **best.figures}}
@@ -64,11 +107,11 @@ def _prepare(recipe: FinetuneRecipe, place: Place, stack: ExitStack) -> Job:
 
     return Job(
         run,
-        {**recipe.record(), "examples": train.count, "validation_examples": held_back.count},
+        {**recipe.record(), "examples": made.train.count, "validation_examples": made.validation.count},
         parameters,
         engine,
-        Batches(train, recipe.batch, recipe.seed),
-        Scoring(held_back, classifier, data.metrics),
+        Batches(made.train, recipe.batch, recipe.seed),
+        Scoring(made.validation, made.classifier, made.metrics),
         summary,
         evaluated=best.evaluated,
         remember=best.remember,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import TypeVar, cast
 
 from frugal_dist.training.place import Place
@@ -13,6 +14,7 @@ from frugal_dist.training.rollcall import OthersFailed, RollCall, own_name
 # torch is imported inside the functions: once the terminal is protected from its output.
 
 T = TypeVar("T")
+_JOINED = count()
 
 
 @contextmanager
@@ -50,7 +52,9 @@ def _join(place: Place) -> RollCall:
     if device is not None:
         torch.cuda.set_device(device)
         os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes the GPU of this number
-    store, rank, world = next(rendezvous("env://"))
+    first, rank, world = next(rendezvous("env://"))
+    # A name of its own each time: who trains twice in a process must not meet the addresses of the time before.
+    store = distributed.PrefixStore(f"training{next(_JOINED)}", first)  # type: ignore[attr-defined]
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, device_id=device
     )

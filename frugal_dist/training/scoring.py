@@ -20,6 +20,7 @@ from frugal_dist.training.engines import Engine
 from frugal_dist.training.engines.collectives import gathered
 from frugal_dist.training.evaluate import Finding
 from frugal_dist.training.glue import measure
+from frugal_dist.training.ranks import agree
 
 _TOGETHER = 32
 BEST = "best"
@@ -101,8 +102,7 @@ class Best:
                 self._convert(saved)
             except Exception as error:  # the others must hear of it, whatever it is
                 trouble = error
-        if self.engine.total([float(trouble is not None)])[0]:
-            raise trouble or ValueError("rank 0 could not write the best model; its message says why.")
+        agree(trouble)
 
     def _convert(self, saved: Path) -> None:
         partial, old, final = (self.folder / name for name in (f".{BEST}.partial", f".{BEST}.old", BEST))
