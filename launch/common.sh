@@ -101,25 +101,29 @@ flavour_of() {
 # allow_root: Open MPI refuses root unless told twice; in containers there is nobody else.
 allow_root() { [[ $(id -u) != 0 ]] || export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; }
 
-# confirm RECIPE [--key value ...]: some launchers end with 0 although ranks died. The run's own record says what is true:
-# 0 if it is finished, 75 if it saved and stopped, 1 otherwise.
-confirm() {
+# recorded RECIPE [--key value ...]: "finished", "stopped" (saved, as told to) or "broken": how the run's own record ends.
+recorded() {
     python - "$@" <<'PY'
 import sys
 from pathlib import Path
 
 from frugal_dist.training.metrics import read_metrics
 from frugal_dist.training.recipe import read_recipe
-from frugal_dist.training.signals import STOPPED
 
-folder = Path(read_recipe(sys.argv[1], sys.argv[2:]).folder)
 try:
-    last = read_metrics(folder)[-1]["kind"]
+    last = read_metrics(Path(read_recipe(sys.argv[1], sys.argv[2:]).folder))[-1]["kind"]
 except (ValueError, IndexError):
     last = "nothing"
-codes = {"summary": 0, "stopped": STOPPED}
-if last not in codes:
-    print(f"ERROR: the launcher ended well, but the run in {folder} did not: its ranks were killed.", file=sys.stderr)
-sys.exit(codes.get(last, 1))
+print({"summary": "finished", "stopped": "stopped"}.get(last, "broken"))
 PY
+}
+
+# confirm RECIPE [--key value ...]: after a launcher that ends with 0 even if its ranks died. 75 if the run has stopped.
+confirm() {
+    case $(recorded "$@") in
+    finished) return 0 ;;
+    stopped) return 75 ;;
+    esac
+    printf '%s: ERROR: the launcher ended well, but the run did not finish: its ranks were killed\n' "$NAME" >&2
+    return 1
 }

@@ -35,7 +35,8 @@ slurm)
 openmpi | mpich)
     # DeepSpeed calls "mpirun", whichever that is: let it be the right one.
     mpirun=$(find_mpirun "$LAUNCHER")
-    ln -s "$mpirun" "$scratch/mpirun"
+    printf '#!/bin/sh\nexec "%s" "$@"\n' "$mpirun" >"$scratch/mpirun"
+    chmod +x "$scratch/mpirun"
     export PATH=$scratch:$PATH
     allow_root
     ;;

@@ -47,7 +47,7 @@ NAMESPACES = [
     "private",
 ]
 SBIN = ":/usr/local/sbin:/usr/sbin:/sbin"
-SECRETS = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "SLURM", "OMPI_", "PMI", "PYTEST", "CUDA_")
+OTHER_LAUNCHES = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "SLURM", "OMPI_", "PMI", "PYTEST", "CUDA_")
 
 
 @functools.cache
@@ -76,7 +76,7 @@ def path() -> str:
 
 def environment(more: Mapping[str, str] = {}) -> dict[str, str]:
     """Of what runs on a host: this checkout, on the CPU, and nothing of a launch that this test may be part of."""
-    own = {key: value for key, value in os.environ.items() if not key.startswith(SECRETS)}
+    own = {key: value for key, value in os.environ.items() if not key.startswith(OTHER_LAUNCHES)}
     return {
         **own,
         "PATH": path(),

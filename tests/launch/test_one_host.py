@@ -42,6 +42,7 @@ def test_deepspeed(host: Host, workshop: Workshop, reference: Run) -> None:
     assert "validation perplexity" in run.printed()
 
 
+@pytest.mark.heavy
 def test_a_rank_killed_under_deepspeed_is_named(host: Host, workshop: Workshop) -> None:
     run = workshop.run("deepspeed-killed")
     process = host.start(run.script("deepspeed.sh", *LONG), run.log, RANKS="2")
@@ -52,6 +53,7 @@ def test_a_rank_killed_under_deepspeed_is_named(host: Host, workshop: Workshop) 
     assert not run.ranks()
 
 
+@pytest.mark.heavy
 def test_sigterm_saves_and_the_same_command_goes_on(host: Host, workshop: Workshop) -> None:
     """The script passes a scheduler's signal on to the ranks, which DeepSpeed's launcher does not."""
     run = workshop.run("deepspeed-stopped")
@@ -78,6 +80,23 @@ def test_torchrun_starts_again_after_a_kill(host: Host, workshop: Workshop, unin
     assert first == 0 and second >= 5 and second % 5 == 0
     assert difference(run, uninterrupted) == 0
     assert "no word from rank 1 (node1, process" in run.printed()
+
+
+def test_what_one_rank_cannot_read_ends_all(host: Host, workshop: Workshop) -> None:
+    """A recipe that is missing on one host only. No launcher is there to end the other rank: it hears of it."""
+    run = workshop.run("one-cannot")
+    logs = [run.log, run.log.with_suffix(".rank1.log")]
+    processes = []
+    for rank, recipe in enumerate([str(run.recipe), "nowhere.yaml"]):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        command = [sys.executable, "-m", "frugal_dist.cli", "pretrain", recipe, *run.arguments(*DDP)[1:]]
+        meeting = {"MASTER_ADDR": "node1", "MASTER_PORT": "29555"}
+        processes.append(host.start(command, logs[rank], **place, **meeting))
+    for process in processes:
+        run.end(process, 1)
+    assert "Rank 1 failed: ValueError: there is no recipe 'nowhere.yaml'" in logs[1].read_text()
+    assert "failed" not in logs[0].read_text()  # said once, by the rank that it happened to
+    assert "rank 1 failed: ValueError: there is no recipe" in (run.folder / "output.txt").read_text()
 
 
 @pytest.fixture(params=["", "mpirun.openmpi", "mpirun.mpich"], ids=["PyPI", "openmpi", "mpich"])
