@@ -77,7 +77,8 @@ class Tuning:
         lr: learning rate.
         weight_decay: decoupled.
         no_decay: name patterns of parameters without weight decay.
-        rank: the density as a rank: it becomes rank / hidden size. Null: options.density counts.
+        rank: the density as a rank: it becomes rank / hidden size. Null: options.density counts, as it does for badam
+            and blockwise, where the density is a share of the matrices.
         stateful: name patterns of matrices to which the density applies; the other matrices get density 0. Null: all.
         options: any other hyperparameter of FrugalConfig, such as density, update_gap, projection.
     """
@@ -93,7 +94,8 @@ class Tuning:
     def plain(self, hidden: int) -> Optimizer:
         """The same for a model of this hidden size, as pre-training has it."""
         options = dict(self.options)
-        if self.rank is not None and self.name not in WITHOUT_RANK:
+        blocks = self.name == "badam" or options.get("projection") == "blockwise"
+        if self.rank is not None and self.name not in WITHOUT_RANK and not blocks:
             options["density"] = density_of(self.rank, hidden)
         name: Any = PRESETS.get(self.name, self.name)
         return Optimizer(name=name, lr=self.lr, weight_decay=self.weight_decay, no_decay=self.no_decay, options=options)

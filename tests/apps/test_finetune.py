@@ -401,7 +401,8 @@ def test_the_papers_setting_of_roberta(tmp_path: Path) -> None:
 def test_a_rank_is_so_many_columns(rank: int, hidden: int) -> None:
     assert int(density_of(rank, hidden) * hidden) == rank
     assert Tuning(rank=rank).plain(hidden).options["density"] == density_of(rank, hidden)
-    assert "density" not in Tuning(rank=rank, name="adamw").plain(hidden).options
+    for name in ("adamw", "badam", "signsgd"):
+        assert "density" not in Tuning(rank=rank, name=name).plain(hidden).options  # type: ignore[arg-type]
 
 
 def test_the_reviews_are_shuffled_and_apart(tmp_path: Path) -> None:
