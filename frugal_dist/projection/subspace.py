@@ -42,15 +42,18 @@ def subspace_svd(grad: Tensor, side: str, r: int, warm: Basis | None, *, seed: i
 
 
 def _start(matrix: Tensor, warm: Tensor | None, r: int, seed: int, name: str, refresh: int) -> Tensor:
-    """Orthonormal columns: r and a quarter more, at most as many as the matrix has singular vectors."""
+    """Columns of about unit length: r and a quarter more, at most as many as the matrix has singular vectors.
+
+    Not orthonormal: the first round makes them so.
+    """
     length = matrix.shape[1]
     width = min(r + math.ceil(OVERSAMPLING * r), *matrix.shape)
     known = [] if warm is None else [warm[:, :width].to(matrix.device, matrix.dtype)]
     missing = width - sum(part.shape[1] for part in known)
     generator = coordinates.seeded_generator(seed, f"{name}|subspace", refresh, length, missing)
     extra = torch.randn(length, missing, generator=generator, dtype=torch.float64)
-    start: Tensor = torch.linalg.qr(torch.cat([*known, extra.to(matrix.device, matrix.dtype)], dim=1)).Q
-    return start
+    extra /= math.sqrt(length)
+    return torch.cat([*known, extra.to(matrix.device, matrix.dtype)], dim=1)
 
 
 def gram_svd(grad: Tensor, side: str, r: int) -> Basis:
