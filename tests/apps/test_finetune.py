@@ -33,7 +33,7 @@ from frugal_dist.training.optimizers import frugal_options
 from frugal_dist.training.recipe import read_recipe, shipped
 
 ROOT = Path(__file__).resolve().parents[2]
-VALIDATION = 37  # neither a multiple of the batch nor of two ranks
+VALIDATION = 70  # three batches: one rank of two has one more
 RECIPE = """
 model: {{path: {folder}/model}}
 data: {{train: {folder}/train.csv, validation: {folder}/validation.jsonl}}
