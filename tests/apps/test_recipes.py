@@ -17,7 +17,7 @@ from frugal_dist.training.schedule import build_schedule
 PAPERS = {"9m": 128, "20m": 256, "60m": 512, "130m": 768, "350m": 1024, "1b": 2048, "3b": 2560, "7b": 4096}
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", [name for name in shipped() if name.startswith("llama")])
 def test_shipped_recipes_are_sound(name: str) -> None:
     recipe = read_recipe(name)
     check_recipe(recipe)
@@ -27,6 +27,13 @@ def test_shipped_recipes_are_sound(name: str) -> None:
     rate = build_schedule(recipe.schedule, recipe.steps)
     assert rate(recipe.steps // 10 - 1) == 1.0
     assert rate(recipe.steps) == pytest.approx(0.1)
+
+
+def test_the_recipe_for_comparisons_is_sound() -> None:
+    recipe = read_recipe("reviews_5m")
+    check_recipe(recipe)
+    assert recipe.steps * recipe.batch * recipe.length > 3e6
+    assert frugal_options(recipe.optimizer)["projection"] == "svd"
 
 
 def test_the_papers_shapes_are_there() -> None:
