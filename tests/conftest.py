@@ -6,10 +6,14 @@ together: starting one costs more than most of them.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+# Kernels are checked by Triton's interpreter; it must be chosen before anything imports triton, as torch may.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

@@ -215,7 +215,7 @@ class Flat:
         if x.is_contiguous():
             flat = x.view(-1)
             for index, part in zip(self.index.split(_CHUNK), values.split(_CHUNK), strict=True):
-                flat.scatter_(0, index.long(), part)
+                flat.index_copy_(0, index.long(), part)
         else:
             index = self.index.long()
             x[index // self.width, index % self.width] = values
