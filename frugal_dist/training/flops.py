@@ -54,8 +54,9 @@ def memory() -> dict[str, int]:
         return {"memory": torch.cuda.memory_allocated(), "peak_memory": torch.cuda.max_memory_allocated()}
     try:
         import resource
-    except ImportError:  # not on Windows
+
+        with open("/proc/self/statm", encoding="ascii") as file:
+            resident = int(file.read().split()[1]) * resource.getpagesize()
+    except (ImportError, OSError):  # both are Linux's
         return {}
-    with open("/proc/self/statm", encoding="ascii") as file:
-        resident = int(file.read().split()[1]) * resource.getpagesize()
     return {"memory": resident, "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}

@@ -102,11 +102,13 @@ def _begun(begin: Callable[[], Start], place: Place) -> tuple[Path, Callable[[],
         start = begin()
         run = Path(start.folder)
         run.mkdir(parents=True, exist_ok=True)
+        log = run / log_file(place.rank)
+        log.open("a", encoding="utf-8").close()  # a folder that this rank cannot write is said while all can hear it
     except Exception as error:
         if place.world == 1:
             raise
         return Path(os.devnull), partial(_raise, error)
-    return run / log_file(place.rank), lambda: start.prepare
+    return log, lambda: start.prepare
 
 
 def _raise(error: Exception) -> Prepare:
@@ -166,7 +168,8 @@ def _run(job: Job, start: int, terminal: TextIO, request: StopRequest) -> Outcom
         progress = stack.enter_context(Progress(recipe.steps, terminal, first))
         trackers = Trackers(recipe.trackers if first else [], folder, job.record, start, progress.say)
         stack.callback(trackers.close)
-        metrics = stack.enter_context(MetricsLog(folder / METRICS_FILE if first else None, start or None, trackers))
+        path = folder / METRICS_FILE if first else None
+        metrics = stack.enter_context(together(lambda: MetricsLog(path, start or None, trackers)))
         metrics.write("run", **job.record, start=start, ranks=engine.world)
         outcome = _training(job, start, metrics, progress, request).run()
         if outcome.steps < recipe.steps:
