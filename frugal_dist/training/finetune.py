@@ -27,7 +27,7 @@ _RANKS_APART = 1_000_003
 
 
 def finetune(recipe: FinetuneRecipe) -> int:
-    """Train as one rank of whatever launcher started this process; the exit code of ``run.run_rank``.
+    """Train as one rank of whatever launcher started this process; the exit code of ``run.run_begun``.
 
     Raises ValueError, in a process alone, for a recipe that cannot be trained, before anything is started.
     """

@@ -17,7 +17,7 @@ TUNED = {**CONTENDERS, "lora": ("lora", {})}
 
 
 def compare_finetunes(recipe: FinetuneRecipe, optimizers: Sequence[str], seeds: Sequence[int]) -> int:
-    """Fine-tune with each optimizer and each seed, then write the table; the exit code of ``run_rank``.
+    """Fine-tune with each optimizer and each seed, then write the table; the exit code of ``run.run_begun``.
 
     Runs that are finished are not repeated, those that were interrupted go on: start the same command again.
     Raises ValueError for an optimizer that is not known.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def pretrain(recipe: Recipe) -> int:
-    """Train as one rank of whatever launcher started this process; the exit code of ``run.run_rank``.
+    """Train as one rank of whatever launcher started this process; the exit code of ``run.run_begun``.
 
     Raises ValueError, in a process alone, for a recipe that cannot be trained, before anything is started.
     """

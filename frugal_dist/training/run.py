@@ -70,17 +70,12 @@ class Start:
     prepare: Prepare
 
 
-def run_rank(folder: str, prepare: Prepare) -> int:
-    """Train as one rank of whatever launcher started this process; return the exit code.
+def run_begun(begin: Callable[[], Start]) -> int:
+    """Train, as one rank of whatever launcher started this process, what ``begin`` returns; return the exit code.
 
     0 when all steps are done, 75 after a signal to stop (a checkpoint is saved; the same command goes on), 1 after a
-    failure.
+    failure. If ``begin`` raises, no rank starts; a process alone raises the same.
     """
-    return run_begun(lambda: Start(folder, prepare))
-
-
-def run_begun(begin: Callable[[], Start]) -> int:
-    """As ``run_rank``, of what ``begin`` returns. If it raises, no rank starts; a process alone raises the same."""
     place = find_place()
     log, prepare = _begun(begin, place)
     with _environment(place), quiet_console(log) as terminal, stop_requests() as request:
