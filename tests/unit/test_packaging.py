@@ -52,7 +52,7 @@ def test_the_wheel_states_license_dependencies_and_command(wheel: Path) -> None:
     assert "licenses/LICENSE" in info
     needed = [line for line in metadata.splitlines() if line.startswith("Requires-Dist: ") and "extra ==" not in line]
     assert [line.split()[1].split("<")[0].split(">")[0] for line in needed] == ["torch"]
-    assert "frugal-dist = frugal_dist.cli:main" in archive.read(info["entry_points.txt"]).decode()
+    assert "frugal-dist = frugal_dist.cli:console" in archive.read(info["entry_points.txt"]).decode()
 
 
 def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
