@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     finetune.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
     finetune.add_argument(
         "--optimizers",
-        help="train each of these and end in a table: NAME or NAME@LR, such as adamw,frugal-svd,lora@1e-3",
+        help="train each of these and end in a table: NAME or NAME@LR[xLR_SCALE], such as adamw,frugal-svd,lora@1e-3",
     )
     finetune.add_argument("--seeds", default="0", help="of --optimizers, separated by commas (default 0)")
     finetune.set_defaults(command=_finetune, changes=())
@@ -62,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="train several optimizers under the same recipe; table and picture")
     compare.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
     compare.add_argument(
-        "--optimizers", required=True, help="NAME or NAME@LR, separated by commas, such as adamw,frugal-svd,galore@4e-3"
+        "--optimizers",
+        required=True,
+        help="NAME, NAME@LR or NAME@LRxLR_SCALE, separated by commas, such as adamw,frugal-svd@4e-3,galore@1e-2x0.25",
     )
     compare.add_argument("--seeds", default="0", help="separated by commas (default 0)")
     compare.set_defaults(command=_compare, changes=())

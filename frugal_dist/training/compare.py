@@ -34,8 +34,11 @@ OWN: dict[str, list[str]] = {"adamw": ["density"], "signsgd": ["density"], "lora
 
 
 def contender(text: str, recipe: R, known: Contenders = CONTENDERS) -> R:
-    """The recipe with the optimizer "galore" or, with a learning rate of its own, "galore@0.01"."""
-    found = re.fullmatch(r"([\w-]+)(?:@([\d.eE+-]+))?", text)
+    """The recipe with the optimizer "galore" or, with rates of its own, "galore@0.01" or "galore@0.01x0.25".
+
+    The second number is ``lr_scale``: what the projected matrices are updated with, relative to the others.
+    """
+    found = re.fullmatch(r"([\w-]+?)(?:@([\d.eE+-]+)(?:x([\d.eE+-]+))?)?", text)
     name = found.group(1) if found else text
     check_choice("optimizers", name, known)
     preset: str = known[name][0]
@@ -43,6 +46,8 @@ def contender(text: str, recipe: R, known: Contenders = CONTENDERS) -> R:
     fixing = {*fixed, "projection", *OWN.get(preset, [])}
     options = {key: value for key, value in recipe.optimizer.options.items() if key not in fixing}
     rate = float(found.group(2)) if found and found.group(2) else recipe.optimizer.lr
+    if found and found.group(3):
+        options["lr_scale"] = float(found.group(3))
     changes: dict[str, Any] = {"name": preset, "lr": rate, "options": {**options, **fixed}}
     optimizer: Any = replace(recipe.optimizer, **changes)
     return replace(recipe, optimizer=optimizer)
