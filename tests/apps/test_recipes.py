@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("jsonargparse")
 
 from frugal_dist.cli import main
+from frugal_dist.training.compare import contender
 from frugal_dist.training.optimizers import frugal_options
 from frugal_dist.training.place import find_place, first_host
 from frugal_dist.training.recipe import Optimizer, Recipe, Schedule, check_recipe, read_recipe, shipped
@@ -34,6 +35,16 @@ def test_the_recipe_for_comparisons_is_sound() -> None:
     check_recipe(recipe)
     assert recipe.steps * recipe.batch * recipe.length > 3e6
     assert frugal_options(recipe.optimizer)["projection"] == "svd"
+
+
+@pytest.mark.parametrize(
+    ("text", "rate", "scale"),
+    [("galore", 1e-3, 0.25), ("galore@1e-2", 1e-2, 0.25), ("galore@1e-2x0.5", 1e-2, 0.5), ("adamw@3e-3x.1", 3e-3, 0.1)],
+)
+def test_contenders_have_rates_of_their_own(text: str, rate: float, scale: float) -> None:
+    optimizer = contender(text, read_recipe("reviews_5m")).optimizer
+    options = frugal_options(optimizer)
+    assert (optimizer.lr, options["lr_scale"]) == (rate, scale)
 
 
 def test_the_papers_shapes_are_there() -> None:
