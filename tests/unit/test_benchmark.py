@@ -109,6 +109,20 @@ def test_the_report_of_a_whole_training(monkeypatch: pytest.MonkeyPatch, capsys:
         assert printed.count(f"| {name} |") == 3
 
 
+def test_split_arithmetic_rounds_as_tensor_cores_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = read("split_arithmetic", monkeypatch)
+    torch = script.torch
+    one = torch.tensor([1 + 2**-11, 1 + 3 * 2**-11, -1 - 2**-10, 1 + 2**-10 + 2**-12], dtype=torch.float32)
+    assert script.to_tf32(one).tolist() == [1.0, 1 + 2**-9, -1 - 2**-10, 1 + 2**-10]  # ties to even
+    a, b = (torch.randn(40, 40, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    parts = script.ARITHMETICS["bf16x9"]._split(a)
+    assert torch.equal(parts[0] + parts[1] + parts[2], a), "three bf16 numbers hold an fp32 one"
+    exact = a.double() @ b.double()
+    error = {name: float((one.product(a, b) - exact).abs().max()) for name, one in script.ARITHMETICS.items()}
+    assert error["bf16"] > 2 * error["TF32"] > 50 * error["bf16x3"] > 50 * 2 * error["3xTF32"] > error["bf16x9"]
+    assert [len(one.pairs) for one in script.ARITHMETICS.values()] == [1, 3, 1, 3, 6, 9]
+
+
 def apart(script: Path, *options: str) -> str:
     """Run in a process of its own, which can start others; what it printed."""
     return subprocess.run([sys.executable, script, *options], capture_output=True, text=True, check=True).stdout
