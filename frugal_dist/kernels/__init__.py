@@ -21,17 +21,22 @@ from frugal_dist.notices import notice
 VARIABLE = "FRUGAL_KERNELS"
 
 
-def fused_for(weight: Tensor) -> ModuleType | None:
-    """The module with the kernels if they run on this tensor's device, else None."""
+def chosen() -> str:
+    """What FRUGAL_KERNELS says. Raises ValueError for a value it does not have, and for triton where there is none."""
     choice = os.environ.get(VARIABLE, "auto")
+    check_choice(VARIABLE, choice, ("auto", "torch", "triton"))
+    if choice == "triton" and _load() is None:
+        raise ValueError(f"{VARIABLE}=triton, but triton cannot be imported. Install it, or use {VARIABLE}=auto.")
+    return choice
+
+
+def fused_for(weight: Tensor) -> ModuleType | None:
+    """The module with the kernels if they run on this tensor's device, else None. Raises as ``chosen``."""
+    choice = chosen()
     if choice == "torch" or (choice == "auto" and not weight.is_cuda):
         return None
-    check_choice(VARIABLE, choice, ("auto", "torch", "triton"))
-    module = _load()
-    if module is None and choice == "triton":
-        raise ValueError(f"{VARIABLE}=triton, but triton cannot be imported. Install it, or use {VARIABLE}=auto.")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return module if weight.is_cuda or (interpreted and weight.device.type == "cpu") else None
+    return _load() if weight.is_cuda or (interpreted and weight.device.type == "cpu") else None
 
 
 @cache

@@ -10,6 +10,7 @@ pytest.importorskip("jsonargparse")
 
 from frugal_dist.cli import main
 from frugal_dist.training.compare import contender
+from frugal_dist.training.engines import check_engine
 from frugal_dist.training.optimizers import frugal_options
 from frugal_dist.training.place import find_place, first_host
 from frugal_dist.training.recipe import Optimizer, Recipe, Schedule, check_recipe, read_recipe, shipped
@@ -263,3 +264,10 @@ def test_the_json_keeps_its_loss_scaling_under_the_recipes_precision(tmp_path: P
     config = deepspeed_config(recipe, 2)
     assert config["fp16"] == {"enabled": True, "initial_scale_power": 8}
     assert "bf16" not in config
+
+
+def test_kernels_that_one_rank_lacks_are_found_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``check_engine`` runs where all ranks hear of it."""
+    monkeypatch.setenv("FRUGAL_KERNELS", "trition")
+    with pytest.raises(ValueError, match=r"FRUGAL_KERNELS='trition' .* auto, torch, triton"):
+        check_engine(read_recipe("reviews_5m"), find_place({}))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from frugal_dist.kernels import chosen
 from frugal_dist.optimizer import Frugal
 from frugal_dist.training.engines.protocol import Engine, Losses, Schedule
 from frugal_dist.training.models import token_losses
@@ -14,7 +15,11 @@ from frugal_dist.training.recipe import Recipe
 
 
 def check_engine(recipe: Recipe, place: Place) -> None:
-    """Raises ValueError if the recipe's engine does not fit the number of ranks, or its JSON cannot be used."""
+    """Raises ValueError if the recipe's engine does not fit the number of ranks, or its JSON cannot be used.
+
+    Or if FRUGAL_KERNELS asks for what this rank does not have: a step would find out while other ranks wait.
+    """
+    chosen()
     if recipe.engine == "deepspeed":
         from frugal_dist.training.engines.deepspeed import deepspeed_config
 
