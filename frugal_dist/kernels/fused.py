@@ -23,13 +23,22 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def _signed(x: Any, size: Any) -> Any:
+def _signed(x: tl.tensor, size: tl.tensor) -> tl.tensor:
     """Size * sign(x)."""
     return tl.where(x > 0, size, tl.where(x < 0, -size, 0.0))
 
 
 @triton.jit
-def _adam(g: Any, m: Any, v: Any, rest1: Any, beta2: Any, rest2: Any, eps: Any, correction: Any) -> Any:
+def _adam(
+    g: tl.tensor,
+    m: tl.tensor,
+    v: tl.tensor,
+    rest1: tl.tensor,
+    beta2: tl.tensor,
+    rest2: tl.tensor,
+    eps: tl.tensor,
+    correction: tl.tensor,
+) -> tl.tensor:
     """The new moments and the direction U, without the first bias correction; rest1 is 1 - beta1."""
     m = m + rest1 * (g - m)
     v = beta2 * v + rest2 * g * g
@@ -37,7 +46,9 @@ def _adam(g: Any, m: Any, v: Any, rest1: Any, beta2: Any, rest2: Any, eps: Any, 
 
 
 @triton.jit
-def _sign_kernel(w_ptr: Any, g_ptr: Any, numel: Any, keep: Any, size: Any, BLOCK: tl.constexpr) -> None:
+def _sign_kernel(
+    w_ptr: tl.tensor, g_ptr: tl.tensor, numel: tl.tensor, keep: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr
+) -> None:
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numel
     w = tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -47,22 +58,22 @@ def _sign_kernel(w_ptr: Any, g_ptr: Any, numel: Any, keep: Any, size: Any, BLOCK
 
 @triton.jit
 def _mixed(
-    w_ptr: Any,
-    g_ptr: Any,
-    m_ptr: Any,
-    v_ptr: Any,
-    at: Any,
-    inside: Any,
-    picked: Any,
-    slot: Any,
-    keep: Any,
-    size: Any,
-    rate: Any,
-    rest1: Any,
-    beta2: Any,
-    rest2: Any,
-    eps: Any,
-    correction: Any,
+    w_ptr: tl.tensor,
+    g_ptr: tl.tensor,
+    m_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    at: tl.tensor,
+    inside: tl.tensor,
+    picked: tl.tensor,
+    slot: tl.tensor,
+    keep: tl.tensor,
+    size: tl.tensor,
+    rate: tl.tensor,
+    rest1: tl.tensor,
+    beta2: tl.tensor,
+    rest2: tl.tensor,
+    eps: tl.tensor,
+    correction: tl.tensor,
 ) -> None:
     """AdamW for entries that are ``picked``, whose moments lie at ``slot``; a signed step for the others."""
     w = tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32) * keep
@@ -77,22 +88,22 @@ def _mixed(
 
 @triton.jit
 def _lines_kernel(
-    w_ptr: Any,
-    g_ptr: Any,
-    m_ptr: Any,
-    v_ptr: Any,
-    slots_ptr: Any,
-    numel: Any,
-    cols: Any,
-    count: Any,
-    keep: Any,
-    size: Any,
-    rate: Any,
-    rest1: Any,
-    beta2: Any,
-    rest2: Any,
-    eps: Any,
-    correction: Any,
+    w_ptr: tl.tensor,
+    g_ptr: tl.tensor,
+    m_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    numel: tl.tensor,
+    cols: tl.tensor,
+    count: tl.tensor,
+    keep: tl.tensor,
+    size: tl.tensor,
+    rate: tl.tensor,
+    rest1: tl.tensor,
+    beta2: tl.tensor,
+    rest2: tl.tensor,
+    eps: tl.tensor,
+    correction: tl.tensor,
     BY_ROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -109,21 +120,21 @@ def _lines_kernel(
 
 @triton.jit
 def _flat_kernel(
-    w_ptr: Any,
-    g_ptr: Any,
-    m_ptr: Any,
-    v_ptr: Any,
-    bits_ptr: Any,
-    before_ptr: Any,
-    numel: Any,
-    keep: Any,
-    size: Any,
-    rate: Any,
-    rest1: Any,
-    beta2: Any,
-    rest2: Any,
-    eps: Any,
-    correction: Any,
+    w_ptr: tl.tensor,
+    g_ptr: tl.tensor,
+    m_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    bits_ptr: tl.tensor,
+    before_ptr: tl.tensor,
+    numel: tl.tensor,
+    keep: tl.tensor,
+    size: tl.tensor,
+    rate: tl.tensor,
+    rest1: tl.tensor,
+    beta2: tl.tensor,
+    rest2: tl.tensor,
+    eps: tl.tensor,
+    correction: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
     """Single entries; one bit for each tells which, ``before_ptr`` how many are selected before each block."""
