@@ -85,21 +85,6 @@ class Bench:
         return step
 
 
-def in_step(bench: Bench, parts: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
-    """Ranks start each part together, so that nobody's waiting is measured in another part."""
-    if bench.ranks == 1:
-        return parts
-
-    def together(part: Callable[[], Any]) -> Callable[[], Any]:
-        def run() -> None:
-            dist.barrier()
-            part()
-
-        return run
-
-    return {name: together(part) for name, part in parts.items()}
-
-
 def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     bench = Bench(arguments, device)
     bench.micro_batch()
@@ -112,12 +97,14 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
         parts["micro-batch, not exchanged"] = lambda: bench.micro_batch(last=False)
     parts |= {name: optimizer.step for name, optimizer in optimizers.items()}
     parts |= dict(refreshing)
-    times = interleave(in_step(bench, parts), arguments.rounds, arguments.warmup, device, arguments.clock)
+    # Ranks start each part together, so that nobody's waiting is measured in another part.
+    before = dist.barrier if bench.ranks > 1 else None
+    times = interleave(parts, arguments.rounds, arguments.warmup, device, arguments.clock, before)
     found = {name: statistics.median(values) for name, values in times.items()}
     result = {"parts": found, "tokens_per_second": composed(arguments, bench.ranks, found)}
     if arguments.real_batch:
         steps = {name: bench.whole_step(o, arguments.real_batch) for name, o in optimizers.items()}
-        times = interleave(in_step(bench, dict(steps)), arguments.rounds, 1, device, arguments.clock)
+        times = interleave(dict(steps), arguments.rounds, 1, device, arguments.clock, before)
         rows = max(arguments.real_batch, arguments.micro * bench.ranks)
         medians = {name: statistics.median(values) for name, values in times.items()}
         result["real"] = {name: 1e3 * rows * arguments.length / value for name, value in medians.items()}

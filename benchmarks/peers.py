@@ -202,8 +202,10 @@ def start(names: list[str], params: Params, density: float, gap: int, missing: d
         try:
             found[name] = CONTENDERS[name].build(params, density, gap)
             found[name].step()
-        except (ImportError, AttributeError) as error:
-            missing[name] = f"not installed: {error}"
+        except Exception as error:  # not installed, or its operations cannot be built here
+            if name.startswith(("Frugal", BASE)):
+                raise
+            missing[name] = f"does not run here: {type(error).__name__}: {error}"
             found.pop(name, None)
     return found
 

@@ -85,9 +85,16 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 thread CPU time also counts threads that spin."""
 
 
-def time_of(step: Callable[[], object], device: torch.device, clock: str = "wall") -> float:
-    """Milliseconds of one call, with the GPU's work in it."""
+def time_of(
+    step: Callable[[], object],
+    device: torch.device,
+    clock: str = "wall",
+    before: Callable[[], object] | None = None,
+) -> float:
+    """Milliseconds of one call, with the GPU's work in it; ``before`` is called first and not measured."""
     now = CLOCKS[clock]
+    if before is not None:
+        before()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = now()
@@ -98,7 +105,12 @@ def time_of(step: Callable[[], object], device: torch.device, clock: str = "wall
 
 
 def interleave(
-    contenders: dict[str, Callable[[], object]], rounds: int, warmup: int, device: torch.device, clock: str = "wall"
+    contenders: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int,
+    device: torch.device,
+    clock: str = "wall",
+    before: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
     """Times of every contender in every round; the order within a round turns, so none always follows the same one."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -106,7 +118,7 @@ def interleave(
     for index in range(warmup + rounds):
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:
-            elapsed = time_of(contenders[name], device, clock)
+            elapsed = time_of(contenders[name], device, clock, before)
             if index >= warmup:
                 times[name].append(elapsed)
     return times
@@ -139,7 +151,8 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> list[Row]:
     for name, values in times.items():
         low, middle, high = quartiles([value / other for value, other in zip(values, base, strict=True)])
         refresh = statistics.median(refresh_times[name]) if name in refresh_times else None
-        rows.append(Row(name, statistics.median(values), middle, low, high, refresh, GOALS.get(name)))
+        goal = GOALS.get(name) if device.type == "cpu" else None
+        rows.append(Row(name, statistics.median(values), middle, low, high, refresh, goal))
     return rows
 
 

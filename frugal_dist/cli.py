@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from frugal_dist.training.ending import end_process
 
@@ -20,6 +20,7 @@ def console() -> NoReturn:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command and return the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
     options, rest = _parser().parse_known_args(arguments)
+    rest += ["--help"] if getattr(options, "keys", False) else []
     if rest and not hasattr(options, "changes"):
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     options.changes = rest
@@ -35,32 +36,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Help(argparse.Action):
+    """--help after a recipe lists the recipe's keys, before it the command's own options."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: object) -> None:
+        if getattr(namespace, "recipe", None) is None:
+            parser.print_help()
+            parser.exit()
+        namespace.keys = True
+
+
+def _with_recipe(commands: Any, name: str, about: str) -> argparse.ArgumentParser:
+    """A command that takes a recipe and its keys: --seed is one of them, not short for --seeds."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=about, add_help=False, allow_abbrev=False)
+    parser.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
+    parser.add_argument("-h", "--help", action=_Help, nargs=0, help="this text; after RECIPE: all its keys")
+    return parser
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="frugal-dist", description="Training with the FRUGAL optimizer.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="the quickstart: prepare its data, train its model"))
 
-    pretrain = commands.add_parser(
-        "pretrain", help="train a model by recipe; --KEY VALUE changes keys, --help after the recipe lists them"
+    pretrain = _with_recipe(
+        commands, "pretrain", "train a model by recipe; --KEY VALUE changes keys, --help after the recipe lists them"
     )
-    pretrain.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
     pretrain.set_defaults(command=_pretrain, changes=())
 
-    finetune = commands.add_parser(
-        "finetune", help="fine-tune a classifier by recipe, or several optimizers alike; --help after the recipe"
+    finetune = _with_recipe(
+        commands, "finetune", "fine-tune a classifier by recipe, or several optimizers alike; --help after the recipe"
     )
-    finetune.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
     finetune.add_argument(
         "--optimizers",
         help="train each of these and end in a table: NAME or NAME@LR[xLR_SCALE], such as adamw,frugal-svd,lora@1e-3",
     )
-    finetune.add_argument("--seeds", default="0", help="of --optimizers, separated by commas (default 0)")
+    finetune.add_argument("--seeds", help="of --optimizers, separated by commas (default 0)")
     finetune.set_defaults(command=_finetune, changes=())
 
     _add_data(commands.add_parser("data", help="text to token files; reviews to fine-tune on"))
 
-    compare = commands.add_parser("compare", help="train several optimizers under the same recipe; table and picture")
-    compare.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
+    compare = _with_recipe(commands, "compare", "train several optimizers under the same recipe; table and picture")
     compare.add_argument(
         "--optimizers",
         required=True,
@@ -69,8 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--seeds", default="0", help="separated by commas (default 0)")
     compare.set_defaults(command=_compare, changes=())
 
-    plan = commands.add_parser("plan", help="a recipe's bytes and collectives per rank, without running it")
-    plan.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
+    plan = _with_recipe(commands, "plan", "a recipe's bytes and collectives per rank, without running it")
     plan.add_argument("--engine", required=True, help="single, ddp, fsdp2, hsdp:SHARDS, zero0, zero1, zero2 or zero3")
     plan.add_argument("--ranks", type=int, required=True, help="how many")
     plan.add_argument("--gpu", help="say whether it fits: h100, a100, ...")
@@ -178,9 +193,11 @@ def _finetune(options: argparse.Namespace) -> int:
     from frugal_dist.training.recipe import read_recipe
 
     if options.optimizers is None:
+        if options.seeds is not None:
+            raise ValueError("--seeds goes with --optimizers; the seed of a single run is --seed.")
         return finetune_from(lambda: read_recipe(options.recipe, options.changes, FinetuneRecipe))
     recipe: FinetuneRecipe = read_recipe(options.recipe, options.changes, FinetuneRecipe)
-    return compare_finetunes(recipe, options.optimizers.split(","), _seeds(options.seeds))
+    return compare_finetunes(recipe, options.optimizers.split(","), _seeds(options.seeds or "0"))
 
 
 def _seeds(text: str) -> list[int]:

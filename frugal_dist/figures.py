@@ -82,8 +82,13 @@ class RefreshReport:
         )
 
 
+_PIECE = 1 << 22
+
+
 def _energy(tensors: Sequence[Tensor]) -> Number:
-    found = [tensor.float().square().sum(dtype=torch.float64) for tensor in tensors if tensor.numel()]
+    """In pieces: torch squares and widens in copies, which should not be as large as the matrix."""
+    pieces = [piece for tensor in tensors if tensor.numel() for piece in tensor.reshape(-1).split(_PIECE)]
+    found = [piece.float().square().sum(dtype=torch.float64) for piece in pieces]
     return torch.stack(found).sum() if found else 0.0
 
 

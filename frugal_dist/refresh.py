@@ -313,15 +313,24 @@ def _compute(work: Work, grad: Tensor, warm: Basis | None, figures: RefreshFigur
     troubles = []
     for device, dtype in attempts:
         try:
-            basis = _basis_of(work, grad.to(device, dtype), refresh_number, warm)
+            found = _basis_of(work, grad.to(device, dtype), refresh_number, warm)
+            basis = Basis(**{k: v.to(work.device, work.dtype) for k, v in vars(found).items() if v is not None})
             if all(bool(torch.isfinite(part).all()) for part in basis.parts):
-                figures.add_basis(grad.to(device, dtype), basis)
-                return Basis(**{k: v.to(work.device, work.dtype) for k, v in vars(basis).items() if v is not None})
+                _count(figures, grad, basis)
+                return basis
             troubles.append("the result is not finite")
         except Exception as error:  # whatever went wrong becomes a status; a traceback here would hang the others
             troubles.append(f"{type(error).__name__}: {error}")
     notice(f"{work.matrix.name}: the refresh failed on its owner: {'; '.join(troubles)}")
     return None
+
+
+def _count(figures: RefreshFigures, grad: Tensor, basis: Basis) -> None:
+    """Figures are not worth a basis that was found, nor the ranks that wait for it."""
+    try:
+        figures.add_basis(grad.to(basis.parts[0].dtype), basis)
+    except Exception as error:  # no memory left, say
+        notice(f"the figures of a refresh could not be computed: {type(error).__name__}: {error}")
 
 
 def _basis_of(work: Work, grad: Tensor, number: int, warm: Basis | None) -> Basis:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from frugal_dist.config import FrugalConfig
 
-_CHUNK = 1 << 16
-"""Entries rounded at once: their temporaries stay in the cache."""
+_CHUNK, _CUDA_CHUNK = 1 << 16, 1 << 24
+"""Entries rounded at once: their temporaries stay in the cache, or are worth the launches."""
 
 
 def rounds_stochastically(config: FrugalConfig, dtype: torch.dtype) -> bool:
@@ -45,7 +45,8 @@ def round_stochastically_(target: Tensor, wide: Tensor, starts: Tensor, *, seed:
     source, rows = wide.reshape(starts.numel(), -1), starts.to(wide.device)
     rounded = torch.empty(source.shape, dtype=target.dtype, device=target.device)
     width = source.shape[1]
-    high, broad = max(1, _CHUNK // width), min(width, _CHUNK)
+    chunk = _CUDA_CHUNK if wide.is_cuda else _CHUNK
+    high, broad = max(1, chunk // width), min(width, chunk)
     for top in range(0, source.shape[0], high):
         for left in range(0, width, broad):
             right = min(left + broad, width)

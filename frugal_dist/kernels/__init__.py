@@ -13,6 +13,7 @@ import os
 from functools import cache
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from frugal_dist.config import check_choice
@@ -36,7 +37,21 @@ def fused_for(weight: Tensor) -> ModuleType | None:
     if choice == "torch" or (choice == "auto" and not weight.is_cuda):
         return None
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return _load() if weight.is_cuda or (interpreted and weight.device.type == "cpu") else None
+    module = _load() if weight.is_cuda or (interpreted and weight.device.type == "cpu") else None
+    return module if module is None or choice == "triton" or _runs(module, weight.device) else None
+
+
+@cache
+def _runs(module: ModuleType, device: torch.device) -> bool:
+    """Whether a kernel can be built and started: that takes a C compiler and Python's headers, which may be missing."""
+    try:
+        module.sign_step_(torch.ones(1, device=device), torch.ones(1, device=device), 1.0)
+    except Exception as error:  # whatever it is: torch's own operations always work
+        notice(
+            f"Triton kernels do not run on {device} ({error}): steps use torch's own operations, several passes each."
+        )
+        return False
+    return True
 
 
 @cache

@@ -17,9 +17,7 @@ def end_process(code: int) -> NoReturn:
     interpreter's lock. Denied by an interpreter that is being taken apart, it aborts the process: exit code -6 for a
     rank whose work is done and saved, which makes launchers end or restart the others (torch 2.13, Python 3.11).
     """
-    for thread in threading.enumerate():
-        if not thread.daemon and thread is not threading.current_thread():
-            thread.join()
+    threading._shutdown()  # type: ignore[attr-defined]  # ends idle thread pools, then waits for threads
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # closed, or nobody reads it any more

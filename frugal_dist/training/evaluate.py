@@ -12,7 +12,7 @@ import torch
 from frugal_dist.training.engines import Engine
 from frugal_dist.training.rows import IGNORED, Rows, Tokens
 
-_ROWS_AT_ONCE = 16
+ROWS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,14 @@ class Evaluation(Protocol):
 
 
 class Validation:
-    """The first `tokens` predicted tokens of a validation text, the same for every number of ranks."""
+    """The first `tokens` predicted tokens of a validation text, the same for every number of ranks.
 
-    def __init__(self, rows: Rows, tokens: int) -> None:
+    ``at_once``: rows that go through the model together on one rank.
+    """
+
+    def __init__(self, rows: Rows, tokens: int, at_once: int = ROWS_AT_ONCE) -> None:
         self.rows = rows
+        self.at_once = at_once
         self.count = rows.enough(tokens)
 
     @property
@@ -53,8 +57,8 @@ class Validation:
         # Every rank calls the model equally often, as sharded weights require; rows past the end count nothing.
         turns = -(-self.count // engine.world)
         total = 0.0
-        for first in range(0, turns, _ROWS_AT_ONCE):
-            mine = [turn * engine.world + engine.rank for turn in range(first, min(first + _ROWS_AT_ONCE, turns))]
+        for first in range(0, turns, self.at_once):
+            mine = [turn * engine.world + engine.rank for turn in range(first, min(first + self.at_once, turns))]
             rows = self.rows.take(min(number, self.count - 1) for number in mine)
             losses = engine.losses(torch.from_numpy(rows)).view(len(mine), -1).double().sum(dim=1)
             total += sum(float(loss) for number, loss in zip(mine, losses, strict=True) if number < self.count)

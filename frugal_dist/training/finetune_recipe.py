@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from frugal_dist.config import check_choice
 from frugal_dist.training.glue import METRICS, TASKS
-from frugal_dist.training.recipe import Number, Optimizer, Recipe, Saving, Schedule
+from frugal_dist.training.recipe import Number, Optimizer, Recipe, Saving, Schedule, check_saving
 from frugal_dist.training.trackers import check_trackers
 
 PRESETS = {"lora": "adamw"}
@@ -215,6 +215,7 @@ def check_finetune(recipe: FinetuneRecipe) -> None:
     if recipe.deepspeed is not None and recipe.engine != "deepspeed":
         raise ValueError(f"deepspeed is {recipe.deepspeed!r}, but engine is {recipe.engine!r}. Set engine: deepspeed.")
     check_trackers(recipe.trackers)
+    check_saving(recipe.saving)
     _check_data(recipe.data)
     _check_tuning(recipe.optimizer)
 

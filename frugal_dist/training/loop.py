@@ -24,7 +24,8 @@ from frugal_dist.training.rows import IGNORED
 class Outcome:
     """What came out of a training.
 
-    ``steps`` are those done in all; fewer than planned if it was told to stop. Losses are NaN if nothing was evaluated.
+    ``steps`` are those done in all; fewer than planned if it was told to stop. ``seconds`` as well. Losses are NaN if
+    nothing was evaluated. ``saved``: whether the last of them are in a checkpoint.
     """
 
     steps: int
@@ -32,17 +33,18 @@ class Outcome:
     seconds: float
     first_loss: float
     last_loss: float
+    saved: bool = True
 
 
 @dataclass
 class Training:
     """One training run of a given number of steps, on one rank.
 
-    ``start``: steps done before, by a run that this one continues. ``save(step)`` writes a checkpoint, every
-    ``save_every`` steps (0: never) and when told to stop. ``stop()``: whether this rank was told to stop, by a signal.
-    ``bad_steps``: so many consecutive steps without a finite gradient end the run. ``flop_share``: the share of
-    all devices' arithmetic that one token per second takes; 0: not known. ``evaluated(step, finding)`` hears of every
-    evaluation. ``evaluate_first``: also before the first step.
+    ``start``: steps done before, in ``seconds``, by a run that this one continues. ``save(step, seconds)`` writes a
+    checkpoint and says whether that worked, every ``save_every`` steps (0: never), at the end and when told to stop.
+    ``stop()``: whether this rank was told to stop, by a signal. ``bad_steps``: so many steps in a row without a finite
+    gradient end the run. ``flop_share``: the share of all devices' arithmetic that one token per second takes; 0: not
+    known. ``evaluated(step, finding)`` hears of every evaluation. ``evaluate_first``: also before the first step.
     """
 
     engine: Engine
@@ -54,7 +56,8 @@ class Training:
     evaluate_every: int
     log_every: int = 10
     start: int = 0
-    save: Callable[[int], None] | None = None
+    seconds: float = 0.0
+    save: Callable[[int, float], bool] | None = None
     save_every: int = 0
     stop: Callable[[], bool] | None = None
     bad_steps: int = 10
@@ -63,6 +66,7 @@ class Training:
     evaluate_first: bool = True
     _loss_sum: float | torch.Tensor = field(default=0.0, init=False)
     _loss_count: int = field(default=0, init=False)
+    _steps_since: int = field(default=0, init=False)
     _busy: float = field(default=0.0, init=False)
     _skipped: int = field(default=0, init=False)
     _bad: int = field(default=0, init=False)
@@ -70,7 +74,7 @@ class Training:
 
     def run(self) -> Outcome:
         """Train all steps, evaluating at the start, at the end and in between."""
-        begin = self._begin = time.monotonic()
+        self._begin = time.monotonic() - self.seconds
         self._skipped = self.engine.skipped_steps()
         begins = self.evaluate_first and self.start == 0
         first = last = self._evaluate(self.start) if begins or self.start == self.steps else math.nan
@@ -83,20 +87,24 @@ class Training:
             if done == self.steps or (self.evaluate_every and done % self.evaluate_every == 0):
                 last = self._evaluate(done)
             if self._must_stop():
-                self._save(done)
-                return Outcome(done, self._tokens(done), time.monotonic() - begin, first, last)
+                return self._outcome(done, first, last)
             if self.save_every and done % self.save_every == 0 and done < self.steps:
                 self._save(done)
-        self._save(self.steps)
-        return Outcome(self.steps, self._tokens(self.steps), time.monotonic() - begin, first, last)
+        return self._outcome(self.steps, first, last)
+
+    def _outcome(self, done: int, first: float, last: float) -> Outcome:
+        saved = self._save(done)
+        return Outcome(done, self._tokens(done), self._seconds(), first, last, saved)
 
     def _train_step(self, index: int) -> None:
         begin = time.monotonic()
         rows, targets = self._rows(index)
-        self._loss_sum = self._loss_sum + self.engine.train_step(rows, targets)
-        self._loss_count += 1
+        loss = self.engine.train_step(rows, targets)
+        self._steps_since += 1
         self._busy += time.monotonic() - begin
-        self._count_bad(index + 1)
+        if not self._was_skipped(index + 1):  # a skipped step's loss may be NaN, and has taught the model nothing
+            self._loss_sum = self._loss_sum + loss
+            self._loss_count += 1
 
     def _rows(self, index: int) -> tuple[Tensor, float | None]:
         """This rank's rows of a batch, and targets of a rank on average where rows may be padded.
@@ -121,13 +129,13 @@ class Training:
             )
         return rows, max(targets_of_all, 1.0) / world
 
-    def _count_bad(self, done: int) -> None:
+    def _was_skipped(self, done: int) -> bool:
         """Skipped steps are said at once, and end the run if there is no end to them. Ranks skip together."""
         skipped = self.engine.skipped_steps()
         self._bad = self._bad + 1 if skipped > self._skipped else 0
         self._skipped = skipped
         if not self._bad:
-            return
+            return False
         norm = self.engine.gradient_norm()
         self.metrics.write("skipped", step=done, skipped=skipped, gradient_norm=_or_none(norm))
         self.progress.say(f"step {done:>5}/{self.steps}: skipped, its gradient has norm {norm:.3g}")
@@ -136,39 +144,44 @@ class Training:
                 f"{self._bad} steps in a row had a gradient that is not finite or a spike, the last at step {done}; "
                 "lower lr, lengthen the warm-up, or go back to a checkpoint before it."
             )
+        return True
 
     def _must_stop(self) -> bool:
         """Whether any rank was told to stop: all must stop after the same step."""
         return self.stop is not None and self.engine.total([float(self.stop())])[0] > 0
 
-    def _save(self, done: int) -> None:
-        if self.save is not None:
-            self.save(done)
+    def _save(self, done: int) -> bool:
+        """Whether there is a checkpoint, or none is wanted."""
+        if self.save is None or self.save(done, self._seconds()):
+            return True
+        self.metrics.write("not_saved", step=done)
+        self.progress.say(f"step {done:>5}/{self.steps}: the checkpoint could not be saved")
+        return False
 
     def _log(self, done: int) -> None:
         """Write the mean over the steps since the last record."""
         begin = time.monotonic()
         loss_sum, *refreshes = self.engine.total([float(self._loss_sum), *self.engine.refresh_figures()])
-        loss = loss_sum / (self._loss_count * self.engine.world)
+        loss = loss_sum / (self._loss_count * self.engine.world) if self._loss_count else math.nan
         self._busy += time.monotonic() - begin  # on a GPU the steps' work is waited for here
-        speed = self._tokens(self._loss_count) / self._busy
+        speed = self._tokens(self._steps_since) / self._busy
         self.metrics.write(
             "train",
             step=done,
             tokens=self._tokens(done),
-            loss=loss,
+            loss=_or_none(loss),
             learning_rate=self.engine.learning_rate(),
-            gradient_norm=self.engine.gradient_norm(),
+            gradient_norm=_or_none(self.engine.gradient_norm()),
             tokens_per_second=round(speed, 1),
             seconds=self._seconds(),
             **({"mfu": round(speed * self.flop_share, 4)} if self.flop_share else {}),
             **memory(),
         )
         self._log_refreshes(done, refreshes)
-        if not math.isfinite(loss) and not self._bad:
+        if self._loss_count and not math.isfinite(loss):
             raise ValueError(f"the training loss is {loss} at step {done}; lower lr or lengthen the warm-up.")
         self.progress.figures(loss, speed)
-        self._loss_sum, self._loss_count, self._busy = 0.0, 0, 0.0
+        self._loss_sum, self._loss_count, self._steps_since, self._busy = 0.0, 0, 0, 0.0
 
     def _log_refreshes(self, done: int, sums: list[float]) -> None:
         """What the projectors that were refreshed since the last record caught; nothing if there were none."""
@@ -193,7 +206,7 @@ class Training:
         return found.loss
 
     def _seconds(self) -> float:
-        """Since this process began to train; a run that goes on starts at 0 again."""
+        """Of training, in this process and those that it continues."""
         return round(time.monotonic() - self._begin, 2)
 
     def _tokens(self, steps: int) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,11 +32,26 @@ class MetricsLog:
 
     def write(self, kind: str, **values: Any) -> None:
         """Write one record at once, so that a killed run keeps all it has reached."""
-        if self._file:
+        if self._file is None:
+            return
+        try:
             self._file.write(json.dumps({"kind": kind, **values}) + "\n")
             self._file.flush()
-            if self._also:
-                self._also(kind, values)
+        except OSError as error:  # the other ranks train on, and would wait for this one
+            self._give_up(error)
+        if self._also:
+            self._also(kind, values)
+
+    def _give_up(self, error: OSError) -> None:
+        """No more records: what was lost of one would garble the next."""
+        print(f"{METRICS_FILE} cannot be written any more: {error}", file=sys.stderr)
+        with suppress(OSError):
+            self._close()
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        if file:
+            file.close()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -42,8 +59,7 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file:
-            self._file.close()
+        self._close()
 
 
 def _cut(path: Path, step: int) -> None:
@@ -56,12 +72,12 @@ def _cut(path: Path, step: int) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All records of a run."""
+    """All records of a run, without a last one that was cut off by a kill or a full disk."""
     path = run / METRICS_FILE
     if not path.is_file():
         raise ValueError(f"{run} holds no {METRICS_FILE}; name the folder of a run.")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.strip()]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.strip() and line.endswith("\n")]
 
 
 def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:

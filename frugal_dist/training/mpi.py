@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import socket
 import subprocess
+from functools import cache
 
 
+@cache  # MPI cannot be asked again once it is finished, and a process may train several times
 def meeting_point(world: int) -> tuple[str, int]:
     """Address and free port of rank 0, by a broadcast of mpi4py; called by all ranks.
 

@@ -86,8 +86,12 @@ def _free_port() -> int:
 
 
 def _started_by(name: str, environ: Mapping[str, str]) -> bool:
-    """Slurm's variables are in the shell of sbatch and salloc too: only a step is started by srun."""
-    return name != "Slurm" or environ.get("SLURM_STEP_ID", "batch").isdigit()
+    """Slurm's variables are in the shell of sbatch and salloc too: only a step is started by srun.
+
+    srun with PMI-2 sets MPICH's variables as well, but not the local rank, which MPICH's own mpirun does.
+    """
+    step = environ.get("SLURM_STEP_ID", "batch").isdigit()
+    return {"Slurm": step, "MPICH": not step or "MPI_LOCALRANKID" in environ}.get(name, True)
 
 
 def _place(name: str, launcher: Launcher, environ: Mapping[str, str]) -> Place:

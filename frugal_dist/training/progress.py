@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import TextIO
 
@@ -15,8 +16,10 @@ _SECONDS_BETWEEN_LINES = 15.0
 class Progress:
     """Shows how far a training is, its loss, its speed and the time left."""
 
-    def __init__(self, total: int, terminal: TextIO, shown: bool) -> None:
+    def __init__(self, total: int, terminal: TextIO, shown: bool, before: int = 0) -> None:
+        """``before``: steps of ``total`` that are done when it starts."""
         self.total = total
+        self.before = before
         self.terminal = terminal
         self.shown = shown
         self._lines = shown and not terminal.isatty()
@@ -35,12 +38,14 @@ class Progress:
     def start(self) -> None:
         """Training begins: the clock behind the time left starts here, not while loading and evaluating."""
         self._bar.reset()
+        self._bar.initial = self._bar.n = self.before
         self._start = self._last_line = time.monotonic()
 
     def step(self) -> None:
         """One more step is done."""
         self._done += 1
-        self._bar.update()
+        with suppress(OSError):
+            self._bar.update()
 
     def figures(self, loss: float, tokens_per_second: float) -> None:
         """New figures to show beside the bar."""
@@ -49,13 +54,15 @@ class Progress:
         now = time.monotonic()
         if self._lines and self._done and now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            left = (now - self._start) / self._done * (self.total - self._done)
-            self.say(f"step {self._done:>5}/{self.total}: {text}, {tqdm.format_interval(left)} left")
+            done = self.before + self._done
+            left = (now - self._start) / self._done * (self.total - done)
+            self.say(f"step {done:>5}/{self.total}: {text}, {tqdm.format_interval(left)} left")
 
     def say(self, line: str) -> None:
         """A line that stays, above the bar."""
         if self.shown:
-            tqdm.write(line, file=self.terminal)
+            with suppress(OSError):  # a terminal that is gone must not end rank 0 while the others train on
+                tqdm.write(line, file=self.terminal)
 
     def __enter__(self) -> Progress:
         return self
@@ -63,4 +70,5 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.close()
+        with suppress(OSError):
+            self._bar.close()

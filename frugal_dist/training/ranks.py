@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from frugal_dist.training.place import Place
 from frugal_dist.training.rollcall import OthersFailed, RollCall, own_name
@@ -47,18 +47,35 @@ def _join(place: Place) -> RollCall:
 
     from frugal_dist.training.engines.collectives import gathered
 
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", gpu_index(place, torch.cuda.device_count())) if cuda else None
-    if device is not None:
-        torch.cuda.set_device(device)
-        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes the GPU of this number
     first, rank, world = next(rendezvous("env://"))
     # A name of its own each time: who trains twice in a process must not meet the addresses of the time before.
     store = distributed.PrefixStore(f"training{next(_JOINED)}", first)  # type: ignore[attr-defined]
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", _agreed_gpu(place, torch.cuda.device_count(), store)) if cuda else None
+    if device is not None:
+        torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes the GPU of this number
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, device_id=device
     )
     return RollCall(store, place.rank, gathered(own_name(place.rank)))
+
+
+def _agreed_gpu(place: Place, count: int, store: Any) -> int:
+    """``gpu_index``, or OthersFailed if another rank has none: told through the store, before there is a group."""
+    index, trouble = 0, ""
+    try:
+        index = gpu_index(place, count)
+    except ValueError as error:
+        trouble = str(error)
+    store.set(f"gpu/{place.rank}", trouble)
+    told = [store.get(f"gpu/{rank}").decode() for rank in range(place.world)]
+    if trouble and told.index(trouble) == place.rank:
+        raise ValueError(trouble)
+    failed = [f"rank {rank} failed: {text}" for rank, text in enumerate(told) if text]
+    if failed:
+        raise OthersFailed("; ".join(failed))
+    return index
 
 
 def gpu_index(place: Place, count: int) -> int:

@@ -217,10 +217,20 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.peak_tflops is not None and not recipe.peak_tflops > 0:
         raise ValueError(f"peak_tflops is {recipe.peak_tflops:g}; it must be above 0, or null.")
     check_trackers(recipe.trackers)
+    check_saving(recipe.saving)
     if recipe.precision == "fp16" and recipe.engine != "deepspeed":
         raise ValueError(f"precision fp16 scales the loss, which engine {recipe.engine!r} does not do. Use bf16.")
     if recipe.deepspeed is not None and recipe.engine != "deepspeed":
         raise ValueError(f"deepspeed is {recipe.deepspeed!r}, but engine is {recipe.engine!r}. Set engine: deepspeed.")
+
+
+def check_saving(saving: Saving) -> None:
+    """ValueError for numbers that a checkpoint, maybe the last one, would be the first to refuse."""
+    if saving.every < 0:
+        raise ValueError(f"saving.every is {saving.every}; it must not be negative.")
+    for key, value in (("keep_last", saving.keep_last), ("keep_every", saving.keep_every)):
+        if value is not None and value < 1:
+            raise ValueError(f"saving.{key} is {value}; it must be at least 1.")
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

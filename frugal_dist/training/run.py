@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from frugal_dist.training.console import log_file, quiet_console
+from frugal_dist.training.console import LOG_FILE, log_file, quiet_console
 from frugal_dist.training.place import Place, find_place
 from frugal_dist.training.ranks import joined, together
 from frugal_dist.training.recipe import Recipe
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from frugal_dist.training.progress import Progress
 
 CHECKPOINTS = "checkpoints"
+SECONDS = "seconds"
+"""In a checkpoint: how long the run has taken, in all the processes that trained it."""
 
 
 @dataclass(frozen=True)
@@ -126,18 +128,27 @@ def _train(job: Job, terminal: TextIO, request: StopRequest) -> int:
     recipe, engine = job.recipe, job.engine
     found = engine.resume(Path(recipe.folder) / CHECKPOINTS)
     start = 0 if found is None else found[0]
+    if start > recipe.steps:  # going on would save these weights as an earlier step's
+        raise ValueError(
+            f"steps is {recipe.steps}, but the run in {recipe.folder} has done {start}: raise it or change folder."
+        )
     if found is not None:
         job.batches.load_state_dict(found[1].get("data", []), start)
         if job.recall is not None:
             job.recall(found[1])
     if engine.rank == 0:
         print(_headline(job, start), file=terminal)
-    outcome = _run(job, start, terminal, request)
+    outcome = _run(job, start, 0.0 if found is None else float(found[1].get(SECONDS, 0.0)), terminal, request)
     if outcome.steps < recipe.steps:
         if engine.rank == 0:
             why = request.name or "a signal to another rank"
-            print(f"Stopped after step {outcome.steps} ({why}); the same command goes on.", file=terminal)
+            where = "" if outcome.saved else " from the last checkpoint that could be saved"
+            print(f"Stopped after step {outcome.steps} ({why}); the same command goes on{where}.", file=terminal)
         return STOPPED
+    if not outcome.saved:
+        raise OSError(
+            f"all steps are done, but the last checkpoint could not be saved in {recipe.folder}; see {LOG_FILE}."
+        )
     return 0
 
 
@@ -151,7 +162,7 @@ def _headline(job: Job, start: int) -> str:
     )
 
 
-def _run(job: Job, start: int, terminal: TextIO, request: StopRequest) -> Outcome:
+def _run(job: Job, start: int, seconds: float, terminal: TextIO, request: StopRequest) -> Outcome:
     from frugal_dist.training.engines.collectives import gathered
     from frugal_dist.training.metrics import METRICS_FILE, MetricsLog
     from frugal_dist.training.progress import Progress
@@ -160,13 +171,13 @@ def _run(job: Job, start: int, terminal: TextIO, request: StopRequest) -> Outcom
     recipe, engine = job.recipe, job.engine
     folder, first = Path(recipe.folder), engine.rank == 0
     with ExitStack() as stack:
-        progress = stack.enter_context(Progress(recipe.steps, terminal, first))
+        progress = stack.enter_context(Progress(recipe.steps, terminal, first, start))
         trackers = Trackers(recipe.trackers if first else [], folder, job.record, start, progress.say)
         stack.callback(trackers.close)
         path = folder / METRICS_FILE if first else None
         metrics = stack.enter_context(together(lambda: MetricsLog(path, start or None, trackers)))
         metrics.write("run", **job.record, start=start, ranks=engine.world)
-        outcome = _training(job, start, metrics, progress, request).run()
+        outcome = _training(job, start, seconds, metrics, progress, request).run()
         if outcome.steps < recipe.steps:
             metrics.write("stopped", step=outcome.steps, signal=request.name)
             return outcome
@@ -186,7 +197,9 @@ def _run(job: Job, start: int, terminal: TextIO, request: StopRequest) -> Outcom
     return outcome
 
 
-def _training(job: Job, start: int, metrics: MetricsLog, progress: Progress, request: StopRequest) -> Training:
+def _training(
+    job: Job, start: int, seconds: float, metrics: MetricsLog, progress: Progress, request: StopRequest
+) -> Training:
     from frugal_dist.training.engines.collectives import gathered
     from frugal_dist.training.flops import peak_flops
     from frugal_dist.training.loop import Training
@@ -194,12 +207,12 @@ def _training(job: Job, start: int, metrics: MetricsLog, progress: Progress, req
     recipe = job.recipe
     peak = peak_flops(recipe.precision, recipe.peak_tflops)
 
-    def save(step: int) -> None:
+    def save(step: int, seconds: float) -> bool:
         saving = recipe.saving
         options = {"keep_last": saving.keep_last, "keep_every": saving.keep_every, "on_error": saving.on_error}
         position = job.batches.state_dict()
-        extra = {"data": gathered(position)} if position else {}
-        job.engine.save(Path(recipe.folder) / CHECKPOINTS, step, {**extra, **job.remember()}, **options)
+        extra = {SECONDS: seconds, **({"data": gathered(position)} if position else {})}
+        return job.engine.save(Path(recipe.folder) / CHECKPOINTS, step, {**extra, **job.remember()}, **options)
 
     return Training(
         job.engine,
@@ -211,6 +224,7 @@ def _training(job: Job, start: int, metrics: MetricsLog, progress: Progress, req
         evaluate_every=recipe.evaluate_every,
         log_every=recipe.log_every,
         start=start,
+        seconds=seconds,
         save=save,
         save_every=recipe.saving.every,
         stop=request,

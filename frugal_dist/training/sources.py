@@ -9,7 +9,7 @@ from pathlib import Path
 from frugal_dist.training.data import Batches, Source, check_tokens
 from frugal_dist.training.documents import open_documents
 from frugal_dist.training.encoding import Encoder, read_encoder
-from frugal_dist.training.evaluate import Validation
+from frugal_dist.training.evaluate import ROWS_AT_ONCE, Validation
 from frugal_dist.training.prepare import PreparedData, open_prepared
 from frugal_dist.training.recipe import Recipe
 from frugal_dist.training.rows import DocumentRows, Rows, TokenRows, Tokens
@@ -45,14 +45,23 @@ def _open_tokens(recipe: Recipe, world: int) -> OpenData:
     check_tokens(folder / "train.bin", train, data.train_tokens, data.vocab_size)
     check_tokens(folder / "validation.bin", held_back, data.validation_tokens, data.vocab_size)
     rows = _rows(recipe, train, data)
+    if recipe.batch % world:
+        raise ValueError(
+            f"batch is {recipe.batch}, which {world} ranks cannot share equally: use a multiple of {world}."
+        )
     passes = recipe.steps * recipe.batch / rows.count
     if passes > recipe.data.epochs:
         raise ValueError(
             f"{recipe.steps} steps of {recipe.batch} sequences go {passes:.2f} times through the {rows.count:,} "
             f"sequences in {recipe.data.path}, but data.epochs is {recipe.data.epochs:g}. Raise it, or lower steps."
         )
-    validation = Validation(_rows(recipe, held_back, data), recipe.evaluation_tokens)
+    validation = _validation(recipe, _rows(recipe, held_back, data))
     return OpenData(Batches(rows, recipe.batch, recipe.seed), validation, data.vocab_size)
+
+
+def _validation(recipe: Recipe, rows: Rows) -> Validation:
+    """No more rows at once than in training, whose memory is known to be enough."""
+    return Validation(rows, recipe.evaluation_tokens, min(ROWS_AT_ONCE, recipe.micro_batch or ROWS_AT_ONCE))
 
 
 def _rows(recipe: Recipe, tokens: Tokens, data: PreparedData) -> Rows:
@@ -75,7 +84,7 @@ def _open_stream(recipe: Recipe, world: int) -> OpenData:
     held_back = Reading(
         open_documents(data, validation=True), encoder, recipe.length, packed, data.shuffle_buffer, VALIDATION_SEED, 1.0
     )
-    validation = Validation(first_rows(held_back, recipe.evaluation_tokens), recipe.evaluation_tokens)
+    validation = _validation(recipe, first_rows(held_back, recipe.evaluation_tokens))
     batches = Stream(reading, recipe.batch, lanes, data.streams is not None, data.workers)
     return OpenData(batches, validation, encoder.vocab_size)
 

@@ -270,6 +270,78 @@ def test_loop_stops_when_the_loss_is_not_finite(tmp_path, monkeypatch):
     assert terminal.getvalue() == ""  # only rank 0 speaks
 
 
+class SkippingEngine(FakeEngine):
+    """Its steps 3 and 4 have no finite loss, and are skipped."""
+
+    def train_step(self, rows, targets=None):
+        self.steps = getattr(self, "steps", 0) + 1
+        return torch.tensor(math.nan) if self.steps in (3, 4) else torch.tensor(float(self.steps))
+
+    def gradient_norm(self):
+        return math.nan if self.steps in (3, 4) else 1.0
+
+    def skipped_steps(self):
+        return min(max(getattr(self, "steps", 0) - 2, 0), 2)
+
+
+def test_a_skipped_step_does_not_count_in_the_loss(tmp_path):
+    training, _ = _training(tmp_path, SkippingEngine(rank=0, world=1), steps=8)
+    training.log_every = 4
+    with training.metrics:
+        training.run()
+    training, terminal = _training(tmp_path, SkippingEngine(rank=0, world=1), steps=8)
+    with training.metrics:
+        training.run()  # logs every two steps: one record has no loss at all
+    records = read_metrics(tmp_path)
+    assert [row["loss"] for row in of_kind(records, "train")] == [1.5, None, 5.5, 7.5]
+    assert [row["gradient_norm"] for row in of_kind(records, "train")] == [1.0, None, 1.0, 1.0]
+    assert [row["step"] for row in of_kind(records, "skipped")] == [3, 4]
+    assert "step     4/8: skipped" in terminal.getvalue()
+
+
+def test_a_checkpoint_that_could_not_be_saved_is_told(tmp_path):
+    training, terminal = _training(tmp_path, FakeEngine(rank=0, world=1), steps=4)
+    training.save, training.save_every = lambda step, seconds: step == 2, 2
+    with training.metrics:
+        assert not training.run().saved
+    assert [row["step"] for row in of_kind(read_metrics(tmp_path), "not_saved")] == [4]
+    assert "step     4/4: the checkpoint could not be saved" in terminal.getvalue()
+
+
+def test_a_run_that_goes_on_counts_all_its_seconds(tmp_path):
+    training, _ = _training(tmp_path, FakeEngine(rank=0, world=1), steps=4)
+    training.seconds, saved = 1000.0, []
+    training.save = lambda step, seconds: saved.append(seconds) or True
+    with training.metrics:
+        assert 1000.0 <= training.run().seconds < 1100.0
+    assert 1000.0 <= saved[0] < 1100.0
+
+
+def test_a_disk_without_room_for_metrics_does_not_end_rank_0(capsys):
+    metrics = MetricsLog(Path("/dev/full"))
+    metrics.write("train", step=1)
+    metrics.write("train", step=2)
+    assert capsys.readouterr().err.count("metrics.jsonl cannot be written any more") == 1
+
+
+def test_a_record_that_was_cut_off_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "run"}\n{"kind": "tra')
+    assert read_metrics(tmp_path) == [{"kind": "run"}]
+
+
+def test_progress_of_a_run_that_goes_on(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("frugal_dist.training.progress.time.monotonic", lambda: now[0])
+    terminal = io.StringIO()
+    with Progress(100, terminal, shown=True, before=60) as progress:
+        progress.start()
+        for _ in range(20):
+            now[0] += 1.0
+            progress.step()
+            progress.figures(6.5, 1234.5)
+    assert terminal.getvalue() == "step    75/100: loss 6.500, 1,234 tokens/s, 00:25 left\n"
+
+
 def test_progress_in_a_log_file_is_a_line_now_and_then(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("frugal_dist.training.progress.time.monotonic", lambda: now[0])

@@ -168,6 +168,16 @@ def test_a_stopped_run_goes_on_exactly(
     assert len(of_kind(read_metrics(folder / "runs" / name), "run")) == 2
 
 
+def test_fewer_steps_than_are_done_are_refused(
+    folder: Path, uninterrupted: dict[tuple[str, int], float], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Else their weights would be saved as an earlier step's, and the run would go on from there."""
+    saved = sorted(path.name for path in (folder / "runs" / "single" / "checkpoints").iterdir())
+    assert pretrain(recipe(folder, "single", "--steps", "5")) == 1
+    assert "has done 10: raise it or change folder" in capfd.readouterr().err
+    assert sorted(path.name for path in (folder / "runs" / "single" / "checkpoints").iterdir()) == saved
+
+
 @pytest.mark.heavy  # tests/checkpoint goes from any engine to any other
 def test_a_run_goes_on_on_another_engine(folder: Path, uninterrupted: dict[tuple[str, int], float]) -> None:
     """Six steps under DDP on two ranks by one recipe, the rest on one process."""

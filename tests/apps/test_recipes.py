@@ -13,7 +13,7 @@ from frugal_dist.training.compare import contender
 from frugal_dist.training.engines import check_engine
 from frugal_dist.training.optimizers import frugal_options
 from frugal_dist.training.place import find_place, first_host
-from frugal_dist.training.recipe import Optimizer, Recipe, Schedule, check_recipe, read_recipe, shipped
+from frugal_dist.training.recipe import Optimizer, Recipe, Saving, Schedule, check_recipe, read_recipe, shipped
 from frugal_dist.training.schedule import build_schedule
 
 PAPERS = {"9m": 128, "20m": 256, "60m": 512, "130m": 768, "350m": 1024, "1b": 2048, "3b": 2560, "7b": 4096}
@@ -100,6 +100,8 @@ def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
         ({"steps": 0}, "steps"),
         ({"clip": -1.0}, "clip"),
         ({"micro_batch": 0}, "micro_batch"),
+        ({"saving": Saving(keep_last=0)}, "saving.keep_last"),
+        ({"saving": Saving(every=-1)}, "saving.every"),
         ({"precision": "fp16"}, "fp16"),
         ({"deepspeed": "x.json"}, "deepspeed"),
         ({"model": Recipe().model}, "model.llama"),
@@ -173,6 +175,9 @@ STARTS = {
         "SLURM_JOB_ID": "7",
     },
 }
+
+
+STARTS["srun with PMI-2"] = {**STARTS["srun"], "PMI_RANK": "3", "PMI_SIZE": "4"}
 
 
 @pytest.mark.parametrize("launcher", STARTS)
@@ -271,3 +276,14 @@ def test_kernels_that_one_rank_lacks_are_found_before_training(monkeypatch: pyte
     monkeypatch.setenv("FRUGAL_KERNELS", "trition")
     with pytest.raises(ValueError, match=r"FRUGAL_KERNELS='trition' .* auto, torch, triton"):
         check_engine(read_recipe("reviews_5m"), find_place({}))
+
+
+def test_keys_of_the_recipe_are_not_short_for_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--seed is the recipe's, not --seeds cut short; --help lists the recipe's keys."""
+    assert main(["finetune", "minilm_reviews", "--seeds", "1"]) == 2
+    assert "the seed of a single run is --seed" in capsys.readouterr().err
+    assert main(["finetune", "minilm_reviews", "--seed", "one"]) == 2
+    assert "one" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["pretrain", "reviews_5m", "--help"])
+    assert "--optimizer.lr" in capsys.readouterr().out
