@@ -223,10 +223,12 @@ def buckets_of(runtime: Runtime, works: Sequence[Work]) -> list[list[Work]]:
 
 
 def refresh_load(runtime: Runtime, work: Work) -> tuple[int, ...]:
-    """Elements that each rank may hold for this refresh: its own part, and the whole matrix at the owner."""
+    """Elements that each rank may hold for this refresh: the whole matrix at the owner, and parts that travel to it."""
     matrix = work.matrix
-    extra = [matrix.rows * matrix.cols if rank == matrix.owner else 0 for rank in range(runtime.ranks.size)]
-    return tuple(elements(tiles) + more for tiles, more in zip(matrix.storage, extra, strict=True))
+    travels = owned(matrix.storage[matrix.owner], whole(matrix.rows, matrix.cols)[0]) is None
+    parts = [elements(tiles) if travels else 0 for tiles in matrix.storage]
+    parts[matrix.owner] += matrix.rows * matrix.cols
+    return tuple(parts)
 
 
 def _refresh_bucket(runtime: Runtime, works: Sequence[Work]) -> None:
