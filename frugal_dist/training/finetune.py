@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +104,7 @@ def _prepare(recipe: FinetuneRecipe, place: Place, stack: ExitStack) -> Job:
     def summary(outcome: Outcome) -> tuple[dict[str, Any], str]:
         figures: dict[str, Any] = {**best.last, "best": {"step": best.step, **best.figures}}
         figures |= {"parameters": parameters, "trained": trained, "epochs": recipe.epochs, "asked": recipe.steps}
-        return figures, f"score {best.last['score']:.4f}, best {best.figures['score']:.4f} after step {best.step}"
+        return figures, f"score {best.last['score']:.4f}, best {best.figures.get('score', nan):.4f} after step {best.step}"
 
     return Job(
         run,

@@ -80,8 +80,10 @@ class Best:
         self.last = found.figures
         if self.figures and not found.figures["score"] > self.figures["score"]:
             return
-        if self._write(step):
+        # By way of a checkpoint, which every engine can write.
+        if self.engine.save(self.folder / f".{BEST}", step, {}, keep_last=1, on_error=self.on_error):
             self.step, self.figures = step, found.figures
+            self._publish()
 
     def remember(self) -> dict[str, Any]:
         """For checkpoints."""
@@ -91,22 +93,15 @@ class Best:
         """Go on with what a checkpoint holds. A model that was kept after it will be kept again."""
         self.step, self.figures = extra["best"]["step"], extra["best"]["figures"]
 
-    def _write(self, step: int) -> bool:
-        """By way of a checkpoint, which every engine can write; whether it worked.
-
-        If rank 0 fails to convert it, all ranks raise.
-        """
-        saved = self.folder / f".{BEST}"
-        if not self.engine.save(saved, step, {}, keep_last=1, on_error=self.on_error):
-            return False
+    def _publish(self) -> None:
+        """If rank 0 fails to convert the checkpoint, all ranks raise."""
         trouble: Exception | None = None
         if self.engine.rank == 0:
             try:
-                self._convert(saved)
+                self._convert(self.folder / f".{BEST}")
             except Exception as error:  # the others must hear of it, whatever it is
                 trouble = error
         agree(trouble)
-        return True
 
     def _convert(self, saved: Path) -> None:
         partial, old, final = (self.folder / name for name in (f".{BEST}.partial", f".{BEST}.old", BEST))
