@@ -104,7 +104,8 @@ def _prepare(recipe: FinetuneRecipe, place: Place, stack: ExitStack) -> Job:
     def summary(outcome: Outcome) -> tuple[dict[str, Any], str]:
         figures: dict[str, Any] = {**best.last, "best": {"step": best.step, **best.figures}}
         figures |= {"parameters": parameters, "trained": trained, "epochs": recipe.epochs, "asked": recipe.steps}
-        return figures, f"score {best.last['score']:.4f}, best {best.figures.get('score', nan):.4f} after step {best.step}"
+        score = best.figures.get("score", nan)  # none if no checkpoint could be saved
+        return figures, f"score {best.last['score']:.4f}, best {score:.4f} after step {best.step}"
 
     return Job(
         run,
