@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import rank_jobs
 from processes import Fleet
+from torch.distributed import HashStore
 
 from frugal_dist.training.place import Place, find_place
-from frugal_dist.training.ranks import gpu_index
+from frugal_dist.training.ranks import _agreed_gpu, gpu_index
 
 
 def test_what_works_everywhere_goes_on(fleet: Fleet) -> None:
@@ -41,6 +44,19 @@ def test_each_rank_has_a_gpu_of_its_own() -> None:
     assert gpu_index(place, 1) == 0  # the launcher shows each rank only its own
     with pytest.raises(ValueError, match="rank 5 is number 3 of its host"):
         gpu_index(Place(5, 8, 3, 4, "node1", 29500, "Slurm"), 2)
+
+
+def test_a_rank_without_a_gpu_is_heard_by_all() -> None:
+    """Two ranks on a host with one GPU and on one with two, say: told before there is a group."""
+    places = [Place(rank, 2, rank, 2, "node1", 29500, "Slurm") for rank in range(2)]
+    for counts, expected in (((2, 2), [0, 1]), ((2, 0), ["OthersFailed", "ValueError"])):
+        store = HashStore()
+        with ThreadPoolExecutor(2) as pool:
+            asked = [pool.submit(_agreed_gpu, place, count, store) for place, count in zip(places, counts, strict=True)]
+            errors = [one.exception() for one in asked]
+        found = [type(error).__name__ if error else one.result() for one, error in zip(asked, errors, strict=True)]
+        assert found == expected
+    assert "rank 1 failed: rank 1 is number 1 of its host" in str(errors[0])
 
 
 def test_without_mpi4py_or_an_address_the_error_says_what_to_export(monkeypatch: pytest.MonkeyPatch) -> None:
