@@ -108,7 +108,7 @@ def plot_runs(runs: Sequence[Path], out: Path) -> list[Path]:
     _bars(state, {name: of_kind(records, "summary") for name, records in everything.items()})
     for panel in (loss, quality, time):
         panel.grid(alpha=0.3)
-        panel.legend()
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=2)  # one, beside all curves
     if rows == 3:
         _draw_refreshes(panels[2][0], panels[2][1], refreshes)
     paths = [out.with_suffix(".png"), out.with_suffix(".svg")]
@@ -129,8 +129,6 @@ def _draw_refreshes(energy: Any, overlap: Any, refreshes: dict[str, list[dict[st
     overlap.set(xlabel="million tokens", ylabel="overlap with the basis before", ylim=(0, 1))
     for panel in (energy, overlap):
         panel.grid(alpha=0.3)
-        if panel.lines:
-            panel.legend()
 
 
 def _line(panel: Any, name: str, points: Points, marker: str = "", color: str | None = None) -> None:
