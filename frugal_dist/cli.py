@@ -19,12 +19,11 @@ def console() -> NoReturn:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command and return the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
-    options, rest = _parser().parse_known_args(arguments)
-    rest += ["--help"] if getattr(options, "keys", False) else []
-    if rest and not hasattr(options, "changes"):
-        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
-    options.changes = rest
     try:
+        options, rest = _parser().parse_known_args(arguments)
+        if rest and not hasattr(options, "changes"):
+            _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+        options.changes = rest
         return int(options.command(options))
     except ValueError as error:
         print(f"frugal-dist: error: {error}", file=sys.stderr)
@@ -37,13 +36,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Help(argparse.Action):
-    """--help after a recipe lists the recipe's keys, before it the command's own options."""
+    """--help lists the command's own options and, after a recipe, its keys; also where required options are missing."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: object) -> None:
-        if getattr(namespace, "recipe", None) is None:
-            parser.print_help()
-            parser.exit()
-        namespace.keys = True
+        parser.print_help()
+        if getattr(namespace, "recipe", None) is not None:
+            _list_keys(namespace)
+        parser.exit()
+
+
+def _list_keys(options: argparse.Namespace) -> None:
+    from frugal_dist.training.finetune_recipe import FinetuneRecipe
+    from frugal_dist.training.recipe import Recipe, read_recipe
+
+    print(flush=True)
+    if options.command is _finetune:
+        read_recipe(options.recipe, ["--help"], FinetuneRecipe)
+    read_recipe(options.recipe, ["--help"], Recipe)
 
 
 def _with_recipe(commands: Any, name: str, about: str) -> argparse.ArgumentParser:

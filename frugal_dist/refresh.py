@@ -21,7 +21,7 @@ from frugal_dist.projection.subspace import gram_svd, subspace_svd
 from frugal_dist.replicas import fingerprints, mismatched, resynchronise
 from frugal_dist.sharding.exchange import agree_max, all_to_all, broadcast
 from frugal_dist.sharding.plan import moves_for, owner_layout
-from frugal_dist.sharding.route import fill_buckets
+from frugal_dist.sharding.route import fill_buckets, limit_for_owners
 from frugal_dist.sharding.tile import elements, holders, owned, whole
 from frugal_dist.work import Agreed, Cut, Runtime, Work, basis_route, coordinate_cut, moment_names
 
@@ -218,7 +218,8 @@ def buckets_of(runtime: Runtime, works: Sequence[Work]) -> list[list[Work]]:
     for dtype in sorted({work.dtype for work in works}, key=str):
         same = [work for work in works if work.dtype == dtype]
         loads = [refresh_load(runtime, work) for work in same]
-        found += [[same[i] for i in bucket] for bucket in fill_buckets(loads, runtime.bucket_bytes // dtype.itemsize)]
+        limit = limit_for_owners(loads, runtime.bucket_bytes // dtype.itemsize)
+        found += [[same[i] for i in bucket] for bucket in fill_buckets(loads, limit)]
     return found
 
 

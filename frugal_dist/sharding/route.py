@@ -58,14 +58,20 @@ def route(storage: Layout, compute: Layout, rank: int, index: int) -> Route:
     )
 
 
-def fill_buckets(loads: list[tuple[int, ...]], limit: int) -> list[list[int]]:
-    """Group items so that no rank's load in a bucket exceeds ``limit`` elements, by least increase.
+def limit_for_owners(loads: list[tuple[int, ...]], limit: int) -> int:
+    """``limit``, or twice the largest load where matrices are large.
 
-    Model order fills buckets badly: neighbours load the same ranks. Items keep their order within a bucket. Where items
-    are large the limit is twice the largest load: that is room for a whole matrix on every one of N owners and an N-th
-    of each on every rank, so that all owners compute at the same time instead of one after the other.
+    That is room for a whole matrix on every one of N owners and an N-th of each on every rank, so that all owners
+    compute at the same time instead of one after the other.
     """
-    limit = max([limit, *(2 * max(load) for load in loads)])
+    return max([limit, *(2 * max(load) for load in loads)])
+
+
+def fill_buckets(loads: list[tuple[int, ...]], limit: int) -> list[list[int]]:
+    """Group items so that no rank's load in a bucket exceeds ``limit`` elements (single items may), by least increase.
+
+    Model order fills buckets badly: neighbours load the same ranks. Items keep their order within a bucket.
+    """
     buckets: list[tuple[list[int], list[int]]] = []
     for item in sorted(range(len(loads)), key=lambda i: (-max(loads[i]), i)):
         best: tuple[int, int] | None = None

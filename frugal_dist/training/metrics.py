@@ -32,13 +32,12 @@ class MetricsLog:
 
     def write(self, kind: str, **values: Any) -> None:
         """Write one record at once, so that a killed run keeps all it has reached."""
-        if self._file is None:
-            return
-        try:
-            self._file.write(json.dumps({"kind": kind, **values}) + "\n")
-            self._file.flush()
-        except OSError as error:  # the other ranks train on, and would wait for this one
-            self._give_up(error)
+        if self._file:
+            try:
+                self._file.write(json.dumps({"kind": kind, **values}) + "\n")
+                self._file.flush()
+            except OSError as error:  # the other ranks train on, and would wait for this one
+                self._give_up(error)
         if self._also:
             self._also(kind, values)
 

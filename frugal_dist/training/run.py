@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from frugal_dist.training.console import LOG_FILE, log_file, quiet_console
 from frugal_dist.training.place import Place, find_place
-from frugal_dist.training.ranks import joined, together
+from frugal_dist.training.ranks import agree, joined, together
 from frugal_dist.training.recipe import Recipe
 from frugal_dist.training.rollcall import OthersFailed
 from frugal_dist.training.signals import STOPPED, StopRequest, stop_requests
@@ -129,9 +129,8 @@ def _train(job: Job, terminal: TextIO, request: StopRequest) -> int:
     found = engine.resume(Path(recipe.folder) / CHECKPOINTS)
     start = 0 if found is None else found[0]
     if start > recipe.steps:  # going on would save these weights as an earlier step's
-        raise ValueError(
-            f"steps is {recipe.steps}, but the run in {recipe.folder} has done {start}: raise it or change folder."
-        )
+        text = f"steps is {recipe.steps}, but the run in {recipe.folder} has done {start}: raise it or change folder."
+        agree(ValueError(text))
     if found is not None:
         job.batches.load_state_dict(found[1].get("data", []), start)
         if job.recall is not None:
@@ -146,9 +145,8 @@ def _train(job: Job, terminal: TextIO, request: StopRequest) -> int:
             print(f"Stopped after step {outcome.steps} ({why}); the same command goes on{where}.", file=terminal)
         return STOPPED
     if not outcome.saved:
-        raise OSError(
-            f"all steps are done, but the last checkpoint could not be saved in {recipe.folder}; see {LOG_FILE}."
-        )
+        text = f"all steps are done, but the last checkpoint could not be saved in {recipe.folder}; see {LOG_FILE}."
+        agree(OSError(text))
     return 0
 
 
@@ -180,6 +178,7 @@ def _run(job: Job, start: int, seconds: float, terminal: TextIO, request: StopRe
         outcome = _training(job, start, seconds, metrics, progress, request).run()
         if outcome.steps < recipe.steps:
             metrics.write("stopped", step=outcome.steps, signal=request.name)
+        if outcome.steps < recipe.steps or not outcome.saved:  # without a summary the run does not count as finished
             return outcome
         state, kinds = engine.state_bytes(), gathered(engine.state_kinds())
         figures, text = job.summary(outcome)

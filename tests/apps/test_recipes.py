@@ -284,6 +284,9 @@ def test_keys_of_the_recipe_are_not_short_for_options(tmp_path: Path, capsys: py
     assert "the seed of a single run is --seed" in capsys.readouterr().err
     assert main(["finetune", "minilm_reviews", "--seed", "one"]) == 2
     assert "one" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["pretrain", "reviews_5m", "--help"])
-    assert "--optimizer.lr" in capsys.readouterr().out
+    for command, recipe in (("pretrain", "reviews_5m"), ("compare", "reviews_5m"), ("finetune", "minilm_reviews")):
+        with pytest.raises(SystemExit) as end:
+            main([command, recipe, "--help"])
+        assert end.value.code in (0, None)
+        assert "--optimizer.lr" in capsys.readouterr().out
+    assert main(["pretrain", "reviews_5", "--help"]) == 2
