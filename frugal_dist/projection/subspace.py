@@ -51,7 +51,7 @@ def _well_conditioned(columns: Tensor) -> Tensor:
     order = list(range(len(columns)))
     for row, other in enumerate(swaps.tolist()):  # counted from 1
         order[row], order[other - 1] = order[other - 1], order[row]
-    lower = factors.tril_(-1)
+    lower: Tensor = factors.tril_(-1)
     lower.diagonal().fill_(1.0)
     back = torch.tensor(order, device=columns.device).argsort()
     return lower.T.index_select(1, back).T
