@@ -56,10 +56,12 @@ LAUNCHERS = {
         meeting_point,
     ),
     "MPICH": Launcher("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", meeting_point),
-    "Slurm": Launcher("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+    "Slurm": Launcher("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 }
 """In the order in which they are asked: srun may start torchrun or mpirun, which then know better."""
 PORTS = range(20_000, 60_000)
+FIRST_RESERVED_STEP = 0xFFFF_FFF0
+"""Slurm numbers the steps that are no srun of the user's from here on: an interactive shell has 4294967290."""
 
 
 def find_place(environ: Mapping[str, str] | None = None) -> Place:
@@ -70,7 +72,9 @@ def find_place(environ: Mapping[str, str] | None = None) -> Place:
     environ = os.environ if environ is None else environ
     for name, launcher in LAUNCHERS.items():
         if launcher.rank in environ and _started_by(name, environ):
-            return _checked(_place(name, launcher, environ), launcher)
+            place = _checked(_place(name, launcher, environ), launcher)
+            _check_step(place, environ)
+            return place
     if "WORLD_SIZE" in environ and environ["WORLD_SIZE"] != "1":
         raise ValueError(
             f"WORLD_SIZE is {environ['WORLD_SIZE']}, but RANK is not set: start every rank with torchrun, deepspeed, "
@@ -86,12 +90,28 @@ def _free_port() -> int:
 
 
 def _started_by(name: str, environ: Mapping[str, str]) -> bool:
-    """Slurm's variables are in the shell of sbatch and salloc too: only a step is started by srun.
+    """Slurm's variables are in the shell of sbatch and salloc too: only a step of several tasks is started by srun.
 
     srun with PMI-2 sets MPICH's variables as well, but not the local rank, which MPICH's own mpirun does.
     """
-    step = environ.get("SLURM_STEP_ID", "batch").isdigit()
+    step = _in_step(environ)
     return {"Slurm": step, "MPICH": not step or "MPI_LOCALRANKID" in environ}.get(name, True)
+
+
+def _in_step(environ: Mapping[str, str]) -> bool:
+    step = environ.get("SLURM_STEP_ID", "")
+    return step.isdigit() and int(step) < FIRST_RESERVED_STEP
+
+
+def _check_step(place: Place, environ: Mapping[str, str]) -> None:
+    """Variables left over in the shell that called srun would make every task a world of its own."""
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "")
+    each_its_own = "TORCHELASTIC_RUN_ID" in environ  # torchrun in every task is the user's wish
+    if _in_step(environ) and tasks.isdigit() and place.world < int(tasks) and not each_its_own:
+        raise ValueError(
+            f"srun started {tasks} tasks, but WORLD_SIZE={place.world} and RANK={place.rank} are set: unset RANK, "
+            "LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE before srun; every task knows its own."
+        )
 
 
 def _place(name: str, launcher: Launcher, environ: Mapping[str, str]) -> Place:
@@ -122,10 +142,13 @@ def _number(environ: Mapping[str, str], key: str, launcher: str, default: int | 
 
 
 def _local_world(environ: Mapping[str, str], launcher: Launcher, world: int) -> int:
-    """Ranks on this node; Slurm may write "2(x3),1" or nothing."""
-    text = environ.get(launcher.local_world, environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    found = re.match(r"\d+", text)
-    return int(found.group()) if found else world
+    """Ranks on this node; Slurm writes those of all nodes: "2(x3),1"."""
+    text = environ.get(launcher.local_world, "")
+    if text.isdigit():
+        return int(text)
+    nodes = [int(count) for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text) for _ in range(int(times or 1))]
+    node = int(environ.get("SLURM_NODEID", "0"))
+    return nodes[node] if node < len(nodes) else world
 
 
 def _meeting_point(name: str, environ: Mapping[str, str]) -> tuple[str, int]:

@@ -167,8 +167,9 @@ STARTS = {
     "mpich": {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2", **MEETING},
     "srun": {
         "SLURM_PROCID": "3",
-        "SLURM_NTASKS": "4",
+        "SLURM_STEP_NUM_TASKS": "4",
         "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "1",
         "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
         "SLURM_STEP_ID": "0",
         "SLURM_STEP_NODELIST": "node[1-2]",
@@ -188,11 +189,37 @@ def test_every_launcher_tells_the_place(launcher: str) -> None:
     assert place.port > 0
 
 
-def test_a_process_alone() -> None:
-    for environ in ({}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}):  # the second: inside sbatch
-        place = find_place(environ)
-        assert (place.rank, place.world, place.launcher) == (0, 1, "none")
-        assert place.port > 0
+SHELLS = {
+    "no launcher": {},
+    "sbatch": {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"},
+    "salloc": {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "4294967290"},
+}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_process_alone(shell: str) -> None:
+    place = find_place(SHELLS[shell])
+    assert (place.rank, place.world, place.launcher) == (0, 1, "none")
+    assert place.port > 0
+
+
+def test_nodes_of_different_size() -> None:
+    uneven = {**STARTS["srun"], "SLURM_STEP_TASKS_PER_NODE": "1,3", "SLURM_LOCALID": "2"}
+    assert find_place(uneven).local_world == 3
+
+
+def test_deepspeed_in_an_interactive_step_of_slurm() -> None:
+    """It says nothing of the node's ranks; what Slurm says of the shell's step is not about them."""
+    shell = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_PROCID": "0"}
+    place = find_place({**STARTS["deepspeed"], **shell})
+    assert (place.rank, place.local_rank, place.local_world) == (3, 1, 4)
+
+
+def test_left_over_ranks_under_srun_are_refused() -> None:
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **MEETING}
+    with pytest.raises(ValueError, match="srun started 4 tasks, but WORLD_SIZE=1"):
+        find_place({**STARTS["srun"], **alone})
+    assert find_place({**STARTS["srun"], **alone, "TORCHELASTIC_RUN_ID": "mine"}).world == 1
 
 
 @pytest.mark.parametrize(
