@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,8 +28,8 @@ class Finding:
 class Evaluation(Protocol):
     """Measures a model. Every rank calls it at the same steps, and all get the same answer."""
 
-    def evaluate(self, engine: Engine) -> Finding:
-        """Measure now."""
+    def evaluate(self, engine: Engine, stop: Callable[[], bool]) -> Finding | None:
+        """Measure now; ``stop()``, which all ranks ask together: whether to give up, and return None."""
 
 
 class Validation:
@@ -47,17 +48,21 @@ class Validation:
         """How many tokens are predicted; positions of padding are not."""
         return self.rows.targets(self.count)
 
-    def evaluate(self, engine: Engine) -> Finding:
-        loss = self.loss(engine)
+    def evaluate(self, engine: Engine, stop: Callable[[], bool]) -> Finding | None:
+        loss = self.loss(engine, stop)
+        if loss is None:
+            return None
         perplexity = math.exp(loss)
         return Finding(loss, {"perplexity": perplexity}, f"validation perplexity {perplexity:,.1f}")
 
-    def loss(self, engine: Engine) -> float:
-        """Mean loss per token. Row i belongs to rank i mod world."""
+    def loss(self, engine: Engine, stop: Callable[[], bool]) -> float | None:
+        """Mean loss per token; None if told to stop. Row i belongs to rank i mod world."""
         # Every rank calls the model equally often, as sharded weights require; rows past the end count nothing.
         turns = -(-self.count // engine.world)
         total = 0.0
         for first in range(0, turns, self.at_once):
+            if stop():
+                return None
             mine = [turn * engine.world + engine.rank for turn in range(first, min(first + self.at_once, turns))]
             rows = self.rows.take(min(number, self.count - 1) for number in mine)
             losses = engine.losses(torch.from_numpy(rows)).view(len(mine), -1).double().sum(dim=1)

@@ -24,8 +24,8 @@ from frugal_dist.training.rows import IGNORED
 class Outcome:
     """What came out of a training.
 
-    ``steps`` are those done in all; fewer than planned if it was told to stop. ``seconds`` as well. Losses are NaN if
-    nothing was evaluated. ``saved``: whether the last of them are in a checkpoint.
+    ``steps`` are those done in all, in ``seconds``. Losses are NaN if nothing was evaluated. ``saved``: whether the
+    last of the steps are in a checkpoint. ``finished``: all steps are done and evaluated; not if it was told to stop.
     """
 
     steps: int
@@ -34,6 +34,7 @@ class Outcome:
     first_loss: float
     last_loss: float
     saved: bool = True
+    finished: bool = True
 
 
 @dataclass
@@ -41,7 +42,8 @@ class Training:
     """One training run of a given number of steps, on one rank.
 
     ``start``: steps done before, in ``seconds``, by a run that this one continues. ``save(step, seconds)`` writes a
-    checkpoint and says whether that worked, every ``save_every`` steps (0: never), at the end and when told to stop.
+    checkpoint and says whether that worked, every ``save_every`` steps (0: never), at the end and when told to stop;
+    before an evaluation of the same step, which may take long, unless ``evaluated`` makes the checkpoint depend on it.
     ``stop()``: whether this rank was told to stop, by a signal. ``bad_steps``: so many steps in a row without a finite
     gradient end the run. ``flop_share``: the share of all devices' arithmetic that one token per second takes; 0: not
     known. ``evaluated(step, finding)`` hears of every evaluation. ``evaluate_first``: also before the first step.
@@ -71,37 +73,60 @@ class Training:
     _skipped: int = field(default=0, init=False)
     _bad: int = field(default=0, init=False)
     _begin: float = field(default=0.0, init=False)
+    _saved: tuple[int, bool] = field(default=(-1, True), init=False)
+    _losses: tuple[float, float] = field(default=(math.nan, math.nan), init=False)
 
     def run(self) -> Outcome:
         """Train all steps, evaluating at the start, at the end and in between."""
         self._begin = time.monotonic() - self.seconds
         self._skipped = self.engine.skipped_steps()
-        begins = self.evaluate_first and self.start == 0
-        first = last = self._evaluate(self.start) if begins or self.start == self.steps else math.nan
+        if self._begins_with_evaluation() and not self._evaluate(self.start):
+            return self._outcome(self.start, finished=False)
         self.progress.start()
         for done in range(self.start + 1, self.steps + 1):
-            self._train_step(done - 1)
+            stopping = self._timed_step(done - 1)
             self.progress.step()
             if done % self.log_every == 0 or done == self.steps:
                 self._log(done)
-            if done == self.steps or (self.evaluate_every and done % self.evaluate_every == 0):
-                last = self._evaluate(done)
-            if self._must_stop():
-                return self._outcome(done, first, last)
-            if self.save_every and done % self.save_every == 0 and done < self.steps:
+            if stopping and done < self.steps:
+                return self._outcome(done, finished=False)
+            if self.evaluated is None and self._due(done, self.save_every):
                 self._save(done)
-        return self._outcome(self.steps, first, last)
+            if self._due(done, self.evaluate_every) and not self._evaluate(done):
+                return self._outcome(done, finished=False)
+            if self._due(done, self.save_every):
+                self._save(done)
+        return self._outcome(self.steps)
 
-    def _outcome(self, done: int, first: float, last: float) -> Outcome:
-        saved = self._save(done)
-        return Outcome(done, self._tokens(done), self._seconds(), first, last, saved)
+    def _due(self, done: int, every: int) -> bool:
+        return done == self.steps or bool(every and done % every == 0)
+
+    def _begins_with_evaluation(self) -> bool:
+        """Also when the run was stopped before it could evaluate the step that it goes on from."""
+        if self.start == 0 or self.start == self.steps:
+            return self.evaluate_first or self.start == self.steps
+        known = self.engine.total([float(self.metrics.knows("validation", self.start))])[0] > 0
+        return self._due(self.start, self.evaluate_every) and not known
+
+    def _outcome(self, done: int, finished: bool = True) -> Outcome:
+        saved = self._save(done) if finished or done > self.start else True  # nothing new since the start
+        return Outcome(done, self._tokens(done), self._seconds(), *self._losses, saved, finished)
+
+    def _timed_step(self, index: int) -> bool:
+        """Whether any rank was told to stop: all must stop after the same step.
+
+        On a GPU asking this is what waits for the step, the optimizer's part included.
+        """
+        begin = time.monotonic()
+        self._train_step(index)
+        stopping = self._must_stop()
+        self._busy += time.monotonic() - begin
+        return stopping
 
     def _train_step(self, index: int) -> None:
-        begin = time.monotonic()
         rows, targets = self._rows(index)
         loss = self.engine.train_step(rows, targets)
         self._steps_since += 1
-        self._busy += time.monotonic() - begin
         if not self._was_skipped(index + 1):  # a skipped step's loss may be NaN, and has taught the model nothing
             self._loss_sum = self._loss_sum + loss
             self._loss_count += 1
@@ -147,16 +172,17 @@ class Training:
         return True
 
     def _must_stop(self) -> bool:
-        """Whether any rank was told to stop: all must stop after the same step."""
         return self.stop is not None and self.engine.total([float(self.stop())])[0] > 0
 
     def _save(self, done: int) -> bool:
-        """Whether there is a checkpoint, or none is wanted."""
-        if self.save is None or self.save(done, self._seconds()):
-            return True
-        self.metrics.write("not_saved", step=done)
-        self.progress.say(f"step {done:>5}/{self.steps}: the checkpoint could not be saved")
-        return False
+        """Whether there is a checkpoint of this step, or none is wanted; tried once."""
+        if self._saved[0] != done:
+            saved = self.save is None or self.save(done, self._seconds())
+            self._saved = (done, saved)
+            if not saved:
+                self.metrics.write("not_saved", step=done)
+                self.progress.say(f"step {done:>5}/{self.steps}: the checkpoint could not be saved")
+        return self._saved[1]
 
     def _log(self, done: int) -> None:
         """Write the mean over the steps since the last record."""
@@ -196,14 +222,19 @@ class Training:
                 overlap=_or_none(found.overlap),
             )
 
-    def _evaluate(self, done: int) -> float:
-        found = self.validation.evaluate(self.engine)
+    def _evaluate(self, done: int) -> bool:
+        """False if it was told to stop before the end."""
+        found = self.validation.evaluate(self.engine, self._must_stop)
+        if found is None:
+            return False
         figures = {"tokens": self._tokens(done), "seconds": self._seconds(), "loss": found.loss, **found.figures}
         self.metrics.write("validation", step=done, **figures)
         self.progress.say(f"step {done:>5}/{self.steps}: {found.text}")
         if self.evaluated is not None:
             self.evaluated(done, found)
-        return found.loss
+        first = found.loss if done == self.start else self._losses[0]
+        self._losses = (first, found.loss)
+        return True
 
     def _seconds(self) -> float:
         """Of training, in this process and those that it continues."""

@@ -26,8 +26,9 @@ class MetricsLog:
     ) -> None:
         self._also = also
         goes_on = path is not None and after is not None and path.is_file()
+        self._known: set[tuple[str, int]] = set()
         if path and after is not None and goes_on:
-            _cut(path, after)
+            self._known = {(record["kind"], record.get("step", 0)) for record in _cut(path, after)}
         self._file = path.open("a" if goes_on else "w", encoding="utf-8") if path else None
 
     def write(self, kind: str, **values: Any) -> None:
@@ -40,6 +41,10 @@ class MetricsLog:
                 self._give_up(error)
         if self._also:
             self._also(kind, values)
+
+    def knows(self, kind: str, step: int) -> bool:
+        """Whether the run that this one continues wrote such a record."""
+        return (kind, step) in self._known
 
     def _give_up(self, error: OSError) -> None:
         """No more records: what was lost of one would garble the next."""
@@ -61,13 +66,15 @@ class MetricsLog:
         self._close()
 
 
-def _cut(path: Path, step: int) -> None:
-    """Keep the lines up to a step, without a last one that was cut off; in one move, so that a kill loses none."""
+def _cut(path: Path, step: int) -> list[dict[str, Any]]:
+    """Keep the records up to a step, without a last one that was cut off; in one move, so that a kill loses none."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line).get("step", 0) <= step]
+    whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+    kept = [(line, record) for line, record in whole if record.get("step", 0) <= step]
     unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text("".join(kept), encoding="utf-8")
+    unfinished.write_text("".join(line for line, _ in kept), encoding="utf-8")
     os.replace(unfinished, path)
+    return [record for _, record in kept]
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -138,7 +138,7 @@ def _train(job: Job, terminal: TextIO, request: StopRequest) -> int:
     if engine.rank == 0:
         print(_headline(job, start), file=terminal)
     outcome = _run(job, start, 0.0 if found is None else float(found[1].get(SECONDS, 0.0)), terminal, request)
-    if outcome.steps < recipe.steps:
+    if not outcome.finished:
         if engine.rank == 0:
             why = request.name or "a signal to another rank"
             where = "" if outcome.saved else " from the last checkpoint that could be saved"
@@ -176,9 +176,9 @@ def _run(job: Job, start: int, seconds: float, terminal: TextIO, request: StopRe
         metrics = stack.enter_context(together(lambda: MetricsLog(path, start or None, trackers)))
         metrics.write("run", **job.record, start=start, ranks=engine.world)
         outcome = _training(job, start, seconds, metrics, progress, request).run()
-        if outcome.steps < recipe.steps:
+        if not outcome.finished:
             metrics.write("stopped", step=outcome.steps, signal=request.name)
-        if outcome.steps < recipe.steps or not outcome.saved:  # without a summary the run does not count as finished
+        if not outcome.finished or not outcome.saved:  # without a summary the run does not count as finished
             return outcome
         state, kinds = engine.state_bytes(), gathered(engine.state_kinds())
         figures, text = job.summary(outcome)

@@ -35,7 +35,7 @@ class Scoring:
     classifier: Classifier
     metrics: tuple[str, ...]
 
-    def evaluate(self, engine: Engine) -> Finding:
+    def evaluate(self, engine: Engine, stop: Callable[[], bool]) -> Finding | None:
         """Batches are the same for every number of ranks: of examples of similar length; batch i is for rank i mod
         world. Every rank calls the model equally often, as sharded weights require; what is beyond the end counts
         nothing.
@@ -44,6 +44,8 @@ class Scoring:
         batches = [order[first : first + _TOGETHER] for first in range(0, len(order), _TOGETHER)]
         mine: list[tuple[int, Tensor, Tensor]] = []
         for turn in range(-(-len(batches) // engine.world)):
+            if stop():
+                return None
             number = turn * engine.world + engine.rank
             rows = torch.from_numpy(self.rows.take(batches[min(number, len(batches) - 1)]))
             found = engine.outputs(self.classifier.logits, rows)

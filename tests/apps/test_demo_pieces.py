@@ -206,7 +206,7 @@ def test_validation_covers_the_same_tokens_for_every_number_of_ranks(world):
     assert validation.tokens == 44 * 4
     engines = [FakeEngine(rank, world) for rank in range(world)]
     for engine in engines:
-        validation.loss(engine)
+        validation.loss(engine, lambda: False)
     assert sum(sum(engine.sums) for engine in engines) == sum(range(1, 44 * 4 + 1))
     assert len({engine.calls for engine in engines}) == 1
 
@@ -306,6 +306,62 @@ def test_a_checkpoint_that_could_not_be_saved_is_told(tmp_path):
         assert not training.run().saved
     assert [row["step"] for row in of_kind(read_metrics(tmp_path), "not_saved")] == [4]
     assert "step     4/4: the checkpoint could not be saved" in terminal.getvalue()
+
+
+class Stopping(FakeEngine):
+    """Is told to stop when its loss has been asked for so many times."""
+
+    after = 99
+
+    def told(self):
+        return self.calls >= self.after
+
+
+def test_a_stop_does_not_wait_for_an_evaluation_whose_step_is_saved_before_it(tmp_path):
+    order = []
+    engine = Stopping(rank=0, world=1)
+    training, _ = _training(tmp_path, engine, steps=8)
+    training.validation = Validation(_rows(count=40, length=1), tokens=40, at_once=10)
+    training.save = lambda step, seconds: order.append((step, engine.calls)) or True
+    training.save_every, training.stop, engine.after = 4, engine.told, 6  # the second of four calls of step 4
+    with training.metrics:
+        outcome = training.run()
+    assert (outcome.steps, outcome.finished, outcome.saved) == (4, False, True)
+    assert order == [(4, 4)]  # before the evaluation, and only once
+    assert engine.calls == 6
+    assert [row["step"] for row in of_kind(read_metrics(tmp_path), "validation")] == [0]
+
+    (tmp_path / "again").mkdir()
+    again, _ = _training(tmp_path / "again", FakeEngine(rank=0, world=1), steps=8)
+    again.start = 4
+    for _ in range(2):  # the second time the evaluation of step 4 is there
+        again.metrics.__exit__(None, None, None)
+        again.metrics = MetricsLog(tmp_path / "metrics.jsonl", 4)
+        with again.metrics:
+            assert again.run().finished
+        assert [row["step"] for row in of_kind(read_metrics(tmp_path), "validation")] == [0, 4, 8]
+
+
+def test_the_last_evaluation_can_be_stopped_too(tmp_path):
+    engine = Stopping(rank=0, world=1)
+    training, _ = _training(tmp_path, engine, steps=4)
+    training.stop, engine.after, training.save = engine.told, 1, lambda step, seconds: True
+    training.evaluate_first = False
+    training.validation = Validation(_rows(count=40, length=1), tokens=40, at_once=10)
+    with training.metrics:
+        outcome = training.run()
+    assert (outcome.steps, outcome.finished) == (4, False)
+
+
+def test_a_checkpoint_that_depends_on_the_evaluation_comes_after_it(tmp_path):
+    order = []
+    training, _ = _training(tmp_path, FakeEngine(rank=0, world=1), steps=4)
+    training.save = lambda step, seconds: order.append(f"saved {step}") or True
+    training.evaluated = lambda step, found: order.append(f"evaluated {step}")
+    training.save_every = 2
+    with training.metrics:
+        training.run()
+    assert order == ["evaluated 0", "saved 2", "evaluated 4", "saved 4"]
 
 
 def test_a_run_that_goes_on_counts_all_its_seconds(tmp_path):
