@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from frugal_dist.training.damage import find_damage, no_text
 from frugal_dist.training.encoding import OFFLINE
 from frugal_dist.training.local import check_files, common_kind, find_files
 from frugal_dist.training.recipe import Data
 
 C4 = "allenai/c4"
+
+
+class NoText(Exception):
+    """An example whose column holds no text."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +32,6 @@ class Documents:
     column: str
     label: str
     files: tuple[Path, ...]
-
-    @property
-    def shards(self) -> int:
-        """Files, or parts of them, that can be read independently."""
-        return int(self.dataset.num_shards)
 
     @property
     def local_bytes(self) -> int | None:
@@ -56,14 +57,26 @@ class Documents:
         stream.set_epoch(epoch)
         return stream
 
-    def text(self, example: dict[str, Any]) -> str:
-        """The text of an example; None and other types are errors that name the column."""
+    def take(self, examples: Iterator[dict[str, Any]], count: int) -> list[str]:
+        """The texts of the next ``count`` examples of a part, fewer at its end.
+
+        Raises ValueError that names the file and the line or row, for local files, if one holds no text or reading
+        fails.
+        """
+        try:
+            return [self._text(example) for example in islice(examples, count)]
+        except NoText as error:
+            damage = find_damage(self.files, self.column)
+            raise ValueError(f"{damage.place if damage else self.label}: {error}") from error
+        except Exception as error:  # of datasets, pyarrow, the unpacker, the network; many of them are ValueErrors
+            cause = _cause(error, self.files, self.column)
+            raise ValueError(f"{self.label} cannot be read any further: {cause}.") from error
+
+    def _text(self, example: dict[str, Any]) -> str:
         found = example[self.column]
         if not isinstance(found, str):
-            raise ValueError(
-                f"{self.label}: column {self.column!r} holds {type(found).__name__} where text should be. Name the "
-                "column that holds the text in data.column."
-            )
+            advice = "Remove that document" if found is None else "Name the column that holds the text in data.column"
+            raise NoText(f"{no_text(found, self.column)}. {advice}.")
         return found
 
 
@@ -75,7 +88,7 @@ def open_documents(data: Data, validation: bool = False) -> Documents:
     key = "data.validation_path" if validation and data.validation_path else "data.path"
     path = data.validation_path if key == "data.validation_path" else data.path
     dataset, label, files = _OPENERS[data.kind](data, path, validation, key)
-    first = _first(dataset, label)
+    first = _first(dataset, label, files, data.column)
     if data.column not in first:
         raise ValueError(
             f"{label} has no column {data.column!r}: its columns are {', '.join(first)}. Set data.column to one."
@@ -83,15 +96,21 @@ def open_documents(data: Data, validation: bool = False) -> Documents:
     return Documents(dataset.select_columns([data.column]), data.column, label, tuple(files))
 
 
-def _first(dataset: Any, label: str) -> dict[str, Any]:
+def _first(dataset: Any, label: str, files: Sequence[Path], column: str) -> dict[str, Any]:
     """The first example: whether the data can be read at all shows now, not at the first step."""
     try:
         found: dict[str, Any] | None = next(iter(dataset), None)
     except Exception as error:  # of datasets, pyarrow, the unpacker, the network
-        raise ValueError(f"{label} cannot be read: {short(error)}.") from error
+        raise ValueError(f"{label} cannot be read: {_cause(error, files, column)}.") from error
     if found is None:
         raise ValueError(f"{label} is empty.")
     return found
+
+
+def _cause(error: Exception, files: Sequence[Path], column: str) -> str:
+    """Where reading failed, if that can be found, and why."""
+    damage = find_damage(files, column)
+    return f"{damage.place}: {damage.trouble}" if damage else short(error)
 
 
 def short(error: BaseException) -> str:

@@ -16,14 +16,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from frugal_dist.training.data import TOKEN_TYPES
-from frugal_dist.training.documents import Documents, short
+from frugal_dist.training.documents import Documents
 from frugal_dist.training.encoding import Encoder
 
 HALVES = ("train", "validation")
@@ -79,15 +78,7 @@ Chunk = tuple[int, list[str], dict[str, Any]]
 
 def _chunks(documents: Documents, stream: Any, per_part: int, first: int) -> Iterator[Chunk]:
     examples, number = iter(stream), first
-    while True:
-        try:
-            texts = [documents.text(example) for example in islice(examples, per_part)]
-        except ValueError:
-            raise
-        except Exception as error:  # of datasets, pyarrow, the unpacker, the network
-            raise ValueError(f"{documents.label} cannot be read any further: {short(error)}.") from error
-        if not texts:
-            return
+    while texts := documents.take(examples, per_part):
         yield number, texts, stream.state_dict()
         number += 1
 

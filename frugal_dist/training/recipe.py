@@ -60,8 +60,9 @@ class Data:
         validation_split: its validation split.
         validation_path: like path, where the source has no validation split of its own.
         shuffle_buffer: documents among which a stream is shuffled.
-        streams: parts of a stream that are read side by side, a multiple of the ranks; null: 8, where files and batch
-            can be divided so, otherwise one a rank. Batches depend on this number, not on that of the ranks.
+        streams: parts of a stream that are read side by side; it divides the batch. Null: 8, or the next smaller number
+            that does. Batches depend on this number, not on that of the ranks. More ranks than streams read the same
+            text several times.
         workers: threads in which every rank reads and tokenizes streams ahead.
         epochs: how often the training text may be gone through; fewer passes than the steps need are an error.
     """

@@ -13,7 +13,7 @@ from frugal_dist.training.evaluate import ROWS_AT_ONCE, Validation
 from frugal_dist.training.prepare import PreparedData, open_prepared
 from frugal_dist.training.recipe import Recipe
 from frugal_dist.training.rows import DocumentRows, Rows, TokenRows, Tokens
-from frugal_dist.training.streams import Reading, Stream, check_enough, choose_lanes, first_rows
+from frugal_dist.training.streams import LANES, Reading, Stream, check_enough, choose_lanes, first_rows
 
 VALIDATION_SEED = 42  # of the papers' code: all runs are measured on the same text
 COUNTED_BYTES = 32 << 20
@@ -76,7 +76,9 @@ def _open_stream(recipe: Recipe, world: int) -> OpenData:
     _check_vocabulary(recipe, encoder)
     packed = data.rows == "packed"
     texts = open_documents(data)
-    lanes = choose_lanes(data.streams, recipe.batch, world, texts.shards)
+    # Where every file is a document, there are no more of them to be divided.
+    most = min(LANES, len(texts.files)) if data.kind == "files" and data.documents == "file" else LANES
+    lanes = choose_lanes(data.streams, recipe.batch, world, most)
     block = max(1, data.shuffle_buffer // lanes)
     reading = Reading(texts, encoder, recipe.length, packed, block, recipe.seed, data.epochs)
     if texts.local_bytes is not None and texts.local_bytes <= COUNTED_BYTES:

@@ -1,8 +1,9 @@
 """Training batches from streamed text, resumable at the exact position.
 
 The text is divided into a fixed number of lanes, whatever the number of ranks: a batch takes equally many rows from
-each, and a rank reads the lanes of its part of the batch. Batches are therefore the same on one rank and on eight, and
-a run may go on with another number of ranks. A lane reads its documents in blocks, shuffles each block, and makes rows
+each, and a rank reads the lanes of its part of the batch. Where there are more ranks than lanes, several read the same
+lane and take different rows of it. Batches are therefore the same on every number of ranks, and a run may go on with
+another one. A lane reads its documents in blocks, shuffles each block, and makes rows
 of them. Its position is where the current block began and how many rows were taken since: going on means reading a
 block again, not storing it.
 """
@@ -17,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from frugal_dist.training.documents import Documents, short
+from frugal_dist.training.documents import Documents
 from frugal_dist.training.encoding import Encoder
 from frugal_dist.training.rows import IGNORED, MemoryRows, Row, cut_or_padded
 
-LANES = 8  # where neither the recipe nor a checkpoint says how many
+LANES = 8  # at most, where neither the recipe nor a checkpoint says how many
 _TOGETHER = 64  # documents encoded at once
 
 
@@ -66,7 +67,7 @@ class Lane:
         while position.epoch < passes:
             stream = self._open(position)
             examples = iter(stream)
-            while texts := self._block(examples):
+            while texts := self.reading.documents.take(examples, self.reading.block):
                 carry: list[int] = list(position.carry)
                 for number, row in enumerate(self._rows_of_block(texts, position, carry), start=1):
                     if number > position.taken:
@@ -87,16 +88,6 @@ class Lane:
         if position.source is not None:
             stream.load_state_dict(position.source)
         return stream
-
-    def _block(self, examples: Iterator[dict[str, Any]]) -> list[str]:
-        documents = self.reading.documents
-        try:
-            texts = [documents.text(example) for example in islice(examples, self.reading.block)]
-        except ValueError:
-            raise
-        except Exception as error:  # of datasets, pyarrow, the unpacker, the network
-            raise ValueError(f"{documents.label} cannot be read any further: {short(error)}.") from error
-        return texts
 
     def _rows_of_block(self, texts: list[str], position: Position, carry: list[int]) -> Iterator[Row]:
         """The rows of a block, shuffled. At their end ``carry`` holds the tokens that were left over."""
@@ -145,7 +136,7 @@ class Stream:
         """The rows of batch `index` on this rank. A stream only goes forward, by one batch each time."""
         if index != self._index:
             raise ValueError(f"a stream that is at batch {self._index} was asked for batch {index}.")
-        mine = self._mine(rank, world)
+        mine, cut = self._mine(rank, world)
         if not self._ahead:
             self._read_ahead(mine)
         found = {number: self._ahead.pop(number).result() for number in mine}
@@ -153,16 +144,15 @@ class Stream:
             self._positions[number] = position
         self._index += 1
         self._read_ahead(mine)
-        return np.stack([row for rows, _ in found.values() for row in rows])
+        return np.stack([row for rows, _ in found.values() for row in rows][cut])
 
-    def _mine(self, rank: int, world: int) -> range:
-        if self.lanes % world or self.batch_size % self.lanes:
-            raise ValueError(
-                f"{self.lanes} streams of text cannot be shared equally by {world} ranks, or a batch of "
-                f"{self.batch_size} cannot take equally many rows of each. Set data.streams, or change the ranks."
-            )
-        part = self.lanes // world
-        return range(rank * part, (rank + 1) * part)
+    def _mine(self, rank: int, world: int) -> tuple[range, slice]:
+        """The lanes of a rank, and its part of their rows."""
+        _check_shares(self.batch_size, world, self.lanes)
+        of_lane, of_rank = self.batch_size // self.lanes, self.batch_size // world
+        first, end = rank * of_rank, (rank + 1) * of_rank
+        lanes = range(first // of_lane, -(-end // of_lane))
+        return lanes, slice(first - lanes.start * of_lane, end - lanes.start * of_lane)
 
     def _read_ahead(self, mine: range) -> None:
         for number in mine:
@@ -192,7 +182,7 @@ class Stream:
         }
 
     def load_state_dict(self, states: list[dict[str, Any]], index: int) -> None:
-        """Go on where the ranks that saved were, on any number of ranks that can share the lanes.
+        """Go on where the ranks that saved were, on any number of ranks.
 
         Lanes and blocks stay as the run was begun with. Raises ValueError if the checkpoint is of a run on other data,
         or other keys of the recipe have changed on which the rows depend.
@@ -211,6 +201,11 @@ class Stream:
                     f"{key} is {value}, but the run was begun with {states[0]['settings'][key]}: its position in the "
                     "text would mean another text. Set it back, or begin in another folder."
                 )
+        if self.batch_size % lanes:
+            raise ValueError(
+                f"batch is {self.batch_size}, but the run was begun with {lanes} streams of text, from which a batch "
+                f"takes equally many sequences. Use a multiple of {lanes}, or begin in another folder."
+            )
         positions = {int(number): value for state in states for number, value in state["positions"].items()}
         self.lanes = lanes
         self.reading = replace(self.reading, block=int(states[0]["block"]))
@@ -234,19 +229,21 @@ def _settings(reading: Reading) -> dict[str, Any]:
     }
 
 
-def choose_lanes(given: int | None, batch: int, world: int, shards: int) -> int:
-    """How many lanes: the recipe's, or up to 8 where files and batch can be divided equally, or one a rank.
+def choose_lanes(given: int | None, batch: int, world: int, most: int = LANES) -> int:
+    """How many lanes: the recipe's, or up to ``most`` if the batch can be divided so. Ranks do not change it.
 
-    Raises ValueError, naming data.streams, if lanes, ranks and batch cannot share each other equally.
+    Raises ValueError, naming batch or data.streams, if ranks or lanes cannot share a batch equally.
     """
+    lanes = given if given is not None else max(n for n in range(1, max(most, 1) + 1) if batch % n == 0)
+    _check_shares(batch, world, lanes)
+    return lanes
+
+
+def _check_shares(batch: int, world: int, lanes: int) -> None:
     if batch % world:
         raise ValueError(f"batch is {batch}, which {world} ranks cannot share equally; change it or their number.")
-    if given is not None and (given < 1 or given % world or batch % given):
-        raise ValueError(
-            f"data.streams is {given}: it must be a multiple of the {world} ranks and divide the batch of {batch}."
-        )
-    fitting = [n for n in range(world, LANES + 1, world) if batch % n == 0 and shards % n == 0]
-    return given or max(fitting, default=world)
+    if lanes < 1 or batch % lanes:
+        raise ValueError(f"data.streams is {lanes}: it must divide the batch of {batch}.")
 
 
 def check_enough(reading: Reading, lanes: int, needed: int) -> None:
@@ -257,7 +254,7 @@ def check_enough(reading: Reading, lanes: int, needed: int) -> None:
             raise ValueError(
                 f"{reading.documents.label}: the steps need {needed:,} sequences of each of {lanes} streams, but "
                 f"stream {number} has {found:,}: {needed / max(found, 1):.2f} passes, but data.epochs is "
-                f"{reading.passes:g}. Raise it, or lower steps."
+                f"{reading.passes:g}. Raise it, or lower steps or data.streams."
             )
 
 

@@ -199,15 +199,39 @@ def test_packed_rows_lose_nothing(folder: Path) -> None:
     assert found.total() > 40
 
 
-def test_lanes_follow_batch_ranks_and_files() -> None:
-    assert [choose_lanes(None, 512, world, 1024) for world in (1, 2, 8, 16)] == [8, 8, 8, 16]
-    assert choose_lanes(None, 512, 2, 5) == 2  # five files: one lane a rank
-    assert choose_lanes(None, 12, 3, 12) == 6
-    assert choose_lanes(4, 512, 2, 5) == 4
-    with pytest.raises(ValueError, match=r"data.streams is 4: .*multiple of the 8 ranks"):
-        choose_lanes(4, 512, 8, 1024)
+def test_lanes_follow_the_batch_alone() -> None:
+    assert [choose_lanes(None, 512, world) for world in (1, 2, 4, 8, 64)] == [8] * 5
+    assert [choose_lanes(None, batch, 1) for batch in (12, 7, 22, 1)] == [6, 7, 2, 1]
+    assert choose_lanes(None, 512, 2, most=5) == 4
+    assert choose_lanes(4, 512, 8) == 4
+    with pytest.raises(ValueError, match=r"data.streams is 3: it must divide the batch of 512"):
+        choose_lanes(3, 512, 1)
     with pytest.raises(ValueError, match="batch is 512, which 3 ranks"):
-        choose_lanes(None, 512, 3, 1024)
+        choose_lanes(None, 512, 3)
+
+
+@pytest.mark.parametrize("documents", ["line", "file"])
+def test_batches_of_one_file_do_not_depend_on_the_ranks(documents: str, folder: Path, tmp_path: Path) -> None:
+    """Also on more ranks than there are streams, and when the number changes on the way."""
+    texts = [text.replace("\n", " ") for text in corpora.topics()[0]]
+    (tmp_path / "one.txt").write_text("\n".join(texts))
+    place = {"path": str(tmp_path / "one.txt"), "validation_path": str(tmp_path / "one.txt")}
+    recipe = recipe_for(folder, kind="files", documents=documents, rows="packed", epochs=99, **place)
+    curves = []
+    for worlds in ((1, 1), (2, 2), (16, 4)):
+        got, states = [], []
+        for first, world in zip((0, 2), worlds, strict=True):
+            streams = [open_data(recipe, world).batches for _ in range(world)]
+            for stream in streams:
+                if states:
+                    stream.load_state_dict(states, first)
+            got += batches_of(streams, 2, first, world)
+            states = json.loads(json.dumps([stream.state_dict() for stream in streams]))
+            for stream in streams:
+                stream.close()
+        curves.append(got)
+        assert {state["lanes"] for state in states} == {8 if documents == "line" else 1}
+    assert curves[0] == curves[1] == curves[2]
 
 
 def test_a_stream_goes_on_with_other_ranks(folder: Path) -> None:
@@ -238,6 +262,8 @@ def test_a_stream_goes_on_with_other_ranks(folder: Path) -> None:
         Stream(data.reading, 16, 4, True, 1).load_state_dict([unread], 9)
     with pytest.raises(ValueError, match="seed is 5, but the run was begun with 0"):
         Stream(replace(data.reading, seed=5), 16, 8, True, 1).load_state_dict([unread], 9)
+    with pytest.raises(ValueError, match=r"batch is 12, but the run was begun with 8 streams.*multiple of 8"):
+        Stream(data.reading, 12, 6, False, 1).load_state_dict([unread], 9)
 
 
 # --- kinds of sources
@@ -245,7 +271,7 @@ def test_a_stream_goes_on_with_other_ranks(folder: Path) -> None:
 
 def texts_of(data: Data, validation: bool = False) -> list[str]:
     documents = open_documents(data, validation)
-    return [documents.text(example).strip() for example in documents.dataset]
+    return [text.strip() for text in documents.take(iter(documents.dataset), 10_000)]
 
 
 def test_every_kind_of_source(folder: Path, tmp_path: Path) -> None:
@@ -299,7 +325,7 @@ def broken(folder: Path, tmp_path: Path, name: str) -> dict[str, Any]:
         ("empty", r"c4-train.00003-of-00008.json.gz is empty"),
         ("no gzip", r"c4-train.00003-of-00008.json.gz is damaged"),
         ("no json", r"c4-train.00003-of-00008.json.gz is damaged"),
-        ("cut", r"copy \(en, train\) cannot be read any further"),
+        ("cut", r"copy \(en, train\) cannot be read any further: .*train.00003-of-00008.json.gz, after line \d+: "),
         ("no split", r"data.validation_split"),
     ],
 )
@@ -307,6 +333,43 @@ def test_damaged_text(name: str, words: str, folder: Path, tmp_path: Path) -> No
     changes = {"name": "en", **broken(folder, tmp_path, name)}
     with pytest.raises(ValueError, match=words):
         open_data(recipe_for(folder, **changes), 1)
+
+
+LATE = 3000
+"""Where damage is: beyond the 10 MB that are read when a file is opened."""
+DEEP = {
+    "latin-1.txt": (rf"latin-1.txt cannot be read any further: .*latin-1.txt, line {LATE}: no UTF-8: .*b'\\xe9'"),
+    "latin-1.jsonl": rf"latin-1.jsonl, line {LATE}: no UTF-8",
+    "cut.jsonl": rf"cut.jsonl cannot be read any further: .*cut.jsonl, line {LATE}: no JSON",
+    "null.jsonl": rf"null.jsonl, line {LATE}: column 'text' holds null where text should be. Remove that document",
+    "lacks.jsonl": rf"lacks.jsonl, line {LATE}: column 'text' holds null",
+    "null.parquet": rf"null.parquet, row {LATE}: column 'text' holds null where text should be. Remove",
+}
+
+
+def damaged_late(path: Path) -> Path:
+    """A file whose name says what is wrong in its last line; as long a file before it is whole."""
+    texts: list[Any] = [f"{number} " + "word " * 1000 for number in range(LATE)]
+    what = path.stem
+    if path.suffix == ".parquet":
+        corpora.write_parquet(path, [*texts[1:], None])  # type: ignore[list-item]
+        return path
+    as_line = str if path.suffix == ".txt" else lambda text: json.dumps({"text": text})
+    last = {"latin-1": as_line("caf@"), "cut": '{"text": "caf', "null": as_line(None), "lacks": '{"body": "a"}'}[what]
+    lines = "\n".join([*map(as_line, texts[1:]), last]).replace("@", "\xe9")
+    path.write_bytes(lines.encode("latin-1") + b"\n")
+    return path
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_damage_deep_in_a_file_names_file_and_line(name: str, folder: Path, tmp_path: Path) -> None:
+    """Training and preparing alike."""
+    path = damaged_late(tmp_path / name)
+    place = {"path": str(path), "validation_path": str(folder / "c4" / "en" / "*validation*")}
+    with pytest.raises(ValueError, match=DEEP[name]):
+        open_data(replace(recipe_for(folder, kind="files", streams=1, **place), steps=1000), 1)
+    with pytest.raises(ValueError, match=DEEP[name]):
+        prepare(preparation(folder, tmp_path / "out", source=str(path), column="text", part_documents=LATE))
 
 
 @pytest.mark.parametrize(
@@ -321,7 +384,7 @@ def test_damaged_text(name: str, words: str, folder: Path, tmp_path: Path) -> No
         ({"kind": "hub", "path": None}, "data.path is not set"),
         ({"kind": "files", "path": "nowhere/*.jsonl"}, r"data.path is 'nowhere/\*.jsonl', where there are no files"),
         ({"epochs": 0.1}, r"steps need 4 sequences of each of 8 streams, .* but data.epochs is 0.1"),
-        ({"streams": 5}, "data.streams is 5"),
+        ({"streams": 5}, "data.streams is 5: it must divide the batch of 16"),
     ],
 )
 def test_what_cannot_be_trained_on(changes: dict[str, Any], words: str, folder: Path) -> None:
@@ -350,7 +413,7 @@ def prepared(folder: Path) -> Path:
 
 def preparation(folder: Path, out: Path, **changes: Any) -> Preparation:
     values = {"column": "body", "validation_share": 0.1, "part_documents": 9, "tokenizer": str(folder / "t5")}
-    return Preparation(source=str(folder / "texts.jsonl"), out=out, **{**values, **changes})
+    return Preparation(**{"source": str(folder / "texts.jsonl"), "out": out, **values, **changes})
 
 
 def test_token_files_are_the_documents(folder: Path, prepared: Path, tmp_path: Path) -> None:
