@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from frugal_dist.config import HYPERPARAMETERS
+from frugal_dist.kernels import kind_for
 from frugal_dist.sharding import accelerate, deepspeed, zero
 from frugal_dist.sharding.exchange import Ranks, ranks_of
 from frugal_dist.sharding.plain import PlainStorage
@@ -88,18 +89,28 @@ class Request:
     process_group: Any
     shard_state: bool | str
     bucket_bytes: int
+    before: Runtime | None = None
 
 
 def bind(request: Request) -> Runtime:
-    """Choose the storage, exchange and verify the table. Collective. Raises ValueError on all ranks alike."""
+    """Choose the storage, exchange and verify the table. Collective. Raises ValueError on all ranks alike.
+
+    The matrices of ``before`` keep their owners and routes: their state lies there.
+    """
     ranks, originals, problem = ranks_of(request.process_group), request.originals, ""
+    settings: dict[str, object] = {}
     try:
         ranks, originals, storage = _choose(request, ranks)
+        settings = {**_settings(request), **_kernels(originals, storage)}
     except ValueError as error:  # all ranks must hear of it before any of them raises
         storage, problem = PlainStorage(request.groups, originals), str(error)
-    table = build_table(ranks, originals, request.originals, storage, _settings(request), problem)
+    owners = [] if request.before is None else [matrix.owner for matrix in request.before.table.matrices]
+    table = build_table(ranks, originals, request.originals, storage, settings, problem, owners)
     share = request.shard_state if isinstance(request.shard_state, bool) else storage.shares_replicas
-    return Runtime(ranks, storage, originals, table, share and not ranks.alone, request.bucket_bytes)
+    found = Runtime(ranks, storage, originals, table, share and not ranks.alone, request.bucket_bytes)
+    if request.before is not None:
+        found.routes.update(request.before.routes)
+    return found
 
 
 def _settings(request: Request) -> dict[str, object]:
@@ -110,6 +121,11 @@ def _settings(request: Request) -> dict[str, object]:
         where = "" if one else f" of group {number}"
         found.update({key + where: group.get(key) for key in HYPERPARAMETERS})
     return found
+
+
+def _kernels(originals: Sequence[Original], storage: Storage) -> dict[str, object]:
+    """Replicas that step with other kernels drift apart in their last bits."""
+    return {"kernels (FRUGAL_KERNELS=torch makes them equal)": kind_for(storage.carrier(0))} if originals else {}
 
 
 def _choose(request: Request, ranks: Ranks) -> tuple[Ranks, Sequence[Original], Storage]:

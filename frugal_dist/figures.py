@@ -34,8 +34,8 @@ class RefreshFigures:
     def add_part(self, grads: Sequence[Tensor], captured: Sequence[Tensor]) -> None:
         """A refreshed matrix or tile: its gradient, and the part of it that is state-full."""
         self.refreshed += 1
-        self.energy = self.energy + _energy(grads)
-        self.captured = self.captured + _energy(captured)
+        self.energy = _added(self.energy, _energy(grads))
+        self.captured = _added(self.captured, _energy(captured))
 
     def add_basis(self, grad: Tensor, basis: Basis) -> None:
         """A new basis, on the rank that computed it from the whole gradient."""
@@ -47,7 +47,7 @@ class RefreshFigures:
             return  # the first one, or on another side
         self.turned += 1
         cosines = [_cosine(before, after) for before, after in zip(old.parts, new.parts, strict=True)]
-        self.overlap = self.overlap + torch.stack(cosines).mean()
+        self.overlap = _added(self.overlap, torch.stack(cosines).mean())
 
     def take(self) -> list[float]:
         """The sums as numbers, in the order of the fields; counting begins anew. Waits for the device."""
@@ -80,6 +80,11 @@ class RefreshReport:
             overlap=overlap / turned if turned else nan,
             turned=int(turned),
         )
+
+
+def _added(total: Number, more: Number) -> Number:
+    """Their sum, where ``total`` lies: a process may have a model on several GPUs."""
+    return total + (more.to(total.device) if isinstance(total, Tensor) and isinstance(more, Tensor) else more)
 
 
 _PIECE = 1 << 22

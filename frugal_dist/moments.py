@@ -143,8 +143,8 @@ def _ids(work: Work, pieces: Sequence[CoordinatePiece], selection: Selection, mo
 def _entries(piece: CoordinatePiece, cols: int) -> Tensor:
     """Flat positions in the matrix of a piece's entries, shaped as its R."""
     tile: Tile = piece.tile
-    rows = torch.arange(*tile.rows).view(-1, 1) * cols
-    grid = rows + torch.arange(*tile.cols).view(1, -1)
+    rows = torch.arange(*tile.rows, device="cpu").view(-1, 1) * cols
+    grid = rows + torch.arange(*tile.cols, device="cpu").view(1, -1)
     return piece.selection.to(torch.device("cpu")).take(grid)
 
 

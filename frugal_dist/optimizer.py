@@ -115,6 +115,7 @@ class Frugal(Optimizer):
         self._sources: list[Callable[[], Tensor | None]] = []  # weak: engines replace parameters, ZeRO asks for them
         self._groups: list[dict[str, Any]] = []  # all groups, also while DeepSpeed shows one of them only
         self._runtime: Runtime | None = None
+        self._before: Runtime | None = None  # a group was added to it
         self._started: set[tuple[int, ...]] = set()
         self._loaded = False
         self.saved_elsewhere = False
@@ -142,8 +143,6 @@ class Frugal(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its members may be tensors or (name, tensor) tuples."""
-        if len(self.param_groups) and self._runtime is not None:
-            self._runtime = None  # the table of all ranks is built anew at the next step
         group = dict(param_group)
         check_group_keys(group)
         members = group["params"]
@@ -151,19 +150,26 @@ class Frugal(Optimizer):
         named = [member if isinstance(member, tuple) else (None, member) for member in members]
         group["params"] = [tensor for _, tensor in named]
         engines.refuse_fsdp1(group["params"])
+        index, known = len(self.param_groups), engines.names_of(group["params"])
+        originals = [
+            self._original(name or known[position], tensor, group.get("projected"), index, position)
+            for position, (name, tensor) in enumerate(named)
+        ]
+        check_unique([*self._originals, *originals])
         super().add_param_group(group)
-        index = len(self.param_groups) - 1
         added = self.param_groups[index]
+        try:
+            betas = config_from(added).betas
+        except ValueError:
+            self.param_groups.pop()
+            raise
         if added["betas"] is None:
-            added["betas"] = config_from(added).betas
-        config_from(added)
+            added["betas"] = betas
         self._groups.append(added)
-        known = engines.names_of(group["params"])
-        for position, (name, tensor) in enumerate(named):
-            self._sources.append(weakref.ref(tensor))
-            name = name or known[position]
-            self._originals.append(self._original(name, tensor, group.get("projected"), index, position))
-        check_unique(self._originals)
+        self._originals += originals
+        self._sources += [weakref.ref(tensor) for _, tensor in named]
+        if self._runtime is not None:  # the table of all ranks is built anew at the next step
+            self._before, self._runtime = self._runtime, None
 
     def _original(
         self, name: str | None, tensor: Tensor, projected: bool | None, group: int, position: int
@@ -268,10 +274,11 @@ class Frugal(Optimizer):
                     process_group=self._process_group,
                     shard_state=self._shard_state,
                     bucket_bytes=BUCKET_BYTES,
+                    before=self._before,
                 )
             )
             saving.unpack_all(runtime, self.state, self._loaded)
-            self._runtime, self._loaded = runtime, False
+            self._runtime, self._before, self._loaded = runtime, None, False
         return self._runtime
 
     # --- saving -----------------------------------------------------------------------------------------------------
@@ -315,7 +322,7 @@ class Frugal(Optimizer):
         for number, tensor in zip(saved, order, strict=True):
             if number in state_dict["state"]:
                 self.state[tensor] = saving.placed(state_dict["state"][number], tensor.device)
-        self._runtime, self._loaded = None, True
+        self._runtime, self._before, self._loaded = None, None, True
         if engines.is_alone(self._process_group):
             with full_precision():
                 self._bind()
@@ -363,4 +370,4 @@ class Frugal(Optimizer):
         if "_originals" in state:  # unpickled or copied: the sources of a DeepSpeed engine do not come along
             self._groups = list(self.param_groups)
             self._sources = [lambda: None for _ in self._originals]
-        self.__dict__.update(_runtime=None, _started=set(), _saving_checked=False, _told=False)
+        self.__dict__.update(_runtime=None, _before=None, _started=set(), _saving_checked=False, _told=False)

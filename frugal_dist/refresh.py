@@ -137,11 +137,12 @@ def _gradient_health(works: Sequence[Work]) -> list[tuple[bool, bool]]:
     flags: list[Tensor] = []
     spans: list[tuple[int, int]] = []
     for work in works:
-        checked = work.grads if work.family == "basis" and work.grads is not None and _due(work) else []
+        checked = work.grads if work.family == "basis" and work.grads is not None else []
         found = [_flags(torch.stack(torch.aminmax(grad))) for grad in checked if grad.numel()]
+        found = [flag.to(works[0].device) for flag in found]  # one process may have a model on several GPUs
         spans.append((len(flags), len(flags) + len(found)))
         flags += found
-    host = torch.stack(flags).cpu() if flags else torch.empty(0, 2, dtype=torch.bool)
+    host = torch.stack(flags).cpu() if flags else torch.empty(0, 2, dtype=torch.bool, device="cpu")
     return [(bool(host[a:b, 0].all()), bool(host[a:b, 1].any())) for a, b in spans]
 
 
@@ -361,12 +362,16 @@ def _publish(runtime: Runtime, works: Sequence[Work], found: Sequence[Basis | No
     pieces, bases = [status], []
     for work, basis in zip(works, found, strict=True):
         shapes = basis_shapes(work.side, work.matrix.rows, work.matrix.cols, work.size)
-        if basis is None:
+        travels = used_by_others(runtime, work)
+        if basis is None:  # where it does not travel, nobody here computes with it
             basis = Basis(
-                **{name: torch.zeros(shape, dtype=like.dtype, device=like.device) for name, shape in shapes.items()}
+                **{
+                    name: torch.zeros(shape if travels else (0, 0), dtype=like.dtype, device=like.device)
+                    for name, shape in shapes.items()
+                }
             )
         bases.append(basis)
-        if used_by_others(runtime, work):
+        if travels:
             pieces += basis.parts
     broadcast(runtime.ranks, owner, pieces, like)
     for work, basis, code in zip(works, bases, status.tolist(), strict=True):

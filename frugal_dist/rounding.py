@@ -26,11 +26,11 @@ def rounds_stochastically(config: FrugalConfig, dtype: torch.dtype) -> bool:
     return config.rounding == "stochastic" and dtype == torch.bfloat16
 
 
-def row_starts(spans: tuple[tuple[int, int], ...], shape: tuple[int, ...]) -> Tensor:
+def row_starts(spans: tuple[tuple[int, int], ...], shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Of a box of a row-major tensor of ``shape``: the flat index of the first entry of each of its rows, int64."""
-    starts = torch.zeros((), dtype=torch.int64)
+    starts = torch.zeros((), dtype=torch.int64, device=device)  # there, or every step would wait for a copy
     for dim, span in enumerate(spans[:-1]):
-        starts = starts.unsqueeze(-1) + torch.arange(*span) * prod(shape[dim + 1 :])
+        starts = starts.unsqueeze(-1) + torch.arange(*span, device=device) * prod(shape[dim + 1 :])
     return starts.reshape(-1) + (spans[-1][0] if spans else 0)
 
 
@@ -42,7 +42,7 @@ def round_stochastically_(target: Tensor, wide: Tensor, starts: Tensor, *, seed:
     if target.numel() == 0:
         return
     keys = _keys(seed, name, step)
-    source, rows = wide.reshape(starts.numel(), -1), starts.to(wide.device)
+    source, rows = wide.reshape(starts.numel(), -1), starts
     rounded = torch.empty(source.shape, dtype=target.dtype, device=target.device)
     width = source.shape[1]
     chunk = _CUDA_CHUNK if wide.is_cuda else _CHUNK

@@ -29,7 +29,7 @@ class MatrixState:
     def ensure_clocks(self) -> None:
         for name in CLOCKS:
             if self.prefix + name not in self.store:
-                self.store[self.prefix + name] = torch.tensor(-1 if name == "refreshed_at" else 0)
+                self.store[self.prefix + name] = torch.tensor(-1 if name == "refreshed_at" else 0, device="cpu")
 
     def clock(self, name: str) -> int:
         value: int = self.store[self.prefix + name].item()  # type: ignore[assignment]  # integers, twice as fast as int()

@@ -58,8 +58,12 @@ def step_matrices(runtime: Runtime, works: Sequence[Work], stepped: Sequence[Wor
 
 
 def _widened(work: Work) -> Work:
-    """The matrix with fp32 weights of its own for the time of the step if they are rounded stochastically after it."""
-    if not rounds_stochastically(work.config, work.weight_dtype):
+    """The matrix with fp32 weights of its own for the time of the step, where a step is more than one rounding.
+
+    Low-precision weights would lose weight decay by itself: it is below their last place.
+    """
+    decays = work.decay != 0.0 and work.weight_dtype != work.dtype
+    if not (decays or rounds_stochastically(work.config, work.weight_dtype)):
         return work
     return replace(work, weights=[weight.float() for weight in work.weights])
 
@@ -68,8 +72,12 @@ def _round_back(work: Work, wide: Work) -> None:
     if wide is work:
         return
     matrix, updates = work.matrix, work.state.clock("updates")
+    stochastic = rounds_stochastically(work.config, work.weight_dtype)
     for tile, weight, value in zip(work.tiles, work.weights, wide.weights, strict=True):
-        starts = row_starts((tile.rows, tile.cols), (matrix.rows, matrix.cols))
+        if not stochastic:
+            weight.copy_(value)
+            continue
+        starts = row_starts((tile.rows, tile.cols), (matrix.rows, matrix.cols), weight.device)
         round_stochastically_(weight, value, starts, seed=work.config.seed, name=matrix.name, step=updates)
 
 

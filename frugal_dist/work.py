@@ -15,7 +15,7 @@ from frugal_dist.projection.blocks import active_blocks, active_count
 from frugal_dist.projection.coordinates import NOTHING, Selection
 from frugal_dist.projection.draw import draw_selection, whole_block
 from frugal_dist.projection.numerics import compute_dtype
-from frugal_dist.projection.shapes import family, resolve_side, selection_size
+from frugal_dist.projection.shapes import FAMILY, family, resolve_side, selection_size
 from frugal_dist.rules import STATE_FULL
 from frugal_dist.sharding.exchange import Ranks
 from frugal_dist.sharding.plan import compute_layout
@@ -203,7 +203,7 @@ def route_to(runtime: Runtime, work: Work, layout: Layout) -> Route:
 def whole_selection(work: Work, refresh: int, size: int) -> Selection:
     """The state-full entries of the whole matrix after refresh number ``refresh`` (0 first)."""
     matrix, config = work.matrix, work.config
-    if work.family == "blocks":
+    if FAMILY[config.projection] == "blocks":  # also at density 0, where earlier refreshes had active ones
         active = matrix.block in active_blocks(config, matrix.blocks, refresh, size)
         return whole_block(matrix.rows, matrix.cols) if active else NOTHING
     return draw_selection(config, matrix.name, matrix.rows, matrix.cols, refresh, size)

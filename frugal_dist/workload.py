@@ -12,6 +12,7 @@ from frugal_dist.config import FrugalConfig, config_from
 from frugal_dist.projection.numerics import compute_dtype
 from frugal_dist.projection.shapes import FAMILY
 from frugal_dist.rounding import round_stochastically_, rounds_stochastically, row_starts
+from frugal_dist.sharding.route import fill_buckets
 from frugal_dist.sharding.storage import Box, Original, Part
 from frugal_dist.sharding.table import Matrix
 from frugal_dist.state import MatrixState
@@ -27,6 +28,8 @@ from frugal_dist.work import (
 )
 
 State = MutableMapping[Tensor, dict[str, Tensor]]
+SLICE = 1 << 24
+"""Elements of low-precision regular parameters that are stepped at once, in fp32."""
 
 
 @dataclass
@@ -160,7 +163,7 @@ def ensure_state(runtime: Runtime, load: Load) -> None:
         _check_density(work)
     for one in load.regular:
         if one.state.get("step") is None:
-            one.state.put("step", torch.tensor(0))
+            one.state.put("step", torch.tensor(0, device="cpu"))
             names = moment_names(one.config)
             one.state.ensure_moments(
                 names, [tuple(one.weight.shape)], compute_dtype(one.weight.dtype), one.weight.device
@@ -206,21 +209,56 @@ def step_regular(load: Load) -> None:
         _step_group(members)
 
 
+@dataclass(frozen=True)
+class _Slice:
+    """Some rows of a regular parameter, from ``row`` on."""
+
+    one: Regular
+    row: int
+    weight: Tensor
+    grad: Tensor
+    moments: tuple[Tensor, ...]
+
+
+def _slices(one: Regular, most: int) -> list[_Slice]:
+    """A parameter in slices of at most about ``most`` elements."""
+    assert one.grad is not None
+    names = moment_names(one.config)
+    moments = tuple(one.state.pieces(name, [tuple(one.weight.shape)])[0] for name in names)
+    if one.weight.numel() <= most or one.weight.dim() == 0:
+        return [_Slice(one, 0, one.weight, one.grad, moments)]
+    rows = max(1, most * len(one.weight) // one.weight.numel())
+    parts = zip(*(tensor.split(rows) for tensor in (one.weight, one.grad, *moments)), strict=True)
+    return [_Slice(one, number * rows, part[0], part[1], part[2:]) for number, part in enumerate(parts)]
+
+
 def _step_group(members: Sequence[Regular]) -> None:
+    """Low-precision parameters need fp32 copies: of bounded size at a time."""
     first = members[0]
-    moments = []
-    for one in members:
-        names = moment_names(one.config)
-        moments.append(tuple(one.state.pieces(name, [tuple(one.weight.shape)])[0] for name in names))
-    grads = [one.grad for one in members if one.grad is not None]
-    assert len(grads) == len(members)
-    weights = [one.weight for one in members]
-    step, rounds = first.state.clock("step"), rounds_stochastically(first.config, first.weight.dtype)
+    narrow = first.weight.dtype != compute_dtype(first.weight.dtype)
+    most = SLICE if narrow else sum(one.weight.numel() for one in members)
+    slices = [part for one in members for part in _slices(one, most)]
+    whole = [list(range(len(slices)))]
+    for bucket in fill_buckets([(part.weight.numel(),) for part in slices], most) if narrow else whole:
+        _step_slices([slices[i] for i in bucket], first.state.clock("step"), first.decay, first.config)
+
+
+def _step_slices(slices: Sequence[_Slice], step: int, decay: float, config: FrugalConfig) -> None:
+    weights = [part.weight for part in slices]
+    rounds = rounds_stochastically(config, weights[0].dtype)
     updated = [weight.float() for weight in weights] if rounds else weights
-    update_regular(updated, grads, moments, step, first.decay, first.config)
+    update_regular(updated, [part.grad for part in slices], [part.moments for part in slices], step, decay, config)
     if rounds:
-        for one, wide in zip(members, updated, strict=True):
-            spans = one.part.spans if isinstance(one.part, Box) else ((one.part.start, one.part.stop),)
-            shape = one.shape if isinstance(one.part, Box) else (one.part.stop,)
-            starts = row_starts(spans, shape)
-            round_stochastically_(one.weight, wide, starts, seed=one.config.seed, name=one.name, step=step)
+        for part, wide in zip(slices, updated, strict=True):
+            _round(part, wide, step)
+
+
+def _round(part: _Slice, wide: Tensor, step: int) -> None:
+    one, whole = part.one, part.one.part
+    spans = whole.spans if isinstance(whole, Box) else ((whole.start, whole.stop),)
+    shape = one.shape if isinstance(whole, Box) else (whole.stop,)
+    if spans:
+        begin = spans[0][0] + part.row
+        spans = ((begin, begin + len(part.weight)), *spans[1:])
+    starts = row_starts(spans, shape, part.weight.device)
+    round_stochastically_(part.weight, wide, starts, seed=one.config.seed, name=one.name, step=step)

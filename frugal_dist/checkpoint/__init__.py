@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from frugal_dist.checkpoint.schedule import load_schedule
 from frugal_dist.checkpoint.weights import SavedWeights
 from frugal_dist.checkpoint.writing import write_checkpoint
 from frugal_dist.config import check_choice
+from frugal_dist.notices import notice
 from frugal_dist.optimizer import Frugal
 
 __all__ = [
@@ -136,7 +136,7 @@ def _tolerant(frugal: Frugal, on_error: str, write: Callable[[], None]) -> bool:
         if on_error == "raise":
             raise
         if frugal.everything()[0].ranks.rank == 0:
-            warnings.warn(f"The checkpoint was not written, training goes on. {error}", stacklevel=3)
+            notice(f"The checkpoint was not written, training goes on. {error}")
         return False
     return True
 

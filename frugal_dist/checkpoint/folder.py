@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from frugal_dist.checkpoint.errors import DamagedError, together
 from frugal_dist.checkpoint.files import INDEX, clear_stale, complete_folder, flush_folder, remove, write_bytes
 from frugal_dist.checkpoint.loading import read_checkpoint
 from frugal_dist.checkpoint.writing import write_checkpoint
+from frugal_dist.notices import notice
 from frugal_dist.optimizer import Frugal
 from frugal_dist.sharding.exchange import Ranks, gather_objects
 
@@ -118,7 +118,7 @@ def read_latest(
                     f'{error} The one before is {previous}: load that, or pass on_damaged="previous".'
                 ) from error
             if ranks.rank == 0:
-                warnings.warn(f"{error} Going back to {previous}.", stacklevel=3)
+                notice(f"{error} Going back to {previous}.")
     return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from frugal_dist.checkpoint.reader import Reader
 from frugal_dist.checkpoint.rng import reseed, set_rng_state
 from frugal_dist.checkpoint.schedule import fitted
 from frugal_dist.config import HYPERPARAMETERS
+from frugal_dist.notices import notice
 from frugal_dist.optimizer import Frugal
 from frugal_dist.sharding.exchange import Ranks, gather_objects
 from frugal_dist.state import CLOCKS, MatrixState
@@ -53,7 +53,7 @@ def read_checkpoint(
     if any(fresh.values()):
         news.append(f"These start with fresh state: {summary(fresh)}.")
     if news and ranks.rank == 0:
-        warnings.warn(f"{reader.folder} {' '.join(news)}", stacklevel=3)
+        notice(f"{reader.folder} {' '.join(news)}")
     if rng:
         set_rng_state(record["rng"]) if own else reseed(record["rng"], ranks.rank)
     extra: dict[str, Any] = record["extra"]

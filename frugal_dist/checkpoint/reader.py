@@ -93,7 +93,7 @@ class Reader:
         area = Tile((0, shape[0]), (0, shape[1]))
         pieces = self.find(name, shape, area)
         dtypes = [self._file(file).dtype(piece_key(name, held)) for held, file in pieces]
-        target = torch.empty(shape, dtype=dtypes[0])
+        target = torch.empty(shape, dtype=dtypes[0], device="cpu")
         self.fill(name, shape, area, target)
         return target
 

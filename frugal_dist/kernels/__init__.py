@@ -41,11 +41,17 @@ def fused_for(weight: Tensor) -> ModuleType | None:
     return module if module is None or choice == "triton" or _runs(module, weight.device) else None
 
 
+def kind_for(weight: Tensor) -> str:
+    """What steps on this tensor's device: "triton" or "torch". Replicas on ranks that differ would drift apart."""
+    return "torch" if fused_for(weight) is None else "triton"
+
+
 @cache
 def _runs(module: ModuleType, device: torch.device) -> bool:
     """Whether a kernel can be built and started: that takes a C compiler and Python's headers, which may be missing."""
     try:
-        module.sign_step_(torch.ones(1, device=device), torch.ones(1, device=device), 1.0)
+        one = torch.ones(1, dtype=torch.float32, device=device)
+        module.sign_step_(one, one.clone(), 1.0)
     except Exception as error:  # whatever it is: torch's own operations always work
         notice(
             f"Triton kernels do not run on {device} ({error}): steps use torch's own operations, several passes each."

@@ -19,6 +19,8 @@ from frugal_dist.projection.coordinates import Columns, Flat, Rows, Selection
 
 BLOCK = 1024
 _WORD = 32
+_AT_ONCE = 1 << 22
+"""Entries whose temporary int64 numbers are held at the same time."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -227,11 +229,13 @@ def packed(index: Tensor, numel: int) -> tuple[Tensor, Tensor]:
     """A sorted flat index as one bit per entry (int32 words), and the number of selected entries before each block."""
     blocks = triton.cdiv(numel, BLOCK)
     marks = torch.zeros(blocks * BLOCK, dtype=torch.bool, device=index.device)
-    marks[index.long()] = True
+    for part in index.split(_AT_ONCE):
+        marks[part.long()] = True
     weights = torch.ones(_WORD, dtype=torch.int64, device=index.device) << torch.arange(_WORD, device=index.device)
-    words = (marks.view(-1, _WORD) * weights).sum(1)
+    parts = marks.view(-1, _WORD).split(_AT_ONCE // _WORD)
+    words = torch.cat([(part * weights).sum(1).to(torch.int32) for part in parts])  # bit 31 wraps to the sign bit
     counts = marks.view(blocks, BLOCK).sum(1)
-    return words.to(torch.int32), (counts.cumsum(0) - counts).to(torch.int32)  # bit 31 wraps to the sign bit
+    return words, (counts.cumsum(0) - counts).to(torch.int32)
 
 
 def _fit(weight: Tensor, grad: Tensor, *moments: Tensor) -> bool:

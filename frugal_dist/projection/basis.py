@@ -98,7 +98,7 @@ def random_basis(
     parts = {}
     for part, (length, width) in basis_shapes(side, rows, cols, r).items():
         generator = coordinates.seeded_generator(seed, f"{name}|{part}", refresh, length, width)
-        gaussian = torch.randn(length, width, generator=generator, dtype=torch.float64)
+        gaussian = torch.randn(length, width, generator=generator, dtype=torch.float64, device="cpu")
         parts[part] = torch.linalg.qr(gaussian).Q.to(dtype).contiguous()
     return Basis(**parts)
 

@@ -26,9 +26,9 @@ def select_indices(length: int, count: int, *, seed: int, name: str, refresh: in
         raise ValueError(f"cannot select {count} of {length} indices for {name!r}")
     generator = seeded_generator(seed, name, refresh, length, count)
     if count in (0, length):
-        return torch.arange(count)
+        return torch.arange(count, device="cpu")
     if length <= 1 << 14:
-        return torch.randperm(length, generator=generator)[:count].sort().values
+        return torch.randperm(length, generator=generator, device="cpu")[:count].sort().values
     return _sparse_subset(length, count, generator)
 
 
@@ -44,7 +44,7 @@ def _sparse_subset(length: int, count: int, generator: torch.Generator) -> Tenso
     Toss a coin for each index, then remove or add a uniform few to reach ``count``: given its size, a coin subset is
     uniform, and so is a uniform subset of it, or it with a uniform subset of its complement.
     """
-    chosen = torch.rand(length, generator=generator) < count / length
+    chosen = torch.rand(length, generator=generator, dtype=torch.float32, device="cpu") < count / length
     surplus = int(torch.count_nonzero(chosen)) - count
     flipped = _sample(chosen if surplus > 0 else ~chosen, abs(surplus), generator)
     chosen[flipped] = surplus < 0
@@ -58,12 +58,12 @@ def _sample(allowed: Tensor, number: int, generator: torch.Generator) -> Tensor:
     """
     if 2 * int(torch.count_nonzero(allowed)) <= allowed.numel():
         pool = torch.nonzero(allowed).view(-1)
-        return pool[torch.randperm(pool.numel(), generator=generator)[:number]]
+        return pool[torch.randperm(pool.numel(), generator=generator, device="cpu")[:number]]
     found: dict[int, None] = {}
     while len(found) < number:
-        drawn = torch.randint(allowed.numel(), (2 * number,), generator=generator)
+        drawn = torch.randint(allowed.numel(), (2 * number,), generator=generator, device="cpu")
         found.update(dict.fromkeys(drawn[allowed[drawn]].tolist()))
-    return torch.tensor(list(found)[:number], dtype=torch.int64)
+    return torch.tensor(list(found)[:number], dtype=torch.int64, device="cpu")
 
 
 _CHUNK = 1 << 22
@@ -271,7 +271,7 @@ class Everything:
         return self
 
 
-NOTHING = Columns(torch.empty(0, dtype=torch.int64))
+NOTHING = Columns(torch.empty(0, dtype=torch.int64, device="cpu"))
 
 
 def _within(index: Tensor, bounds: tuple[int, int]) -> Tensor:
@@ -279,7 +279,7 @@ def _within(index: Tensor, bounds: tuple[int, int]) -> Tensor:
 
 
 def _span(bounds: tuple[int, int]) -> Tensor:
-    return torch.arange(bounds[0], bounds[1])
+    return torch.arange(bounds[0], bounds[1], device="cpu")
 
 
 def _narrow_int(index: Tensor) -> Tensor:

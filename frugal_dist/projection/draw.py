@@ -29,7 +29,7 @@ def whole_block(rows: int, cols: int) -> Everything:
 
 def _select(length: int, count: int, config: FrugalConfig, name: str, refresh: int) -> Tensor:
     indices = frugal_dist.projection.select_indices(length, count, seed=config.seed, name=name, refresh=refresh)
-    return torch.as_tensor(indices, dtype=torch.int64)
+    return torch.as_tensor(indices, dtype=torch.int64, device="cpu")
 
 
 def _columns(config: FrugalConfig, name: str, rows: int, cols: int, refresh: int, count: int) -> Selection:

@@ -20,7 +20,9 @@ def full_precision() -> Iterator[None]:
     TF32 flips 13-40 % of residual signs, bf16 37-49 %, fp32 at most 0.2 % (measured on real gradients).
     """
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
+    general = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    found = [backend.fp32_precision for backend in backends]
+    before = ["none" if value == general else value for value in found]  # what was inherited stays so
     for backend in backends:
         backend.fp32_precision = "ieee"
     try:

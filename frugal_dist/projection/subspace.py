@@ -67,7 +67,7 @@ def _start(matrix: Tensor, warm: Tensor | None, r: int, seed: int, name: str, re
     known = [] if warm is None else [warm[:, :width].to(matrix.device, matrix.dtype)]
     missing = width - sum(part.shape[1] for part in known)
     generator = coordinates.seeded_generator(seed, f"{name}|subspace", refresh, length, missing)
-    extra = torch.randn(length, missing, generator=generator, dtype=torch.float64)
+    extra = torch.randn(length, missing, generator=generator, dtype=torch.float64, device="cpu")
     extra /= math.sqrt(length)
     return torch.cat([*known, extra.to(matrix.device, matrix.dtype)], dim=1)
 

@@ -88,10 +88,15 @@ def owner_layout(ranks: int, owner: int, rows: int, cols: int) -> Layout:
     return tuple(whole(rows, cols) if rank == owner else () for rank in range(ranks))
 
 
-def assign_owners(costs: Sequence[float], ranks: int) -> list[int]:
-    """An owner for each matrix: longest first onto the least loaded rank; ties go to the lower rank."""
-    load, owners = [0.0] * ranks, [0] * len(costs)
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+def assign_owners(costs: Sequence[float], ranks: int, known: Sequence[int] = ()) -> list[int]:
+    """An owner for each matrix: longest first onto the least loaded rank; ties go to the lower rank.
+
+    ``known``: owners that the first matrices have already.
+    """
+    load, owners = [0.0] * ranks, [*known, *[0] * (len(costs) - len(known))]
+    for cost, owner in zip(costs, known, strict=False):
+        load[owner] += cost
+    for index in sorted(range(len(known), len(costs)), key=lambda i: (-costs[i], i)):
         owner = min(range(ranks), key=lambda rank: (load[rank], rank))
         owners[index] = owner
         load[owner] += costs[index]

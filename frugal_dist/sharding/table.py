@@ -52,19 +52,21 @@ def build_table(
     storage: Storage,
     options: Mapping[str, object],
     problem: str,
+    owners: Sequence[int] = (),
 ) -> Table:
     """Exchange every rank's description, check that all agree, and lay out the matrices.
 
     ``originals`` are what the engine optimizes, of all that were ``given``: ZeRO drops frozen parameters, but blocks
     are counted over all matrices, so that every engine makes the same ones state-full.
-    ``options`` must be equal on all ranks (hyperparameters); ``problem`` a local error text, "" if
-    none. Raises ValueError on all ranks alike, whichever rank has the trouble.
+    ``options`` must be equal on all ranks (hyperparameters); ``problem`` a local error text, "" if none; ``owners``
+    those of the first matrices, where they are given already. Raises ValueError on all ranks alike, whichever rank has
+    the trouble.
     """
     mine = _describe(originals, storage, options, problem)
     everyone = gather_objects(ranks, mine)
     _check_agreement(everyone)
     sizes = _matrix_list(originals)
-    owners = assign_owners([refresh_cost(rows, cols) for _, _, rows, cols in sizes], ranks.size)
+    owners = assign_owners([refresh_cost(rows, cols) for _, _, rows, cols in sizes], ranks.size, owners)
     numbers = number_blocks(given)
     matrices = []
     for index, (i, member, rows, cols) in enumerate(sizes):

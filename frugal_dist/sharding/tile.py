@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 
 @dataclass(frozen=True, order=True)
@@ -89,16 +90,30 @@ def cuts(bounds: Iterable[tuple[int, int]], length: int) -> list[int]:
 
 def check_cover(name: str, layout: Layout, rows: int, cols: int) -> None:
     """ValueError unless the tiles cover each element equally often (once, or once per replica), at least once."""
-    tiles = [tile for rank in layout for tile in rank]
-    ys, xs = cuts((t.rows for t in tiles), rows), cuts((t.cols for t in tiles), cols)
-    counts = {
-        sum(t.rows[0] <= y < t.rows[1] and t.cols[0] <= x < t.cols[1] for t in tiles) for y in ys[:-1] for x in xs[:-1]
-    }
+    counts = _copies([tile for rank in layout for tile in rank], rows, cols)
     if rows * cols and (len(counts) != 1 or 0 in counts):
         raise ValueError(
             f"{name} ({rows}x{cols}): the ranks' parts do not cover it evenly (copies per element: {sorted(counts)}). "
             "This engine stores it in a way frugal_dist does not know; nothing was updated."
         )
+
+
+def _copies(tiles: Sequence[Tile], rows: int, cols: int) -> set[int]:
+    """How often elements are covered: all counts that occur. Goes down the rows, past few tiles at a time."""
+    waiting = sorted(tiles, key=lambda tile: tile.rows, reverse=True)
+    active: list[Tile] = []
+    found = set()
+    for y in cuts((tile.rows for tile in tiles), rows)[:-1]:
+        active = [tile for tile in active if tile.rows[1] > y]
+        while waiting and waiting[-1].rows[0] <= y:
+            active.append(waiting.pop())
+        changes = dict.fromkeys(cuts((tile.cols for tile in active), cols)[:-1], 0)
+        for tile in active:
+            changes[tile.cols[0]] += 1
+            if tile.cols[1] < cols:
+                changes[tile.cols[1]] -= 1
+        found |= set(accumulate(changes.values()))
+    return found
 
 
 def holders(layout: Layout) -> dict[Tile, tuple[int, ...]]:

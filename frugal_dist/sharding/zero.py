@@ -108,6 +108,7 @@ def _zero3(originals: Sequence[Original], sources: Sequence[Tensor], groups: Seq
         for original, source in zip(originals, sources, strict=True)
         if zero.get_param_id(source) in zero.grad_position  # frozen parameters are not
     ]
+    _check_one_family([cast("Any", source).ds_process_group for _, source in kept] + [zero.dp_process_group])
     places = [_zero3_place(zero, source) for _, source in kept]
     return _checked(zero.dp_process_group, [original for original, _ in kept], groups, places, active)
 
@@ -129,14 +130,18 @@ def _zero12(originals: Sequence[Original], sources: Sequence[Tensor], groups: Se
             active: Callable[[], list[Tensor]]) -> tuple[Any, Sequence[Original], Storage]:  # fmt: skip
     kept = [(o, s) for o, s in zip(originals, sources, strict=True) if hasattr(s, "_hp_mapping")]
     process_groups: list[Any] = [getattr(source, "_dp_group", None) for _, source in kept]
-    families = {tuple(dist.get_process_group_ranks(group)): group for group in process_groups}
-    if len(families) != 1:
+    _check_one_family(process_groups)
+    places = [_zero12_place(groups[original.group], source) for original, source in kept]
+    return _checked(process_groups[0], [original for original, _ in kept], groups, places, active)
+
+
+def _check_one_family(process_groups: Sequence[Any]) -> None:
+    """ValueError unless all parameters are spread over the same ranks."""
+    if len({tuple(dist.get_process_group_ranks(group)) for group in process_groups}) != 1:
         raise ValueError(
             "The parameters belong to several data-parallel groups (DeepSpeed MoE with expert parallelism), which "
             "Frugal does not support. Set the expert-parallel size to 1."
         )
-    places = [_zero12_place(groups[original.group], source) for original, source in kept]
-    return _checked(next(iter(families.values())), [original for original, _ in kept], groups, places, active)
 
 
 def _zero12_place(group: Group, source: Any) -> Place:

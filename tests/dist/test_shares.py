@@ -11,6 +11,8 @@ from cases import GAP, LAYOUTS, MATRICES, PROJECTIONS, Case, gradients, label, w
 from storages import replicas
 from threads import run_ranks
 
+from frugal_dist import Frugal
+
 RANKS = 4
 CUT_EVENLY = [(p, s) for p, s in PROJECTIONS if p in ("svd", "random") and s != "full"]
 """Bases that are cut in proportion to what a rank holds; of coordinates a rank has what falls into its part."""
@@ -44,6 +46,34 @@ def test_the_ranks_elements_add_up(layout: str, projection: str, side: str) -> N
     for rank, found in enumerate(ranks):
         tables.count(title, row, f"rank {rank}", sum(found.values()))
     tables.count(title, row, "sum", sum(sum(found.values()) for found in ranks))
+
+
+@pytest.mark.parametrize("side", ["full", "std"])
+@pytest.mark.parametrize("layout", ["auto", "owner"])
+def test_matrices_added_later_leave_the_others_where_their_state_is(layout: str, side: str) -> None:
+    """A larger one would change all owners if they were chosen anew."""
+
+    def run(**options: object) -> list[torch.Tensor]:
+        def group(*names: str) -> dict[str, object]:
+            for name in names:
+                named[name] = torch.nn.Parameter(torch.zeros(sizes[name], sizes[name], dtype=torch.float64))
+            return {"params": [(name, named[name]) for name in names], "projected": True}
+
+        sizes, named = {"a": 8, "b": 8, "late": 16}, {}  # type: ignore[var-annotated]
+        optimizer = Frugal([group("a", "b")], lr=0.01, update_gap=3, side=side, eps=1e-3, state_free="sgd", **options)
+        for step in range(8):
+            if step == 4:
+                optimizer.add_param_group(group("late"))
+            for number, parameter in enumerate(named.values()):
+                generator = torch.Generator().manual_seed(100 * step + number)
+                parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            optimizer.step()
+        return [parameter.detach() for parameter in named.values()]
+
+    expected = run(process_group=None)
+    for found in run_ranks(2, lambda rank: run(compute_layout=layout)):
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("layout", ["replicas, shared state", "ZeRO-3"])

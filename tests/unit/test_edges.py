@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -327,9 +328,9 @@ def test_every_matrix_product_of_a_step_is_a_full_one(on_refresh: str) -> None:
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_the_default_dtype_and_the_global_generator_are_not_used(projection: str) -> None:
     def run() -> list[torch.Tensor]:
-        optimizer = build(
-            {"a": weight(8, 6, dtype=torch.float32), "b": weight(6, 8, dtype=torch.float32)}, projection=projection
-        )
+        shapes = {"a": (8, 6), "b": (6, 8), "large": (160, 120)}  # many entries are drawn in another way
+        matrices = {name: weight(*shape, dtype=torch.float32) for name, shape in shapes.items()}
+        optimizer = build(matrices, projection=projection)
         train(optimizer, 1, 4)
         return weights(optimizer)
 
@@ -345,6 +346,58 @@ def test_the_default_dtype_and_the_global_generator_are_not_used(projection: str
     assert torch.equal(torch.get_rng_state(), before)
     for a, b in zip(expected, actual, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("options", [{"projection": p} for p in PROJECTIONS] + [{"svd_method": "subspace"}], ids=str)
+def test_a_default_device_is_not_used(options: dict[str, str]) -> None:
+    """torch.set_default_device("cuda") is common; draws are made on the CPU, and counts stay there."""
+    optimizer = build({"a": weight(8, 6), "large": weight(160, 120)}, {"bias": weight(5)}, **options)
+    with torch.device("meta"):
+        optimizer.step()  # creates the state
+    for step in range(1, 5):
+        set_grads(optimizer, step)
+        with torch.device("meta"):
+            optimizer.step()
+    state = [value for parameter in parameters_of(optimizer) for value in optimizer.state[parameter].values()]
+    assert {value.device.type for value in [*state, *weights(optimizer)]} == {"cpu"}
+
+
+@pytest.mark.parametrize("on_refresh", ["keep", "reset"])
+def test_blocks_whose_density_is_scheduled_to_zero(on_refresh: str) -> None:
+    """The remaining steps are state-free; a resume in between changes nothing."""
+    runs = [build({f"w{i}": weight(8, 6, seed=i) for i in range(4)}, projection="blockwise", on_refresh=on_refresh,
+                  density=0.5) for _ in range(2)]  # fmt: skip
+    for number, optimizer in enumerate(runs):
+        train(optimizer, 1, 4)
+        optimizer.param_groups[0]["density"] = 0.0
+        if number:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        before = [value.clone() for value in weights(optimizer)]
+        train(optimizer, 5, 8)
+        moved = [(new - old).abs().max() for new, old in zip(weights(optimizer), before, strict=True)]
+        assert all(distance > 0 for distance in moved)
+    for one, other in zip(weights(runs[0]), weights(runs[1]), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_low_precision_weights_are_rounded_once_a_step(projection: str) -> None:
+    """lr x decay is below bf16's last place: rounded by itself, weight decay would be lost."""
+    shapes, moved = {"one": (32, 24), "other": (24, 32), "b": (40,)}, []
+    for dtype in (torch.float32, torch.bfloat16):
+        start = {name: weight(*shape, dtype=torch.bfloat16).detach().to(dtype) for name, shape in shapes.items()}
+        named = {name: torch.nn.Parameter(value) for name, value in start.items()}
+        optimizer = build(
+            {name: named[name] for name in ("one", "other")}, {"b": named["b"]},
+            projection=projection, lr=1e-2, weight_decay=0.1,
+        )  # fmt: skip
+        for number, parameter in enumerate(parameters_of(optimizer)):
+            generator = torch.Generator().manual_seed(number)
+            parameter.grad = torch.randn(parameter.shape, generator=generator).bfloat16().to(dtype)
+        optimizer.step()
+        moved.append(weights(optimizer))
+    for wide, narrow in zip(*moved, strict=True):
+        assert torch.equal(wide.bfloat16(), narrow)
 
 
 def test_a_step_under_inference_of_gradients_builds_no_graph() -> None:

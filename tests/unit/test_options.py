@@ -242,6 +242,12 @@ def test_a_group_added_later_is_checked_like_the_first() -> None:
         optimizer.add_param_group({"params": [("v", weight(8, 6))], "projected": True, "densty": 0.1})
     with pytest.raises(ValueError, match="'w'"):
         optimizer.add_param_group({"params": [("w", weight(8, 6))], "projected": True})
+    with pytest.raises(ValueError, match="density"):
+        optimizer.add_param_group({"params": [("v", weight(8, 6))], "projected": True, "density": 7})
+    assert len(optimizer.param_groups) == 1
+    train(optimizer, 1, 2)  # as if nothing had been tried
+    optimizer.add_param_group({"params": [("v", weight(8, 6))], "projected": True})
+    train(optimizer, 3, 4)
 
 
 def test_a_tied_parameter_is_updated_once() -> None:

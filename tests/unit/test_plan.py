@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,16 @@ from hypothesis import strategies as st
 
 from frugal_dist.sharding.plan import assign_owners, compute_layout, free_cut, owner_layout, refresh_cost
 from frugal_dist.sharding.route import fill_buckets, limit_for_owners, route
-from frugal_dist.sharding.tile import Layout, box_tiles, check_cover, elements, interval_tiles, split_evenly, whole
+from frugal_dist.sharding.tile import (
+    Layout,
+    Tile,
+    box_tiles,
+    check_cover,
+    elements,
+    interval_tiles,
+    split_evenly,
+    whole,
+)
 
 LLAMA_1B = [(2048, 2048)] * 4 + [(5461, 2048)] * 2 + [(2048, 5461)]
 
@@ -57,9 +67,31 @@ def test_a_hole_or_an_overlap_is_refused() -> None:
         check_cover("w", (whole(4, 4), box_tiles((3, 4), (0, 4))), 4, 4)
 
 
+_RANGES = st.tuples(st.integers(0, 4), st.integers(0, 4)).filter(lambda pair: pair[0] < pair[1])
+
+
+@given(st.lists(st.builds(Tile, _RANGES, _RANGES), max_size=6))
+def test_covers_are_counted_element_by_element(tiles: list[Tile]) -> None:
+    counts = [[sum(tile.contains(Tile((y, y + 1), (x, x + 1))) for tile in tiles) for x in range(4)] for y in range(4)]
+    even = {count for row in counts for count in row} in ({1}, {2}, {3}, {4}, {5}, {6})
+    with nullcontext() if even else pytest.raises(ValueError, match="do not cover it evenly"):
+        check_cover("w", tuple((tile,) for tile in tiles), 4, 4)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=3))
+def test_even_covers_are_accepted(cuts: list[tuple[int, int]]) -> None:
+    """Every copy cut into four somewhere else."""
+    tiles: list[Tile] = []
+    for y, x in [(2, 2), *cuts]:
+        tiles += [*box_tiles((0, y), (0, x)), *box_tiles((0, y), (x, 4)), *box_tiles((y, 4), (0, 4))]
+    check_cover("w", tuple((tile,) for tile in tiles), 4, 4)
+
+
 def test_owners_are_balanced_at_scale() -> None:
     """LLaMA-1B on 64 ranks: the busiest owner has at most a fifth more to do than the mean."""
     costs = [refresh_cost(rows, cols) for _ in range(24) for rows, cols in LLAMA_1B]
+    assert assign_owners([1.0, 1.0, 8.0], 2, known=[0, 1]) == [0, 1, 0]
+    assert assign_owners([1.0, 1.0, 8.0, 8.0], 2, known=[0, 1]) == [0, 1, 0, 1]
     owners = assign_owners(costs, 64)
     load = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(64)]
     assert max(load) / (sum(load) / 64) < 1.2

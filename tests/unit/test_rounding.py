@@ -14,7 +14,7 @@ KEY = {"seed": 3, "name": "w", "step": 5}
 
 def rounded(wide: Tensor, starts: Tensor | None = None, **key: object) -> Tensor:
     target = torch.empty(wide.shape, dtype=torch.bfloat16)
-    starts = row_starts(tuple((0, n) for n in wide.shape), tuple(wide.shape)) if starts is None else starts
+    starts = row_starts(tuple((0, n) for n in wide.shape), tuple(wide.shape), wide.device) if starts is None else starts
     round_stochastically_(target, wide, starts, **{**KEY, **key})  # type: ignore[arg-type]
     return target
 
@@ -60,8 +60,8 @@ def test_any_cut_gives_the_same() -> None:
     whole = rounded(wide)
     box = ((2, 5), (10, 33), (7, 40))
     part = wide[2:5, 10:33, 7:40]
-    assert torch.equal(rounded(part.contiguous(), row_starts(box, (6, 70, 50))), whole[2:5, 10:33, 7:40])
-    flat = rounded(wide.view(-1)[123:9999], row_starts(((123, 9999),), (9999,)))
+    assert torch.equal(rounded(part.contiguous(), row_starts(box, (6, 70, 50), wide.device)), whole[2:5, 10:33, 7:40])
+    flat = rounded(wide.view(-1)[123:9999], row_starts(((123, 9999),), (9999,), wide.device))
     assert torch.equal(flat, whole.view(-1)[123:9999])
 
 
