@@ -117,6 +117,7 @@ def _unsupported(engine: Any) -> dict[str, tuple[bool, str]]:
     zero, bf16, fp16 = config.zero_config, config.bfloat16_config, config.float16_config
     optimizer, params = zero.offload_optimizer, zero.offload_param
     offloads = optimizer is not None and optimizer.device != "none"
+    experts = config.expert_parallel_config
     return {
         "SuperOffload": (offloads and optimizer.super_offload, PLAIN_OFFLOAD),
         "ZenFlow": (zero.zenflow is not None, PLAIN_OFFLOAD),
@@ -129,6 +130,10 @@ def _unsupported(engine: Any) -> dict[str, tuple[bool, str]]:
         "hpZ (zero_hpz_partition_size above 1)": (zero.zero_hpz_partition_size > 1, PLAIN_ZERO3),
         "tensor parallelism (AutoTP, mpu)": (_tensor_parallel(engine), "use ZeRO-3 to fit larger models"),
         "pipeline parallelism": (bool(engine.__dict__.get("pipeline_parallelism")), "use ZeRO-3 to fit larger models"),
+        "expert parallelism (expert_parallel.autoep_size above 1)": (
+            experts.enabled and experts.autoep_size > 1,
+            "use autoep_size 1 with ZeRO-3",
+        ),
         "DeepCompile": (config.compile_config.deepcompile, 'remove "deepcompile"; torch.compile of the model works'),
         "bf16_master_weights_and_grads": (bf16.bf16_master_weights_and_grads, FP32_MASTERS),
         "bf16_optimizer_states": (bf16.bf16_optimizer_states, FP32_MASTERS),

@@ -70,6 +70,7 @@ REFUSED = {
     "round_robin_gradients": ({"stage": 2, "round_robin_gradients": True}, {}, "set it to false"),
     "elastic": ({"stage": 1, "elastic_checkpoint": True}, {}, "frugal_dist.checkpoint"),
     "universal": ({"stage": 1}, {"checkpoint": {"load_universal": True}}, "frugal_dist.checkpoint"),
+    "expert parallelism": ({"stage": 2}, {"expert_parallel": {"enabled": True, "autoep_size": 2}}, "autoep_size 1"),
     "DeepCompile": ({"stage": 2}, {"compile": {"deepcompile": True}}, "torch.compile"),
     "AutoTP": ({"stage": 1}, {"tensor_parallel": {"autotp_size": 2}, "train_micro_batch_size_per_gpu": 12}, "ZeRO-3"),
     "NVMe offload of parameters": (
