@@ -10,6 +10,7 @@ from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from frugal_dist.training.console import LOG_FILE
 from frugal_dist.training.finetune_recipe import FinetuneRecipe, check_finetune
 from frugal_dist.training.place import Place
 from frugal_dist.training.ranks import together
@@ -105,7 +106,8 @@ def _prepare(recipe: FinetuneRecipe, place: Place, stack: ExitStack) -> Job:
         figures: dict[str, Any] = {**best.last, "best": {"step": best.step, **best.figures}}
         figures |= {"parameters": parameters, "trained": trained, "epochs": recipe.epochs, "asked": recipe.steps}
         score = best.figures.get("score", nan)  # none if no checkpoint could be saved
-        return figures, f"score {best.last['score']:.4f}, best {score:.4f} after step {best.step}"
+        lost = f"; {best.lost} better model(s) could not be saved, see {LOG_FILE}" if best.lost else ""
+        return figures, f"score {best.last['score']:.4f}, best {score:.4f} after step {best.step}{lost}"
 
     return Job(
         run,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from frugal_dist.checkpoint import SavedWeights
@@ -65,7 +67,8 @@ class Scoring:
 class Best:
     """Keeps the best model so far in ``folder/best``, as Hugging Face has it.
 
-    ``build()``: a model like the one that is trained, to be filled. The newest evaluation is kept here too.
+    ``build()``: a model like the one that is trained, to be filled. ``step``: of the kept model; ``lost``: how many
+    better ones could not be saved. The newest evaluation is kept here too.
     """
 
     folder: Path
@@ -74,6 +77,7 @@ class Best:
     tokenizer: Any
     on_error: str
     step: int = 0
+    lost: int = 0
     figures: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
 
@@ -83,9 +87,11 @@ class Best:
         if self.figures and not found.figures["score"] > self.figures["score"]:
             return
         # By way of a checkpoint, which every engine can write.
-        if self.engine.save(self.folder / f".{BEST}", step, {}, keep_last=1, on_error=self.on_error):
+        saved = self.engine.save(self.folder / f".{BEST}", step, {}, keep_last=1, on_error=self.on_error)
+        if saved and self._published({"step": step, **found.figures}):
             self.step, self.figures = step, found.figures
-            self._publish()
+        else:
+            self.lost += 1
 
     def remember(self) -> dict[str, Any]:
         """For checkpoints."""
@@ -95,18 +101,28 @@ class Best:
         """Go on with what a checkpoint holds. A model that was kept after it will be kept again."""
         self.step, self.figures = extra["best"]["step"], extra["best"]["figures"]
 
-    def _publish(self) -> None:
-        """If rank 0 fails to convert the checkpoint, all ranks raise."""
+    def _published(self, record: dict[str, Any]) -> bool:
+        """Whether the checkpoint is now in ``best``. If rank 0 fails to convert it, all ranks raise; with ``on_error``
+        "warn" and a disk to blame, none does, and the model that was there stays.
+        """
         trouble: Exception | None = None
+        saved, partial = self.folder / f".{BEST}", self.folder / f".{BEST}.partial"
         if self.engine.rank == 0:
             try:
-                self._convert(self.folder / f".{BEST}")
+                self._convert(saved, partial, record)
             except Exception as error:  # the others must hear of it, whatever it is
                 trouble = error
-        agree(trouble)
+        if not any(gathered(self.on_error == "warn" and _is_of_the_disk(trouble))):
+            agree(trouble)
+            return True
+        if trouble is not None:
+            warnings.warn(f"The best model was not saved, training goes on: {trouble}", stacklevel=2)
+            for unfinished in (partial, saved):  # they take the room of the next checkpoint
+                shutil.rmtree(unfinished, ignore_errors=True)
+        return False
 
-    def _convert(self, saved: Path) -> None:
-        partial, old, final = (self.folder / name for name in (f".{BEST}.partial", f".{BEST}.old", BEST))
+    def _convert(self, saved: Path, partial: Path, record: dict[str, Any]) -> None:
+        old, final = self.folder / f".{BEST}.old", self.folder / BEST
         shutil.rmtree(partial, ignore_errors=True)
         with torch.random.fork_rng():  # building a model draws numbers
             model: Any = self.build()
@@ -114,7 +130,6 @@ class Best:
         model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
         model.save_pretrained(partial)
         self.tokenizer.save_pretrained(partial)
-        record = {"step": self.step, **self.figures}
         (partial / EVALUATION).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
@@ -122,6 +137,11 @@ class Best:
         partial.rename(final)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(saved, ignore_errors=True)
+
+
+def _is_of_the_disk(trouble: Exception | None) -> bool:
+    """Full, read-only or gone; safetensors tells of it with an error of its own."""
+    return isinstance(trouble, OSError | SafetensorError)
 
 
 def fill(model: nn.Module, weights: SavedWeights) -> None:

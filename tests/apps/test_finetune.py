@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,6 +117,32 @@ def test_runs_are_exported_and_drawn(folder: Path, whole: Path, capfd: pytest.Ca
     assert (folder / "picture.svg").is_file()
     assert main(["compare", "minilm_reviews", "--optimizers", "adamw"]) == 2
     assert "That one is for frugal-dist finetune." in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_a_best_model_that_cannot_be_written(on_error: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Told, and the one before stays; or the run ends. The new one's folder leads to where no file can be."""
+    run = folder / "runs" / f"no best {on_error}"
+    quick = ["--steps", "2", "--evaluate_every", "1", "--saving.on_error", on_error]
+    assert finetune(recipe(folder, run.name, *quick)) == 0
+    kept = json.loads((run / "best" / "evaluation.json").read_text())
+    (run / ".best.partial").symlink_to("/proc")
+    capfd.readouterr()
+    words = r"The best model was not saved, training goes on: \[Errno 2\]"
+    with pytest.warns(UserWarning, match=words) if on_error == "warn" else nullcontext():
+        code = finetune(recipe(folder, run.name, *quick[2:], "--steps", "30", "--evaluate_every", "15"))
+    said = capfd.readouterr().err
+    assert json.loads((run / "best" / "evaluation.json").read_text()) == kept
+    if on_error == "raise":
+        assert code == 1
+        assert "/proc" in said or ".best.partial" in said
+        return
+    assert code == 0, said
+    (summary,) = [line for line in of_kind(read_metrics(run), "summary") if line["asked"] == 30]
+    assert summary["score"] > kept["score"]
+    assert summary["best"] == kept
+    assert "better model(s) could not be saved, see output.txt" in said
+    assert not (run / ".best").exists()
 
 
 def environment() -> dict[str, str]:
