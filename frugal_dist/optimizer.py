@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from frugal_dist import engines, saving
-from frugal_dist.config import HYPERPARAMETERS, FrugalConfig, check_choice, check_keys, config_from, without_auto
+from frugal_dist.config import HYPERPARAMETERS, FrugalConfig, check_keys, config_from, without_auto
 from frugal_dist.figures import RefreshFigures
 from frugal_dist.groups import arranged, as_groups, check_group_keys, check_unique
 from frugal_dist.notices import notice
@@ -105,8 +105,8 @@ class Frugal(Optimizer):
         given = without_auto({key: value for key, value in locals().items() if key in HYPERPARAMETERS})
         known = (*HYPERPARAMETERS, "shard_state", "process_group", "no_decay")
         check_keys(unknown, known, "Frugal")
-        if not isinstance(shard_state, bool):
-            check_choice("shard_state", shard_state, ("auto",))
+        if not isinstance(shard_state, bool) and shard_state != "auto":
+            raise ValueError(f"shard_state={shard_state!r} is not known. Use one of auto, true, false.")
         self._shard_state = shard_state
         self._process_group = process_group
         no_decay = None if no_decay == "auto" else no_decay

@@ -16,7 +16,8 @@ from typing import Any, Literal, TypeVar
 
 from frugal_dist.training.trackers import check_trackers
 
-Number = int | float | str | bool | list[float] | list[str] | None
+Number = bool | int | float | str | list[float] | list[str] | None
+"""The first type that fits is taken: text stands after what would fit it as well, such as false and 1."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("jsonargparse")
 
 from frugal_dist.cli import main
+from frugal_dist.optimizer import Frugal
 from frugal_dist.training.compare import contender
 from frugal_dist.training.engines import check_engine
 from frugal_dist.training.optimizers import frugal_options
@@ -29,6 +31,23 @@ def test_shipped_recipes_are_sound(name: str) -> None:
     rate = build_schedule(recipe.schedule, recipe.steps)
     assert rate(recipe.steps // 10 - 1) == 1.0
     assert rate(recipe.steps) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("false", False), ("true", True), ("1", 1), ("0", 0), ("0.5", 0.5), ("1e-3", 1e-3), ("svd", "svd")),
+        *(("null", None), ("none", "none"), ("[0.9, 0.99]", [0.9, 0.99])),
+    ],
+)
+def test_options_have_the_type_that_they_are_written_in(text: str, value: object) -> None:
+    found = read_recipe("llama_9m", ["--optimizer.options.shard_state", text]).optimizer.options["shard_state"]
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_a_wrong_switch_is_told_what_there_is() -> None:
+    with pytest.raises(ValueError, match=r"shard_state='flase' is not known. Use one of auto, true, false"):
+        Frugal([torch.nn.Parameter(torch.ones(2, 2))], shard_state="flase")
 
 
 def test_the_recipe_for_comparisons_is_sound() -> None:
