@@ -78,6 +78,21 @@ def test_a_trial_that_fails_or_hangs_is_told(tmp_path: Path, monkeypatch: pytest
     assert hanging == "no end after 1 s"
 
 
+def test_inside_a_job_a_trial_is_a_process_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a task of srun, a rank of mpirun or of torchrun, with what they all say at once."""
+    slurm = {"PROCID": "1", "NTASKS": "2", "STEP_NUM_TASKS": "2", "LOCALID": "1", "STEP_ID": "0", "JOB_ID": "7"}
+    said = {f"SLURM_{name}": value for name, value in slurm.items()} | {"SLURM_STEP_NODELIST": "node[1-2]"}
+    said |= {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "PMIX_RANK": "1", "WORLD_SIZE": "2"}
+    said |= {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    asks = "from frugal_dist.training.place import find_place as f; p = f(); assert p.launcher == 'none', str(p)"
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    assert trials._run([sys.executable, "-c", asks], tmp_path) == ""
+    left = trials.without_place({**said, "SLURM_CONF": "/etc", "PATH": "/bin", "NCCL_SOCKET_IFNAME": "eth0"})
+    assert left == {"PATH": "/bin", "NCCL_SOCKET_IFNAME": "eth0"}
+
+
 def test_a_training_that_does_not_learn_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from frugal_dist.training.metrics import MetricsLog
 

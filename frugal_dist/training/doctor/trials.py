@@ -8,17 +8,22 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple
 from importlib.util import find_spec
 from pathlib import Path
 
 from frugal_dist.training.doctor.finding import FAIL, NOTE, OK, Finding
+from frugal_dist.training.place import LAUNCHERS
 
 PATIENCE = 300
 """Seconds after which a trial counts as hung."""
 STEPS, VOCABULARY, LENGTH = 20, 256, 32
 DEEPSPEED = {"zero2": 2, "zero3": 3}
 ENGINES = ("single", "ddp", "fsdp2", *DEEPSPEED)
+
+_JOBS = ("SLURM_", "PMI_", "PMIX_", "OMPI_", "MPI_LOCAL", "TORCHELASTIC_")
+"""How the variables of launchers begin; MPI libraries look at some that tell no rank, too."""
 
 _MODEL = {
     "model_type": "llama",
@@ -152,14 +157,21 @@ def _torchrun(count: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", *rendezvous]
 
 
+def without_place(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what launchers say of ranks: the doctor may itself run inside a job."""
+    told = {name for launcher in LAUNCHERS.values() for name in astuple(launcher) if isinstance(name, str)}
+    told |= {"MASTER_ADDR", "MASTER_PORT"}
+    return {name: value for name, value in environ.items() if name not in told and not name.startswith(_JOBS)}
+
+
 def _run(command: list[str], scratch: Path) -> str:
     """Run to the end; returns nothing, or what went wrong, with the last words of the processes."""
     import torch
 
-    environment = dict(os.environ)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)  # the doctor may itself run inside a job
-    environment |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)), "PYTHONWARNINGS": "ignore"}
+    environment = without_place(os.environ) | {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)),
+        "PYTHONWARNINGS": "ignore",
+    }
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment.get('PATH', '')}"  # ninja
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
