@@ -116,6 +116,7 @@ def _schedule(settings: DemoSettings) -> partial[float]:
 def _summary(
     engine: DeepSpeedEngine, outcome: Outcome, parameters: int, validation_tokens: int, unigram_loss: float
 ) -> Summary:
+    from frugal_dist.training.evaluate import perplexity_of
     from frugal_dist.training.report import Summary
 
     return Summary(
@@ -126,8 +127,8 @@ def _summary(
         tokens=outcome.tokens,
         seconds=outcome.seconds,
         validation_tokens=validation_tokens,
-        perplexity_at_start=math.exp(outcome.first_loss),
-        perplexity_at_end=math.exp(outcome.last_loss),
+        perplexity_at_start=perplexity_of(outcome.first_loss),
+        perplexity_at_end=perplexity_of(outcome.last_loss),
         unigram_perplexity=math.exp(unigram_loss),
     )
 

@@ -25,6 +25,14 @@ class Finding:
     text: str
 
 
+def perplexity_of(loss: float) -> float:
+    """exp(loss); infinite where that is beyond what a float holds."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 class Evaluation(Protocol):
     """Measures a model. Every rank calls it at the same steps, and all get the same answer."""
 
@@ -52,7 +60,7 @@ class Validation:
         loss = self.loss(engine, stop)
         if loss is None:
             return None
-        perplexity = math.exp(loss)
+        perplexity = perplexity_of(loss)
         return Finding(loss, {"perplexity": perplexity}, f"validation perplexity {perplexity:,.1f}")
 
     def loss(self, engine: Engine, stop: Callable[[], bool]) -> float | None:

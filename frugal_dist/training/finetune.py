@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from frugal_dist.training.loop import Outcome
     from frugal_dist.training.recipe import Recipe
 
-_RANKS_APART = 1_000_003
-"""Between the seeds of the ranks' dropout."""
-
 
 def finetune(recipe: FinetuneRecipe) -> int:
     """Train as one rank of whatever launcher started this process; the exit code of ``run.run_begun``.
@@ -85,17 +82,16 @@ def _materials(recipe: FinetuneRecipe, place: Place) -> Materials:
 
 
 def _prepare(recipe: FinetuneRecipe, place: Place, stack: ExitStack) -> Job:
-    import torch
-
     from frugal_dist.training.classifiers import TuningOptimizer, build_classifier, count
     from frugal_dist.training.data import Batches
+    from frugal_dist.training.dropout import seed_masks
     from frugal_dist.training.engines import build_engine
     from frugal_dist.training.scoring import Best, Scoring
 
     made = together(partial(_materials, recipe, place))
     run, model = made.run, made.model
     parameters, trained = count(model, trained=False), count(model, trained=True)
-    torch.manual_seed(recipe.seed + _RANKS_APART * (1 + place.rank))  # a dropout of its own on every rank
+    seed_masks(recipe.seed, place.rank)
     optimizer = TuningOptimizer(recipe, made.config.hidden_size)
     engine = build_engine(model, run, made.schedule, place, made.classifier.losses, optimizer)
     stack.callback(engine.close)

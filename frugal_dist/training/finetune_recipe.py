@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from frugal_dist.config import check_choice
 from frugal_dist.training.glue import METRICS, TASKS
-from frugal_dist.training.recipe import Number, Optimizer, Recipe, Saving, Schedule, check_saving
+from frugal_dist.training.recipe import Number, Optimizer, Recipe, Saving, Schedule, check_saving, check_seed
 from frugal_dist.training.trackers import check_trackers
 
 PRESETS = {"lora": "adamw"}
@@ -206,6 +206,7 @@ def check_finetune(recipe: FinetuneRecipe) -> None:
             raise ValueError(f"{key} is {getattr(recipe, key)}; it must not be negative.")
     if not recipe.epochs > 0:
         raise ValueError(f"epochs is {recipe.epochs:g}; it must be above 0.")
+    check_seed(recipe.seed)
     if recipe.micro_batch is not None and recipe.micro_batch < 1:
         raise ValueError(f"micro_batch is {recipe.micro_batch}; it must be at least 1, or null.")
     if not recipe.model.path:

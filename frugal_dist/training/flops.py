@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 
 PEAK_TFLOPS = {
+    "GB200": 2500.0,
     "B200": 2250.0,
+    "GH200": 989.0,
     "H200": 989.0,
     "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
     "H100": 989.0,
     "A100": 312.0,
     "L40S": 362.0,
     "A10": 125.0,
+    "A10G": 70.0,
     "RTX 4090": 165.0,
     "V100": 125.0,
 }
-"""Dense bf16 (V100: fp16) matmul rates by the makers' data sheets; the first name that fits counts."""
+"""Dense bf16 (V100: fp16) matmul rates by the makers' data sheets; the first name that is in the device's counts."""
 
 
 def flops_per_token(model: nn.Module, length: int) -> float:
@@ -44,8 +50,13 @@ def peak_flops(precision: str, given: float | None) -> float | None:
         return given * 1e12
     if precision == "fp32" or not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    return next((rate * 1e12 for known, rate in PEAK_TFLOPS.items() if known in name), None)
+    return known_flops(torch.cuda.get_device_name())
+
+
+def known_flops(name: str) -> float | None:
+    """What is known of a GPU with this name; an A10 is no A100, an RTX A1000 neither."""
+    found = (rate for known, rate in PEAK_TFLOPS.items() if re.search(rf"\b{re.escape(known)}\b", name))
+    return next((rate * 1e12 for rate in found), None)
 
 
 def memory() -> dict[str, int]:

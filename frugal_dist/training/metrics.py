@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -32,10 +33,11 @@ class MetricsLog:
         self._file = path.open("a" if goes_on else "w", encoding="utf-8") if path else None
 
     def write(self, kind: str, **values: Any) -> None:
-        """Write one record at once, so that a killed run keeps all it has reached."""
+        """Write one record at once, so that a killed run keeps all it has reached. NaN and infinity become null."""
+        values = {key: _as_json(value) for key, value in values.items()}
         if self._file:
             try:
-                self._file.write(json.dumps({"kind": kind, **values}) + "\n")
+                self._file.write(json.dumps({"kind": kind, **values}, allow_nan=False) + "\n")
                 self._file.flush()
             except OSError as error:  # the other ranks train on, and would wait for this one
                 self._give_up(error)
@@ -64,6 +66,15 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close()
+
+
+def _as_json(value: Any) -> Any:
+    """Numbers that JSON does not have are None; also inside of dicts and lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _as_json(one) for key, one in value.items()}
+    return [_as_json(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _cut(path: Path, step: int) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -40,10 +39,13 @@ def _start(recipe: Recipe) -> Start:
 
 
 def _prepare(recipe: Recipe, place: Place, stack: ExitStack) -> Job:
+    from frugal_dist.training.dropout import has_dropout, seed_masks
     from frugal_dist.training.engines import build_engine
     from frugal_dist.training.flops import flops_per_token
 
     schedule, data, model = together(partial(_materials, recipe, place))
+    if has_dropout(model):
+        seed_masks(recipe.seed, place.rank)
     flops = flops_per_token(model, recipe.length)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = build_engine(model, recipe, schedule, place)
@@ -69,5 +71,7 @@ def _materials(recipe: Recipe, place: Place) -> tuple[Schedule, OpenData, nn.Mod
 
 
 def _summary(outcome: Outcome) -> tuple[dict[str, Any], str]:
-    perplexity = math.exp(outcome.last_loss)
+    from frugal_dist.training.evaluate import perplexity_of
+
+    perplexity = perplexity_of(outcome.last_loss)
     return {"perplexity": perplexity}, f"validation perplexity {perplexity:,.2f}"

@@ -201,6 +201,9 @@ def check_recipe(recipe: Recipe) -> None:
     for key in ("evaluate_every", "evaluation_tokens", "clip"):
         if getattr(recipe, key) < 0:
             raise ValueError(f"{key} is {getattr(recipe, key)}; it must not be negative.")
+    check_seed(recipe.seed)
+    if recipe.data.rows == "truncated" and recipe.length < 2:
+        raise ValueError("length is 1; of a row per document every token but the first is predicted: use 2 or more.")
     if recipe.micro_batch is not None and recipe.micro_batch < 1:
         raise ValueError(f"micro_batch is {recipe.micro_batch}; it must be at least 1, or null.")
     for key in ("shuffle_buffer", "workers"):
@@ -224,6 +227,12 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError(f"precision fp16 scales the loss, which engine {recipe.engine!r} does not do. Use bf16.")
     if recipe.deepspeed is not None and recipe.engine != "deepspeed":
         raise ValueError(f"deepspeed is {recipe.deepspeed!r}, but engine is {recipe.engine!r}. Set engine: deepspeed.")
+
+
+def check_seed(seed: int) -> None:
+    """ValueError for what numpy does not take, at the first batch."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}; it must be at least 0 and below 2^32.")
 
 
 def check_saving(saving: Saving) -> None:

@@ -54,11 +54,16 @@ def build_schedule(recipe: Schedule, steps: int) -> Callable[[int], float]:
     warmup = round(recipe.warmup * total) if recipe.warmup < 1 else int(recipe.warmup)
     if warmup >= total:
         raise ValueError(f"schedule.warmup is {warmup} steps, as long as the run or cycle of {total}.")
+    decay = round(recipe.decay * total)
+    if recipe.name == "wsd" and warmup + decay > total:  # the rate would jump where both meet
+        raise ValueError(
+            f"schedule.warmup takes {warmup} steps and schedule.decay {decay}, together more than the run's {total}."
+        )
     cosine, floor = cosine_cycles if recipe.cycle else warmup_cosine, recipe.floor
     known: dict[str, Callable[[int], float]] = {
         "cosine": partial(cosine, total=total, warmup=warmup, floor=floor),
         "linear": partial(warmup_linear, total=total, warmup=warmup, floor=floor),
-        "wsd": partial(warmup_stable_decay, total=total, warmup=warmup, floor=floor, decay=round(recipe.decay * total)),
+        "wsd": partial(warmup_stable_decay, total=total, warmup=warmup, floor=floor, decay=decay),
         "constant": partial(warmup_constant, warmup=warmup),
     }
     return known[recipe.name]

@@ -346,6 +346,8 @@ def test_files_are_read_as_they_are(tmp_path: Path) -> None:
     )
     found = read_examples(Data(train=str(path), validation=str(path)))
     assert (found.train.texts, found.classes, found.train.labels) == (["NA", "null, 'x'", "3"], ("9", "10"), [1, 0, 1])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as spreadsheets save it
+    assert read_examples(Data(train=str(path), validation=str(path))).train.texts == found.train.texts
     path.write_text("text,label\n")
     with pytest.raises(ValueError, match="has no examples"):
         read_examples(Data(train=str(path), validation=str(path)))
@@ -362,6 +364,7 @@ def test_files_are_read_as_they_are(tmp_path: Path) -> None:
     [
         (["--model.path", ""], "model.path"),
         (["--epochs", "0"], "epochs"),
+        (["--seed", "-1"], "seed is -1"),
         (["--data.task", "rte"], "data.task"),
         (["--data.metrics", "[pearson]"], "data.metrics"),
         (["--data.metrics", "[accuracies]"], "data.metrics"),

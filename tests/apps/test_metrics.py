@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("jsonargparse")
 
-from frugal_dist.training.flops import flops_per_token, peak_flops
+from frugal_dist.training.dropout import has_dropout, seed_masks
+from frugal_dist.training.evaluate import perplexity_of
+from frugal_dist.training.flops import flops_per_token, known_flops, peak_flops
 from frugal_dist.training.metrics import MetricsLog, of_kind, read_metrics
 from frugal_dist.training.models import build_llama
 from frugal_dist.training.plot import plot_runs
@@ -100,6 +103,48 @@ def test_peak_is_what_is_given_or_unknown() -> None:
     assert peak_flops("bf16", 2.0) == 2e12
     if not torch.cuda.is_available():
         assert peak_flops("bf16", None) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("Tesla V100-SXM2-16GB", 125),
+    ],
+)
+def test_peaks_go_by_whole_names(name: str, tflops: float | None) -> None:
+    assert known_flops(name) == (None if tflops is None else tflops * 1e12)
+
+
+def test_what_json_does_not_have_is_null(tmp_path: Path) -> None:
+    """A NaN or enormous loss neither ends the run nor makes its file unreadable to other programs."""
+    assert perplexity_of(710.0) == math.inf
+    assert math.isnan(perplexity_of(math.nan))
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        log.write("validation", step=1, loss=math.nan, perplexity=perplexity_of(710.0), best={"score": [math.nan, 1]})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert record == {"kind": "validation", "step": 1, "loss": None, "perplexity": None, "best": {"score": [None, 1]}}
+
+
+def test_ranks_drop_different_places_and_nothing_else_differs() -> None:
+    """Seeds are set apart only where there is dropout, in modules or as a share in the configuration."""
+    llama = build_llama("quick", 512, 32)
+    assert not has_dropout(llama)
+    llama.config.attention_dropout = 0.1
+    assert has_dropout(llama)
+    assert has_dropout(torch.nn.Sequential(torch.nn.Dropout(0.1)))
+    assert not has_dropout(torch.nn.Sequential(torch.nn.Dropout(0.0)))
+    masks = []
+    for rank in (0, 1, 0):
+        seed_masks(7, rank)
+        masks.append(torch.nn.functional.dropout(torch.ones(64)).tolist())
+    assert masks[0] == masks[2] != masks[1]
 
 
 def test_a_picture_of_the_refreshes(run: Path, tmp_path: Path) -> None:

@@ -118,6 +118,9 @@ def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     [
         ({"steps": 0}, "steps"),
         ({"clip": -1.0}, "clip"),
+        ({"length": 1}, "length is 1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**32}, "seed is 4294967296"),
         ({"micro_batch": 0}, "micro_batch"),
         ({"saving": Saving(keep_last=0)}, "saving.keep_last"),
         ({"saving": Saving(every=-1)}, "saving.every"),
@@ -164,7 +167,11 @@ def test_cosine_cycles_start_again_and_a_run_may_end_high() -> None:
     assert rate(15_000) > 0.5
 
 
-@pytest.mark.parametrize("bad", [{"cycle": 10, "name": "linear"}, {"floor": 2.0}, {"warmup": 200}])
+WSD = {"name": "wsd", "warmup": 0.5, "decay": 0.8}
+"""It would jump from 1.0 to 0.62 at the end of the warm-up."""
+
+
+@pytest.mark.parametrize("bad", [{"cycle": 10, "name": "linear"}, {"floor": 2.0}, {"warmup": 200}, WSD])
 def test_schedules_that_make_no_sense(bad: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="schedule"):
         build_schedule(Schedule(**bad), 100)  # type: ignore[arg-type]
