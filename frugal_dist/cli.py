@@ -100,9 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu", help="say whether it fits: h100, a100, ...")
     plan.set_defaults(command=_plan, changes=())
 
-    plot = commands.add_parser("plot", help="draw the loss curve of a run, or several runs side by side")
+    plot = commands.add_parser("plot", help="draw a run, or several side by side: losses, memory, refreshes")
     plot.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
-    plot.add_argument("--out", type=Path, help="picture of several runs (default: runs.png and runs.svg)")
+    plot.add_argument(
+        "--out", type=Path, help="picture (default: RUN/loss_curve.png and .svg, of several runs runs.png and .svg)"
+    )
     plot.set_defaults(command=_plot)
 
     _add_export(commands.add_parser("export", help="a checkpoint as a Hugging Face model folder"))
@@ -236,7 +238,7 @@ def _plot(options: argparse.Namespace) -> int:
     from frugal_dist.training.plot import plot_run, plot_runs
 
     several = len(options.runs) > 1 or options.out is not None
-    paths = plot_runs(options.runs, options.out or Path("runs")) if several else [plot_run(options.runs[0])]
+    paths = plot_runs(options.runs, options.out or Path("runs")) if several else plot_run(options.runs[0])
     print(*paths, sep="\n")
     return 0
 

@@ -491,7 +491,9 @@ def test_metrics_survive_and_plot(tmp_path):
         metrics.write("train", step=10, tokens=1000, loss=7.0)
         assert len(read_metrics(tmp_path)) == 3  # readable before the run ends
     assert of_kind(read_metrics(tmp_path), "train")[0]["loss"] == 7.0
-    assert plot_run(tmp_path).read_bytes().startswith(b"\x89PNG")
+    pictures = plot_run(tmp_path)
+    assert [picture.name for picture in pictures] == ["loss_curve.png", "loss_curve.svg"]
+    assert pictures[0].read_bytes().startswith(b"\x89PNG")
     other = tmp_path / "b"
     other.mkdir()
     (other / "metrics.jsonl").write_bytes((tmp_path / "metrics.jsonl").read_bytes())

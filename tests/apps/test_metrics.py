@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("jsonargparse")
 
+from frugal_dist.cli import main
 from frugal_dist.training.dropout import has_dropout, seed_masks
 from frugal_dist.training.evaluate import perplexity_of
 from frugal_dist.training.flops import flops_per_token, known_flops, peak_flops
@@ -147,15 +148,24 @@ def test_ranks_drop_different_places_and_nothing_else_differs() -> None:
     assert masks[0] == masks[2] != masks[1]
 
 
-def test_a_picture_of_the_refreshes(run: Path, tmp_path: Path) -> None:
-    png, svg = plot_runs([run], tmp_path / "runs.png")
+PANELS = ("thousand tokens", "minutes", "training loss", "validation perplexity", "optimizer state", "peak memory")
+
+
+def test_pictures_of_one_run_and_of_several(run: Path, tmp_path: Path) -> None:
+    """Losses against tokens and time, memory, refreshes; the latter only where there were any."""
+    assert main(["plot", str(run)]) == 0
+    png, svg = run / "loss_curve.png", run / "loss_curve.svg"
     assert png.stat().st_size > 10_000
-    with_refreshes = svg.read_text().count("<path")
+    for words in (*PANELS, "share of energy in the residual", "overlap with the basis before", "moments", "bases"):
+        assert f"<!-- {words}" in svg.read_text(), words
     records = [row for row in read_metrics(run) if row["kind"] != "refresh"]
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
     _, bare = plot_runs([tmp_path / "bare"], tmp_path / "bare.png")
-    assert with_refreshes > bare.read_text().count("<path")
+    assert "residual" not in bare.read_text()
+    _, both = plot_runs([run, tmp_path / "bare"], tmp_path / "both.png")
+    for words in (*PANELS, "share of energy in the residual", "run", "bare"):
+        assert f"<!-- {words}" in both.read_text(), words
 
 
 def test_trouble_with_a_tracker_is_told_and_ends_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
