@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
+from frugal_dist.training.accelerator import settle_accelerator
 from frugal_dist.training.doctor.finding import FAIL, NOTE, OK, Finding
 
 GIB = 2**30
@@ -102,10 +103,7 @@ def deepspeed_ops(folder: Path) -> Iterator[Finding]:
         yield Finding(NOTE, "DeepSpeed ops", "ninja is not on PATH; activate the environment, or pip install ninja")
     if not (shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")):
         yield Finding(NOTE, "DeepSpeed ops", "no C++ compiler; an operation that is not built yet cannot be")
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it guesses, aloud
+    settle_accelerator()
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()

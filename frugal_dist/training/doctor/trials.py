@@ -166,15 +166,11 @@ def without_place(environ: Mapping[str, str]) -> dict[str, str]:
 
 def _run(command: list[str], scratch: Path) -> str:
     """Run to the end; returns nothing, or what went wrong, with the last words of the processes."""
-    import torch
-
     environment = without_place(os.environ) | {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)),
         "PYTHONWARNINGS": "ignore",
     }
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment.get('PATH', '')}"  # ninja
-    if not torch.cuda.is_available():
-        environment["DS_ACCELERATOR"] = "cpu"
     log = scratch / "trial.log"
     with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(

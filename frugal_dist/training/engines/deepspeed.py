@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 
 from frugal_dist import checkpoint
 from frugal_dist.optimizer import Frugal
+from frugal_dist.training.accelerator import settle_accelerator
 from frugal_dist.training.engines import collectives
 from frugal_dist.training.engines.protocol import (
     Losses,
@@ -41,6 +42,7 @@ class DeepSpeedEngine:
         losses: Losses = token_losses,
         optimizer: Callable[[nn.Module], Frugal] | None = None,
     ) -> None:
+        settle_accelerator()
         import deepspeed
 
         deepspeed.init_distributed()
