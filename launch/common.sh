@@ -6,13 +6,15 @@ NAME=$(basename "$0")
 
 say() { printf '%s: %s\n' "$NAME" "$*"; }
 die() { printf '%s: ERROR: %s\n' "$NAME" "$*" >&2; exit 2; }
+# shellcheck source=launch/gpus.sh
+source "$ROOT/launch/gpus.sh"
 
 # begin SCRIPT "$@": the comment at SCRIPT's top is its help; then the environment in which everything below runs.
 begin() {
     local script=$1
     NAME=$(basename "$script")
     if [[ $# == 1 || $2 == -h || $2 == --help ]]; then
-        sed -n '2,/^set /{/^# \{0,1\}/!d;s///p}' "$script"
+        sed -n '2,/^set /{/^#SBATCH/d;/^# \{0,1\}/!d;s///p}' "$script"
         exit 0
     fi
     # The checkout's own environment (launch/setup.sh), or else whatever the caller has activated.
@@ -22,23 +24,6 @@ begin() {
     [[ ! -d $ROOT/.cache/torch_extensions ]] ||
         export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$ROOT/.cache/torch_extensions}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun does: ranks share the cores
-    (($(gpus) > 0)) || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
-}
-
-# gpus: how many GPUs there are on this host for us to use.
-gpus() {
-    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^ ]' || true
-    else
-        { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true
-    fi
-}
-
-# default_ranks: one per GPU, or one.
-default_ranks() {
-    local found
-    found=$(gpus)
-    echo "$((found > 0 ? found : 1))"
 }
 
 # need COMMAND: it must be there.
@@ -64,14 +49,22 @@ check_hostfile() {
 # hosts FILE: "HOST RANKS" per line.
 hosts() { sed -n 's/^[[:space:]]*\([^#[:space:]]*\)[[:space:]]*slots=\([0-9]*\).*/\1 \2/p' "$1"; }
 
+# quietly COMMAND...: become DeepSpeed's launcher. Where this host has no GPU it shall not guess, aloud, what to use instead.
+# Ranks decide for themselves: they may be on other hosts than this.
+quietly() {
+    (($(gpus) > 0)) || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+    exec "$@"
+}
+
 # a_port: one that is free here now. Ports of other hosts cannot be tried: set MASTER_PORT if theirs is taken.
 a_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
 
-SENT_TOO='NCCL|GLOO|FI|UCX|HF|TOKENIZERS|CUDA|WANDB'
+SENT_TOO='NCCL|GLOO|FI|UCX|HF|TOKENIZERS|CUDA|WANDB|MLFLOW|FRUGAL|PYTORCH|TRITON'
+SENT_PROXIES='(https?|ftp|all|no)_proxy|(HTTPS?|FTP|ALL|NO)_PROXY'
 # sent: names of the variables that ranks on other hosts need as well. More of them: SEND="NAME1 NAME2".
 sent() {
     compgen -e | grep -xE \
-        "PATH|LD_LIBRARY_PATH|PYTHON.*|OMP_.*|TORCH.*|DS_ACCELERATOR|MASTER_(ADDR|PORT)|MPI4PY_.*|($SENT_TOO)_.*${SEND:+|${SEND// /|}}" |
+        "PATH|LD_LIBRARY_PATH|PYTHON.*|OMP_.*|TORCH.*|DS_ACCELERATOR|MASTER_(ADDR|PORT)|MPI4PY_.*|($SENT_TOO)_.*|$SENT_PROXIES${SEND:+|${SEND// /|}}" |
         grep -vxE 'CUDA_VISIBLE_DEVICES' || true
 }
 
@@ -101,29 +94,68 @@ flavour_of() {
 # allow_root: Open MPI refuses root unless told twice; in containers there is nobody else.
 allow_root() { [[ $(id -u) != 0 ]] || export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; }
 
-# recorded RECIPE [--key value ...]: "finished", "stopped" (saved, as told to) or "broken": how the run's own record ends.
-recorded() {
+# attend COMMAND...: run it as LAUNCHER and return its exit code. TERM, USR1 and INT become `stop SIGNAL`, which the script
+# defines. A process group of its own keeps Ctrl-C from the launcher, which would leave its ranks behind.
+attend() {
+    local code signal signalled=1
+    for signal in TERM USR1 INT; do
+        # shellcheck disable=SC2064 # the signal of now
+        trap "signalled=1; stop $signal" "$signal"
+    done
+    set -m
+    "$@" </dev/null &
+    LAUNCHER=$!
+    set +m
+    while ((signalled)); do # a signal ends wait early
+        signalled=0 code=0
+        wait "$LAUNCHER" || code=$?
+    done
+    trap - TERM USR1 INT
+    return "$code"
+}
+
+# record RECIPE [--key value ...]: how the run's record ends, and which record that is.
+record() {
     python - "$@" <<'PY'
 import sys
 from pathlib import Path
 
-from frugal_dist.training.metrics import read_metrics
+from frugal_dist.training.metrics import METRICS_FILE, of_kind, read_metrics
 from frugal_dist.training.recipe import read_recipe
 
 try:
-    last = read_metrics(Path(read_recipe(sys.argv[1], sys.argv[2:]).folder))[-1]["kind"]
+    folder = Path(read_recipe(sys.argv[1], sys.argv[2:]).folder)
+    records = read_metrics(folder)
+    print(records[-1]["kind"], len(of_kind(records, "run")), (folder / METRICS_FILE).stat().st_mtime_ns)
 except (ValueError, IndexError):
-    last = "nothing"
-print({"summary": "finished", "stopped": "stopped"}.get(last, "broken"))
+    print("nothing")
 PY
 }
 
-# confirm RECIPE [--key value ...]: after a launcher that ends with 0 even if its ranks died. 75 if the run has stopped.
-confirm() {
-    case $(recorded "$@") in
-    finished) return 0 ;;
-    stopped) return 75 ;;
+# remember RECIPE [--key value ...]: before the launch. What an earlier start has recorded says nothing about this one.
+remember() { BEFORE=$(record "$@"); }
+
+# ended RECIPE [--key value ...]: "finished", "stopped" (saved, as told to) or "broken": what this start has recorded last.
+ended() {
+    local now
+    now=$(record "$@")
+    [[ $now != "$BEFORE" ]] || now=nothing
+    case $now in
+    summary*) echo finished ;;
+    stopped*) echo stopped ;;
+    *) echo broken ;;
     esac
-    printf '%s: ERROR: the launcher ended well, but the run did not finish: its ranks were killed\n' "$NAME" >&2
-    return 1
+}
+
+# verdict CODE RECIPE [--key value ...]: the exit code of a launch whose launcher ended with CODE: 75 if the run has
+# stopped as told. Launchers may end with 0 though their ranks died, or with another code though all went as it should.
+verdict() {
+    local code=$1 how
+    how=$(ended "${@:2}")
+    [[ $how != stopped ]] || return 75
+    if [[ $how == broken && $code == 0 ]]; then
+        printf '%s: ERROR: the launcher ended well, but the run did not finish: its ranks were killed\n' "$NAME" >&2
+        return 1
+    fi
+    return "$code"
 }

@@ -5,7 +5,7 @@
 #   bash launch/deepspeed.sh llama_1b --deepspeed ds_configs/zero2_bf16.json --steps 1000
 #
 # RECIPE is a shipped name or a YAML file; --key value changes any of its keys. Settings, all optional:
-#   RANKS         ranks (default: one per GPU, or one)
+#   RANKS         ranks (default: one per GPU, or one); CUDA_VISIBLE_DEVICES says which GPUs, by number
 #   MASTER_PORT   a port of this machine that is free (default: found)
 # The same command goes on where the last checkpoint was made. SIGTERM, SIGUSR1 and Ctrl-C save first; then the exit code
 # is 75. A rank that dies ends all.
@@ -15,22 +15,18 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 begin "${BASH_SOURCE[0]}" "$@"
 RANKS=${RANKS:-$(default_ranks)} MASTER_PORT=${MASTER_PORT:-$(a_port)}
 check_number RANKS MASTER_PORT
+pick_gpus "$RANKS"
 
 # DeepSpeed passes signals on to nobody: the ranks, which are its grandchildren, get them from here.
-# shellcheck disable=SC2329 # called by the trap
+# shellcheck disable=SC2329 # called by attend
 stop() {
     local ranks
     mapfile -t ranks < <(pgrep -P "$(pgrep -d, -P "$LAUNCHER")")
     ((${#ranks[@]})) && kill -TERM "${ranks[@]}" 2>/dev/null || kill -TERM -- "-$LAUNCHER" 2>/dev/null || true
 }
-trap stop TERM USR1 INT
 
-set -m # a process group of its own: Ctrl-C must not reach the launcher, which would leave its ranks behind
-deepspeed --num_gpus "$RANKS" --master_port "$MASTER_PORT" --no_local_rank --log_level=error \
-    --module frugal_dist.cli pretrain "$1" --engine deepspeed "${@:2}" </dev/null &
-LAUNCHER=$!
-set +m
+remember "$@"
 code=0
-while wait "$LAUNCHER" || code=$?; kill -0 "$LAUNCHER" 2>/dev/null; do code=0; done # a signal ends wait early
-((code)) || confirm "$@" || code=$?
-exit "$code"
+attend quietly deepspeed "${PICKED[@]}" --master_port "$MASTER_PORT" --no_local_rank --log_level=error \
+    --module frugal_dist.cli pretrain "$1" --engine deepspeed "${@:2}" || code=$?
+verdict "$code" "$@"

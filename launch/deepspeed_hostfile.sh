@@ -11,8 +11,8 @@
 #   MASTER_ADDR     of the first host, as the others reach it (default: as the hostfile names it)
 #   MASTER_PORT     free on that host (default: 29500)
 #   SEND            names of more environment variables that the ranks need
-# The same command goes on where the last checkpoint was made. A rank that dies ends all. Ctrl-C and SIGTERM save first
-# with pdsh only; Slurm does it better: launch/pretrain.sbatch.
+# The same command goes on where the last checkpoint was made. A rank that dies ends all. SIGTERM, SIGUSR1 and Ctrl-C save
+# first; then the exit code is 75. Not with mpich, where they end the run without saving.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -22,42 +22,56 @@ check_hostfile "$HOSTFILE"
 check_number MASTER_PORT
 read -r first slots < <(hosts "$HOSTFILE")
 number=$(hosts "$HOSTFILE" | wc -l)
+way=$LAUNCHER
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
+# shellcheck source=launch/passing.sh
+source "$ROOT/launch/passing.sh"
 
 args=("${LAUNCHER_ARGS:-}")
-case $LAUNCHER in
+case $way in
 pdsh) need pdsh ;;
 slurm)
     need srun
+    stand_in srun "$(command -v srun)"
     args=("--kill-on-bad-exit=1 --nodes=$number --ntasks-per-node=$slots ${args[0]}")
     ;;
 openmpi | mpich)
     # DeepSpeed calls "mpirun", whichever that is: let it be the right one.
-    mpirun=$(find_mpirun "$LAUNCHER")
-    printf '#!/bin/sh\nexec "%s" "$@"\n' "$mpirun" >"$scratch/mpirun"
-    chmod +x "$scratch/mpirun"
-    export PATH=$scratch:$PATH
+    stand_in mpirun "$(find_mpirun "$way")"
+    [[ $way == mpich ]] || args=("--bind-to none ${args[0]}") # ranks and their threads share the cores as the system likes
     allow_root
     ;;
-*) die "LAUNCHER is \"$LAUNCHER\"; choose pdsh, openmpi, mpich or slurm" ;;
+*) die "LAUNCHER is \"$way\"; choose pdsh, openmpi, mpich or slurm" ;;
 esac
 [[ -z ${args[0]// /} ]] && args=() || args=(--launcher_args "${args[0]}")
 
-# DeepSpeed gives few variables to the other hosts; more of them by a file of this form. srun gives all by itself, and
-# finds the first host better than we do.
-if [[ $LAUNCHER != slurm ]]; then
+# srun gives all variables by itself, and finds the first host better than we do.
+if [[ $way != slurm ]]; then
     export MASTER_ADDR=${MASTER_ADDR:-$first} MASTER_PORT
+    variables "$way" >"$scratch/env"
     export DS_ENV_FILE=$scratch/env
-    sent | while read -r name; do
-        printf '%s=%s\n' "$name" "${!name}"
-    done >"$DS_ENV_FILE"
 fi
+words=("$1" --engine deepspeed "${@:2}")
+[[ $way != pdsh ]] || mapfile -d '' -t words < <(for_remote_shell "${words[@]}")
 
-# The program by its path: not every launcher of DeepSpeed can start a module.
+# DeepSpeed's launcher does not let ranks save before it ends them.
+# shellcheck disable=SC2329 # called by attend
+stop() {
+    case $way in
+    pdsh) # the ranks are children of DeepSpeed's launcher on each host
+        PDSH_RCMD_TYPE=ssh pdsh -f 1024 -w "$(hosts "$HOSTFILE" | cut -d' ' -f1 | paste -sd,)" \
+            "pgrep -f '^[^ ]*python[^ ]* -u -m deepspeed.launcher.launch .*--master_port=$MASTER_PORT ' | xargs -r -n1 pkill -TERM -P" &
+        ;;
+    openmpi) pkill -USR1 -P "$LAUNCHER" ;; # mpirun passes this one on; after TERM it kills
+    *) pkill -TERM -P "$LAUNCHER" ;;
+    esac
+}
+
+remember "$@"
 code=0
-deepspeed --hostfile "$HOSTFILE" --force_multi --launcher "$LAUNCHER" --no_ssh_check --no_local_rank --log_level=error \
-    --master_addr "${MASTER_ADDR:-$first}" --master_port "$MASTER_PORT" "${args[@]}" \
-    "$(command -v frugal-dist)" pretrain "$1" --engine deepspeed "${@:2}" </dev/null || code=$?
-((code)) || confirm "$@" || code=$?
-exit "$code"
+# The program by its path: not every launcher of DeepSpeed can start a module.
+attend quietly deepspeed --hostfile "$HOSTFILE" --force_multi --launcher "$way" --no_ssh_check --no_local_rank \
+    --log_level=error --master_addr "${MASTER_ADDR:-$first}" --master_port "$MASTER_PORT" "${args[@]}" \
+    "$(command -v frugal-dist)" pretrain "${words[@]}" || code=$?
+verdict "$code" "$@"

@@ -30,9 +30,10 @@ read -ra more <<<"${MPIRUN_ARGS:-}"
 
 # mpi4py must load the library that this mpirun belongs to.
 export MPI4PY_MPIABI=${MPI4PY_MPIABI:-$flavour}
-if [[ $flavour == mpich ]] && ! ldconfig -p | grep -q 'libmpi\.so\.12 '; then
+libraries() { PATH=$PATH:/sbin:/usr/sbin ldconfig -p || true; } # Debian has it there, and not on ordinary users' PATH
+if [[ $flavour == mpich ]] && ! grep -q 'libmpi\.so\.12 ' < <(libraries); then
     # Debian and Ubuntu give MPICH's library another name than mpi4py looks for. The checkout is seen by all hosts.
-    library=$(ldconfig -p | sed -n 's/.*libmpich\.so\.12 .*=> //p' | head -n 1)
+    library=$(libraries | sed -n 's/.*libmpich\.so\.12 .*=> //p' | sed -n 1p)
     if [[ -n $library ]]; then
         mkdir -p "$ROOT/.cache/mpich"
         ln -sfn "$library" "$ROOT/.cache/mpich/libmpi.so.12"

@@ -96,12 +96,15 @@ PY
 }
 read -r GPUS RANKS < <(ranks) || die "cannot read train_batch_size from $CONFIG"
 ((GPUS > 0)) || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+# shellcheck source=launch/gpus.sh
+source launch/gpus.sh
+pick_gpus "$RANKS"
 PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 mkdir -p "$RUN_DIR"
 say "training on $RANKS ranks ($GPUS GPUs) into $RUN_DIR; DeepSpeed starts in a moment, Ctrl-C stops"
 
 # The launcher's code alone proves nothing: it is 0 when the ranks were killed by a signal. The report is written last.
-if ! in_group deepspeed --num_gpus "$RANKS" --master_port "$PORT" --no_local_rank --log_level=error \
+if ! in_group deepspeed "${PICKED[@]}" --master_port "$PORT" --no_local_rank --log_level=error \
     --module frugal_dist.cli demo train --data "$DATA_DIR" --run "$RUN_DIR" --config "$CONFIG" "${STEPS[@]}" ||
     [[ ! -e $RUN_DIR/report.txt ]]; then
     if [[ -e $RUN_DIR/output.txt ]]; then

@@ -46,8 +46,9 @@ PreemptMode=REQUEUE
 JobRequeue=1
 MailProg=/bin/true
 SchedulerParameters=bf_interval=2,sched_interval=2
-NodeName=node1 NodeHostname=localhost NodeAddr=127.0.0.2 Port=17001 CPUs=2 State=UNKNOWN
-NodeName=node2 NodeHostname=localhost NodeAddr=127.0.0.3 Port=17002 CPUs=2 State=UNKNOWN
+GresTypes=gpu
+NodeName=node1 NodeHostname=localhost NodeAddr=127.0.0.2 Port=17001 CPUs=2 Gres=gpu:2 State=UNKNOWN
+NodeName=node2 NodeHostname=localhost NodeAddr=127.0.0.3 Port=17002 CPUs=2 Gres=gpu:2 State=UNKNOWN
 PartitionName=low Nodes=node1,node2 Default=YES PriorityTier=1 GraceTime=60 State=UP
 PartitionName=high Nodes=node1,node2 PriorityTier=10 PreemptMode=OFF State=UP
 """
@@ -60,6 +61,7 @@ class Cluster:
         self.folder = folder
         self.conf = folder / "slurm.conf"
         self.conf.write_text(CONF.format(folder=folder))
+        (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")  # stand for GPUs
         (folder / "munge").mkdir()
         (folder / "state").mkdir()
         key = folder / "munge" / "key"

@@ -47,7 +47,7 @@ NAMESPACES = [
     "private",
 ]
 SBIN = ":/usr/local/sbin:/usr/sbin:/sbin"
-OTHER_LAUNCHES = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "SLURM", "OMPI_", "PMI", "PYTEST", "CUDA_")
+OTHER_LAUNCHES = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "SLURM", "OMPI_", "PMI", "PYTEST", "CUDA_", "DS_")
 
 
 @functools.cache
@@ -83,7 +83,6 @@ def environment(more: Mapping[str, str] = {}) -> dict[str, str]:
         "PYTHONPATH": str(ROOT),
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache/torch_extensions")),
         "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         **more,

@@ -144,6 +144,11 @@ class Run:
                     found[place.rank] = process
         return found
 
+    def seen(self, name: str, ranks: int) -> list[str]:
+        """A variable of each rank's environment, by rank, as soon as so many of them live."""
+        found = wait_until(lambda: found if len(found := self.ranks()) == ranks else None, f"{ranks} ranks")
+        return [found[rank].environ().get(name, "") for rank in sorted(found)]
+
     def kill(self, rank: int) -> None:
         os.kill(self.ranks()[rank].pid, signal.SIGKILL)
 

@@ -94,19 +94,41 @@ def test_a_killed_rank_ends_the_job_on_all_nodes_and_is_named(cluster: Cluster, 
 @pytest.mark.heavy  # Slurm's shortest limit is a minute
 def test_a_job_that_meets_its_time_limit_is_queued_again_and_goes_on(cluster: Cluster, workshop: Workshop) -> None:
     run, whole = workshop.run("limited"), workshop.run("unlimited")
-    steps = ("--steps", "100000", "--evaluation_tokens", "64", "--schedule.name", "constant", "--schedule.warmup", "0")
-    job = submit(cluster, run, *steps, options=("--time=1", "--signal=USR1@40"))
+    plan = ("--evaluation_tokens", "64", "--schedule.name", "constant", "--schedule.warmup", "0")
+    run.recipe = cluster.folder / "limited.yaml"
+    text = workshop.recipe.read_text()
+    run.recipe.write_text(text.replace("steps: 8\n", "steps: 100000\n"))
+    job = submit(cluster, run, *plan, options=("--time=1", "--signal=USR1@40"))
     run.reach(3)
     cluster.wait_for(job, "PENDING", "TIMEOUT", "FAILED")
     assert "(SIGUSR1); the same command goes on" in run.printed()
     (stopped,) = run.records("stopped")
-    cluster.slurm("scancel", str(job))
-    # A hundred thousand steps are too many for a test: the rest of the way is shorter than planned, by the same script.
-    end = str(stopped["step"] + 20)
-    cluster.wait_for_nodes()
-    for one in (run, whole):
-        finish(cluster, one, submit(cluster, one, *steps, "--steps", end))
+    # A hundred thousand steps are too many for a test: the recipe that the job reads again has fewer.
+    end = stopped["step"] + 20
+    run.recipe.write_text(text.replace("steps: 8\n", f"steps: {end}\n"))
+    cluster.slurm("scontrol", "update", f"jobid={job}", "TimeLimit=10")
+    cluster.start_now(job)
+    finish(cluster, run, job)
+    assert cluster.restarts(job) == 1
+    assert [record["start"] for record in run.records("run")] == [0, stopped["step"]]
+    finish(cluster, whole, submit(cluster, whole, *plan, "--steps", str(end)))
     assert difference(run, whole) == 0
+
+
+def test_gpus_without_ranks_are_noticed(cluster: Cluster, workshop: Workshop) -> None:
+    run = workshop.run("idle-gpus")
+    job = cluster.submit("--gpus-per-node=2", script("pretrain.sbatch"), *run.arguments(), log=run.log)
+    cluster.wait_for(job, "FAILED", "COMPLETED")
+    assert "has 2 GPUs on a node, but ranks for 1: give sbatch --ntasks-per-node=2" in run.printed()
+
+
+@pytest.mark.heavy
+def test_two_ranks_on_each_node(cluster: Cluster, workshop: Workshop, reference: Run) -> None:
+    run = workshop.run("slurm-four")
+    options = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1")
+    finish(cluster, run, cluster.submit(*options, script("pretrain.sbatch"), *run.arguments(*DDP), log=run.log))
+    assert run.records("run")[0]["ranks"] == 4
+    assert difference(run, reference) < 2e-4
 
 
 @pytest.mark.heavy
@@ -144,10 +166,10 @@ def test_a_node_that_fails_costs_no_more_than_the_steps_since_the_last_checkpoin
 
 @pytest.mark.heavy
 def test_a_sweep_runs_each_line(cluster: Cluster, workshop: Workshop) -> None:
-    lines = cluster.folder / "rates.txt"
+    lines = cluster.folder / "rates"
     lines.write_text("--optimizer.lr 1e-3\n--optimizer.lr 2e-3 --optimizer.name 'adamw' --optimizer.options {}\n")
     recipe = str(workshop.recipe)
-    job = cluster.submit("--array=1-2", "--chdir", str(cluster.folder), script("sweep.sbatch"), recipe, str(lines))
+    job = cluster.submit("--array=1-2", "--chdir", str(cluster.folder), script("sweep.sbatch"), recipe, "./rates")
     wait_until(lambda: str(job) not in cluster.slurm("squeue", "-h", "-o", "%A %F"), "the sweep to end")
     for number, rate in (("1", 1e-3), ("2", 2e-3)):
         run = workshop.run("none")
@@ -166,5 +188,8 @@ def test_deepspeed_inside_an_allocation(cluster: Cluster, workshop: Workshop, re
     hostfile = cluster.folder / "hostfile"
     hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
     command = " ".join(["LAUNCHER=slurm", f"HOSTFILE={hostfile}", *run.script("deepspeed_hostfile.sh")])
-    finish(cluster, run, cluster.submit(*TWO_NODES, "--wrap", command, log=run.log))
+    interfaces = "^docker,lo"  # DeepSpeed's launcher would cut it at the comma
+    job = cluster.submit(*TWO_NODES, "--wrap", command, log=run.log, UCX_NOTE=interfaces)
+    assert run.seen("UCX_NOTE", 2) == [interfaces, interfaces]
+    finish(cluster, run, job)
     assert difference(run, reference) < 2e-4

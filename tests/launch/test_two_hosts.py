@@ -84,32 +84,52 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         made.close()
 
 
-def by_hostfile(pair: Pair, run: Run, launcher: str, *changes: str, **more: str) -> subprocess.Popen[bytes]:
+AWKWARD = {"NCCL_SOCKET_IFNAME": "^docker,lo", "HF_NOTE": 'a "b" $HOME \\ 5%n', "SEND": "HF_NOTE"}
+"""Variables that DeepSpeed's launcher spoils if it is left to it."""
+
+
+def by_hostfile(
+    pair: Pair, run: Run, launcher: str, *changes: str, slots: tuple[int, int] = (1, 1), **more: str
+) -> subprocess.Popen[bytes]:
+    """Start a run with these numbers of ranks on the two hosts."""
     command = run.script("deepspeed_hostfile.sh", *changes)
-    known = {"HOSTFILE": str(pair.hostfile), "LAUNCHER": launcher, "MASTER_PORT": str(next(PORTS))}
+    hostfile = run.log.with_suffix(".hosts")
+    hostfile.write_text("".join(f"node{number} slots={ranks}\n" for number, ranks in enumerate(slots, start=1)))
+    known = {"HOSTFILE": str(hostfile), "LAUNCHER": launcher, "MASTER_PORT": str(next(PORTS))}
     return pair.start_on(0, command, run.log, **known, **more)
 
 
-def test_pdsh(pair: Pair, workshop: Workshop, reference: Run) -> None:
-    run = workshop.run("pdsh")
-    run.end(by_hostfile(pair, run, "pdsh"))
+def end_as_told(pair: Pair, run: Run, reference: Run, process: subprocess.Popen[bytes], ranks: int) -> None:
+    """All ranks hear the words and variables as they were given, and train as one process does."""
+    for name in ("NCCL_SOCKET_IFNAME", "HF_NOTE"):
+        assert run.seen(name, ranks) == [AWKWARD[name]] * ranks
+    assert run.seen("DS_ACCELERATOR", ranks) == [""] * ranks
+    run.end(process)
+    assert run.records("run")[0]["ranks"] == ranks
     assert difference(run, reference) < CLOSE
+
+
+@pytest.mark.parametrize("slots", [(1, 1), pytest.param((1, 3), marks=pytest.mark.heavy)], ids=str)
+def test_pdsh(pair: Pair, workshop: Workshop, reference: Run, slots: tuple[int, int]) -> None:
+    run = workshop.run(f"pdsh $HOME 'a' \"100%n\" {slots}")
+    options = '{"update_gap":4,"state_free":"sgd","state_free_lr_scale":0.1,"eps":0.001}'
+    process = by_hostfile(pair, run, "pdsh", "--optimizer.options", options, slots=slots, **AWKWARD)
+    end_as_told(pair, run, reference, process, sum(slots))
 
 
 @pytest.mark.heavy
 def test_openmpi(pair: Pair, workshop: Workshop, reference: Run) -> None:
     need("mpirun.openmpi")
     run = workshop.run("hostfile-openmpi")
-    run.end(by_hostfile(pair, run, "openmpi", LAUNCHER_ARGS=INTERFACES, MPIRUN="mpirun.openmpi"))
-    assert difference(run, reference) < CLOSE
+    more = {"LAUNCHER_ARGS": INTERFACES, "MPIRUN": "mpirun.openmpi", **AWKWARD}
+    end_as_told(pair, run, reference, by_hostfile(pair, run, "openmpi", **more), 2)
 
 
 @pytest.mark.heavy
 def test_mpich(pair: Pair, workshop: Workshop, reference: Run) -> None:
     need("mpirun.mpich")
     run = workshop.run("hostfile-mpich")
-    run.end(by_hostfile(pair, run, "mpich"))
-    assert difference(run, reference) < CLOSE
+    end_as_told(pair, run, reference, by_hostfile(pair, run, "mpich", **AWKWARD), 2)
 
 
 @pytest.mark.heavy
@@ -147,6 +167,39 @@ def test_a_killed_rank_ends_the_job_on_both_hosts_and_is_named(pair: Pair, works
     run.end(process, None, deadline=30)
     assert "rank 1 " in run.printed()
     assert not run.ranks()
+
+
+@pytest.mark.heavy
+def test_a_rank_killed_under_torchrun_ends_both_hosts_and_is_named(pair: Pair, workshop: Workshop) -> None:
+    run = workshop.run("two-torchrun-ends")
+    logs = [run.log, run.log.with_suffix(".node2.log")]
+    command = run.script("torchrun.sh", *LONG, "--engine", "ddp")
+    started = [pair.start_on(n, command, log, NODES="2", MASTER="node1:29402") for n, log in enumerate(logs)]
+    run.reach(2, started[0])
+    run.kill(1)
+    for process in started:
+        run.end(process, None, deadline=30)
+    assert any("no word from rank 1 (" in log.read_text(errors="replace") for log in logs)
+    assert not run.ranks()
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi"])
+def test_sigterm_saves_on_both_hosts_and_the_same_command_goes_on(
+    pair: Pair, workshop: Workshop, launcher: str
+) -> None:
+    run = workshop.run(f"stopped-{launcher}")
+    more = {"LAUNCHER_ARGS": INTERFACES, "MPIRUN": "mpirun.openmpi"} if launcher == "openmpi" else {}
+    process = by_hostfile(pair, run, launcher, *LONG, **more)
+    run.reach(2, process)
+    pair.hosts[0].run("pkill", "-TERM", "-f", f"^bash .*deepspeed_hostfile.sh .*{run.folder}")
+    run.end(process, 75, deadline=90)
+    assert not run.ranks()
+    (stopped,) = run.records("stopped")
+    assert 2 <= stopped["step"] < 60
+    again = by_hostfile(pair, run, launcher, *LONG, "--steps", str(stopped["step"] + 2), **more)
+    run.end(again)
+    assert [record["start"] for record in run.records("run")] == [0, stopped["step"]]
 
 
 @pytest.mark.heavy

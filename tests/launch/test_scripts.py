@@ -1,0 +1,116 @@
+"""What the launch scripts share, and what they say without launching anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from hosts import ROOT, environment
+from runs import Workshop
+
+from frugal_dist.training.accelerator import settle_accelerator
+
+SCRIPTS = sorted(file.name for file in (ROOT / "launch").iterdir() if file.suffix in (".sh", ".sbatch"))
+NO_GPU = shutil.which("nvidia-smi") is None
+HIDDEN = "--num_gpus 2 / unset" if NO_GPU else "hides this machine's GPUs"
+SOURCED = {"common.sh", "gpus.sh", "passing.sh"}
+
+
+def bash(script: str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a script that has sourced what the launch scripts share."""
+    text = f"set -euo pipefail; source {ROOT}/launch/common.sh; NAME=test; {script}"
+    return subprocess.run(
+        ["bash", "-c", text, "bash", *words], capture_output=True, text=True, env=environment(more), timeout=120
+    )
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name not in SOURCED | {"setup.sh"}])
+def test_help(script: str) -> None:
+    """Everywhere: without Slurm, and without what the script starts."""
+    done = subprocess.run(
+        ["bash", ROOT / "launch" / script, "--help"], capture_output=True, text=True, env=environment(), cwd="/"
+    )
+    assert done.returncode == 0 and not done.stderr
+    assert f"launch/{script}" in done.stdout
+    assert "#" not in done.stdout.replace("# on both", "")
+
+
+def test_what_an_earlier_start_recorded_says_nothing_about_this_one(workshop: Workshop) -> None:
+    run = workshop.run("recorded")
+    run.folder.mkdir(parents=True)
+    metrics = run.folder / "metrics.jsonl"
+    stopped = ({"kind": "run", "start": 0}, {"kind": "stopped", "step": 3, "signal": "SIGTERM"})
+    text = "".join(json.dumps(record) + "\n" for record in stopped)
+    metrics.write_text(text)
+    script = f"""
+    remember "$@"
+    code=0; verdict 137 "$@" || code=$?; echo "killed before it wrote: $code"
+    cat <<<'{text.strip()}' >>{metrics}
+    code=0; verdict 137 "$@" || code=$?; echo "stopped: $code"
+    """
+    done = bash(script, *run.arguments())
+    assert done.stdout.splitlines() == ["killed before it wrote: 137", "stopped: 75"]
+
+
+@pytest.mark.parametrize(
+    ("shown", "ranks", "expected"),
+    [
+        (None, 2, "--num_gpus 2 / unset"),
+        ("4,5,6", 2, " / 4,5"),
+        ("3", 1, " / 3"),
+        ("", 2, HIDDEN),
+        ("-1", 2, HIDDEN),
+        ("1,-1,2", 2, "2 ranks need as many GPUs, but CUDA_VISIBLE_DEVICES=1,-1,2 shows 1"),
+        ("4,5", 3, "3 ranks need as many GPUs, but CUDA_VISIBLE_DEVICES=4,5 shows 2"),
+        (
+            "GPU-8f3a,GPU-77c1",
+            2,
+            'is "GPU-8f3a,GPU-77c1"; DeepSpeed\'s launcher knows GPUs by number',
+        ),
+        ("MIG-5", 1, "give numbers (nvidia-smi -L)"),
+    ],
+)
+def test_deepspeed_gets_the_gpus_that_are_shown_to_us(shown: str | None, ranks: int, expected: str) -> None:
+    script = 'pick_gpus "$1"; echo "${PICKED[*]} / ${CUDA_VISIBLE_DEVICES-unset}"'
+    done = bash(script, str(ranks), **({} if shown is None else {"CUDA_VISIBLE_DEVICES": shown}))
+    assert expected in done.stdout + done.stderr
+
+
+def test_what_is_sent_to_other_hosts() -> None:
+    more = {"FRUGAL_KERNELS": "torch", "PYTORCH_CUDA_ALLOC_CONF": "x", "TRITON_CACHE_DIR": "/t", "https_proxy": "p"}
+    own = {"CUDA_VISIBLE_DEVICES": "0", "HOSTNAME": "login"}
+    sent = bash("sent", SEND="MINE OTHER", MINE="1", OTHER="2", **more, **own).stdout.split()
+    assert {*more, "PATH", "PYTHONPATH", "MINE", "OTHER"} <= set(sent)
+    assert not {*own, "DS_ACCELERATOR"} & set(sent)
+
+
+def test_a_variable_with_several_lines_is_refused() -> None:
+    script = f"scratch=/nowhere; source {ROOT}/launch/passing.sh; variables pdsh"
+    done = bash(script, SEND="MINE", MINE="a\nb")
+    assert "MINE has several lines" in done.stderr and done.returncode == 2
+
+
+def test_slurm_scripts_name_what_they_need(tmp_path: Path) -> None:
+    copy = tmp_path / "a folder" / "pretrain.sbatch"
+    copy.parent.mkdir()
+    copy.write_text((ROOT / "launch/pretrain.sbatch").read_text())
+    done = subprocess.run(["bash", copy, "recipe"], capture_output=True, text=True, env=environment())
+    assert "export FRUGAL_ROOT=" in done.stderr and done.returncode == 2
+    more = {"FRUGAL_ROOT": str(ROOT)}
+    done = subprocess.run(["bash", copy, "recipe"], capture_output=True, text=True, env=environment(more))
+    assert "start this with sbatch" in done.stderr and done.returncode == 2
+
+
+def test_deepspeed_trains_on_what_each_host_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank decides, or DS_ACCELERATOR does."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    settle_accelerator()
+    assert os.environ.get("DS_ACCELERATOR") == (None if torch.cuda.is_available() else "cpu")
+    monkeypatch.setenv("DS_ACCELERATOR", "xpu")
+    settle_accelerator()
+    assert os.environ["DS_ACCELERATOR"] == "xpu"
