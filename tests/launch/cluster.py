@@ -133,6 +133,12 @@ class Cluster:
         found = re.search(r"Restarts=(\d+)", self.slurm("scontrol", "show", "job", str(job)))
         return int(found.group(1)) if found else 0
 
+    def minutes(self, job: int) -> int:
+        """How many whole minutes it has run since it was started last."""
+        found = re.search(r"RunTime=(\d+):(\d+):", self.slurm("scontrol", "show", "job", str(job)))
+        assert found is not None
+        return int(found.group(1)) * 60 + int(found.group(2))
+
     def wait_for(self, job: int, *states: str, deadline: float = 240) -> str:
         """The state, once it is one of these."""
 
