@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import nan
 from pathlib import Path
 from statistics import mean
 from typing import Any, TypeVar
@@ -131,7 +132,7 @@ def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
         runs = [read_metrics(run_folder(root, name, seed)) for seed in seeds]
         ends = [of_kind(records, "summary")[-1] for records in runs]
         speeds = [record["tokens_per_second"] for records in runs for record in of_kind(records, "train")]
-        found = [end["perplexity"] for end in ends]
+        found = [end["perplexity"] or nan for end in ends]  # null: it diverged
         state = max(max(end["state_bytes"]) for end in ends) / 1e6
         spread = max(found) - min(found)
         lines.append(f"| {name} | {mean(found):,.2f} | {spread:,.2f} | {state:,.2f} | {mean(speeds):,.0f} |")
