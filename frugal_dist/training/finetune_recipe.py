@@ -125,7 +125,8 @@ class FinetuneRecipe:
     Args:
         folder: for metrics, checkpoints and the best model; a run that is there is continued.
         engine: single, ddp, fsdp2 or deepspeed.
-        deepspeed: DeepSpeed JSON for that engine; its optimizer, scheduler and batch sizes are the recipe's.
+        deepspeed: DeepSpeed JSON for that engine, from the working directory or beside the recipe; its optimizer,
+            scheduler and batch sizes are the recipe's.
         epochs: passes over the training examples.
         steps: optimizer steps; 0: as many as the epochs need.
         batch: examples per step over all ranks.

@@ -147,7 +147,8 @@ class Recipe:
     Args:
         folder: for metrics, checkpoints and pictures; a run that is there is continued.
         engine: single, ddp, fsdp2 or deepspeed.
-        deepspeed: DeepSpeed JSON for that engine; its optimizer, scheduler and batch sizes are the recipe's.
+        deepspeed: DeepSpeed JSON for that engine, from the working directory or beside the recipe; its optimizer,
+            scheduler and batch sizes are the recipe's.
         steps: optimizer steps.
         batch: sequences per step over all ranks.
         micro_batch: sequences that a rank computes at once; null takes all of its share.
@@ -271,7 +272,16 @@ def read_recipe(name: str, changes: Sequence[str] = (), kind: type[T] = Recipe) 
     except Exception as error:  # the library has several kinds of errors
         raise ValueError(f"recipe {name}: {_explained(str(error), parser)}") from error
     values = parser.instantiate(found)
-    return kind(**{key: getattr(values, key) for key in kind.__dataclass_fields__})  # type: ignore[attr-defined]
+    keys = {key: getattr(values, key) for key in kind.__dataclass_fields__}  # type: ignore[attr-defined]
+    keys["deepspeed"] = _beside(path, keys["deepspeed"])
+    return kind(**keys)
+
+
+def _beside(recipe: Path, name: str | None) -> str | None:
+    """A file as it is named or, where there is none, beside the recipe: those that are shipped work anywhere."""
+    if name is None or Path(name).exists() or not (recipe.parent / name).is_file():
+        return name
+    return str(recipe.parent / name)
 
 
 def recipe_parser(kind: type[Any]) -> Any:

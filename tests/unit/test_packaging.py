@@ -37,6 +37,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_every_module_and_no_tests(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {str(file.relative_to(ROOT)) for file in (ROOT / "frugal_dist").rglob("*.py")} | {"frugal_dist/py.typed"}
+    recipes = ROOT / "frugal_dist" / "training" / "recipes"
+    expected |= {str(file.relative_to(ROOT)) for file in recipes.rglob("*") if file.is_file()}
+    assert any(name.endswith(".json") for name in expected)  # of a recipe that names it
     assert expected <= names
     assert {name.partition("/")[0] for name in names} == {
         "frugal_dist",
