@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -343,3 +344,38 @@ def test_keys_of_the_recipe_are_not_short_for_options(tmp_path: Path, capsys: py
         assert end.value.code in (0, None)
         assert "--optimizer.lr" in capsys.readouterr().out
     assert main(["pretrain", "reviews_5", "--help"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "expected"),
+    [(512, 16, 32, 16), (512, 16, 64, 8), (512, 16, 512, 1), (512, None, 4, 128), (12, 4, 2, 3), (14, 4, 2, 1)],
+)
+def test_deepspeed_takes_the_rank_counts_of_other_engines(
+    batch: int, micro: int | None, world: int, expected: int
+) -> None:
+    """In equal micro-batches, the largest within the recipe's."""
+    from frugal_dist.training.engines.deepspeed import deepspeed_config
+
+    config = deepspeed_config(replace(read_recipe("llama_1b"), batch=batch, micro_batch=micro), world)
+    assert config["train_micro_batch_size_per_gpu"] == expected
+    with pytest.raises(ValueError, match=f"batch is {batch}, which {batch - 1} ranks cannot share equally"):
+        deepspeed_config(replace(read_recipe("llama_1b"), batch=batch), batch - 1)
+    with pytest.raises(ValueError, match="cannot share equally"):
+        deepspeed_config(replace(read_recipe("llama_1b"), batch=batch), 2 * batch)
+
+
+def test_a_json_beside_the_recipe_is_found_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from frugal_dist.training.engines.deepspeed import deepspeed_config
+
+    monkeypatch.chdir(tmp_path)
+    config = deepspeed_config(read_recipe("llama_1b_multinode"), 64)
+    assert config["zero_optimization"]["reduce_bucket_size"] == 200_000_000
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.yaml").write_text("model: {llama: 9M}\nengine: deepspeed\ndeepspeed: mine.json\n")
+    (tmp_path / "recipes" / "mine.json").write_text('{"zero_optimization": {"stage": 3}}')
+    read = "recipes/mine.yaml"
+    assert deepspeed_config(read_recipe(read), 1)["zero_optimization"]["stage"] == 3
+    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 1}}')  # the working directory comes first
+    assert deepspeed_config(read_recipe(read), 1)["zero_optimization"]["stage"] == 1
+    with pytest.raises(ValueError, match=r"cannot read the DeepSpeed configuration none\.json"):
+        deepspeed_config(read_recipe(read, ["--deepspeed", "none.json"]), 1)
