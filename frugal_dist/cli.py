@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -207,8 +208,8 @@ def _finetune(options: argparse.Namespace) -> int:
         if options.seeds is not None:
             raise ValueError("--seeds goes with --optimizers; the seed of a single run is --seed.")
         return finetune_from(lambda: read_recipe(options.recipe, options.changes, FinetuneRecipe))
-    recipe: FinetuneRecipe = read_recipe(options.recipe, options.changes, FinetuneRecipe)
-    return compare_finetunes(recipe, options.optimizers.split(","), _seeds(options.seeds or "0"))
+    read = partial(read_recipe, options.recipe, options.changes, FinetuneRecipe)
+    return compare_finetunes(read, options.optimizers.split(","), _seeds(options.seeds or "0"))
 
 
 def _seeds(text: str) -> list[int]:
@@ -222,8 +223,8 @@ def _compare(options: argparse.Namespace) -> int:
     from frugal_dist.training.compare import compare
     from frugal_dist.training.recipe import Recipe, read_recipe
 
-    recipe: Recipe = read_recipe(options.recipe, options.changes)
-    return compare(recipe, options.optimizers.split(","), _seeds(options.seeds))
+    read = partial(read_recipe, options.recipe, options.changes, Recipe)
+    return compare(read, options.optimizers.split(","), _seeds(options.seeds))
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
 from statistics import mean
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from frugal_dist.config import check_choice
+from frugal_dist.training.begun import FREE, check_begun, records_of
 from frugal_dist.training.finetune_recipe import FinetuneRecipe
-from frugal_dist.training.place import find_place
+from frugal_dist.training.metrics import of_kind, read_metrics
+from frugal_dist.training.optimizers import check_optimizer, settled
+from frugal_dist.training.place import Place, find_place
+from frugal_dist.training.ranks import joined, together
 from frugal_dist.training.recipe import Number, Recipe, check_recipe
+from frugal_dist.training.rollcall import OthersFailed
+from frugal_dist.training.run import environment, has_begun
 
 R = TypeVar("R", Recipe, FinetuneRecipe)
 
@@ -29,9 +35,22 @@ CONTENDERS: Contenders = {
     "galore": ("galore", {}),
     "badam": ("badam", {}),
 }
-"""By name: the preset, and what it fixes. The rest, such as density and update_gap, is the recipe's."""
-OWN: dict[str, list[str]] = {"adamw": ["density"], "signsgd": ["density"], "lora": ["density"]}
-"""Options of the recipe that a preset does not take over: they make it what it is."""
+"""By name: the optimizer, and what is fixed beside what that name means. The rest, such as update_gap, is the recipe's.
+"""
+
+
+@dataclass(frozen=True)
+class Kind(Generic[R]):
+    """What is compared: ``check`` and ``train`` a recipe, ``check_optimizer`` of it without a model.
+
+    ``free``: patterns of keys in which a finished run may differ from what is asked for.
+    """
+
+    check: Callable[[R], None]
+    check_optimizer: Callable[[R], None]
+    train: Callable[[R], int]
+    known: Contenders
+    free: Collection[str]
 
 
 def contender(text: str, recipe: R, known: Contenders = CONTENDERS) -> R:
@@ -44,43 +63,61 @@ def contender(text: str, recipe: R, known: Contenders = CONTENDERS) -> R:
     check_choice("optimizers", name, known)
     preset: str = known[name][0]
     fixed: dict[str, Number] = known[name][1]
-    fixing = {*fixed, "projection", *OWN.get(preset, [])}
-    options = {key: value for key, value in recipe.optimizer.options.items() if key not in fixing}
+    options = {key: value for key, value in recipe.optimizer.options.items() if key not in fixed}
+    if fixed.get("projection", "svd") != "svd":
+        options.pop("svd_method", None)
     rate = float(found.group(2)) if found and found.group(2) else recipe.optimizer.lr
     if found and found.group(3):
         options["lr_scale"] = float(found.group(3))
     changes: dict[str, Any] = {"name": preset, "lr": rate, "options": {**options, **fixed}}
-    optimizer: Any = replace(recipe.optimizer, **changes)
+    optimizer: Any = settled(replace(recipe.optimizer, **changes))
     return replace(recipe, optimizer=optimizer)
 
 
-def compare(recipe: Recipe, optimizers: Sequence[str], seeds: Sequence[int]) -> int:
+def compare(read: Callable[[], Recipe], optimizers: Sequence[str], seeds: Sequence[int]) -> int:
     """Train each optimizer with each seed, then write the table and the picture; the exit code of pretrain.
 
     Runs that are finished are not repeated, those that were interrupted go on: start the same command again.
-    Raises ValueError for an optimizer that is not known.
+    Raises ValueError for an optimizer that is not known, or a folder with runs of another recipe.
     """
     from frugal_dist.training.pretrain import pretrain
 
-    check_recipe(recipe)
-    code = train_all(recipe, optimizers, seeds, pretrain, lambda run: _finished(run, recipe.steps))
-    if code == 0 and find_place().rank == 0:
-        _conclude(Path(recipe.folder), optimizers, seeds)
-    return code
+    kind = Kind(
+        check_recipe, lambda one: check_optimizer(one.optimizer), pretrain, CONTENDERS, (*FREE, "evaluate_every")
+    )
+    return train_all(kind, read, optimizers, seeds, lambda root: _conclude(root, optimizers, seeds))
 
 
 def train_all(
-    recipe: R,
+    kind: Kind[R],
+    read: Callable[[], R],
     optimizers: Sequence[str],
     seeds: Sequence[int],
-    train: Callable[[R], int],
-    finished: Callable[[Path], bool],
-    known: Contenders = CONTENDERS,
+    conclude: Callable[[Path], None],
 ) -> int:
-    """``train`` each optimizer with each seed in a folder of its own, unless it is finished; the first bad exit code.
+    """Train each optimizer with each seed in a folder of its own, unless it is finished; the first bad exit code.
 
-    Raises ValueError, before anything is trained, for what is not known or named twice.
+    ``conclude(root)`` follows on rank 0. Raises ValueError, before anything is trained, for what is not known, named
+    twice or refused by an optimizer; on one rank, if several would say the same.
     """
+    place = find_place()
+    try:
+        with environment(place), joined(place):
+            root, runs = together(lambda: _all_runs(kind, read(), optimizers, seeds))
+            finished = _agreed_finished(kind, runs, place)
+    except OthersFailed:
+        return 1  # what is to be said, another rank says
+    for one in runs:
+        if one.folder not in finished and (code := kind.train(one)):
+            return code
+    if place.rank == 0:
+        conclude(root)
+    return 0
+
+
+def _all_runs(kind: Kind[R], recipe: R, optimizers: Sequence[str], seeds: Sequence[int]) -> tuple[Path, list[R]]:
+    """The folder, and the recipe of every run."""
+    kind.check(recipe)
     if recipe.engine == "deepspeed" and len(optimizers) * len(seeds) > 1:
         raise ValueError(
             "engine deepspeed can start only once in a process: compare with engine single, ddp or fsdp2, or give "
@@ -89,25 +126,34 @@ def train_all(
     for key, values in (("optimizers", list(optimizers)), ("seeds", list(seeds))):
         if len(set(values)) < len(values):  # the second run would find the first one's folder
             raise ValueError(f"--{key} {','.join(map(str, values))} names one of them twice; name each once.")
-    recipes = {text: contender(text, recipe, known) for text in optimizers}
+    recipes = {text: contender(text, recipe, kind.known) for text in optimizers}
+    for one in recipes.values():
+        kind.check_optimizer(one)
+    root = Path(recipe.folder)
+    runs: list[R] = []
     for text, one in recipes.items():
-        for seed in seeds:
-            folder = run_folder(Path(recipe.folder), text, seed)
-            if not finished(folder) and (code := train(replace(one, seed=seed, folder=str(folder)))):
-                return code
-    return 0
+        runs += [replace(one, seed=seed, folder=str(run_folder(root, text, seed))) for seed in seeds]
+    return root, runs
+
+
+def _agreed_finished(kind: Kind[R], runs: Sequence[R], place: Place) -> set[str]:
+    """The folders of finished runs, as rank 0 sees them. ValueError if one holds a run of another recipe."""
+    from frugal_dist.training.engines.collectives import gathered
+
+    def look() -> list[str]:
+        finished = [one.folder for one in runs if of_kind(records_of(Path(one.folder)), "summary")]
+        for one in runs:
+            if one.folder in finished or has_begun(Path(one.folder)):
+                check_begun(Path(one.folder), one.record(), kind.free)
+        return finished
+
+    found = together(lambda: look() if place.rank == 0 else [])
+    return set(gathered(found)[0])
 
 
 def run_folder(root: Path, name: str, seed: int) -> Path:
     """Where the run of an optimizer and a seed lies."""
     return root / f"{name}-seed{seed}"
-
-
-def _finished(run: Path, steps: int) -> bool:
-    from frugal_dist.training.metrics import METRICS_FILE, of_kind, read_metrics
-
-    records = read_metrics(run) if (run / METRICS_FILE).is_file() else []
-    return any(record["steps"] == steps for record in of_kind(records, "summary"))
 
 
 def _conclude(root: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
@@ -122,8 +168,6 @@ def _conclude(root: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
 
 def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
     """One line per optimizer: mean and spread of the final perplexity, state, and speed."""
-    from frugal_dist.training.metrics import of_kind, read_metrics
-
     lines = [
         "| optimizer | perplexity | spread over seeds | state on the rank with most, MB | tokens/s |",
         "| --- | ---: | ---: | ---: | ---: |",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import nan
 from pathlib import Path
@@ -86,6 +86,7 @@ def _prepare(recipe: FinetuneRecipe, place: Place, stack: ExitStack) -> Job:
     from frugal_dist.training.data import Batches
     from frugal_dist.training.dropout import seed_masks
     from frugal_dist.training.engines import build_engine
+    from frugal_dist.training.optimizers import settled
     from frugal_dist.training.scoring import Best, Scoring
 
     made = together(partial(_materials, recipe, place))
@@ -105,9 +106,10 @@ def _prepare(recipe: FinetuneRecipe, place: Place, stack: ExitStack) -> Job:
         lost = f"; {best.lost} better model(s) could not be saved, see {LOG_FILE}" if best.lost else ""
         return figures, f"score {best.last['score']:.4f}, best {score:.4f} after step {best.step}{lost}"
 
+    record = replace(recipe, optimizer=settled(recipe.optimizer)).record()
     return Job(
         run,
-        {**recipe.record(), "examples": made.train.count, "validation_examples": made.validation.count},
+        {**record, "examples": made.train.count, "validation_examples": made.validation.count},
         parameters,
         engine,
         Batches(made.train, recipe.batch, recipe.seed),

@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from frugal_dist.training.compare import CONTENDERS, run_folder, train_all
+from frugal_dist.training.begun import FREE
+from frugal_dist.training.compare import CONTENDERS, Kind, run_folder, train_all
 from frugal_dist.training.finetune import finetune
 from frugal_dist.training.finetune_recipe import FinetuneRecipe, check_finetune
-from frugal_dist.training.metrics import METRICS_FILE, of_kind, read_metrics
-from frugal_dist.training.place import find_place
+from frugal_dist.training.metrics import of_kind, read_metrics
+from frugal_dist.training.optimizers import check_optimizer
 
 TUNED = {**CONTENDERS, "lora": ("lora", {})}
+_WIDE = 1 << 20
+"""A hidden size for any rank, where the model's is not known yet."""
 
 
-def compare_finetunes(recipe: FinetuneRecipe, optimizers: Sequence[str], seeds: Sequence[int]) -> int:
+def compare_finetunes(read: Callable[[], FinetuneRecipe], optimizers: Sequence[str], seeds: Sequence[int]) -> int:
     """Fine-tune with each optimizer and each seed, then write the table; the exit code of ``run.run_begun``.
 
     Runs that are finished are not repeated, those that were interrupted go on: start the same command again.
-    Raises ValueError for an optimizer that is not known.
+    Raises ValueError for an optimizer that is not known, or a folder with runs of another recipe.
     """
-    check_finetune(recipe)
-    code = train_all(recipe, optimizers, seeds, finetune, lambda run: _finished(run, recipe), TUNED)
-    if code == 0 and find_place().rank == 0:
-        root = Path(recipe.folder)
+    kind = Kind(check_finetune, lambda one: check_optimizer(one.optimizer.plain(_WIDE)), finetune, TUNED, FREE)
+
+    def conclude(root: Path) -> None:
         text = "\n".join(table(root, optimizers, seeds))
         (root / "comparison.md").write_text(text + "\n", encoding="utf-8")
         print(text)
-    return code
 
-
-def _finished(run: Path, recipe: FinetuneRecipe) -> bool:
-    records = read_metrics(run) if (run / METRICS_FILE).is_file() else []
-    asked = (recipe.epochs, recipe.steps)
-    return any((record["epochs"], record["asked"]) == asked for record in of_kind(records, "summary"))
+    return train_all(kind, read, optimizers, seeds, conclude)
 
 
 def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> list[str]:

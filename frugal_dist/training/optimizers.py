@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from torch import nn
 
-from frugal_dist.config import HYPERPARAMETERS, check_keys, preset
+from frugal_dist.config import HYPERPARAMETERS, check_keys, config_from, preset
 from frugal_dist.optimizer import Frugal
 from frugal_dist.parameters import split_parameters
+from frugal_dist.training.finetune_recipe import Tuning
 from frugal_dist.training.recipe import Optimizer
+
+R = TypeVar("R", Optimizer, Tuning)
 
 OWN = ("lr", "weight_decay", "no_decay")
 """Keys that a recipe has of its own."""
 KNOWN = tuple(key for key in (*HYPERPARAMETERS, "shard_state") if key not in OWN)
+DEFINED: dict[str, tuple[str, ...]] = {
+    "frugal": (),
+    "galore": ("projection", "on_refresh", "state_free"),
+    "badam": ("projection", "state_full", "state_free", "svd_method"),
+    "signsgd": ("projection", "density", "state_free", "svd_method"),
+    "adamw": ("projection", "density", "state_full", "svd_method"),
+    "lora": ("projection", "density", "state_full", "svd_method"),
+}
+"""What makes an optimizer the one of its name. A recipe's options of these names are FRUGAL's, and are left out."""
 
 
 def frugal_options(recipe: Optimizer) -> dict[str, Any]:
@@ -22,8 +35,26 @@ def frugal_options(recipe: Optimizer) -> dict[str, Any]:
         if key in recipe.options:
             raise ValueError(f"optimizer.options.{key}: set optimizer.{key} instead.")
     check_keys(recipe.options, KNOWN, "optimizer.options")
-    options = preset(recipe.name, lr=recipe.lr, weight_decay=recipe.weight_decay, **recipe.options)
+    options = preset(recipe.name, lr=recipe.lr, weight_decay=recipe.weight_decay, **settled(recipe).options)
     return options if recipe.no_decay is None else {**options, "no_decay": recipe.no_decay}
+
+
+def check_optimizer(recipe: Optimizer) -> None:
+    """ValueError for options or values that Frugal would refuse."""
+    config_from(frugal_options(recipe))
+
+
+def settled(recipe: R) -> R:
+    """The recipe without the options that its name leaves no choice of."""
+    fixed = DEFINED[recipe.name]
+    return replace(recipe, options={key: value for key, value in recipe.options.items() if key not in fixed})
+
+
+def described(recipe: Optimizer) -> str:
+    """The name and, where options were left out that say something else than the name, which."""
+    own, given = config_from(preset(recipe.name)), recipe.options
+    without = [key for key in DEFINED[recipe.name] if key in given and given[key] != getattr(own, key)]
+    return f"{recipe.name} (without optimizer.options {', '.join(without)})" if without else recipe.name
 
 
 def build_optimizer(recipe: Optimizer, model: nn.Module) -> Frugal:

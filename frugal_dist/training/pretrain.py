@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ def _prepare(recipe: Recipe, place: Place, stack: ExitStack) -> Job:
     from frugal_dist.training.dropout import has_dropout, seed_masks
     from frugal_dist.training.engines import build_engine
     from frugal_dist.training.flops import flops_per_token
+    from frugal_dist.training.optimizers import settled
 
     schedule, data, model = together(partial(_materials, recipe, place))
     if has_dropout(model):
@@ -51,7 +53,8 @@ def _prepare(recipe: Recipe, place: Place, stack: ExitStack) -> Job:
     engine = build_engine(model, recipe, schedule, place)
     stack.callback(engine.close)
     stack.callback(data.batches.close)
-    return Job(recipe, recipe.record(), parameters, engine, data.batches, data.validation, _summary, flops)
+    record = replace(recipe, optimizer=settled(recipe.optimizer)).record()
+    return Job(recipe, record, parameters, engine, data.batches, data.validation, _summary, flops)
 
 
 def _materials(recipe: Recipe, place: Place) -> tuple[Schedule, OpenData, nn.Module]:

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from frugal_dist import checkpoint
+from frugal_dist.training.begun import GOING_ON, check_begun
 from frugal_dist.training.console import LOG_FILE, log_file, quiet_console
 from frugal_dist.training.place import Place, find_place
 from frugal_dist.training.ranks import agree, joined, together
@@ -40,10 +42,10 @@ SECONDS = "seconds"
 class Job:
     """A training that can start.
 
-    ``record``: the user's recipe, for the metrics file. ``summary(outcome)``: figures of the end, and words for the
-    terminal. ``flops_per_token``: 0 if not known. ``evaluated``: as the loop's. ``remember()``: what a checkpoint holds
-    beside the position in the data; ``recall`` gets it back when the run goes on. ``evaluate_first``: before the first
-    step, too.
+    ``record``: the user's recipe, as far as it counts, for the metrics file. ``summary(outcome)``: figures of the end,
+    and words for the terminal. ``flops_per_token``: 0 if not known. ``evaluated``: as the loop's. ``remember()``: what
+    a checkpoint holds beside the position in the data; ``recall`` gets it back when the run goes on.
+    ``evaluate_first``: before the first step, too.
     """
 
     recipe: Recipe
@@ -80,7 +82,7 @@ def run_begun(begin: Callable[[], Start]) -> int:
     """
     place = find_place()
     log, prepare = _begun(begin, place)
-    with _environment(place), quiet_console(log) as terminal, stop_requests() as request:
+    with environment(place), quiet_console(log) as terminal, stop_requests() as request:
         try:
             with joined(place), ExitStack() as stack:
                 code = _train(together(prepare)(place, stack), terminal, request)
@@ -113,7 +115,7 @@ def _raise(error: Exception) -> Prepare:
 
 
 @contextmanager
-def _environment(place: Place) -> Iterator[None]:
+def environment(place: Place) -> Iterator[None]:
     """The variables that torch and DeepSpeed read, for as long as the training runs."""
     before = dict(os.environ)
     os.environ.update(place.environment())
@@ -126,6 +128,7 @@ def _environment(place: Place) -> Iterator[None]:
 
 def _train(job: Job, terminal: TextIO, request: StopRequest) -> int:
     recipe, engine = job.recipe, job.engine
+    together(lambda: _check_folder(job))
     found = engine.resume(Path(recipe.folder) / CHECKPOINTS)
     start = 0 if found is None else found[0]
     if start > recipe.steps:  # going on would save these weights as an earlier step's
@@ -150,12 +153,26 @@ def _train(job: Job, terminal: TextIO, request: StopRequest) -> int:
     return 0
 
 
+def has_begun(run: Path) -> bool:
+    """Whether the run in this folder would be gone on with; otherwise it is begun anew."""
+    return checkpoint.latest(run / CHECKPOINTS) is not None
+
+
+def _check_folder(job: Job) -> None:
+    """ValueError, on rank 0, which writes the folder, if it would go on with a run of another recipe."""
+    folder = Path(job.recipe.folder)
+    if job.engine.rank == 0 and has_begun(folder):
+        check_begun(folder, job.record, GOING_ON)
+
+
 def _headline(job: Job, start: int) -> str:
+    from frugal_dist.training.optimizers import described
+
     recipe, engine = job.recipe, job.engine
     begun = f"going on after step {start}" if start else f"{recipe.steps:,} steps"
     ranks = "one rank" if engine.world == 1 else f"{engine.world} ranks"
     return (
-        f"{recipe.folder}: {job.parameters / 1e6:.2f} M parameters, {engine.optimizer_name}, {recipe.engine} on "
+        f"{recipe.folder}: {job.parameters / 1e6:.2f} M parameters, {described(recipe.optimizer)}, {recipe.engine} on "
         f"{ranks}, {recipe.batch * job.batches.length:,} tokens a step, {begun}"
     )
 

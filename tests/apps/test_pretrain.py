@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -178,6 +180,50 @@ def test_fewer_steps_than_are_done_are_refused(
     assert sorted(path.name for path in (folder / "runs" / "single" / "checkpoints").iterdir()) == saved
 
 
+def test_a_run_of_another_setting_is_not_continued(
+    folder: Path, uninterrupted: dict[tuple[str, int], float], capfd: pytest.CaptureFixture[str]
+) -> None:
+    saved = (folder / "runs" / "single" / "metrics.jsonl").read_bytes()
+    for key, value, words in (
+        ("--optimizer.lr", "2e-3", "optimizer.lr 0.001 (now 0.002)"),
+        ("--seed", "1", "seed 0 (now 1)"),  # of the data's order, which a checkpoint of token files does not hold
+    ):
+        assert pretrain(recipe(folder, "single", key, value)) == 1
+        assert words in capfd.readouterr().err
+    assert (folder / "runs" / "single" / "metrics.jsonl").read_bytes() == saved
+
+
+def test_a_comparison_that_one_rank_cannot_begin_is_begun_by_none(folder: Path, tmp_path: Path) -> None:
+    """A recipe that only rank 0 can read; then runs of another setting, which only rank 0 looks at."""
+    arguments = ["--optimizers", "adamw", "--engine", "ddp", "--folder", str(tmp_path), "--batch", "4"]
+    known = str(folder / "recipe.yaml")
+    begun = read_recipe(known, ["--optimizer.name", "adamw"], Recipe).record()
+    for recipes, codes, words in (
+        ((known, "missing.yaml"), [1, 2], (1, "there is no recipe 'missing.yaml'")),
+        ((known, known), [2, 1], (0, "holds a run with batch 8 (now 4)")),
+    ):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "frugal_dist.cli", "compare", name, *arguments],
+                env=environment(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2",
+                                MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for rank, name in enumerate(recipes)
+        ]  # fmt: skip
+        outputs = [process.communicate(timeout=200)[0] for process in ranks]
+        assert [process.returncode for process in ranks] == codes, outputs
+        assert words[1] in outputs[words[0]]
+        assert words[1] not in outputs[1 - words[0]]
+        run = tmp_path / "adamw-seed0"
+        assert run.exists() == (codes == [2, 1])
+        run.mkdir(exist_ok=True)
+        (run / "metrics.jsonl").write_text(json.dumps({"kind": "run", **begun}) + '\n{"kind": "summary"}\n')
+
+
 @pytest.mark.heavy  # tests/checkpoint goes from any engine to any other
 def test_a_run_goes_on_on_another_engine(folder: Path, uninterrupted: dict[tuple[str, int], float]) -> None:
     """Six steps under DDP on two ranks by one recipe, the rest on one process."""
@@ -218,6 +264,14 @@ def test_optimizers_are_compared_and_finished_runs_are_not_repeated(
     before = (root / "adamw-seed0" / "metrics.jsonl").read_bytes()
     assert main(arguments) == 0
     assert (root / "adamw-seed0" / "metrics.jsonl").read_bytes() == before
+    for change, words in ((["--steps", "3"], "steps 2 (now 3)"), (["--batch", "4"], "batch 8 (now 4)")):
+        assert main([*arguments, *change]) == 2
+        assert words in capfd.readouterr().err
+    assert (root / "adamw-seed0" / "metrics.jsonl").read_bytes() == before
+    # What only a later contender would refuse is said before the first is trained.
+    assert main([*arguments, "--folder", f"{root}2", "--optimizer.options.svd_method", "gram"]) == 2
+    assert "svd_method='gram' is not known" in capfd.readouterr().err
+    assert not Path(f"{root}2").exists()
     assert main([*arguments[:3], "adam", *arguments[4:]]) == 2
     assert "optimizers='adam' is not known" in capfd.readouterr().err
     assert main([*arguments[:3], "adamw,adamw", *arguments[4:]]) == 2
