@@ -281,6 +281,11 @@ class Frugal(Optimizer):
             self._runtime, self._before, self._loaded = runtime, None, False
         return self._runtime
 
+    @property
+    def shard_state(self) -> bool | str:
+        """Whether replicas share the low-rank state, as it was asked for; "auto": as the engine's default is."""
+        return self._shard_state
+
     # --- saving -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,9 +16,11 @@ from torch import Tensor
 from frugal_dist import refresh, stepping
 from frugal_dist.optimizer import BUCKET_BYTES, Frugal
 from frugal_dist.planner.engines import EngineLayout
+from frugal_dist.planner.totals import papers_bytes, state_of_ranks
 from frugal_dist.projection.basis import basis_shapes
 from frugal_dist.sharding.exchange import Ranks
 from frugal_dist.sharding.plan import Move, assign_owners, moves_for, owner_layout, refresh_cost
+from frugal_dist.sharding.route import route
 from frugal_dist.sharding.storage import Interval, Original, Part
 from frugal_dist.sharding.table import Matrix, Table, number_blocks
 from frugal_dist.sharding.tile import Layout, Tile, elements, holders, is_replicated, owned, whole
@@ -44,8 +46,6 @@ class RankPlan:
     refresh_sent: int = 0
     step_calls: Counter[str] = field(default_factory=Counter)
     refresh_calls: Counter[str] = field(default_factory=Counter)
-    refresh_work: float = 0.0
-    owned: int = 0
     scratch: int = 0
 
     @property
@@ -56,11 +56,19 @@ class RankPlan:
 
 @dataclass
 class Plan:
-    """Some ranks of a run (all of them, unless told otherwise), and what is the same for all."""
+    """A run: some ranks in full (``ranked``), and what is known of all of them.
+
+    ``states``: optimizer state of every rank in bytes. ``owned`` and ``refresh_work``: how many refreshes each rank
+    owns, and their work. ``papers``: state in bytes as the papers count it, see ``papers_bytes``.
+    """
 
     engine: str
     ranks: int
     ranked: list[RankPlan] = field(default_factory=list)
+    states: list[int] = field(default_factory=list)
+    owned: list[int] = field(default_factory=list)
+    refresh_work: list[float] = field(default_factory=list)
+    papers: int = 0
     layouts: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -103,24 +111,46 @@ def make_plan(
 ) -> Plan:
     """Plan for ``optimizer`` (its parameters may be on the meta device) under ``engine`` on ``ranks`` ranks.
 
-    ``shown``: the ranks to look at, all if empty. The weights are taken to be fp32, as masters are.
+    ``shown``: the ranks to look at in full, beside the one with the most state; all if empty. The weights are taken to
+    be fp32, as masters are.
     """
     originals, groups = optimizer.originals, optimizer.param_groups
     parts = [engine.parts(originals, rank, ranks) for rank in range(ranks)]
     table = _table(originals, parts)
-    plan = Plan(engine.name, ranks)
-    for rank in shown or range(ranks):
+    asked = optimizer.shard_state
+    share = (asked if isinstance(asked, bool) else engine.shares) and ranks > 1
+
+    layouts: dict[int, Layout] = {}  # of basis matrices, which are the same for all ranks and take long to find
+
+    def begun(rank: int) -> tuple[Runtime, Load]:
         storage = _Storage(originals, groups, parts[rank], _tensors(originals, parts[rank]), engine.shares)
         group = None if ranks == 1 else "planned"
-        share = engine.shares and ranks > 1
         runtime = Runtime(Ranks(group, rank, ranks), storage, originals, table, share, bucket_bytes)
+        for i, layout in layouts.items():
+            runtime.routes[i] = route(table.matrices[i].storage, layout, rank, i)
         state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
         load = load_of(runtime, state, everything=True)
         ensure_state(runtime, load)
-        plan.ranked.append(_rank_plan(runtime, load))
-        if len(plan.ranked) == 1:
-            _note_layouts(plan, runtime, load)
+        layouts.update({i: found.layout for i, found in runtime.routes.items()})
+        return runtime, load
+
+    plan = Plan(engine.name, ranks)
+    _plan_all(plan, *begun(0), parts)
+    most = plan.states.index(max(plan.states))
+    for rank in sorted({*shown, most}) if shown else range(ranks):
+        plan.ranked.append(_rank_plan(*begun(rank)))
     return plan
+
+
+def _plan_all(plan: Plan, runtime: Runtime, load: Load, parts: Sequence[Sequence[Part]]) -> None:
+    """What one rank knows of all."""
+    _note_layouts(plan, runtime, load)
+    plan.states, plan.papers = state_of_ranks(runtime, load, parts), papers_bytes(load)
+    plan.owned, plan.refresh_work = [0] * plan.ranks, [0.0] * plan.ranks
+    for work in load.works:
+        if work.family == "basis":
+            plan.owned[work.matrix.owner] += 1
+            plan.refresh_work[work.matrix.owner] += refresh_cost(work.matrix.rows, work.matrix.cols)
 
 
 def _table(originals: Sequence[Original], parts: Sequence[Sequence[Part]]) -> Table:
@@ -155,9 +185,6 @@ def _rank_plan(runtime: Runtime, load: Load) -> RankPlan:
         for name, size in _sizes(work.state):
             kind = "bases" if name.startswith("basis") else "moments" if name.startswith("exp_avg") else "clocks"
             setattr(found, kind, getattr(found, kind) + size)
-        if work.family == "basis" and work.matrix.owner == runtime.ranks.rank:
-            found.refresh_work += refresh_cost(work.matrix.rows, work.matrix.cols)
-            found.owned += 1
         if work.family != "basis" and not work.empty:  # as after the first refresh
             work.state.set_clock("refreshes", 1)
             work.state.set_clock("size", work.size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from frugal_dist.planner.engines import EngineLayout
@@ -20,7 +20,10 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What of a run decides about memory beside the optimizer. ``tokens``: of a micro-batch on one rank."""
+    """What of a run decides about memory beside the optimizer. ``tokens``: of a micro-batch on one rank.
+
+    ``note``: what else is to be said about the run.
+    """
 
     title: str
     shape: LlamaShape
@@ -28,6 +31,7 @@ class Setting:
     precision: str
     tokens: int
     checkpointing: bool
+    note: str = ""
 
 
 def weight_and_gradient_bytes(engine: EngineLayout, plan: RankPlan, setting: Setting) -> tuple[int, int]:
@@ -57,7 +61,7 @@ def activation_bytes(setting: Setting) -> int:
     return setting.tokens * (item * kept + (item + 2 * ITEM) * shape.vocab)
 
 
-def report(plan: Plan, baselines: dict[str, Plan], engine: EngineLayout, setting: Setting, gpu: str | None) -> str:
+def report(plan: Plan, baselines: Mapping[str, Plan], engine: EngineLayout, setting: Setting, gpu: str | None) -> str:
     """Everything about a plan. ``baselines``: by name the plans of other optimizers on the same engine.
 
     Raises ValueError for a GPU that is not known.
@@ -68,6 +72,7 @@ def report(plan: Plan, baselines: dict[str, Plan], engine: EngineLayout, setting
         [
             f"{setting.title}: {setting.parameters / 1e6:,.1f} M parameters, {plan.engine} on {plan.ranks} "
             f"rank{'s' if plan.ranks > 1 else ''}",
+            *([setting.note] if setting.note else []),
             "",
             *_memory(plan, engine, setting, gpu),
             "",
@@ -104,19 +109,18 @@ def _memory(plan: Plan, engine: EngineLayout, setting: Setting, gpu: str | None)
     return lines
 
 
-def _state(plan: Plan, baselines: dict[str, Plan]) -> list[str]:
+def _state(plan: Plan, baselines: Mapping[str, Plan]) -> list[str]:
     rows = []
     for name, one in {"this": plan, **baselines}.items():
-        total = sum(rank.state for rank in one.ranked)
-        all_ranks = f"{total / MIB:,.1f}" if len(one.ranked) == one.ranks else ""
-        rows.append((name, f"{one.worst.state / MIB:,.1f}", all_ranks))
-    return _table(["optimizer state, MiB", "most on a rank", "all ranks"], rows)
+        sizes = (max(one.states), sum(one.states), one.papers)
+        rows.append((name, *(f"{size / MIB:,.1f}" for size in sizes)))
+    lines = _table(["optimizer state, MiB", "most on a rank", "all ranks", "as the papers count"], rows)
+    return [*lines, "The papers count the moments of the whole model, once: no bases, no counters"]
 
 
 def _traffic(plan: Plan) -> list[str]:
     busiest = max(plan.ranked, key=lambda rank: rank.step_sent)
     refresher = max(plan.ranked, key=lambda rank: rank.refresh_sent)
-    work = [rank.refresh_work for rank in plan.ranked]
     lines = _table(
         ["sent by the busiest rank", "MiB", "collectives"],
         [
@@ -124,8 +128,8 @@ def _traffic(plan: Plan) -> list[str]:
             ("a refresh, beside the step", f"{refresher.refresh_sent / MIB:,.1f}", _calls(refresher.refresh_calls)),
         ],
     )
-    if sum(work) and len(work) == plan.ranks:
-        owned = [rank.owned for rank in plan.ranked]
+    owned, work = plan.owned, plan.refresh_work
+    if sum(work):
         balance = max(work) * len(work) / sum(work)
         lines.append(
             f"Refreshes are owned by {sum(count > 0 for count in owned)} of {plan.ranks} ranks, {min(owned)} to "

@@ -27,7 +27,7 @@ def build_model(recipe: Model, vocab_size: int, length: int) -> nn.Module:
     if recipe.llama is not None:
         config: Any = llama_config(recipe.llama, recipe.vocab_size or vocab_size, length)
     else:
-        config = _read_config(recipe.path or "")
+        config = read_causal_config(recipe.path or "")
     if config.vocab_size < vocab_size:
         raise ValueError(
             f"the model in {recipe.path} has {config.vocab_size} tokens, the tokenizer {vocab_size}: they do not fit."
@@ -50,7 +50,8 @@ def build_model(recipe: Model, vocab_size: int, length: int) -> nn.Module:
     return found
 
 
-def _read_config(path: str) -> Any:
+def read_causal_config(path: str) -> Any:
+    """The configuration of a model. ValueError if there is none."""
     from transformers import AutoConfig
 
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
+from typing import Any, Literal
 
 from torch import nn
 
@@ -11,12 +13,16 @@ from frugal_dist.parameters import split_parameters
 from frugal_dist.planner.engines import EngineLayout, engine_layout
 from frugal_dist.planner.plan import Plan, make_plan
 from frugal_dist.planner.report import Setting, report
-from frugal_dist.planner.shapes import LLAMA_SHAPES
-from frugal_dist.training.optimizers import frugal_options
+from frugal_dist.planner.shapes import LLAMA_SHAPES, LlamaShape
+from frugal_dist.training.engines.deepspeed import equal_part
+from frugal_dist.training.optimizers import described, frugal_options
 from frugal_dist.training.recipe import Optimizer, Recipe, check_recipe
 
 ALL, SPREAD = 64, 5
-"""Up to ``ALL`` ranks each is planned; of more so many from the first to the last, where embedding and head may lie."""
+"""Traffic is planned for each rank up to ``ALL``; of more for so many from the first to the last, where embedding and
+head may lie."""
+BASELINES: tuple[Literal["adamw", "galore"], ...] = ("adamw", "galore")
+"""Planned beside the recipe's optimizer, with its options as far as their names allow."""
 
 
 def plan_recipe(recipe: Recipe, engine: str, ranks: int, gpu: str | None = None) -> str:
@@ -28,16 +34,21 @@ def plan_recipe(recipe: Recipe, engine: str, ranks: int, gpu: str | None = None)
         )
     layout, model = engine_layout(engine), meta_model(recipe)
     plan = plan_model(model, recipe.optimizer, layout, ranks)
-    others = {name: Optimizer(name=name) for name in ("adamw", "galore") if name != recipe.optimizer.name}
-    baselines = {name: plan_model(model, other, layout, ranks) for name, other in others.items()}
-    share = recipe.micro_batch or max(1, recipe.batch // ranks)
+    others = {name: replace(recipe.optimizer, name=name) for name in BASELINES if name != recipe.optimizer.name}
+    baselines: dict[str, Plan] = {name: plan_model(model, other, layout, ranks) for name, other in others.items()}
+    share, rest = divmod(recipe.batch, ranks)
+    # torch's engines end with a smaller micro-batch, DeepSpeed does not
+    micro = equal_part(max(share, 1), recipe.micro_batch) if layout.masters else recipe.micro_batch or share
     setting = Setting(
-        title=f"{recipe.folder.rpartition('/')[2]} with {recipe.optimizer.name}",
-        shape=LLAMA_SHAPES[str(recipe.model.llama)],
+        title=f"{recipe.folder.rpartition('/')[2]} with {described(recipe.optimizer)}",
+        shape=_shape(model),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         precision=recipe.precision,
-        tokens=share * recipe.length,
+        tokens=max(1, min(micro, share)) * recipe.length,
         checkpointing=recipe.model.checkpointing,
+        note=f"A batch of {recipe.batch} cannot be shared equally by {ranks} ranks: change it to train."
+        if rest
+        else "",
     )
     return report(plan, baselines, layout, setting, gpu)
 
@@ -53,15 +64,34 @@ def plan_model(model: nn.Module, optimizer: Optimizer, layout: EngineLayout, ran
 
 
 def meta_model(recipe: Recipe) -> nn.Module:
-    """The recipe's model without memory. ValueError for a model that is no LLaMA shape."""
+    """The recipe's model without memory or weights. ValueError for a shape or folder that is not there."""
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    from frugal_dist.training.models import llama_config
+    from frugal_dist.training.models import llama_config, read_causal_config
 
-    if recipe.model.llama is None:
-        raise ValueError("model.llama is not set: plans are for LLaMA shapes.")
-    config = llama_config(recipe.model.llama, recipe.model.vocab_size or 32_000, recipe.length)
-    config.tie_word_embeddings = recipe.model.tied
+    auto: Any = AutoModelForCausalLM  # transformers' own hints are incomplete
+    name, tied = recipe.model.llama, recipe.model.tied
+    if name is None:
+        config = read_causal_config(str(recipe.model.path))
+        tied = tied or config.tie_word_embeddings
+    else:
+        vocab = recipe.model.vocab_size or (LLAMA_SHAPES[name].vocab if name in LLAMA_SHAPES else 1)
+        config = llama_config(name, vocab, recipe.length)
+    config.tie_word_embeddings = tied
     with torch.device("meta"):
-        return LlamaForCausalLM(config)
+        model: nn.Module = auto.from_config(config)
+    return model
+
+
+def _shape(model: Any) -> LlamaShape:
+    """The numbers from which activations are estimated."""
+    config = model.config
+    hidden = config.hidden_size
+    return LlamaShape(
+        hidden=hidden,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * hidden,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        vocab=config.vocab_size,
+    )

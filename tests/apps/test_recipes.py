@@ -290,6 +290,56 @@ def test_a_plan_says_what_a_rank_holds_and_sends(capsys: pytest.CaptureFixture[s
     assert _state(quarter) < _state(half)
 
 
+def test_baselines_are_planned_at_the_same_setting_beside_the_papers_count(capsys: pytest.CaptureFixture[str]) -> None:
+    for density, galore in (("0.25", 298.3), ("0.5", 346.6)):  # of 60M: 0.291 GiB in the papers' table; AdamW 0.433
+        assert main(["plan", "llama_60m", "--engine=ddp", "--ranks=1", f"--optimizer.options.density={density}"]) == 0
+        rows = _rows(capsys.readouterr().out, ("this", "adamw", "galore"))
+        papers = {cells[1].strip(): float(cells[4]) for cells in rows}
+        assert papers == {"this": galore, "adamw": 443.1, "galore": galore}
+
+
+def test_of_many_ranks_all_is_known_that_layouts_decide(capsys: pytest.CaptureFixture[str]) -> None:
+    """State of all ranks and who refreshes; a rank count that does not divide the batch is named."""
+    assert main(["plan", "llama_9m", "--engine", "zero2", "--ranks", "65"]) == 0
+    text = capsys.readouterr().out
+    assert "Refreshes are owned by 28 of 65 ranks" in text
+    assert "A batch of 512 cannot be shared equally by 65 ranks" in text
+    (this,) = _rows(text, ("this",))
+    assert float(this[3].replace(",", "")) > float(this[4].replace(",", "")) > float(this[2].replace(",", "")) > 0.0
+
+
+def test_a_plan_of_replicas_that_do_not_share(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "llama_9m", "--engine", "ddp", "--ranks", "2"]
+    assert main([*arguments, "--optimizer.options.shard_state", "false"]) == 0
+    alone = capsys.readouterr().out
+    assert main(arguments) == 0
+    assert _state(alone) > _state(capsys.readouterr().out)
+
+
+def test_any_causal_model_can_be_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "gpt2", "vocab_size": 500, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}'
+    )
+    (tmp_path / "mine.yaml").write_text(f"model: {{path: {tmp_path}, pretrained: true}}\nbatch: 8\nlength: 32\n")
+    assert main(["plan", str(tmp_path / "mine.yaml"), "--engine", "zero1", "--ranks", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "0.1 M parameters" in text
+    assert "144x48" in text or "48x144" in text
+    assert main(["plan", str(tmp_path / "mine.yaml"), "--engine=ddp", "--ranks=1", "--model.path=nowhere"]) == 2
+    assert "model.path is 'nowhere', where no model's config.json can be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("engine", "micro"), [("ddp", "5"), ("zero2", "4")])
+def test_a_plan_has_the_micro_batch_of_the_engine(engine: str, micro: str, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = ["--batch", "16", "--micro_batch", "5", "--length", "10"]
+    assert main(["plan", "llama_9m", "--engine", engine, "--ranks", "2", *changes]) == 0
+    assert f"activations of {micro}0 tokens" in capsys.readouterr().out
+
+
+def _rows(text: str, names: tuple[str, ...]) -> list[list[str]]:
+    return [cells for line in text.splitlines() if (cells := line.split("|"))[1:] and cells[1].strip() in names]
+
+
 def _state(text: str) -> float:
     (line,) = [line for line in text.splitlines() if line.startswith("| optimizer state   ")]
     return float(line.split("|")[2].replace(",", ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -35,10 +36,10 @@ def options_of(projection: str, side: str) -> dict[str, Any]:
             "update_gap": 2}  # fmt: skip
 
 
-def planned(layout: str, options: dict[str, Any]) -> Plan:
+def planned(layout: str, options: dict[str, Any], shown: Sequence[int] = ()) -> Plan:
     params = [(name, torch.nn.Parameter(torch.empty(shape, device="meta"))) for name, shape in NAMES.items()]
     optimizer = Frugal([{"params": params, "projected": True}], process_group=None, **options)
-    return make_plan(optimizer, engine_layout(ENGINES[layout]), RANKS)
+    return make_plan(optimizer, engine_layout(ENGINES[layout]), RANKS, shown=shown)
 
 
 def state_bytes(held: Held) -> int:
@@ -85,6 +86,25 @@ def test_planned_equals_measured(layout: str, projection: str, side: str) -> Non
         assert calls(want.step_calls) == sorted(_plain(step_calls)), f"rank {want.rank}: calls of a step"
         assert want.step_sent == sent, f"rank {want.rank}: bytes of a step"
         check_refresh(want, projection, refresh_calls, refreshed)
+
+
+@pytest.mark.parametrize("layout", ENGINES)
+@pytest.mark.parametrize("share", ["auto", True, False])
+def test_state_of_all_ranks_is_that_of_each(layout: str, share: bool | str) -> None:
+    """Without going through the ranks; also where replicas share, or do not, what they do not by default."""
+    for projection, side in SETTINGS:
+        plan = planned(layout, {**options_of(projection, side), "shard_state": share})
+        assert plan.states == [rank.state for rank in plan.ranked], (projection, side)
+        some = planned(layout, {**options_of(projection, side), "shard_state": share}, shown=[0])
+        assert some.worst.state == max(plan.states)
+        assert (some.states, some.owned, some.papers) == (plan.states, plan.owned, plan.papers)
+        assert sum(plan.owned) == (len(NAMES) if projection.startswith(("svd", "random")) else 0)
+
+
+def test_replicas_that_do_not_share_hold_everything() -> None:
+    (one,) = {tuple(planned("replicas, shared state", {**options_of("svd", "std"), "shard_state": False}).states)}
+    assert len(set(one)) == 1
+    assert one[0] > 2 * max(planned("replicas, shared state", options_of("svd", "std")).states)
 
 
 def _plain(names: list[str]) -> list[str]:

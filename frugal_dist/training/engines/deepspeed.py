@@ -164,18 +164,9 @@ def _batch_size(config: dict[str, Any], world: int) -> int:
     return size
 
 
-def micro_batch(recipe: Recipe, world: int) -> int:
-    """The recipe's micro-batch, or the largest below it that divides a rank's share: DeepSpeed takes equal parts only.
-
-    Raises ValueError if the ranks cannot share the batch equally.
-    """
-    share, rest = divmod(recipe.batch, world)
-    if rest or not share:
-        raise ValueError(
-            f"batch is {recipe.batch}, which {world} ranks cannot share equally; change it or the number of ranks."
-        )
-    limit = min(recipe.micro_batch or share, share)
-    return max(size for size in range(1, limit + 1) if share % size == 0)
+def equal_part(share: int, limit: int | None) -> int:
+    """The largest micro-batch within a limit that divides a rank's share: DeepSpeed takes equal parts only."""
+    return max(size for size in range(1, min(limit or share, share) + 1) if share % size == 0)
 
 
 def deepspeed_config(recipe: Recipe, world: int) -> dict[str, Any]:
@@ -189,11 +180,16 @@ def deepspeed_config(recipe: Recipe, world: int) -> dict[str, Any]:
     scaling = config.get(recipe.precision, {})  # such as the first loss scale: the JSON's
     for key in ("scheduler", "gradient_accumulation_steps", "fp16", "bf16"):
         config.pop(key, None)  # of the recipe
+    share, rest = divmod(recipe.batch, world)
+    if rest or not share:
+        raise ValueError(
+            f"batch is {recipe.batch}, which {world} ranks cannot share equally; change it or the number of ranks."
+        )
     return {
         **config,
         "optimizer": {"type": "Frugal", "params": frugal_options(recipe.optimizer)},
         "train_batch_size": recipe.batch,
-        "train_micro_batch_size_per_gpu": micro_batch(recipe, world),
+        "train_micro_batch_size_per_gpu": equal_part(share, recipe.micro_batch),
         "gradient_clipping": recipe.clip,
         "steps_per_print": 10**9,
         **({} if recipe.precision == "fp32" else {recipe.precision: {**scaling, "enabled": True}}),

@@ -1,0 +1,88 @@
+"""State of all ranks at once, from layouts alone: going through a thousand ranks one by one would take an hour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from frugal_dist.projection.basis import basis_shapes
+from frugal_dist.projection.coordinates import NOTHING, Selection
+from frugal_dist.projection.numerics import compute_dtype
+from frugal_dist.sharding.storage import Interval, Part
+from frugal_dist.sharding.tile import holders, split_evenly, whole
+from frugal_dist.state import MatrixState
+from frugal_dist.work import Runtime, Work, basis_route, basis_tile_shapes, moment_names, whole_selection
+from frugal_dist.workload import Load
+
+
+def state_of_ranks(runtime: Runtime, load: Load, parts: Sequence[Sequence[Part]]) -> list[int]:
+    """Bytes of optimizer state on every rank after the first refresh. ``parts``: of each rank, by parameter."""
+    found = [0] * runtime.ranks.size
+    for work in load.works:
+        clocks = clock_bytes(work.state)
+        for rank, size in enumerate(_bases(runtime, work) if _has_basis(work) else _coordinates(runtime, work)):
+            found[rank] += clocks + size
+    numbers = [i for i, original in enumerate(runtime.originals) if not original.projected]
+    for i, one in zip(numbers, load.regular, strict=True):
+        entry = len(moment_names(one.config)) * compute_dtype(one.weight.dtype).itemsize
+        clocks = clock_bytes(one.state)
+        for rank, mine in enumerate(parts):
+            found[rank] += clocks + entry * _numel(mine[i])
+    return found
+
+
+def papers_bytes(load: Load) -> int:
+    """State as the papers count it: the moments of the whole model, once; no bases, no counters."""
+    entries = sum(prod(one.shape) * len(moment_names(one.config)) for one in load.regular)
+    for work in load.works:
+        rows, cols = work.matrix.rows, work.matrix.cols
+        if _has_basis(work):
+            (shape,) = basis_tile_shapes(work.side, whole(rows, cols), work.size)
+        else:
+            shape = _selection(work).shape(rows, cols)
+        entries += prod(shape) * len(moment_names(work.config))
+    return 4 * entries
+
+
+def clock_bytes(state: MatrixState) -> int:
+    """Of the counters, which every rank has."""
+    own = [tensor for key, tensor in state.store.items() if key.startswith(state.prefix) and tensor.dim() == 0]
+    return sum(tensor.element_size() for tensor in own)
+
+
+def _has_basis(work: Work) -> bool:
+    return work.family == "basis" and not work.empty
+
+
+def _bases(runtime: Runtime, work: Work) -> list[int]:
+    """Moments and bases of a matrix on every rank."""
+    entry = len(moment_names(work.config)) * work.dtype.itemsize
+    shapes = basis_shapes(work.side, work.matrix.rows, work.matrix.cols, work.size).values()
+    basis = work.basis_dtype.itemsize * sum(prod(shape) for shape in shapes)
+    layout = basis_route(runtime, work).layout
+    moments = [entry * sum(prod(shape) for shape in basis_tile_shapes(work.side, tiles, work.size)) for tiles in layout]
+    return [size + basis * bool(tiles) for size, tiles in zip(moments, layout, strict=True)]
+
+
+def _coordinates(runtime: Runtime, work: Work) -> list[int]:
+    """Moments of a matrix on every rank; those that hold the same tile share them, or each has all."""
+    found = [0] * runtime.ranks.size
+    entry, selection = len(moment_names(work.config)) * work.dtype.itemsize, _selection(work)
+    for tile, ranks in holders(work.matrix.storage).items():
+        local = selection.local(tile)
+        shape, dim = local.shape(tile.height, tile.width), local.free_dim
+        line = prod(shape[:dim]) * prod(shape[dim + 1 :])
+        shares = split_evenly(shape[dim], len(ranks), work.matrix.index)
+        for rank, (start, stop) in zip(ranks, shares, strict=True):
+            found[rank] += entry * line * (stop - start if runtime.shard_replicas else shape[dim])
+    return found
+
+
+def _selection(work: Work) -> Selection:
+    return NOTHING if work.empty else whole_selection(work, 0, work.size)
+
+
+def _numel(part: Part) -> int:
+    if isinstance(part, Interval):
+        return part.stop - part.start
+    return prod(stop - start for start, stop in part.spans)
