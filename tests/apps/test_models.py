@@ -110,7 +110,8 @@ def test_what_the_keys_build(folder: Path) -> None:
         assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied  # type: ignore[operator]
 
 
-@pytest.mark.heavy  # the compiler takes most of a minute
+@pytest.mark.timeout(900)
+@pytest.mark.heavy  # the C++ compiler takes minutes
 def test_a_compiled_model_learns_the_same(folder: Path, plain: list[float]) -> None:
     torch._dynamo.utils.counters.clear()
     assert losses(folder, "compile", "--model.compile", "true") == pytest.approx(plain, abs=1e-4)
