@@ -12,7 +12,8 @@
 #   MASTER_PORT     free on that host (default: 29500)
 #   SEND            names of more environment variables that the ranks need
 # The same command goes on where the last checkpoint was made. A rank that dies ends all. SIGTERM, SIGUSR1 and Ctrl-C save
-# first; then the exit code is 75. Not with mpich, where they end the run without saving.
+# first with pdsh; then the exit code is 75. With the others they are passed on to mpirun or srun, which may end the ranks
+# before they have saved; Slurm does it better: launch/pretrain.sbatch.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

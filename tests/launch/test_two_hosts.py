@@ -184,21 +184,16 @@ def test_a_rank_killed_under_torchrun_ends_both_hosts_and_is_named(pair: Pair, w
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("launcher", ["pdsh", "openmpi"])
-def test_sigterm_saves_on_both_hosts_and_the_same_command_goes_on(
-    pair: Pair, workshop: Workshop, launcher: str
-) -> None:
-    run = workshop.run(f"stopped-{launcher}")
-    more = {"LAUNCHER_ARGS": INTERFACES, "MPIRUN": "mpirun.openmpi"} if launcher == "openmpi" else {}
-    process = by_hostfile(pair, run, launcher, *LONG, **more)
+def test_sigterm_saves_on_both_hosts_and_the_same_command_goes_on(pair: Pair, workshop: Workshop) -> None:
+    run = workshop.run("stopped-pdsh")
+    process = by_hostfile(pair, run, "pdsh", *LONG)
     run.reach(2, process)
     pair.hosts[0].run("pkill", "-TERM", "-f", f"^bash .*deepspeed_hostfile.sh .*{run.folder}")
     run.end(process, 75, deadline=90)
     assert not run.ranks()
     (stopped,) = run.records("stopped")
     assert 2 <= stopped["step"] < 60
-    again = by_hostfile(pair, run, launcher, *LONG, "--steps", str(stopped["step"] + 2), **more)
-    run.end(again)
+    run.end(by_hostfile(pair, run, "pdsh", *LONG, "--steps", str(stopped["step"] + 2)))
     assert [record["start"] for record in run.records("run")] == [0, stopped["step"]]
 
 
