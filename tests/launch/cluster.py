@@ -151,10 +151,10 @@ class Cluster:
         except AssertionError as error:
             raise AssertionError(f"{error}; {self.slurm('scontrol', 'show', 'job', str(job))}") from error
 
-    def start_now(self, job: int) -> None:
+    def start_now(self, job: int, time: str = "now") -> None:
         """Slurm makes a job that was queued again wait for about two minutes."""
         self.wait_for(job, "PENDING")
-        self.slurm("scontrol", "update", f"jobid={job}", "StartTime=now")
+        self.slurm("scontrol", "update", f"jobid={job}", f"StartTime={time}")
 
     def close(self) -> None:
         self.host.close()

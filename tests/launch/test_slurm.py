@@ -109,7 +109,7 @@ def test_a_job_that_meets_its_time_limit_is_queued_again_and_goes_on(cluster: Cl
     end = stopped["step"] + 20
     run.recipe.write_text(text.replace("steps: 8\n", f"steps: {end}\n"))
     cluster.slurm("scontrol", "update", f"jobid={job}", "TimeLimit=30")
-    cluster.start_now(job)
+    cluster.start_now(job, "now+10")  # a node does not start a job again in the second in which it ended it
     finish(cluster, run, job)
     assert cluster.restarts(job) == 1
     assert [record["start"] for record in run.records("run")] == [0, stopped["step"]]
