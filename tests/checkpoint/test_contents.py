@@ -82,6 +82,9 @@ def test_ranks_without_a_saved_state_draw_numbers_of_their_own(tmp_path: Path) -
     """Equal dropout on several ranks would be worse than none of it continuing."""
     from frugal_dist.checkpoint import rng
 
+    torch.manual_seed(0)  # threads as ranks, in the test before, leave their generators in any state
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
     state = rng.rng_state()
     found = []
     for rank in (3, 4, 3):
