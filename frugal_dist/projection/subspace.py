@@ -21,8 +21,8 @@ WARM_ITERATIONS, COLD_ITERATIONS = 2, 6
 def subspace_svd(grad: Tensor, side: str, r: int, warm: Basis | None, *, seed: int, name: str, refresh: int) -> Basis:
     """The leading singular vectors by subspace iteration from the old basis ``warm``, with a quarter of extra columns.
 
-    Random columns, a function of (seed, name, refresh), fill up what ``warm`` lacks. A round is a product with the
-    matrix and one with its transpose; the last one orthonormalises after each and rotates to singular vectors.
+    Random columns, a function of (seed, name, refresh), fill up what ``warm`` lacks. In each round one of the two
+    halves is orthonormalised; the last round orthonormalises both and rotates to singular vectors.
     """
     if side == "left":
         matrix, start = grad.T, None if warm is None else warm.left
@@ -31,7 +31,7 @@ def subspace_svd(grad: Tensor, side: str, r: int, warm: Basis | None, *, seed: i
     vectors = _start(matrix, start, r, seed, name, refresh)
     rounds = COLD_ITERATIONS if start is None else WARM_ITERATIONS
     for _ in range(rounds - 1):
-        vectors = _well_conditioned(matrix.T @ (matrix @ vectors))
+        vectors = torch.linalg.qr(matrix.T @ (matrix @ vectors)).Q
     outer = torch.linalg.qr(matrix @ vectors).Q
     inner, triangle = torch.linalg.qr(matrix.T @ outer)
     turn_inner, _, turn_outer = torch.linalg.svd(triangle)  # G ~ outer (inner triangle)^T
@@ -39,22 +39,6 @@ def subspace_svd(grad: Tensor, side: str, r: int, warm: Basis | None, *, seed: i
     if side != "full":
         return Basis(**{side: first})
     return Basis(left=(outer @ turn_outer.T[:, :r]).contiguous(), right=first)
-
-
-def _well_conditioned(columns: Tensor) -> Tensor:
-    """Columns with the same span that are far from parallel, though not orthonormal: P L of the LU factorisation.
-
-    Between rounds that is all that is needed, in half the time of a QR factorisation. The row swaps are put in order
-    on the host: as a matrix (torch.linalg.lu) they cost more than the factorisation.
-    """
-    factors, swaps, _ = torch.linalg.lu_factor_ex(columns)
-    order = list(range(len(columns)))
-    for row, other in enumerate(swaps.tolist()):  # counted from 1
-        order[row], order[other - 1] = order[other - 1], order[row]
-    lower: Tensor = factors.tril_(-1)
-    lower.diagonal().fill_(1.0)
-    back = torch.tensor(order, device=columns.device).argsort()
-    return lower.T.index_select(1, back).T
 
 
 def _start(matrix: Tensor, warm: Tensor | None, r: int, seed: int, name: str, refresh: int) -> Tensor:
