@@ -138,16 +138,13 @@ def _gradient_health(works: Sequence[Work]) -> list[tuple[bool, bool]]:
     spans: list[tuple[int, int]] = []
     for work in works:
         checked = work.grads if work.family == "basis" and work.grads is not None else []
-        found = [_flags(torch.stack(torch.aminmax(grad))) for grad in checked if grad.numel()]
-        found = [flag.to(works[0].device) for flag in found]  # one process may have a model on several GPUs
+        # On one device: a process may have a model on several GPUs.
+        ends = (torch.stack(torch.aminmax(grad)).to(works[0].device) for grad in checked if grad.numel())
+        found = [torch.stack([torch.isfinite(both).all(), (both != 0).any()]) for both in ends]
         spans.append((len(flags), len(flags) + len(found)))
         flags += found
     host = torch.stack(flags).cpu() if flags else torch.empty(0, 2, dtype=torch.bool, device="cpu")
     return [(bool(host[a:b, 0].all()), bool(host[a:b, 1].any())) for a, b in spans]
-
-
-def _flags(extremes: Tensor) -> Tensor:
-    return torch.stack([torch.isfinite(extremes).all(), (extremes != 0).any()])
 
 
 def _usable(work: Work, report: Report) -> bool:
@@ -364,12 +361,7 @@ def _publish(runtime: Runtime, works: Sequence[Work], found: Sequence[Basis | No
         shapes = basis_shapes(work.side, work.matrix.rows, work.matrix.cols, work.size)
         travels = used_by_others(runtime, work)
         if basis is None:  # where it does not travel, nobody here computes with it
-            basis = Basis(
-                **{
-                    name: torch.zeros(shape if travels else (0, 0), dtype=like.dtype, device=like.device)
-                    for name, shape in shapes.items()
-                }
-            )
+            basis = Basis(**{name: like.new_zeros(shape if travels else (0, 0)) for name, shape in shapes.items()})
         bases.append(basis)
         if travels:
             pieces += basis.parts

@@ -11,6 +11,8 @@ from drills import ALL, FAILING, LIKE_ALONE, REFUSED, VICTIM, Drill, Outcome
 from processes import Fleet
 from threads import run_ranks
 
+from frugal_dist import Frugal, engines
+
 REAL = (
     "NaN at a refresh, replicas, shared state",
     "NaN at a refresh, Shard(0)",
@@ -122,3 +124,17 @@ def real(fleet: Fleet) -> dict[str, tuple[list[Outcome], list[str]]]:
 @pytest.mark.parametrize("name", REAL)
 def test_on_processes(name: str, real: dict[str, tuple[list[Outcome], list[str]]]) -> None:
     check(name, *real[name])
+
+
+def test_ranks_with_other_kernels_are_refused_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host without a C compiler: its replicas would drift from the others' in the last bits."""
+    monkeypatch.setattr(engines, "kind_for", lambda weight: ("triton", "torch")[torch.distributed.get_rank()])
+
+    def told(rank: int) -> str:
+        optimizer = Frugal([{"params": [("w", torch.nn.Parameter(torch.zeros(8, 8)))], "projected": True}])
+        with pytest.raises(ValueError) as caught:
+            optimizer.step()
+        return str(caught.value)
+
+    for text in run_ranks(2, told):
+        assert "kernels (FRUGAL_KERNELS=torch makes them equal): 'triton' against 'torch'" in text

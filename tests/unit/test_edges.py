@@ -400,6 +400,20 @@ def test_low_precision_weights_are_rounded_once_a_step(projection: str) -> None:
         assert torch.equal(wide.bfloat16(), narrow)
 
 
+def test_an_inherited_precision_stays_inherited() -> None:
+    """A step must not fix what torch.backends.fp32_precision says for all at that moment."""
+    backend = torch.backends.cuda.matmul
+    before, backend.fp32_precision = backend.fp32_precision, "none"
+    torch.backends.fp32_precision = "tf32"
+    try:
+        train(build({"w": weight(8, 6)}), 1, 1)
+        assert backend.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert backend.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision, backend.fp32_precision = "none", before
+
+
 def test_a_step_under_inference_of_gradients_builds_no_graph() -> None:
     optimizer = build({"w": weight(8, 6)}, {"b": weight(5)})
     with torch.enable_grad():

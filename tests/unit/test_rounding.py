@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from frugal_dist import Frugal
+from frugal_dist import Frugal, workload
 from frugal_dist.rounding import random_bits, round_stochastically_, row_starts
 
 KEY = {"seed": 3, "name": "w", "step": 5}
@@ -83,6 +83,25 @@ def test_small_steps_arrive_on_average(rounding: str, moves: bool) -> None:
     for weight in weights:
         assert weight.dtype == torch.bfloat16
         assert float(weight.detach().float().mean()) == (pytest.approx(0.99, abs=1e-3) if moves else 1.0)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_regular_parameters_in_slices_step_as_whole_ones(rounding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Low-precision ones are stepped some rows at a time, to bound their fp32 copies."""
+    found = []
+    for size in (1 << 24, 30):
+        monkeypatch.setattr(workload, "SLICE", size)
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"w": (32, 32), "embedding": (23, 7), "norm": (50,), "scale": ()}
+        named = {n: torch.nn.Parameter(torch.randn(s, generator=generator).bfloat16()) for n, s in shapes.items()}
+        groups = [{"params": [(n, p)], "projected": n == "w"} for n, p in named.items()]
+        optimizer = Frugal(groups, lr=1e-2, projection="columns", weight_decay=0.1, rounding=rounding)
+        for _ in range(3):
+            for parameter in named.values():
+                parameter.grad = torch.randn(parameter.shape, generator=generator).bfloat16()
+            optimizer.step()
+        found.append([parameter.detach() for parameter in named.values()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_fp32_weights_are_not_rounded() -> None:
