@@ -73,7 +73,10 @@ class MatrixState:
 
     def pieces(self, name: str, shapes: Sequence[Shape]) -> list[Tensor]:
         """Views of one moment, one per piece."""
-        flat = self.store[self.prefix + name].view(-1)
+        whole = self.store[self.prefix + name]
+        if len(shapes) == 1 and whole.shape == shapes[0]:  # nearly always
+            return [whole]
+        flat = whole.view(-1)
         found, start = [], 0
         for shape in shapes:
             found.append(flat[start : start + prod(shape)].view(shape))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ class Runtime:
     buckets: dict[tuple[int, ...], list[list[int]]] = field(default_factory=dict)
     figures: RefreshFigures = field(default_factory=RefreshFigures)
 
+    @cached_property
     def by_original(self) -> dict[int, list[Matrix]]:
         """The matrices of every projected parameter."""
         found: dict[int, list[Matrix]] = {}
@@ -241,12 +243,14 @@ def basis_piece_shapes(work: Work, plan: Route, r: int) -> list[Shape]:
 
 def basis_tile_shapes(side: str, tiles: Tiles, r: int) -> list[Shape]:
     """R's shape on each of some compute tiles."""
-    shape: Callable[[Tile], Shape] = {
-        "right": lambda tile: (tile.height, r),
-        "left": lambda tile: (r, tile.width),
-        "full": lambda tile: (r, r),
-    }[side]
-    return [shape(tile) for tile in tiles]
+    return [_BASIS_TILE_SHAPE[side](tile, r) for tile in tiles]
+
+
+_BASIS_TILE_SHAPE: dict[str, Callable[[Tile, int], Shape]] = {
+    "right": lambda tile, r: (tile.height, r),
+    "left": lambda tile, r: (r, tile.width),
+    "full": lambda tile, r: (r, r),
+}
 
 
 def moment_names(config: FrugalConfig) -> tuple[str, ...]:

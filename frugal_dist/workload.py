@@ -83,7 +83,7 @@ def load_of(runtime: Runtime, state: State, everything: bool = False) -> Load:
     configs: dict[int, FrugalConfig] = {}
     works: list[Work] = []
     regular: list[Regular] = []
-    matrices = runtime.by_original()
+    matrices = runtime.by_original
     device = torch.device("cpu")
     for i in call:
         original = runtime.originals[i]
@@ -120,14 +120,15 @@ def _work(runtime: Runtime, i: int, matrix: Matrix, config: FrugalConfig, decay:
           store: dict[str, Tensor], weight: Tensor, grad: Tensor | None) -> Work:  # fmt: skip
     original, part = runtime.originals[i], runtime.storage.part(i)
     alone_here = isinstance(part, Box) and original.stack == 1
+    tiles = matrix.storage[runtime.ranks.rank]
     return Work(
         matrix=matrix,
         config=config,
         decay=decay,
         state=MatrixState(store, "" if alone_here else f"{matrix.name}/"),
-        tiles=matrix.storage[runtime.ranks.rank],
-        weights=part.views(weight, original, matrix.member),
-        grads=None if grad is None else part.views(grad, original, matrix.member),
+        tiles=tiles,
+        weights=part.views(weight, original, matrix.member, tiles),
+        grads=None if grad is None else part.views(grad, original, matrix.member, tiles),
         device=weight.device,
         weight_dtype=weight.dtype,
         frozen=not runtime.storage.carrier(i).requires_grad,

@@ -30,6 +30,8 @@ class Basis:
 
     def to(self, dtype: torch.dtype) -> Basis:
         """The same in another dtype; itself if it has it already."""
+        if all(part.dtype == dtype for part in self.parts):
+            return self
         return Basis(**{name: None if part is None else part.to(dtype) for name, part in vars(self).items()})
 
 

@@ -48,9 +48,9 @@ class Box:
         inside = stack[0] <= matrix < stack[1]
         return box_tiles(self.spans[-2], self.spans[-1]) if inside else ()
 
-    def views(self, local: Tensor, original: Original, matrix: int) -> list[Tensor]:
-        """2-D tensors, one for each tile of ``tiles``."""
-        if not self.tiles(original, matrix):
+    def views(self, local: Tensor, original: Original, matrix: int, tiles: Tiles) -> list[Tensor]:
+        """2-D tensors, one for each of ``tiles``, which are those of that matrix."""
+        if not tiles:
             return []
         return [local if local.dim() == 2 else local[matrix - self.spans[0][0]]]
 
@@ -66,13 +66,11 @@ class Interval:
         first, last = self._clip(original, matrix)
         return interval_tiles(first, last, original.matrix_shape[1])
 
-    def views(self, local: Tensor, original: Original, matrix: int) -> list[Tensor]:
-        """2-D views of the flat ``local``, one for each tile of ``tiles``."""
+    def views(self, local: Tensor, original: Original, matrix: int, tiles: Tiles) -> list[Tensor]:
+        """2-D views of the flat ``local``, one for each of ``tiles``, which are those of that matrix."""
         size, cols = original.matrix_shape[0] * original.matrix_shape[1], original.matrix_shape[1]
         offset = matrix * size - self.start
-        return [
-            local[_flat_span(tile, cols, offset)].view(tile.height, tile.width) for tile in self.tiles(original, matrix)
-        ]
+        return [local[_flat_span(tile, cols, offset)].view(tile.height, tile.width) for tile in tiles]
 
     def _clip(self, original: Original, matrix: int) -> Span:
         size = original.matrix_shape[0] * original.matrix_shape[1]
