@@ -95,7 +95,6 @@ def _prepare(recipe: FinetuneRecipe, place: Place, stack: ExitStack) -> Job:
     seed_masks(recipe.seed, place.rank)
     optimizer = TuningOptimizer(recipe, made.config.hidden_size)
     engine = build_engine(model, run, made.schedule, place, made.classifier.losses, optimizer)
-    stack.callback(engine.close)
     build = partial(build_classifier, recipe, made.config)
     best = Best(Path(recipe.folder), engine, build, made.tokenizer, recipe.saving.on_error)
 

@@ -51,7 +51,6 @@ def _prepare(recipe: Recipe, place: Place, stack: ExitStack) -> Job:
     flops = flops_per_token(model, recipe.length)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = build_engine(model, recipe, schedule, place)
-    stack.callback(engine.close)
     stack.callback(data.batches.close)
     record = replace(recipe, optimizer=settled(recipe.optimizer)).record()
     return Job(recipe, record, parameters, engine, data.batches, data.validation, _summary, flops)

@@ -21,23 +21,49 @@ _JOINED = count()
 def joined(place: Place) -> Iterator[None]:
     """The process group of these ranks, for the time of the context. A process alone needs none.
 
+    After an error the group stays where leaving it would wait for ranks that may never come, see ``_left``.
+
     Raises ValueError if this rank has no GPU of its own on a machine with GPUs, and RankLost, naming it, in place of a
     broken connection to a rank that is no longer there.
     """
     from torch import distributed
 
-    from frugal_dist.training.engines.collectives import leave
-
     roll = _join(place) if place.world > 1 and not distributed.is_initialized() else None
     try:
-        yield
+        with _left():
+            yield
     except Exception as error:
         told = error if roll is None else roll.explained(error)
         if told is error:
             raise
         raise told from error
+
+
+@contextmanager
+def _left() -> Iterator[None]:
+    """Leave the process group, if there is one, at the end of the context.
+
+    To leave NCCL's a rank waits for all others. One that has failed alone would not come to say so, nor end, while they
+    sit in a collective: it keeps the group, and its process ends as it is. Gloo's is left at once, and the others hear.
+    """
+    from torch import distributed
+
+    from frugal_dist.training.engines.collectives import leave
+
+    done = False
+    try:
+        yield
+        done = True
     finally:
-        leave()
+        if done or (distributed.is_initialized() and _backends() <= {"gloo"}):
+            leave()
+
+
+def _backends() -> set[str]:
+    """Of the process group, whose configuration reads "cpu:gloo,cuda:nccl" or "gloo"."""
+    from torch import distributed
+
+    return {part.rpartition(":")[2] for part in distributed.get_backend_config().split(",")}
 
 
 def _join(place: Place) -> RollCall:

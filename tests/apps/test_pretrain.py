@@ -173,9 +173,16 @@ def test_a_stopped_run_goes_on_exactly(
 def test_fewer_steps_than_are_done_are_refused(
     folder: Path, uninterrupted: dict[tuple[str, int], float], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Else their weights would be saved as an earlier step's, and the run would go on from there."""
+    """Else their weights would be saved as an earlier step's, and the run would go on from there.
+
+    The engine is built by then. A process group like NCCL's, which is left together only, is not left.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
     saved = sorted(path.name for path in (folder / "runs" / "single" / "checkpoints").iterdir())
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     assert pretrain(recipe(folder, "single", "--steps", "5")) == 1
+    torch.distributed.destroy_process_group()
     assert "has done 10: raise it or change folder" in capfd.readouterr().err
     assert sorted(path.name for path in (folder / "runs" / "single" / "checkpoints").iterdir()) == saved
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import rank_jobs
 from processes import Fleet
+from torch import distributed
 from torch.distributed import HashStore
 
 from frugal_dist.training.place import Place, find_place
-from frugal_dist.training.ranks import _agreed_gpu, gpu_index
+from frugal_dist.training.ranks import _agreed_gpu, gpu_index, joined
 
 
 def test_what_works_everywhere_goes_on(fleet: Fleet) -> None:
@@ -36,6 +38,20 @@ def test_the_first_of_those_that_live_names_the_missing(fleet: Fleet) -> None:
 
 def test_other_errors_stay_what_they_are(fleet: Fleet) -> None:
     assert fleet.run(2, rank_jobs.roll_call, 1, "out of memory") == ["RuntimeError: out of memory", ""]
+
+
+@pytest.mark.parametrize("backend", ["gloo", "fake"])
+def test_a_rank_that_failed_alone_does_not_wait_to_leave(backend: str) -> None:
+    """NCCL's group is left by all ranks or by none; torch's fake one stands for it here."""
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401  # makes the backend known
+
+    place = Place(0, 1, 0, 1, "127.0.0.1", 1, "none")
+    for fails in (True, False):
+        if not distributed.is_initialized():
+            distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        with suppress(ZeroDivisionError), joined(place):
+            assert 1 / (not fails)
+        assert distributed.is_initialized() == (fails and backend != "gloo")
 
 
 def test_each_rank_has_a_gpu_of_its_own() -> None:
