@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from frugal_dist.kernels.jobs import Job
 from frugal_dist.projection.basis import Basis
 from frugal_dist.rounding import round_stochastically_, rounds_stochastically, row_starts
 from frugal_dist.sharding.exchange import all_gather, all_to_all
@@ -23,8 +24,8 @@ from frugal_dist.update import (
     basis_step_,
     coordinate_share,
     decay_,
-    state_free_,
-    update_coordinates,
+    rounds_once,
+    step_tiles,
 )
 from frugal_dist.work import (
     CoordinatePiece,
@@ -46,24 +47,25 @@ def step_matrices(runtime: Runtime, works: Sequence[Work], stepped: Sequence[Wor
         work.state.set_clock("step", work.state.clock("step") + 1)
     remote = [work for work in works if travels(runtime, work)]
     far = {work.matrix.index for work in remote}
-    for work in stepped:
-        if work.matrix.index not in far:
-            wide = _widened(work)
-            _STEP_HERE[work.family](runtime, wide)
-            _round_back(work, wide)
+    _step_here(runtime, [work for work in stepped if work.matrix.index not in far])
     for bucket in buckets_of(runtime, remote):
         _step_bucket(runtime, bucket, active)
     for work in stepped:
         work.state.set_clock("updates", work.state.clock("updates") + 1)
 
 
-def _widened(work: Work) -> Work:
-    """The matrix with fp32 weights of its own for the time of the step, where a step is more than one rounding.
+def _decays_narrow(work: Work) -> bool:
+    """Low-precision weights would lose weight decay by itself: it is below their last place."""
+    return work.decay != 0.0 and work.weight_dtype != work.dtype
 
-    Low-precision weights would lose weight decay by itself: it is below their last place.
-    """
-    decays = work.decay != 0.0 and work.weight_dtype != work.dtype
-    if not (decays or rounds_stochastically(work.config, work.weight_dtype)):
+
+def _rounds(work: Work) -> bool:
+    return rounds_stochastically(work.config, work.weight_dtype)
+
+
+def _widened(work: Work) -> Work:
+    """The matrix with fp32 weights of its own for the time of the step, where a step is more than one rounding."""
+    if not (_decays_narrow(work) or _rounds(work)):
         return work
     return replace(work, weights=[weight.float() for weight in work.weights])
 
@@ -72,7 +74,7 @@ def _round_back(work: Work, wide: Work) -> None:
     if wide is work:
         return
     matrix, updates = work.matrix, work.state.clock("updates")
-    stochastic = rounds_stochastically(work.config, work.weight_dtype)
+    stochastic = _rounds(work)
     for tile, weight, value in zip(work.tiles, work.weights, wide.weights, strict=True):
         if not stochastic:
             weight.copy_(value)
@@ -89,26 +91,46 @@ def _decay(work: Work) -> None:
 # --- matrices that compute where they are stored ---------------------------------------------------
 
 
-def _coordinates_here(runtime: Runtime, work: Work) -> None:
-    cut = coordinate_cut(runtime, work)
+def _step_here(runtime: Runtime, works: Sequence[Work]) -> None:
+    """Coordinates and blocks together; one by one what needs memory of its own for the time of its step."""
+    together: list[Work] = []
+    alone: list[Work] = []
+    for work in works:
+        (alone if _needs_memory(runtime, work) else together).append(work)
+    step_tiles(job for work in together for job in _jobs(runtime, work))
+    for work in alone:
+        wide = _widened(work)
+        if work.family == "basis":
+            _basis_tiles_in_place(wide, basis_route(runtime, wide), wide.decay)
+        else:
+            step_tiles(_jobs(runtime, wide))
+        _round_back(work, wide)
+
+
+def _needs_memory(runtime: Runtime, work: Work) -> bool:
+    """For a residual, or for weights in fp32."""
+    if work.family == "basis" or _rounds(work):
+        return True
+    return _decays_narrow(work) and not all(rounds_once(job) for job in _jobs(runtime, work))
+
+
+def _jobs(runtime: Runtime, work: Work) -> list[Job]:
+    """The tiles of a coordinate or block projection."""
+    cut, step = coordinate_cut(runtime, work), work.state.clock("step")
     assert work.grads is not None
     if cut.nothing:
-        for weight, grad in zip(work.weights, work.grads, strict=True):
-            state_free_(weight, grad, work.config, work.decay)
-        return
-    pieces = cut.pieces
-    moments = moments_of(work, [piece.mine for piece in pieces])
-    chosen = [piece.selection for piece in pieces]
-    update_coordinates(work.weights, work.grads, chosen, moments, work.state.clock("step"), work.decay, work.config)
+        return [
+            Job(weight, grad, None, (), step, work.decay, work.config)
+            for weight, grad in zip(work.weights, work.grads, strict=True)
+        ]
+    moments = moments_of(work, [piece.mine for piece in cut.pieces])
+    return [
+        Job(weight, grad, piece.selection, own, step, work.decay, work.config)
+        for weight, grad, piece, own in zip(work.weights, work.grads, cut.pieces, moments, strict=True)
+    ]
 
 
-def _basis_here(runtime: Runtime, work: Work) -> None:
-    plan = basis_route(runtime, work)
-    _decay(work)
-    _basis_tiles_in_place(work, plan)
-
-
-def _basis_tiles_in_place(work: Work, plan: Route) -> None:
+def _basis_tiles_in_place(work: Work, plan: Route, decay: float) -> None:
     moments = _basis_moments(work, plan)
     basis = work.basis()
     for tile, home, here, moment in zip(plan.tiles, plan.home, plan.in_place, moments, strict=True):
@@ -116,14 +138,7 @@ def _basis_tiles_in_place(work: Work, plan: Route) -> None:
             assert basis is not None and home is not None
             area = tile.within(home)
             weight, grad = work.local_weight(home)[area], work.local_grad(home)[area]
-            basis_step_(weight, grad, basis, work.side, moment, work.state.clock("step"), work.config)
-
-
-_STEP_HERE: dict[str, Callable[[Runtime, Work], None]] = {
-    "basis": _basis_here,
-    "coordinates": _coordinates_here,
-    "blocks": _coordinates_here,
-}
+            basis_step_(weight, grad, basis, work.side, moment, work.state.clock("step"), decay, work.config)
 
 
 def _basis_moments(work: Work, plan: Route) -> list[tuple[Tensor, ...]]:
@@ -256,7 +271,7 @@ def _basis_parcel(runtime: Runtime, work: Work, gradients: dict[tuple[int, Tile]
     """Compute this rank's tiles; send each holder of a tile its part of the update."""
     plan, rank = basis_route(runtime, work), runtime.ranks.rank
     if active:
-        _basis_tiles_in_place(work, plan)
+        _basis_tiles_in_place(work, plan, 0.0)  # their weights have decayed, with those of all other tiles
     deltas = _deltas(work, plan, gradients, active)
     if plan.gathered:
         return _gathered_parcel(runtime, work, plan, deltas)

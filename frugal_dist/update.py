@@ -5,13 +5,15 @@ W <- W (1 - lr wd); R = down(G); W <- W - lr s up(U(R)) - lr s s_free free(G - u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from frugal_dist.config import FrugalConfig
 from frugal_dist.kernels import fused_for
+from frugal_dist.kernels.jobs import Job
 from frugal_dist.projection.basis import Basis, add_up_, down, residual, silence_noise_
 from frugal_dist.projection.coordinates import Selection
 from frugal_dist.projection.numerics import compute_dtype
@@ -57,39 +59,72 @@ def update_regular(params: Sequence[Tensor], grads: Sequence[Tensor], moments: S
             param.copy_(result)
 
 
-def update_coordinates(weights: Sequence[Tensor], grads: Sequence[Tensor], chosen: Sequence[Selection],
-                       moments: Sequence[Moments], step: int, decay: float,
-                       config: FrugalConfig) -> None:  # fmt: skip
-    """Weight decay; then selected entries move by the state-full rule, all others by the state-free one."""
-    left = []
-    for position, (weight, grad, selection, own) in enumerate(zip(weights, grads, chosen, moments, strict=True)):
-        fused = fused_for(weight)
-        if fused is None or not fused.coordinate_step_(weight, grad, selection, own, step, decay, config):
-            left.append(position)
-            decay_(weight, config.lr, decay)
-    if left:
-        _update_coordinates([weights[i] for i in left], [grads[i] for i in left], [chosen[i] for i in left],
-                            [moments[i] for i in left], step, config)  # fmt: skip
+def step_tiles(jobs: Iterable[Job]) -> None:
+    """Weight decay; then selected entries move by the state-full rule, all others by the state-free one.
 
-
-def _update_coordinates(weights: Sequence[Tensor], grads: Sequence[Tensor], chosen: Sequence[Selection],
-                        moments: Sequence[Moments], step: int, config: FrugalConfig) -> None:  # fmt: skip
-    """In torch's operations.
-
-    A selection of everything moves the weights in place. Otherwise the selected gradients are gathered, their update is
-    computed by the fused rule and joins the state-free one: the weights are read and written once.
+    Kernels take many tiles at once. In torch's operations they go one by one, so that buffers stay in the cache; only
+    tiles that are state-full as they are wait for each other, and share one fused call.
     """
-    low = [_dense(selection.take(grad)) for selection, grad in zip(chosen, grads, strict=True)]
-    moved = [
-        _dense(weight) if selection.complete else torch.zeros_like(part)
-        for selection, weight, part in zip(chosen, weights, low, strict=True)
-    ]
-    state_full_(moved, low, moments, step, config.lr * config.lr_scale, 0.0, config)
-    for weight, grad, selection, values in zip(weights, grads, chosen, moved, strict=True):
-        if selection.complete:
-            selection.put_(weight, values)
+    launches: dict[torch.device, Any] = {}
+    complete: dict[tuple[object, ...], list[Job]] = {}
+    for job in jobs:
+        device = job.weight.device
+        if device not in launches:
+            fused = fused_for(job.weight)
+            launches[device] = None if fused is None else fused.Launches()
+        if launches[device] is not None and launches[device].take(job):
+            continue
+        if _moves_in_place(job):
+            key = (id(job.config), job.decay, job.step, job.weight.dtype, device)
+            complete.setdefault(key, []).append(job)
         else:
-            add_coordinates_(weight, grad, selection, values, config)
+            _step_tile(job)
+    for started in launches.values():
+        if started is not None:
+            started.finish()
+    for group in complete.values():
+        _step_complete(group)
+
+
+def rounds_once(job: Job) -> bool:
+    """Whether low-precision weights are rounded once, decay included: the kernels compute in fp32."""
+    fused = fused_for(job.weight)
+    return fused is not None and fused.kind_of(job) is not None
+
+
+def _moves_in_place(job: Job) -> bool:
+    """Whether all of the tile is state-full, and the fused rules can take its tensors."""
+    weight, grad = job.weight, job.grad
+    if job.selection is None or not job.selection.complete:
+        return False
+    dense = weight.is_contiguous() and grad.is_contiguous()
+    return dense and weight.dtype == grad.dtype == compute_dtype(weight.dtype)
+
+
+def _step_complete(jobs: Sequence[Job]) -> None:
+    config, weights = jobs[0].config, [job.weight for job in jobs]
+    if jobs[0].decay != 0.0:
+        torch._foreach_mul_(weights, 1.0 - config.lr * jobs[0].decay)
+    state_full_(weights, [job.grad for job in jobs], [job.moments for job in jobs], jobs[0].step,
+                config.lr * config.lr_scale, 0.0, config)  # fmt: skip
+
+
+def _step_tile(job: Job) -> None:
+    """In torch's operations: the selected gradients are gathered, the fused rule computes their update, which joins the
+    state-free one: the weights are read and written once.
+    """
+    weight, selection, config = job.weight, job.selection, job.config
+    if selection is None:
+        state_free_(weight, job.grad, config, job.decay)
+        return
+    decay_(weight, config.lr, job.decay)
+    low = _dense(selection.take(job.grad))
+    moved = _dense(weight) if selection.complete else torch.zeros_like(low)
+    state_full_([moved], [low], [job.moments], job.step, config.lr * config.lr_scale, 0.0, config)
+    if selection.complete:
+        selection.put_(weight, moved)
+    else:
+        add_coordinates_(weight, job.grad, selection, moved, config)
 
 
 def add_coordinates_(weight: Tensor, grad: Tensor, selection: Selection, moved: Tensor, config: FrugalConfig) -> None:
@@ -118,18 +153,21 @@ def coordinate_share(grad: Tensor, selection: Selection, bounds: tuple[int, int]
     return _step_from_zero(low, moments, step, config)
 
 
-def basis_step_(weight: Tensor, grad: Tensor, basis: Basis, side: str, moments: Moments, step: int,
+def basis_step_(weight: Tensor, grad: Tensor, basis: Basis, side: str, moments: Moments, step: int, decay: float,
                 config: FrugalConfig) -> None:  # fmt: skip
-    """A basis projection of one tile, in place."""
+    """Weight decay and a basis projection of one tile, in place."""
     if weight.dtype != compute_dtype(weight.dtype):
+        decay_(weight, config.lr, decay)
         weight.add_(basis_delta(grad, basis, side, moments, step, config))
         return
     grad = _wide(grad)
     low = down(grad, basis)
     if STATE_FREE[config.state_free] is not None:
         rest = silence_noise_(residual(grad, low, basis), grad, side, config.residual_threshold)
-        state_free_(weight, rest, config)
+        state_free_(weight, rest, config, decay)
         del rest
+    else:
+        decay_(weight, config.lr, decay)
     add_up_(weight, _step_from_zero(low, moments, step, config), basis)
 
 

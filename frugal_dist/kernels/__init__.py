@@ -1,9 +1,11 @@
 """Fused Triton kernels for the steps that are bound by memory, and the choice between them and plain torch.
 
-Every kernel does what a pure function of ``update`` does, in one pass over weights and gradients. The environment
-variable FRUGAL_KERNELS decides: "auto" (Triton on CUDA tensors where triton can be imported), "torch" (never), "triton"
-(ValueError where it cannot be imported). Under Triton's interpreter (TRITON_INTERPRET=1) "triton" takes CPU tensors as
-well: that is how the kernels are tested.
+A kernel does what a pure function of ``update`` does, for many matrices, in one pass over weights and gradients:
+``jobs`` (what there is to do), ``launch`` (what goes together), ``tables`` (what is sent), ``fused`` (the kernels).
+
+The environment variable FRUGAL_KERNELS decides: "auto" (Triton on CUDA tensors where triton can be imported), "torch"
+(never), "triton" (ValueError where it cannot be imported). Under Triton's interpreter (TRITON_INTERPRET=1) "triton"
+takes CPU tensors as well: that is how the kernels are tested.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from frugal_dist.config import check_choice
+from frugal_dist.config import FrugalConfig, check_choice
+from frugal_dist.kernels.jobs import Job
 from frugal_dist.notices import notice
 
 VARIABLE = "FRUGAL_KERNELS"
@@ -32,7 +35,7 @@ def chosen() -> str:
 
 
 def fused_for(weight: Tensor) -> ModuleType | None:
-    """The module with the kernels if they run on this tensor's device, else None. Raises as ``chosen``."""
+    """The module ``launch`` if its kernels run on this tensor's device, else None. Raises as ``chosen``."""
     choice = chosen()
     if choice == "torch" or (choice == "auto" and not weight.is_cuda):
         return None
@@ -50,8 +53,10 @@ def kind_for(weight: Tensor) -> str:
 def _runs(module: ModuleType, device: torch.device) -> bool:
     """Whether a kernel can be built and started: that takes a C compiler and Python's headers, which may be missing."""
     try:
-        one = torch.ones(1, dtype=torch.float32, device=device)
-        module.sign_step_(one, one.clone(), 1.0)
+        one = torch.ones((1, 1), dtype=torch.float32, device=device)
+        launches = module.Launches()
+        launches.take(Job(one, one.clone(), None, (), 1, 0.0, FrugalConfig()))
+        launches.finish()
     except Exception as error:  # whatever it is: torch's own operations always work
         notice(
             f"Triton kernels do not run on {device} ({error}): steps use torch's own operations, several passes each."
@@ -63,7 +68,7 @@ def _runs(module: ModuleType, device: torch.device) -> bool:
 @cache
 def _load() -> ModuleType | None:
     try:
-        return importlib.import_module("frugal_dist.kernels.fused")
+        return importlib.import_module("frugal_dist.kernels.launch")
     except ImportError as error:
         notice(f"triton cannot be imported ({error}): steps on CUDA use torch's own operations, several passes each.")
         return None

@@ -1,0 +1,26 @@
+"""What the step of one tile needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from frugal_dist.config import FrugalConfig
+from frugal_dist.projection.coordinates import Selection
+
+
+class Job(NamedTuple):
+    """A tile of a coordinate or block projection; ``weight`` and ``grad`` are 2-D, all is on one device.
+
+    ``selection``: its state-full entries, None: there are none in the whole matrix. ``moments`` are of R's shape.
+    """
+
+    weight: Tensor
+    grad: Tensor
+    selection: Selection | None
+    moments: Sequence[Tensor]
+    step: int
+    decay: float
+    config: FrugalConfig
