@@ -163,12 +163,22 @@ def basis_step_(weight: Tensor, grad: Tensor, basis: Basis, side: str, moments: 
     grad = _wide(grad)
     low = down(grad, basis)
     if STATE_FREE[config.state_free] is not None:
-        rest = silence_noise_(residual(grad, low, basis), grad, side, config.residual_threshold)
-        state_free_(weight, rest, config, decay)
+        rest = residual(grad, low, basis)
+        if not _free_rows_(weight, rest, grad, side, config, decay):
+            state_free_(weight, silence_noise_(rest, grad, side, config.residual_threshold), config, decay)
         del rest
     else:
         decay_(weight, config.lr, decay)
     add_up_(weight, _step_from_zero(low, moments, step, config), basis)
+
+
+def _free_rows_(weight: Tensor, rest: Tensor, grad: Tensor, side: str, config: FrugalConfig, decay: float) -> bool:
+    """``silence_noise_`` and ``state_free_`` in one kernel, where there is one: by rows, with a threshold."""
+    if config.residual_threshold == 0.0 or side == "left" or config.state_free != "sign":
+        return False
+    fused = fused_for(weight)
+    size, keep = config.lr * config.lr_scale * config.state_free_lr_scale, 1.0 - config.lr * decay
+    return fused is not None and fused.sign_step_above_(weight, rest, grad, size, keep, config.residual_threshold)
 
 
 def basis_delta(grad: Tensor, basis: Basis, side: str, moments: Moments, step: int, config: FrugalConfig) -> Tensor:

@@ -76,6 +76,35 @@ def sign_one(w_ptr: tl.tensor, g_ptr: tl.tensor, numel: tl.tensor, keep: tl.tens
 
 
 @triton.jit
+def sign_above(
+    w_ptr: tl.tensor,
+    rest_ptr: tl.tensor,
+    g_ptr: tl.tensor,
+    cols: tl.tensor,
+    keep: tl.tensor,
+    size: tl.tensor,
+    threshold: tl.tensor,
+) -> None:
+    """A signed step by those rows of ``rest`` whose norm is above ``threshold`` times the gradient's; one row each."""
+    start = tl.program_id(0) * cols
+    squares = tl.zeros((BLOCK,), tl.float32)
+    wanted = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, cols, BLOCK):
+        col = begin + tl.arange(0, BLOCK)
+        rest = tl.load(rest_ptr + start + col, mask=col < cols, other=0.0)
+        g = tl.load(g_ptr + start + col, mask=col < cols, other=0.0)
+        squares += rest * rest
+        wanted += g * g
+    noise = tl.sqrt(tl.sum(squares, 0)) <= threshold * tl.sqrt(tl.sum(wanted, 0))
+    size = tl.where(noise, 0.0, size)
+    for begin in range(0, cols, BLOCK):
+        col = begin + tl.arange(0, BLOCK)
+        w = tl.load(w_ptr + start + col, mask=col < cols, other=0.0)
+        rest = tl.load(rest_ptr + start + col, mask=col < cols, other=0.0)
+        tl.store(w_ptr + start + col, w * keep - _signed(rest, size), mask=col < cols)
+
+
+@triton.jit
 def sign(
     table: tl.tensor,
     keep: tl.tensor,

@@ -227,5 +227,15 @@ def sign_step_(weight: Tensor, grad: Tensor, size: float, keep: float = 1.0) -> 
     return True
 
 
+def sign_step_above_(weight: Tensor, rest: Tensor, grad: Tensor, size: float, keep: float, threshold: float) -> bool:
+    """The same by those rows of the residual whose norm is above ``threshold`` times the gradient's; all in fp32."""
+    tensors = (weight, rest, grad)
+    if not (_fit(weight, grad) and rest.is_contiguous()) or any(one.dtype != torch.float32 for one in tensors):
+        return False
+    with _on(weight.device):
+        fused.sign_above[(len(weight),)](weight, rest, grad, weight.shape[1], keep, size, threshold)
+    return True
+
+
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

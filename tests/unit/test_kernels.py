@@ -16,8 +16,9 @@ from frugal_dist import Frugal, kernels
 from frugal_dist.config import FrugalConfig
 from frugal_dist.kernels.jobs import Job
 from frugal_dist.kernels.tables import MOST, Tables
+from frugal_dist.projection.basis import Basis
 from frugal_dist.projection.coordinates import Columns, Everything, Flat, Rows, Selection
-from frugal_dist.update import state_free_, step_tiles
+from frugal_dist.update import basis_step_, state_free_, step_tiles
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
@@ -144,6 +145,26 @@ def test_the_signed_step_alone_gives_the_same_bits(
         state_free_(results[-1], grad, config, decay)
     torch.testing.assert_close(*results, rtol=2e-7, atol=0.0)
     assert not torch.isnan(results[0]).any(), "as torch's sign, which is 0 for NaN"
+
+
+@needs_triton
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_rows_of_noise_are_left_out(side: str, interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    grad = torch.randn(5, 1500) @ torch.diag(torch.linspace(0.1, 2, 1500))
+    basis = Basis(**{side: torch.eye(1500 if side == "right" else 5)[:, -2:].contiguous()})
+    grad[1:3, :-2] *= 1e-3  # rows with hardly any residual
+    results = []
+    for choice in ("triton", "torch"):
+        monkeypatch.setenv(kernels.VARIABLE, choice)
+        moments = [torch.zeros(5, 2) if side == "right" else torch.zeros(2, 1500) for _ in "mv"]
+        results.append(torch.ones(5, 1500))
+        config = replace(CONFIG, projection="svd", residual_threshold=0.05)
+        basis_step_(results[-1], grad, basis, side, moments, 1, 0.5, config)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+    if side == "right":
+        kept = (results[0] - (1 - CONFIG.lr * 0.5)).abs() < 1e-6
+        assert kept[:, :-2].all(1).tolist() == [False, True, True, False, False]
 
 
 @needs_triton

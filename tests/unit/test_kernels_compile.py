@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from frugal_dist.kernels import fused, launch
 
 def compiled(kernel, told, constants, warps=4):
-    kinds = {"table": "*i64", "w_ptr": told, "g_ptr": told, "numel": "i32"}
+    kinds = {"table": "*i64", "w_ptr": told, "g_ptr": told, "rest_ptr": told, "numel": "i32", "cols": "i32"}
     signature = {name: "constexpr" if name in constants else kinds.get(name, "fp32") for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm
@@ -28,6 +28,7 @@ def compiled(kernel, told, constants, warps=4):
     return found["ptx"]
 
 compiled(fused.sign_one, "*fp32", {})
+compiled(fused.sign_above, "*fp32", {})
 for told, dtype in {"*fp32": torch.float32, "*bf16": torch.bfloat16, "*fp16": torch.float16}.items():
     for kind in (launch._SIGN, *launch._KINDS.values()):
         for aligned in (False, True) if told == "*fp32" else (True,):
@@ -43,6 +44,6 @@ def test_every_kernel_compiles_for_cuda() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=own, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [
-        *("sign_one", *["sign"] * 2, *["lines"] * 4, *["flat"] * 2),
+        *("sign_one", "sign_above", *["sign"] * 2, *["lines"] * 4, *["flat"] * 2),
         *["sign", "lines", "lines", "flat"] * 2,
     ]
