@@ -3,6 +3,7 @@
 Weights and gradients may be fp32, bf16 or fp16, moments are fp32; arithmetic is fp32, rounded once. Square roots and
 quotients are the GPU's fast ones, right to about 2e-7: the exact ones take as many instructions as all the rest.
 ALIGNED promises that addresses and sizes are multiples of 16, so that four numbers are read and written at a time.
+Products and sums are joined by name (``tl.fma``), or each compilation would join others, and replicas drift apart.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def _signed_block(
     inside = at < numel
     w = tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(w_ptr + at, w * keep - _signed(g, size), mask=inside)
+    tl.store(w_ptr + at, tl.fma(w, keep, -_signed(g, size)), mask=inside)
 
 
 @triton.jit
@@ -101,7 +102,7 @@ def sign_above(
         col = begin + tl.arange(0, BLOCK)
         w = tl.load(w_ptr + start + col, mask=col < cols, other=0.0)
         rest = tl.load(rest_ptr + start + col, mask=col < cols, other=0.0)
-        tl.store(w_ptr + start + col, w * keep - _signed(rest, size), mask=col < cols)
+        tl.store(w_ptr + start + col, tl.fma(w, keep, -_signed(rest, size)), mask=col < cols)
 
 
 @triton.jit
@@ -141,16 +142,16 @@ def _mixed(
 
     rate: lr s over the first bias correction. inverse: 1 over the root of the second. rest1, rest2: 1 - beta.
     """
-    w = tl.load(w_ptr, mask=inside, other=0.0).to(tl.float32) * keep
+    w = tl.load(w_ptr, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(g_ptr, mask=inside, other=0.0).to(tl.float32)
     m = tl.load(m_ptr, mask=picked, other=0.0)
     v = tl.load(v_ptr, mask=picked, other=0.0)
-    m = m + rest1 * (g - m)
-    v = beta2 * v + rest2 * g * g
+    m = tl.fma(rest1, g - m, m)
+    v = tl.fma(rest2 * g, g, beta2 * v)
     tl.store(m_ptr, m, mask=picked)
     tl.store(v_ptr, v, mask=picked)
-    adam = rate * (m / (tl.sqrt(v) * inverse + eps))
-    tl.store(w_ptr, w - tl.where(picked, adam, _signed(g, size)), mask=inside)
+    adam = rate * (m / tl.fma(tl.sqrt(v), inverse, eps))
+    tl.store(w_ptr, tl.fma(w, keep, -tl.where(picked, adam, _signed(g, size))), mask=inside)
 
 
 @triton.jit

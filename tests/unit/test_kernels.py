@@ -141,9 +141,9 @@ def test_the_signed_step_alone_gives_the_same_bits(
     results = []
     for choice in ("triton", "torch"):
         monkeypatch.setenv(kernels.VARIABLE, choice)
-        results.append(torch.linspace(-1, 1, grad.numel()).view(grad.shape).contiguous())
+        results.append((torch.arange(grad.numel()) % 513 / 256 - 1).view(grad.shape))
         state_free_(results[-1], grad, config, decay)
-    torch.testing.assert_close(*results, rtol=2e-7, atol=0.0)
+    assert torch.equal(*results)
     assert not torch.isnan(results[0]).any(), "as torch's sign, which is 0 for NaN"
 
 
@@ -218,7 +218,8 @@ def test_an_optimizer_with_them(
             optimizer.step()
         results.append(torch.stack([weight.detach() for weight in weights]))
     torch.testing.assert_close(*results, rtol=1e-3 if dtype == torch.float16 else 1e-5, atol=1e-6)
-    assert (results[0] == results[1]).float().mean() > 0.9
+    if dtype == torch.float16:
+        assert (results[0] == results[1]).float().mean() > 0.9
     alone = {"svd": 0, "blockwise": 1}  # a basis matrix has no table; an active block goes to torch
     assert [len(group.jobs) for group in starts] == [alone.get(projection, 2)] * (4 if projection != "svd" else 0)
 
