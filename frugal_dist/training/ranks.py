@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,26 +77,34 @@ def _join(place: Place) -> RollCall:
     first, rank, world = next(rendezvous("env://"))
     # A name of its own each time: who trains twice in a process must not meet the addresses of the time before.
     store = distributed.PrefixStore(f"training{next(_JOINED)}", first)  # type: ignore[attr-defined]
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", _agreed_gpu(place, torch.cuda.device_count(), store)) if cuda else None
+    index = _agreed_gpu(place, torch.cuda.device_count() if torch.cuda.is_available() else 0, store)
+    device = None if index is None else torch.device("cuda", index)
     if device is not None:
         torch.cuda.set_device(device)
         os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes the GPU of this number
     distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, device_id=device
+        "gloo" if device is None else "cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=world, device_id=device
     )
     return RollCall(store, place.rank, gathered(own_name(place.rank)))
 
 
-def _agreed_gpu(place: Place, count: int, store: Any) -> int:
-    """``gpu_index``, or OthersFailed if another rank has none: told through the store, before there is a group."""
-    index, trouble = 0, ""
+def _agreed_gpu(place: Place, count: int, store: Any) -> int | None:
+    """The GPU of this rank among ``count`` that it sees; None if no rank sees any.
+
+    Told through the store, before there is a group: ranks with and without GPUs would wait in different ones. Raises
+    ValueError if this rank has none of its own, and OthersFailed if another has none.
+    """
+    index, trouble = None, f"{own_name(place.rank)} sees no GPU, but others do: see nvidia-smi and CUDA_VISIBLE_DEVICES"
     try:
-        index = gpu_index(place, count)
+        if count:
+            index, trouble = gpu_index(place, count), ""
     except ValueError as error:
         trouble = str(error)
-    store.set(f"gpu/{place.rank}", trouble)
-    told = [store.get(f"gpu/{rank}").decode() for rank in range(place.world)]
+    store.set(f"gpu/{place.rank}", json.dumps([count, trouble]))
+    found = [json.loads(store.get(f"gpu/{rank}")) for rank in range(place.world)]
+    if not any(seen for seen, _ in found):
+        return None
+    told = [text for _, text in found]
     if trouble and told.index(trouble) == place.rank:
         raise ValueError(trouble)
     failed = [f"rank {rank} failed: {text}" for rank, text in enumerate(told) if text]
