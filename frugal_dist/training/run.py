@@ -22,6 +22,7 @@ from frugal_dist.training.place import Place, find_place
 from frugal_dist.training.ranks import agree, joined, together
 from frugal_dist.training.recipe import Recipe
 from frugal_dist.training.rollcall import OthersFailed
+from frugal_dist.training.shared import check_shared
 from frugal_dist.training.signals import STOPPED, StopRequest, stop_requests
 
 # Heavy and noisy libraries are imported inside the functions: once the terminal is protected from their output.
@@ -85,7 +86,10 @@ def run_begun(begin: Callable[[], Start]) -> int:
     with environment(place), quiet_console(log) as terminal, stop_requests() as request:
         try:
             with joined(place), ExitStack() as stack:
-                code = _train(together(prepare)(place, stack), terminal, request)
+                build = together(prepare)
+                if place.world > 1:
+                    check_shared(log.parent, place.rank)
+                code = _train(build(place, stack), terminal, request)
         except Exception as error:
             traceback.print_exc(file=sys.stderr)
             if not isinstance(error, OthersFailed):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import rank_jobs
@@ -38,6 +39,17 @@ def test_the_first_of_those_that_live_names_the_missing(fleet: Fleet) -> None:
 
 def test_other_errors_stay_what_they_are(fleet: Fleet) -> None:
     assert fleet.run(2, rank_jobs.roll_call, 1, "out of memory") == ["RuntimeError: out of memory", ""]
+
+
+def test_a_folder_that_hosts_do_not_share_is_found_before_training(fleet: Fleet, tmp_path: Path) -> None:
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    for folder in (ours, other):
+        folder.mkdir()
+    found = fleet.run(3, rank_jobs.sharing, [str(ours), str(other), str(other)])
+    assert [text.split(":")[0] for text in found] == ["OthersFailed", "ValueError", "OthersFailed"]
+    assert f"{other} on " in found[1] and "choose a --folder" in found[1]
+    assert fleet.run(3, rank_jobs.sharing, [str(ours)] * 3) == [""] * 3
+    assert not [*ours.iterdir(), *other.iterdir()]
 
 
 @pytest.mark.parametrize("backend", ["gloo", "fake"])
