@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from frugal_dist.training.console import LOG_FILE
 from frugal_dist.training.finetune_recipe import FinetuneRecipe, check_finetune
+from frugal_dist.training.optimizers import check_tuning
 from frugal_dist.training.place import Place
 from frugal_dist.training.ranks import together
 from frugal_dist.training.run import Job, Start, run_begun
@@ -40,6 +41,7 @@ def finetune_from(read: Callable[[], FinetuneRecipe]) -> int:
 
 def _start(recipe: FinetuneRecipe) -> Start:
     check_finetune(recipe)
+    check_tuning(recipe.optimizer)
     return Start(recipe.folder, partial(_prepare, recipe))
 
 

@@ -12,11 +12,9 @@ from frugal_dist.training.compare import CONTENDERS, Kind, run_folder, train_all
 from frugal_dist.training.finetune import finetune
 from frugal_dist.training.finetune_recipe import FinetuneRecipe, check_finetune
 from frugal_dist.training.metrics import of_kind, read_metrics
-from frugal_dist.training.optimizers import check_optimizer
+from frugal_dist.training.optimizers import check_tuning
 
 TUNED = {**CONTENDERS, "lora": ("lora", {})}
-_WIDE = 1 << 20
-"""A hidden size for any rank, where the model's is not known yet."""
 
 
 def compare_finetunes(read: Callable[[], FinetuneRecipe], optimizers: Sequence[str], seeds: Sequence[int]) -> int:
@@ -25,7 +23,7 @@ def compare_finetunes(read: Callable[[], FinetuneRecipe], optimizers: Sequence[s
     Runs that are finished are not repeated, those that were interrupted go on: start the same command again.
     Raises ValueError for an optimizer that is not known, or a folder with runs of another recipe.
     """
-    kind = Kind(check_finetune, lambda one: check_optimizer(one.optimizer.plain(_WIDE)), finetune, TUNED, FREE)
+    kind = Kind(check_finetune, lambda one: check_tuning(one.optimizer), finetune, TUNED, FREE)
 
     def conclude(root: Path) -> None:
         text = "\n".join(table(root, optimizers, seeds))

@@ -15,6 +15,8 @@ from frugal_dist.training.recipe import Optimizer
 
 R = TypeVar("R", Optimizer, Tuning)
 
+_WIDE = 1 << 20
+"""A hidden size for any rank."""
 OWN = ("lr", "weight_decay", "no_decay")
 """Keys that a recipe has of its own."""
 KNOWN = tuple(key for key in (*HYPERPARAMETERS, "shard_state") if key not in OWN)
@@ -42,6 +44,11 @@ def frugal_options(recipe: Optimizer) -> dict[str, Any]:
 def check_optimizer(recipe: Optimizer) -> None:
     """ValueError for options or values that Frugal would refuse."""
     config_from(frugal_options(recipe))
+
+
+def check_tuning(recipe: Tuning) -> None:
+    """The same of a fine-tuning, whose model is not known yet."""
+    check_optimizer(recipe.plain(_WIDE))
 
 
 def settled(recipe: R) -> R:

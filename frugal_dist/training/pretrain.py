@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from frugal_dist.training.optimizers import check_optimizer
 from frugal_dist.training.place import Place
 from frugal_dist.training.ranks import together
 from frugal_dist.training.recipe import Recipe, check_recipe
@@ -36,6 +37,7 @@ def pretrain_from(read: Callable[[], Recipe]) -> int:
 
 def _start(recipe: Recipe) -> Start:
     check_recipe(recipe)
+    check_optimizer(recipe.optimizer)
     return Start(recipe.folder, partial(_prepare, recipe))
 
 

@@ -110,6 +110,11 @@ def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "Did you mean 'llama_60m'?" in capsys.readouterr().err
     assert main(["pretrain", "llama_60m", "--stesp", "3"]) == 2
     assert "Did you mean 'steps'?" in capsys.readouterr().err
+    for command in (["pretrain", "llama_60m"], ["finetune", "minilm_reviews"]):
+        run = tmp_path / command[0]
+        assert main([*command, "--optimizer.options.densty", "0.1", "--folder", str(run)]) == 2
+        assert "unknown key 'densty'" in capsys.readouterr().err
+        assert not run.exists()  # before anything is begun
     with pytest.raises(SystemExit):
         main(["memory", "--stesp", "3"])
 
