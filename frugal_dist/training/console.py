@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -35,9 +35,17 @@ def quiet_console(log: Path) -> Iterator[TextIO]:
     try:
         yield terminal
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):  # a full disk
+            sys.stdout.flush()
+            sys.stderr.flush()
         for number, descriptor in enumerate(saved, start=1):
             os.dup2(descriptor, number)
             os.close(descriptor)
-        terminal.close()
+        with suppress(OSError):
+            terminal.close()
+
+
+def say(terminal: TextIO, text: str) -> None:
+    """A line for the user, if there still is one: a terminal that is gone must not change how a run ends."""
+    with suppress(OSError):
+        print(text, file=terminal)

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from frugal_dist.training.console import LOG_FILE, quiet_console
+from frugal_dist.training.console import LOG_FILE, quiet_console, say
 
 # Heavy and noisy libraries are imported inside the functions: once the terminal is protected from their output.
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def train_demo(settings: DemoSettings) -> int:
             _train(settings, terminal)
         except Exception as error:
             traceback.print_exc(file=sys.stderr)
-            print(f"\nRank {os.environ['RANK']} failed: {type(error).__name__}: {error}", file=terminal)
+            say(terminal, f"\nRank {os.environ['RANK']} failed: {type(error).__name__}: {error}")
             return 1
     return 0
 
@@ -81,11 +81,11 @@ def _train(settings: DemoSettings, terminal: TextIO) -> None:
     validation = Validation(TokenRows(validation_tokens, settings.sequence_length), settings.evaluation_tokens)
     unigram_loss = validation.unigram_loss(train_tokens, data.vocab_size)
     if engine.rank == 0:
-        print(
+        say(
+            terminal,
             f"Training {parameters / 1e6:.2f} M parameters with {engine.optimizer_name} on {engine.world} ranks, "
             f"{engine.batch_size * settings.sequence_length:,} tokens a step; the unigram model's perplexity, "
             f"to be beaten: {math.exp(unigram_loss):,.1f}",
-            file=terminal,
         )
     with MetricsLog(settings.run / METRICS_FILE if engine.rank == 0 else None) as metrics:
         metrics.write(
@@ -146,4 +146,4 @@ def _finish(
         plot_run(settings.run)
         text = report_text(summary, settings.run, settings.config)
         (settings.run / REPORT_FILE).write_text(text, encoding="utf-8")
-        print(text, file=terminal)
+        say(terminal, text)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from frugal_dist import checkpoint
 from frugal_dist.training.begun import GOING_ON, check_begun
-from frugal_dist.training.console import LOG_FILE, log_file, quiet_console
+from frugal_dist.training.console import LOG_FILE, log_file, quiet_console, say
 from frugal_dist.training.place import Place, find_place
 from frugal_dist.training.ranks import agree, joined, together
 from frugal_dist.training.recipe import Recipe
@@ -93,7 +93,7 @@ def run_begun(begin: Callable[[], Start]) -> int:
         except Exception as error:
             traceback.print_exc(file=sys.stderr)
             if not isinstance(error, OthersFailed):
-                print(f"\nRank {place.rank} failed: {type(error).__name__}: {error}", file=terminal)
+                say(terminal, f"\nRank {place.rank} failed: {type(error).__name__}: {error}")
             return 1
         request.obeyed = code == STOPPED
     return code
@@ -143,13 +143,13 @@ def _train(job: Job, terminal: TextIO, request: StopRequest) -> int:
         if job.recall is not None:
             job.recall(found[1])
     if engine.rank == 0:
-        print(_headline(job, start), file=terminal)
+        say(terminal, _headline(job, start))
     outcome = _run(job, start, 0.0 if found is None else float(found[1].get(SECONDS, 0.0)), terminal, request)
     if not outcome.finished:
         if engine.rank == 0:
             why = request.name or "a signal to another rank"
             where = "" if outcome.saved else " from the last checkpoint that could be saved"
-            print(f"Stopped after step {outcome.steps} ({why}); the same command goes on{where}.", file=terminal)
+            say(terminal, f"Stopped after step {outcome.steps} ({why}); the same command goes on{where}.")
         return STOPPED
     if not outcome.saved:
         text = f"all steps are done, but the last checkpoint could not be saved in {recipe.folder}; see {LOG_FILE}."

@@ -151,17 +151,25 @@ def test_refreshes_are_written_down(folder: Path, uninterrupted: dict[tuple[str,
 def test_a_stopped_run_goes_on_exactly(
     number: signal.Signals, folder: Path, uninterrupted: dict[tuple[str, int], float]
 ) -> None:
+    """Also where the terminal is lost, here after the first line and before SIGUSR1."""
     name = number.name
     arguments = [sys.executable, "-m", "frugal_dist.cli", *command(folder, name)]
     process = start(arguments)
+    assert process.stdout is not None
+    if number == signal.SIGUSR1:
+        assert name in process.stdout.readline()
+        process.stdout.close()
     metrics = folder / "runs" / name / "metrics.jsonl"
     while process.poll() is None and (not metrics.is_file() or '"train", "step": 4' not in metrics.read_text()):
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()[0]
     process.send_signal(number)
+    if process.stdout.closed:
+        process.stdout = None  # communicate would read it
     output, _ = process.communicate(timeout=60)
     if number != signal.SIGKILL:
         assert process.returncode == STOPPED, output
+    if number == signal.SIGTERM:
         assert f"({number.name}); the same command goes on" in output
     assert pretrain(recipe(folder, name)) == 0
     found = losses(folder, name)
