@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -71,10 +71,10 @@ def _is_figure(key: str, value: Any) -> bool:
 
 
 def _tensorboard(folder: Path, record: dict[str, Any], start: int) -> Tracker:
-    """Event files in FOLDER/tensorboard; what an earlier run wrote of later steps is hidden."""
+    """Event files in FOLDER/tensorboard; what an earlier run wrote of later steps, of all if begun anew, is hidden."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+    writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else 0)
 
     def add(step: int, figures: dict[str, float]) -> None:
         for name, value in figures.items():
@@ -83,15 +83,25 @@ def _tensorboard(folder: Path, record: dict[str, Any], start: int) -> Tracker:
     return Tracker("tensorboard", add, writer.close)
 
 
+def identity(folder: Path, start: int) -> str:
+    """Of the run in this folder, in a file there: a new one at the beginning, the same when it goes on.
+
+    A run of which W&B knows later steps takes no earlier ones, so one that is begun anew must be another.
+    """
+    path = folder / "wandb.id"
+    if not (start and path.is_file()):
+        path.write_text(secrets.token_hex(8), encoding="ascii")
+    return path.read_text(encoding="ascii")
+
+
 def _wandb(folder: Path, record: dict[str, Any], start: int) -> Tracker:
-    """A run of the project that WANDB_PROJECT names. The same folder is the same run, also after an interruption."""
+    """A run of the project that WANDB_PROJECT names. It goes on as the same one after an interruption."""
     import wandb
 
-    identity = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
     run: Any = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "frugal_dist"),
         name=folder.name,
-        id=identity,
+        id=identity(folder, start),
         resume="allow",
         dir=str(folder),
         config=record,

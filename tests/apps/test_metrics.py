@@ -23,7 +23,7 @@ from frugal_dist.training.flops import flops_per_token, known_flops, peak_flops
 from frugal_dist.training.metrics import MetricsLog, of_kind, read_metrics
 from frugal_dist.training.models import build_llama
 from frugal_dist.training.plot import plot_runs
-from frugal_dist.training.trackers import OPEN, Tracker, Trackers, check_trackers
+from frugal_dist.training.trackers import OPEN, Tracker, Trackers, check_trackers, identity
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -73,6 +73,7 @@ def test_tensorboard_has_what_the_file_has(run: Path) -> None:
 
 def test_wandb_has_an_offline_run(run: Path) -> None:
     (record,) = (run / "wandb").glob("offline-run-*/*.wandb")
+    assert record.stem == f"run-{(run / 'wandb.id').read_text()}"
     text = record.read_bytes()
     assert b"refresh/overlap" in text
     assert b"train/tokens_per_second" in text
@@ -166,6 +167,24 @@ def test_pictures_of_one_run_and_of_several(run: Path, tmp_path: Path) -> None:
     _, both = plot_runs([run, tmp_path / "bare"], tmp_path / "both.png")
     for words in (*PANELS, "share of energy in the residual", "run", "bare"):
         assert f"<!-- {words}" in both.read_text(), words
+
+
+def test_a_folder_begun_anew_is_another_run(tmp_path: Path) -> None:
+    """Of W&B by its identity, of TensorBoard by hiding what was there; one that goes on is the same."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first = identity(tmp_path, 0)
+    assert identity(tmp_path, 4) == first != identity(tmp_path, 0)
+    for start in (0, 1, 0):
+        tracker = OPEN["tensorboard"](tmp_path, {}, start)
+        assert tracker.add is not None
+        for step in range(start + 1, 4):
+            tracker.add(step, {"loss": float(start)})
+        tracker.close()
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
 
 
 def test_trouble_with_a_tracker_is_told_and_ends_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
