@@ -13,13 +13,14 @@ from typing import Any, Generic, TypeVar
 from frugal_dist.config import check_choice
 from frugal_dist.training.begun import FREE, check_begun, records_of
 from frugal_dist.training.finetune_recipe import FinetuneRecipe
-from frugal_dist.training.metrics import of_kind, read_metrics
+from frugal_dist.training.metrics import end_of, of_kind, read_metrics
 from frugal_dist.training.optimizers import check_optimizer, settled
 from frugal_dist.training.place import Place, find_place
 from frugal_dist.training.ranks import joined, together
 from frugal_dist.training.recipe import Number, Recipe, check_recipe
 from frugal_dist.training.rollcall import OthersFailed
 from frugal_dist.training.run import environment, has_begun
+from frugal_dist.training.signals import DIVERGED
 
 R = TypeVar("R", Recipe, FinetuneRecipe)
 
@@ -97,22 +98,25 @@ def train_all(
 ) -> int:
     """Train each optimizer with each seed in a folder of its own, unless it is finished; the first bad exit code.
 
-    ``conclude(root)`` follows on rank 0. Raises ValueError, before anything is trained, for what is not known, named
-    twice or refused by an optimizer; on one rank, if several would say the same.
+    A run that diverges is finished, too: the others follow, and the code is 1. ``conclude(root)`` is last, on rank 0.
+    Raises ValueError, before anything is trained, for what is not known, named twice or refused by an optimizer; on one
+    rank, if several would say the same.
     """
     place = find_place()
     try:
         with environment(place), joined(place):
             root, runs = together(lambda: _all_runs(kind, read(), optimizers, seeds))
-            finished = _agreed_finished(kind, runs, place)
+            ended = _agreed_ends(kind, runs, place)
     except OthersFailed:
         return 1  # what is to be said, another rank says
+    codes = []
     for one in runs:
-        if one.folder not in finished and (code := kind.train(one)):
-            return code
+        codes.append(ended[one.folder] if one.folder in ended else kind.train(one))
+        if codes[-1] not in (0, DIVERGED):
+            return codes[-1]
     if place.rank == 0:
         conclude(root)
-    return 0
+    return 1 if any(codes) else 0
 
 
 def _all_runs(kind: Kind[R], recipe: R, optimizers: Sequence[str], seeds: Sequence[int]) -> tuple[Path, list[R]]:
@@ -136,19 +140,20 @@ def _all_runs(kind: Kind[R], recipe: R, optimizers: Sequence[str], seeds: Sequen
     return root, runs
 
 
-def _agreed_finished(kind: Kind[R], runs: Sequence[R], place: Place) -> set[str]:
-    """The folders of finished runs, as rank 0 sees them. ValueError if one holds a run of another recipe."""
+def _agreed_ends(kind: Kind[R], runs: Sequence[R], place: Place) -> dict[str, int]:
+    """Folders of finished runs and their exit codes, as rank 0 sees them. ValueError if one holds another recipe's."""
     from frugal_dist.training.engines.collectives import gathered
 
-    def look() -> list[str]:
-        finished = [one.folder for one in runs if of_kind(records_of(Path(one.folder)), "summary")]
+    def look() -> dict[str, int]:
+        ends = {one.folder: end_of(records_of(Path(one.folder))) for one in runs}
         for one in runs:
-            if one.folder in finished or has_begun(Path(one.folder)):
+            if ends[one.folder] is not None or has_begun(Path(one.folder)):
                 check_begun(Path(one.folder), one.record(), kind.free)
-        return finished
+        return {folder: 0 if end["kind"] == "summary" else DIVERGED for folder, end in ends.items() if end is not None}
 
-    found = together(lambda: look() if place.rank == 0 else [])
-    return set(gathered(found)[0])
+    found = together(lambda: look() if place.rank == 0 else {})
+    ends: dict[str, int] = gathered(found)[0]
+    return ends
 
 
 def run_folder(root: Path, name: str, seed: int) -> Path:
@@ -162,7 +167,9 @@ def _conclude(root: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
 
     text = "\n".join(table(root, names, seeds))
     (root / "comparison.md").write_text(text + "\n", encoding="utf-8")
-    pictures = plot_runs([run_folder(root, name, seeds[0]) for name in names], root / "comparison.png")
+    runs = [run_folder(root, name, seeds[0]) for name in names]
+    drawn = [run for run in runs if of_kind(read_metrics(run), "train")]  # one may have diverged before the first line
+    pictures = plot_runs(drawn, root / "comparison.png") if drawn else []
     print(text, *pictures, sep="\n")
 
 
@@ -174,10 +181,10 @@ def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
     ]
     for name in names:
         runs = [read_metrics(run_folder(root, name, seed)) for seed in seeds]
-        ends = [of_kind(records, "summary")[-1] for records in runs]
+        ends = [end_of(records) or {} for records in runs]
         speeds = [record["tokens_per_second"] for records in runs for record in of_kind(records, "train")]
-        found = [end["perplexity"] or nan for end in ends]  # null: it diverged
+        found = [end.get("perplexity") or nan for end in ends]  # none, or null: it diverged
         state = max(max(end["state_bytes"]) for end in ends) / 1e6
         spread = max(found) - min(found)
-        lines.append(f"| {name} | {mean(found):,.2f} | {spread:,.2f} | {state:,.2f} | {mean(speeds):,.0f} |")
+        lines.append(f"| {name} | {mean(found):,.2f} | {spread:,.2f} | {state:,.2f} | {mean(speeds or [nan]):,.0f} |")
     return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import isfinite, nan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -11,7 +12,7 @@ from frugal_dist.training.begun import FREE
 from frugal_dist.training.compare import CONTENDERS, Kind, run_folder, train_all
 from frugal_dist.training.finetune import finetune
 from frugal_dist.training.finetune_recipe import FinetuneRecipe, check_finetune
-from frugal_dist.training.metrics import of_kind, read_metrics
+from frugal_dist.training.metrics import end_of, read_metrics
 from frugal_dist.training.optimizers import check_tuning
 
 TUNED = {**CONTENDERS, "lora": ("lora", {})}
@@ -36,14 +37,15 @@ def compare_finetunes(read: Callable[[], FinetuneRecipe], optimizers: Sequence[s
 def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
     """One line per optimizer: metrics at the end (mean ± standard deviation over the seeds), best score, cost."""
     ends = {name: [_summary(root, name, seed) for seed in seeds] for name in names}
-    first = next(iter(ends.values()))[0]
-    metrics = [key for key in first["best"] if key not in ("step", "score")]
+    # A run that diverged has no best model.
+    measured = [key for found in ends.values() for end in found for key in end.get("best", {})]
+    metrics = [key for key in dict.fromkeys(measured) if key not in ("step", "score")]
     head = [*metrics, "best score", "trained, M", "state on the rank with most, MB", "seconds"]
     lines = [f"| optimizer | {' | '.join(head)} |", "| --- |" + " ---: |" * len(head)]
     for name, found in ends.items():
-        cells = [_spread([100 * end[metric] for end in found]) for metric in metrics]
-        cells.append(_spread([100 * end["best"]["score"] for end in found]))
-        cells.append(f"{found[0]['trained'] / 1e6:,.2f}")
+        cells = [_spread([100 * end.get(metric, nan) for end in found]) for metric in metrics]
+        cells.append(_spread([100 * end.get("best", {}).get("score", nan) for end in found]))
+        cells.append(f"{found[0].get('trained', nan) / 1e6:,.2f}")
         cells.append(f"{max(max(end['state_bytes']) for end in found) / 1e6:,.2f}")
         cells.append(f"{mean(end['seconds'] for end in found):,.0f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -51,8 +53,9 @@ def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
 
 
 def _summary(root: Path, name: str, seed: int) -> dict[str, Any]:
-    return of_kind(read_metrics(run_folder(root, name, seed)), "summary")[-1]
+    return end_of(read_metrics(run_folder(root, name, seed))) or {}
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+    spread = len(values) > 1 and all(map(isfinite, values))  # stdev does not take NaN
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if spread else "")

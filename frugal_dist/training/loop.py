@@ -20,6 +20,15 @@ from frugal_dist.training.progress import Progress
 from frugal_dist.training.rows import IGNORED
 
 
+class Diverged(ValueError):
+    """There is nothing left to train, after ``step`` in ``seconds``. All ranks raise it alike."""
+
+    def __init__(self, text: str, step: int, seconds: float) -> None:
+        super().__init__(text)
+        self.step = step
+        self.seconds = seconds
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What came out of a training.
@@ -165,9 +174,11 @@ class Training:
         self.metrics.write("skipped", step=done, skipped=skipped, gradient_norm=_or_none(norm))
         self.progress.say(f"step {done:>5}/{self.steps}: skipped, its gradient has norm {norm:.3g}")
         if self._bad >= self.bad_steps:
-            raise ValueError(
+            raise Diverged(
                 f"{self._bad} steps in a row had a gradient that is not finite or a spike, the last at step {done}; "
-                "lower lr, lengthen the warm-up, or go back to a checkpoint before it."
+                "lower lr, lengthen the warm-up, or go back to a checkpoint before it.",
+                done,
+                self._seconds(),
             )
         return True
 
@@ -205,7 +216,8 @@ class Training:
         )
         self._log_refreshes(done, refreshes)
         if self._loss_count and not math.isfinite(loss):
-            raise ValueError(f"the training loss is {loss} at step {done}; lower lr or lengthen the warm-up.")
+            text = f"the training loss is {loss} at step {done}; lower lr or lengthen the warm-up."
+            raise Diverged(text, done, self._seconds())
         self.progress.figures(loss, speed)
         self._loss_sum, self._loss_count, self._steps_since, self._busy = 0.0, 0, 0, 0.0
 

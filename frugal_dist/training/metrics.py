@@ -100,3 +100,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     """The records of one kind, in order."""
     return [record for record in records if record["kind"] == kind]
+
+
+def end_of(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The record with which a run has ended, well or diverged; None if there is more to be done."""
+    return next((record for kind in ("summary", "diverged") for record in reversed(of_kind(records, kind))), None)

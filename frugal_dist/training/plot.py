@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from frugal_dist.training.metrics import of_kind, read_metrics
+from frugal_dist.training.metrics import end_of, of_kind, read_metrics
 
 PLOT_FILE = "loss_curve.png"
 SCALES = {"perplexity": "log", "score": "linear"}
@@ -134,7 +134,7 @@ def _line_to_beat(panel: Any, value: float) -> None:
 def _state_bars(panel: Any, found: Runs) -> None:
     """Optimizer state of the rank that has most, by kind; runs that are not finished have none yet."""
     begin = dict.fromkeys(found, 0.0)
-    parts = {name: _state_of_most(of_kind(records, "summary")) for name, records in found.items()}
+    parts = {name: _state_of_most(end_of(records)) for name, records in found.items()}
     for number, kind in enumerate(sorted({kind for sizes in parts.values() for kind in sizes})):
         widths = [parts[name].get(kind, 0) / 1e6 for name in found]
         shade = f"{0.6 + 0.12 * number}"  # grey, as the colours are the runs'
@@ -144,11 +144,10 @@ def _state_bars(panel: Any, found: Runs) -> None:
     panel.set(xlabel="optimizer state, MB on the rank with most")
 
 
-def _state_of_most(summaries: list[Record]) -> dict[str, float]:
-    if not summaries:
+def _state_of_most(end: Record | None) -> dict[str, float]:
+    if end is None:
         return {}
-    sizes = summaries[-1]["state_bytes"]
-    kinds = summaries[-1].get("state_kinds")
+    sizes, kinds = end["state_bytes"], end.get("state_kinds")
     found: dict[str, float] = {"state": max(sizes)} if kinds is None else kinds[sizes.index(max(sizes))]
     return {kind: size for kind, size in found.items() if size}
 

@@ -23,7 +23,7 @@ from frugal_dist.training.ranks import agree, joined, together
 from frugal_dist.training.recipe import Recipe
 from frugal_dist.training.rollcall import OthersFailed
 from frugal_dist.training.shared import check_shared
-from frugal_dist.training.signals import STOPPED, StopRequest, stop_requests
+from frugal_dist.training.signals import DIVERGED, STOPPED, StopRequest, stop_requests
 
 # Heavy and noisy libraries are imported inside the functions: once the terminal is protected from their output.
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ class Start:
 def run_begun(begin: Callable[[], Start]) -> int:
     """Train, as one rank of whatever launcher started this process, what ``begin`` returns; return the exit code.
 
-    0 when all steps are done, 75 after a signal to stop (a checkpoint is saved; the same command goes on), 1 after a
-    failure. If ``begin`` raises, no rank starts; a process alone raises the same.
+    0 when all steps are done, 75 after a signal to stop (a checkpoint is saved; the same command goes on), 65 if it
+    diverged, 1 after a failure. If ``begin`` raises, no rank starts; a process alone raises the same.
     """
     place = find_place()
     log, prepare = _begun(begin, place)
@@ -131,6 +131,8 @@ def environment(place: Place) -> Iterator[None]:
 
 
 def _train(job: Job, terminal: TextIO, request: StopRequest) -> int:
+    from frugal_dist.training.loop import Diverged
+
     recipe, engine = job.recipe, job.engine
     together(lambda: _check_folder(job))
     found = engine.resume(Path(recipe.folder) / CHECKPOINTS)
@@ -144,7 +146,12 @@ def _train(job: Job, terminal: TextIO, request: StopRequest) -> int:
             job.recall(found[1])
     if engine.rank == 0:
         say(terminal, _headline(job, start))
-    outcome = _run(job, start, 0.0 if found is None else float(found[1].get(SECONDS, 0.0)), terminal, request)
+    try:
+        outcome = _run(job, start, 0.0 if found is None else float(found[1].get(SECONDS, 0.0)), terminal, request)
+    except Diverged as error:  # on all ranks: they leave together, and a comparison goes on with its next run
+        if engine.rank == 0:
+            say(terminal, f"The run diverged: {error}")
+        return DIVERGED
     if not outcome.finished:
         if engine.rank == 0:
             why = request.name or "a signal to another rank"
@@ -182,7 +189,7 @@ def _headline(job: Job, start: int) -> str:
 
 
 def _run(job: Job, start: int, seconds: float, terminal: TextIO, request: StopRequest) -> Outcome:
-    from frugal_dist.training.engines.collectives import gathered
+    from frugal_dist.training.loop import Diverged
     from frugal_dist.training.metrics import METRICS_FILE, MetricsLog
     from frugal_dist.training.progress import Progress
     from frugal_dist.training.trackers import Trackers
@@ -196,25 +203,35 @@ def _run(job: Job, start: int, seconds: float, terminal: TextIO, request: StopRe
         path = folder / METRICS_FILE if first else None
         metrics = stack.enter_context(together(lambda: MetricsLog(path, start or None, trackers)))
         metrics.write("run", **job.record, start=start, ranks=engine.world)
-        outcome = _training(job, start, seconds, metrics, progress, request).run()
+        try:
+            outcome = _training(job, start, seconds, metrics, progress, request).run()
+        except Diverged as error:
+            metrics.write("diverged", step=error.step, reason=str(error), seconds=error.seconds, **_state(engine))
+            raise
         if not outcome.finished:
             metrics.write("stopped", step=outcome.steps, signal=request.name)
         if not outcome.finished or not outcome.saved:  # without a summary the run does not count as finished
             return outcome
-        state, kinds = engine.state_bytes(), gathered(engine.state_kinds())
+        state = _state(engine)
         figures, text = job.summary(outcome)
         metrics.write(
             "summary",
             steps=outcome.steps,
             tokens=outcome.tokens,
             seconds=round(outcome.seconds, 1),
-            state_bytes=state,
-            state_kinds=kinds,
+            **state,
             validation_loss=outcome.last_loss,
             **figures,
         )
-        progress.say(f"{text}; optimizer state {max(state) / 1e6:,.1f} MB per rank")
+        progress.say(f"{text}; optimizer state {max(state['state_bytes']) / 1e6:,.1f} MB per rank")
     return outcome
+
+
+def _state(engine: Engine) -> dict[str, list[Any]]:
+    """The optimizer state of every rank."""
+    from frugal_dist.training.engines.collectives import gathered
+
+    return {"state_bytes": engine.state_bytes(), "state_kinds": gathered(engine.state_kinds())}
 
 
 def _training(

@@ -9,6 +9,8 @@ from types import FrameType
 
 STOPPED = 75
 """Exit code of a run that saved and stopped because it was told to (EX_TEMPFAIL): start it again to go on."""
+DIVERGED = 65
+"""Exit code of a run that has no finite loss or gradient any more (EX_DATAERR): to go on would end the same."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
