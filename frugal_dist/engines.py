@@ -11,7 +11,7 @@ from torch import Tensor
 from frugal_dist.config import HYPERPARAMETERS
 from frugal_dist.kernels import kind_for
 from frugal_dist.sharding import accelerate, deepspeed, zero
-from frugal_dist.sharding.exchange import Ranks, ranks_of
+from frugal_dist.sharding.exchange import Ranks, is_initialized, ranks_of
 from frugal_dist.sharding.plain import PlainStorage
 from frugal_dist.sharding.storage import Original, Part, Storage
 from frugal_dist.sharding.table import build_table
@@ -72,9 +72,9 @@ def stored_part(name: str, tensor: Tensor) -> tuple[tuple[int, ...], Part, Tenso
     return full_shape(tensor), *zero.stored_part(tensor)
 
 
-def is_alone(process_group: Any) -> bool:
-    """Whether no collective will ever be needed."""
-    return ranks_of(process_group).alone
+def is_settled(process_group: Any) -> bool:
+    """Whether parameters stay as they are until the next step. Engines move them, also on one rank."""
+    return process_group is None or not is_initialized()
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,11 @@ ONLY_RANK_ZERO = (
     "instead says so after building the optimizer: optimizer.saved_elsewhere = True."
 )
 
+PARTS = (
+    "state_dict(): the ranks share the optimizer's state, so this is only rank 0's part of it. Let every rank save its "
+    "own file, or use torch.distributed.checkpoint or frugal_dist.checkpoint; with shard_state=False each rank has all."
+)
+
 NO_GRADIENTS = (
     "step() found no gradient on any parameter of any rank, so nothing is updated. Was backward() called? If the "
     "optimizer was built before fully_shard(model), it holds the parameters that fully_shard has replaced: build it "
@@ -120,7 +125,7 @@ class Frugal(Optimizer):
         self._loaded = False
         self.saved_elsewhere = False
         """Whether all ranks' state is saved by other means where a launcher keeps rank 0's ``state_dict`` only."""
-        self._saving_checked = self._told = False
+        self._saving_checked = self._told = self._parts_told = False
         FrugalConfig(**given)
         super().__init__(arranged(as_groups(params)), given)
         check_patterns([original.name for original in self._originals], self._no_decay, "no_decay")
@@ -306,6 +311,9 @@ class Frugal(Optimizer):
         packed = saving.pack_all(self._runtime, self.state)
         if not self.saved_elsewhere:
             saving.refuse_to_lose(packed)
+            if not self._parts_told and saving.is_one_of_many(self._runtime, packed):
+                self._parts_told = True
+                notice(PARTS)
         order = [tensor for group in self.param_groups for tensor in group["params"]]
         state = {number: packed[id(tensor)] for number, tensor in enumerate(order) if id(tensor) in packed}
         return {**plain, "state": state}
@@ -314,8 +322,8 @@ class Frugal(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue exactly where ``state_dict`` was taken, on the same engine and number of ranks.
 
-        Dtypes stay as saved. What does not fit raises ValueError: here on one process, on all ranks alike at the next
-        step otherwise.
+        Dtypes stay as saved. What does not fit raises ValueError: here on a process without a process group, on all
+        ranks alike at the next step otherwise.
         """
         before = list(self.param_groups)
         super().load_state_dict({**state_dict, "state": {}})
@@ -328,7 +336,7 @@ class Frugal(Optimizer):
             if number in state_dict["state"]:
                 self.state[tensor] = saving.placed(state_dict["state"][number], tensor.device)
         self._runtime, self._before, self._loaded = None, None, True
-        if engines.is_alone(self._process_group):
+        if engines.is_settled(self._process_group):  # engines load their masters, or wrap the model, after this
             with full_precision():
                 self._bind()
 
@@ -375,4 +383,5 @@ class Frugal(Optimizer):
         if "_originals" in state:  # unpickled or copied: the sources of a DeepSpeed engine do not come along
             self._groups = list(self.param_groups)
             self._sources = [lambda: None for _ in self._originals]
-        self.__dict__.update(_runtime=None, _before=None, _started=set(), _saving_checked=False, _told=False)
+        self.__dict__.update(_runtime=None, _before=None, _started=set())
+        self.__dict__.update(_saving_checked=False, _told=False, _parts_told=False)

@@ -310,7 +310,11 @@ def _gather(runtime: Runtime, works: Sequence[Work]) -> tuple[dict[int, Tensor],
 def _compute(work: Work, grad: Tensor, warm: Basis | None, figures: RefreshFigures) -> Basis | None:
     """The new basis, or None. Never raises: the other ranks are waiting for the outcome."""
     refresh_number = work.state.clock("refreshes")
-    attempts = [(grad.device, work.dtype), (torch.device("cpu"), work.dtype), (torch.device("cpu"), torch.float64)]
+    attempts = [(torch.device("cpu"), work.dtype), (torch.device("cpu"), torch.float64)]
+    if torch.cuda.is_available():  # also for what is offloaded: there a large SVD takes seconds, here minutes
+        attempts.insert(0, (torch.device("cuda", torch.cuda.current_device()), work.dtype))
+    elif grad.device.type != "cpu":
+        attempts.insert(0, (grad.device, work.dtype))
     troubles = []
     for device, dtype in attempts:
         try:
@@ -361,7 +365,12 @@ def _publish(runtime: Runtime, works: Sequence[Work], found: Sequence[Basis | No
         shapes = basis_shapes(work.side, work.matrix.rows, work.matrix.cols, work.size)
         travels = used_by_others(runtime, work)
         if basis is None:  # where it does not travel, nobody here computes with it
-            basis = Basis(**{name: like.new_zeros(shape if travels else (0, 0)) for name, shape in shapes.items()})
+            basis = Basis(
+                **{
+                    name: torch.zeros(shape if travels else (0, 0), dtype=work.dtype, device=work.device)
+                    for name, shape in shapes.items()
+                }
+            )
         bases.append(basis)
         if travels:
             pieces += basis.parts

@@ -22,7 +22,8 @@ def fingerprints(runtime: Runtime, works: Sequence[Work]) -> list[int]:
     """Two numbers, h and -h, for every replicated tile of every work: their maxima differ iff the replicas do."""
     entries = _replicated(runtime, works)
     mine = [fingerprint(work.local_weight(tile)) for work, tile, ranks in entries if runtime.ranks.rank in ranks]
-    marks = iter((torch.stack(mine).cpu() % _MODULUS).tolist() if mine else [])
+    together = [mark.to(mine[0].device) for mark in mine]  # a process may have a model on several GPUs
+    marks = iter((torch.stack(together).cpu() % _MODULUS).tolist() if mine else [])
     values = []
     for _, _, ranks in entries:
         mark = next(marks) if runtime.ranks.rank in ranks else None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from frugal_dist.sharding.exchange import gather_objects
+from frugal_dist.sharding.plain import PlainStorage
 from frugal_dist.sharding.storage import Box
 from frugal_dist.sharding.tile import is_replicated
 from frugal_dist.sharding.torch_checkpoint import losing_option
@@ -64,11 +65,21 @@ def pack_all(runtime: Runtime, state: MutableMapping[Tensor, Store]) -> dict[int
     return packed
 
 
+def has_parts(packed: Mapping[int, Store]) -> bool:
+    """Whether other ranks hold the rest of some tensor."""
+    return any(_PART.match(key) for store in packed.values() for key in store)
+
+
+def is_one_of_many(runtime: Runtime, packed: Mapping[int, Store]) -> bool:
+    """Whether this is rank 0's part of what replicas share; under DDP people are used to saving rank 0's alone."""
+    return runtime.ranks.rank == 0 and isinstance(runtime.storage, PlainStorage) and has_parts(packed)
+
+
 def refuse_to_lose(packed: Mapping[int, Store]) -> None:
     """ValueError if whoever asked for this state would keep one rank's parts only. Not a collective, but all ranks
     raise alike: which tensors are divided follows from the layout, and the options are the program's.
     """
-    if not any(_PART.match(key) for store in packed.values() for key in store):
+    if not has_parts(packed):
         return
     option = losing_option()
     if option:

@@ -27,9 +27,15 @@ class MatrixState:
     prefix: str = ""
 
     def ensure_clocks(self) -> None:
-        for name in CLOCKS:
-            if self.prefix + name not in self.store:
-                self.store[self.prefix + name] = torch.tensor(-1 if name == "refreshed_at" else 0, device="cpu")
+        """Create what is missing, on the CPU; engines that offload states bring clocks back to the GPU, where every
+        look at one would make the host wait.
+        """
+        for key in (self.prefix + name for name in CLOCKS):
+            clock = self.store.get(key)
+            if clock is None:
+                self.store[key] = torch.tensor(-1 if key.endswith("refreshed_at") else 0, device="cpu")
+            elif not clock.is_cpu:
+                self.store[key] = clock.cpu()
 
     def clock(self, name: str) -> int:
         value: int = self.store[self.prefix + name].item()  # type: ignore[assignment]  # integers, twice as fast as int()

@@ -14,7 +14,7 @@ from torch import Tensor
 from frugal_dist.config import FrugalConfig
 from frugal_dist.kernels import fused_for
 from frugal_dist.kernels.jobs import Job
-from frugal_dist.projection.basis import Basis, add_up_, down, residual, silence_noise_
+from frugal_dist.projection.basis import Basis, add_up_, down, residual, silence_noise_, spans_everything
 from frugal_dist.projection.coordinates import Selection
 from frugal_dist.projection.numerics import compute_dtype
 from frugal_dist.rules import STATE_FREE, STATE_FULL
@@ -162,7 +162,7 @@ def basis_step_(weight: Tensor, grad: Tensor, basis: Basis, side: str, moments: 
         return
     grad = _wide(grad)
     low = down(grad, basis)
-    if STATE_FREE[config.state_free] is not None:
+    if STATE_FREE[config.state_free] is not None and not spans_everything(basis):
         rest = residual(grad, low, basis)
         if not _free_rows_(weight, rest, grad, side, config, decay):
             state_free_(weight, silence_noise_(rest, grad, side, config.residual_threshold), config, decay)
@@ -186,7 +186,7 @@ def basis_delta(grad: Tensor, basis: Basis, side: str, moments: Moments, step: i
     grad = _wide(grad)
     low = down(grad, basis)
     direction = STATE_FREE[config.state_free]
-    if direction is None:
+    if direction is None or spans_everything(basis):
         delta = torch.zeros_like(grad, memory_format=torch.contiguous_format)
     else:
         rest = silence_noise_(residual(grad, low, basis), grad, side, config.residual_threshold)

@@ -163,7 +163,10 @@ def ensure_state(runtime: Runtime, load: Load) -> None:
             _create(runtime, work)
         _check_density(work)
     for one in load.regular:
-        if one.state.get("step") is None:
+        step = one.state.get("step")
+        if step is not None and not step.is_cpu:
+            one.state.put("step", step.cpu())  # as with ensure_clocks
+        if step is None:
             one.state.put("step", torch.tensor(0, device="cpu"))
             names = moment_names(one.config)
             one.state.ensure_moments(

@@ -69,6 +69,11 @@ def residual(grad: Tensor, low: Tensor, basis: Basis) -> Tensor:
     return torch.addmm(grad, low if basis.left is None else basis.left @ low, basis.right.T, alpha=-1.0)
 
 
+def spans_everything(basis: Basis) -> bool:
+    """Whether no gradient has a residual (density 1): what is left would be rounding noise, whose signs are steps."""
+    return all(part.shape[0] == part.shape[1] for part in basis.parts)
+
+
 def silence_noise_(rest: Tensor, grad: Tensor, side: str, threshold: float) -> Tensor:
     """Zero the rows (columns for a left basis) of a residual that are rounding noise relative to the gradient's.
 

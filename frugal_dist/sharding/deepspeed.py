@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 COUNTS = ("global_steps", "global_samples", "skipped_steps")
@@ -142,6 +143,14 @@ def _unsupported(engine: Any) -> dict[str, tuple[bool, str]]:
             zero.round_robin_gradients,
             "set it to false; DeepSpeed's own record of where parameters lie is wrong with it",
         ),
+        "torch_autocast in float16": (
+            engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16,
+            'use bfloat16, or "fp16": its loss scale is saved, and all ranks skip the same steps',
+        ),
+        "zero_quantized_nontrainable_weights": (
+            zero.zero_quantized_nontrainable_weights,
+            "remove it; checkpoints would keep frozen weights without their scales",
+        ),
         "elastic checkpoints (elastic_checkpoint)": (zero.elastic_checkpoint, CHECKPOINT),
         "universal checkpoints (load_universal)": (config.load_universal_checkpoint, CHECKPOINT),
     }
@@ -164,8 +173,8 @@ def counts_of(engine: Any) -> dict[str, Any]:
     """Steps, schedule and loss scale of a DeepSpeed engine; nothing for a plain model."""
     if not _is_engine(engine):
         return {}
-    accumulated = engine.micro_steps % engine.gradient_accumulation_steps()
-    if accumulated and engine._is_gradient_accumulation_boundary is None:  # else the user decides what a step is
+    accumulated = _accumulated(engine)
+    if accumulated:
         raise ValueError(
             f"{accumulated} of {engine.gradient_accumulation_steps()} micro-batches of the running step are done; "
             "their gradients cannot be saved. Save after the last one."
@@ -175,6 +184,15 @@ def counts_of(engine: Any) -> dict[str, Any]:
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     scale = {name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)}
     return {"counts": counts, "schedule": schedule, "scale": scale}
+
+
+def _accumulated(engine: Any) -> int:
+    """Backward passes since the last step; 0 where the user marks the boundary, and only the user knows."""
+    if not engine.managed_gradient_accumulation():  # every step() is one
+        return int(engine._unmanaged_backward_count)
+    if engine._is_gradient_accumulation_boundary is not None:
+        return 0
+    return int(engine.micro_steps % engine.gradient_accumulation_steps())
 
 
 def after_loading(engine: Any, saved: dict[str, Any]) -> None:
@@ -208,15 +226,15 @@ def _update_low_precision(wrapper: Any) -> None:
 
 
 def _update_zero3(zero: Any) -> None:
-    """What ZeRO-3 does itself after loading: flat masters into flat copies, those into the partitions."""
-    persistent = zero.persistent_parameters
-    if persistent:
-        persistent[0].partition(persistent)
+    """What ZeRO-3 does itself after loading: flat masters into flat copies, those into the partitions.
+
+    Parameters that an evaluation left whole would be used as they are.
+    """
+    zero.checkpoint_event_prologue()
     for number, master in enumerate(zero.fp32_partitioned_groups_flat):
         flat = zero.fp16_partitioned_groups_flat[number]
         flat.data.copy_(master.data)
         pieces = zero.unflatten(flat, zero.fp16_partitioned_groups[number])
         for partition, piece in zip(zero.fp16_partitioned_groups[number], pieces, strict=True):
             partition.data = piece.data
-    if persistent:
-        persistent[0].all_gather(persistent)
+    zero.checkpoint_event_epilogue()

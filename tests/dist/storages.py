@@ -60,7 +60,7 @@ def dtensors(
     weights: Named, groups: Groups, options: dict[str, Any], shape: Sequence[int], placements: Sequence[Placement]
 ) -> Held:
     """DTensors over a mesh of ``shape``: FSDP2 Shard(0) or Shard(1), HSDP. Vectors are sharded on dim 0."""
-    mesh = init_device_mesh("cpu", tuple(shape))
+    mesh = init_device_mesh(next(iter(weights.values())).device.type, tuple(shape))
 
     def put(tensor: Tensor) -> DTensor:
         places = [Shard(min(p.dim, tensor.dim() - 1)) if isinstance(p, Shard) else p for p in placements]
@@ -149,7 +149,7 @@ class FlatStorage:
             self.parts[i] = (k, Interval(start, stop), offset)
             pieces.append(weights[self.originals[i].name].reshape(-1)[start:stop])
             offset += stop - start
-        padding = torch.zeros(3, dtype=pieces[0].dtype)
+        padding = torch.zeros(3, dtype=pieces[0].dtype, device=pieces[0].device)
         return torch.cat([*pieces, padding])
 
     def call(self) -> Sequence[int]:

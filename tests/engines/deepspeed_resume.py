@@ -10,6 +10,8 @@ import deepspeed_cases as cases
 import torch
 from torch import Tensor, nn
 
+from frugal_dist import checkpoint
+
 Groups = Callable[[nn.Module], list[dict[str, Any]]]
 SCHEDULE = {"scheduler": {"type": "WarmupLR", "params": cases.WARMUP}}
 OPTIONS = {**cases.SIGNS, "lr": 1e-3}
@@ -75,6 +77,50 @@ def resumed(
         problems += [f"after {stop}: {name}" for name in different(want, everything(engine))]
         engine.destroy()
     return problems
+
+
+def loaded_after_an_evaluation(folder: Path) -> tuple[float, float, float]:
+    """Losses under ZeRO-3: at a save, after more steps, and after loading. The evaluations leave parameters whole."""
+    engine = start("3", cases.PROJECTIONS["columns"])
+    tokens = cases.batch(9)
+    losses = []
+    for _ in range(2):
+        cases.train(engine, range(2))
+        losses.append(_evaluated(engine, tokens))
+        if len(losses) == 1:
+            checkpoint.save(folder, engine, engine.optimizer)
+    checkpoint.load(folder, engine, engine.optimizer)
+    losses.append(_evaluated(engine, tokens))
+    engine.destroy()
+    return losses[0], losses[1], losses[2]
+
+
+@torch.no_grad()
+def _evaluated(engine: Any, tokens: Tensor) -> float:
+    engine.eval()
+    loss = float(cases.loss_of(engine, tokens.to(engine.device)))
+    engine.train()
+    return loss
+
+
+def saved_where_the_user_counts(folder: Path) -> list[str]:
+    """What the user reads who saves after each step, then between backward and step, without managed accumulation."""
+    ranks = torch.distributed.get_world_size()
+    more = {"managed_gradient_accumulation": False, "gradient_accumulation_steps": 2}
+    engine = cases.start(cases.config_of(cases.PROJECTIONS["columns"], {"stage": 2}, 2 * ranks, **more))
+    told = []
+    for step in range(3):
+        for tokens in cases.batch(step).chunk(ranks)[torch.distributed.get_rank()].chunk(2):
+            engine.backward(cases.loss_of(engine, tokens.to(engine.device)))
+        if step < 2:
+            engine.step()
+        try:
+            checkpoint.save(folder / str(step), engine, engine.optimizer)
+            told.append("")
+        except checkpoint.CheckpointError as error:
+            told.append(str(error))
+    engine.destroy()
+    return told
 
 
 def saved(setting: str, options: dict[str, Any], folder: Path) -> str:

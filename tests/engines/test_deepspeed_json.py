@@ -78,6 +78,16 @@ REFUSED = {
         {},
         '"offload_param": {"device": "cpu"}',
     ),
+    "torch_autocast in float16": (
+        {"stage": 2},
+        {"torch_autocast": {"enabled": True, "dtype": "float16"}},
+        "use bfloat16",
+    ),
+    "zero_quantized_nontrainable_weights": (
+        {"stage": 3, "zero_quantized_nontrainable_weights": True},
+        {},
+        "remove it",
+    ),
     "bf16_master_weights_and_grads": (
         {"stage": 2},
         {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},

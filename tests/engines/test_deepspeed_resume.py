@@ -58,6 +58,23 @@ def test_a_resumed_run_ends_in_the_same_bits(setting: str, projection: str, flee
     assert found == [[], []]
 
 
+@pytest.mark.parametrize("setting", ["2", "BF16_Optimizer"])
+def test_a_run_on_one_rank_resumes(setting: str, fleet: Fleets, tmp_path: Path) -> None:
+    """DeepSpeed loads the optimizer before its masters: nothing may be looked up in between."""
+    assert fleet(1).run(resume.resumed, setting, PROJECTIONS["columns"], tmp_path, STOPS[:1]) == [[]]
+
+
+def test_parameters_that_an_evaluation_left_whole_are_replaced(fleet: Fleets, tmp_path: Path) -> None:
+    for saved, later, loaded in fleet(2).run(resume.loaded_after_an_evaluation, tmp_path):
+        assert loaded == saved != later
+
+
+def test_a_save_without_managed_accumulation(fleet: Fleets, tmp_path: Path) -> None:
+    for after_one, after_two, between in fleet(2).run(resume.saved_where_the_user_counts, tmp_path):
+        assert after_one == after_two == ""
+        assert "micro-batches of the running step are done" in between
+
+
 @pytest.mark.parametrize(("projection", "mode"), [("svd std", "project"), ("randk", "keep")])
 def test_state_that_is_carried_over_resumes(projection: str, mode: str, fleet: Fleets, tmp_path: Path) -> None:
     options = {**PROJECTIONS[projection], "on_refresh": mode, "refresh_schedule": "staggered"}

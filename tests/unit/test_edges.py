@@ -28,6 +28,19 @@ def test_tiny_matrices_with_full_density(projection: str, shape: tuple[int, int]
     assert not torch.equal(w, before)
 
 
+@pytest.mark.parametrize("projection", ["svd", "random"])
+@pytest.mark.parametrize("side", ["std", "full"])
+def test_full_density_leaves_no_residual(projection: str, side: str) -> None:
+    """But rounding noise, whose signs would be steps of their own."""
+    found = []
+    for state_free in ("sign", "none"):
+        w = {"w": weight(12, 12 if side == "full" else 8)}
+        train(build(w, projection=projection, side=side, density=1.0,
+                    state_free=state_free, update_gap=2), 1, 3)  # fmt: skip
+        found.append(w["w"].detach())
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("projection", ["svd", "random", "randperm", "columns", "rows", "randk"])
 def test_a_selection_of_nothing_is_an_error_that_names_the_parameter(projection: str) -> None:
     with pytest.raises(ValueError, match=r"layer\.tiny"):

@@ -1,0 +1,147 @@
+"""Everything a step does, with all tensors on a pretended GPU and collectives as strict as NCCL's.
+
+The same weights come out, nothing mixes devices, no CPU tensor travels, and a step between refreshes never makes the host
+wait for the device. A wait costs little on an idle machine and everything in a training, where the host runs ahead.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import GAP, LAYOUTS, Case, Named, gradients, reference, weights
+from pretend_gpu import gpu, installed, on_cpu
+from storages import Held
+from threads import run_ranks
+
+from frugal_dist.projection.basis import exact_svd
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build device_guard.cpp"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU"),
+]
+NAMES = ("tall", "broad", "experts")
+
+
+def case(projection: str, on_refresh: str, side: str = "std", **more: Any) -> Case:
+    return Case(projection, side, on_refresh, free="sign", names=NAMES, more=tuple(more.items()))
+
+
+CASES = [case("svd", "reset"), case("columns", "keep"), case("randk", "project"), case("blockwise", "reset")]
+MORE = [
+    case("svd", "project", side="full"),
+    case("svd", "project", svd_method="subspace"),
+    case("svd", "keep", svd_method="gram64"),
+    case("svd", "reset", residual_threshold=0.8, basis_dtype="bf16"),
+    case("svd", "reset", state_full="lion"),
+    case("random", "keep"),
+    case("rows", "project"),
+    case("randperm", "keep"),
+    case("columns", "reset", state_full="sgdm"),
+]
+
+
+@pytest.fixture(autouse=True)
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("FRUGAL_KERNELS", "torch")
+    with installed():
+        yield
+
+
+def train(layout: str, case: Case, dtype: torch.dtype = torch.float64) -> tuple[Named, list[list[str]]]:
+    """The weights after all steps, and what each step waited for."""
+    waits = []
+    start = {name: weights(dtype)[name] for name in reference(case, dtype)}
+    with gpu() as device:
+        held = LAYOUTS[layout]({name: one.to("cuda") for name, one in start.items()}, case.groups(), case.options)
+        for grads in gradients(dtype):
+            moved = {name: grads[name].to("cuda") for name in start}
+            device.syncs.clear()
+            held.step(moved)
+            waits.append(list(device.syncs))
+        return {name: on_cpu(one) for name, one in held.full().items()}, waits
+
+
+def check(case: Case, found: Named, waits: list[list[str]], dtype: torch.dtype = torch.float64) -> None:
+    want = reference(case, dtype)
+    assert not {n: one for n, one in found.items() if not (one - want[n]).abs().max() <= max(case.tolerance, 1e-10)}
+    ordinary = [one for step, one in enumerate(waits) if step % GAP]
+    assert ordinary and not any(ordinary), f"{case}: a step between refreshes waits for the device: {waits}"
+
+
+@pytest.mark.parametrize("chosen", [*CASES, *MORE], ids=lambda one: f"{one.projection}-{one.on_refresh}")
+def test_on_one_rank(chosen: Case) -> None:
+    alone = replace(chosen, more=(*chosen.more, ("process_group", None)))
+    check(chosen, *train("replicas", alone))
+
+
+@pytest.mark.parametrize("layout", ["replicas, shared state", "Shard(0)", "ZeRO-1/2, 3 sub-groups", "ZeRO-3"])
+def test_on_two_ranks(layout: str) -> None:
+    for case in CASES:
+        for found, waits in run_ranks(2, lambda rank, case=case: train(layout, case)):
+            check(case, found, waits)
+
+
+def one_step(held: Held, start: Named, step: int) -> None:
+    held.step({name: gradients()[step][name].to(one.device) for name, one in start.items()})
+
+
+def test_clocks_that_an_engine_put_on_the_gpu_come_back() -> None:
+    """As DeepSpeed's offload_states and reload_states do with all state."""
+    case = Case("columns", "std", "reset", more=(("process_group", None),))
+    with gpu() as device:
+        start = {name: weights()[name].to("cuda") for name in ("tall", "norm")}
+        held = LAYOUTS["replicas"](start, {"tall"}, case.options)
+        one_step(held, start, 0)
+        for store in held.optimizer.state.values():
+            store.update({key: value.to("cuda") for key, value in store.items()})
+        one_step(held, start, 1)
+        device.syncs.clear()
+        one_step(held, start, 2)
+        assert not device.syncs
+
+
+def test_offloaded_matrices_are_refreshed_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where weights and state lie on the CPU, an exact SVD is still the GPU's work."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("frugal_dist.refresh.exact_svd", lambda grad, *rest: seen.append(grad) or exact_svd(grad, *rest))
+    case = Case("svd", "std", "reset", more=(("process_group", None),))
+    with gpu():
+        start = {name: weights()[name] for name in ("tall", "norm")}
+        held = LAYOUTS["replicas"](start, {"tall"}, case.options)
+        one_step(held, start, 0)
+        assert [grad.is_cuda for grad in seen] == [True]
+        assert all(not value.is_cuda for store in held.optimizer.state.values() for value in store.values())
+
+
+def fails_on_a_gpu(body: Any) -> str:
+    with gpu(), pytest.raises(AssertionError) as error:
+        body()
+    return str(error.value)
+
+
+def test_the_pretended_gpu_is_strict() -> None:
+    assert "mixes devices: cuda (3,), cpu (3,)" in fails_on_a_gpu(lambda: torch.ones(3, device="cuda") + torch.ones(3))
+    with gpu() as device:
+        value = torch.arange(6.0, device="cuda").view(2, 3)
+        value[1].mul_(2)
+        assert value.is_cuda and not device.syncs
+        assert value.cpu().tolist() == [[0, 1, 2], [6, 8, 10]]
+        assert float(value.sum()) == 27 and value[0].tolist() == [0, 1, 2]
+        assert len(device.syncs) == 3
+
+    def collectives(rank: int) -> list[str]:
+        found = [fails_on_a_gpu(lambda: dist.all_reduce(torch.ones(2)))]
+        return [*found, fails_on_a_gpu(lambda: dist.all_reduce(torch.ones(2, dtype=torch.bool, device="cuda")))]
+
+    for cpu, dtype in run_ranks(2, collectives):
+        assert "NCCL refuses it" in cpu and "NCCL does not have it" in dtype
+
+
