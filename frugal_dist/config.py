@@ -171,7 +171,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "galore": {"projection": "svd", "on_refresh": "keep", "state_free": "none", "lr_scale": 0.25},
     "badam": {"projection": "blockwise", "state_free": "none"},
     "signsgd": {"density": 0.0, "projection": "columns"},
-    "adamw": {"density": 1.0, "projection": "columns"},
+    "adamw": {"density": 1.0, "projection": "columns", "on_refresh": "keep"},
 }
 
 

@@ -55,7 +55,7 @@ def moves_between_ranks(runtime: Runtime, work: Work, old_clocks: tuple[int, int
     if runtime.ranks.alone or work.family != "coordinates" or mode == "reset" or work.size == 0:
         return False
     if mode == "keep":
-        return not same_slots(work)
+        return not (same_slots(work) or work.config.density == 1.0)  # of everything, every slot stays where it is
     shared = runtime.shard_replicas and work.matrix.copies > 1
     cut_along_selection = work.config.projection in ("columns", "rows") or (
         work.config.projection == "randperm" and work.side != "full"

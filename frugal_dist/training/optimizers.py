@@ -25,8 +25,8 @@ DEFINED: dict[str, tuple[str, ...]] = {
     "galore": ("projection", "on_refresh", "state_free"),
     "badam": ("projection", "state_full", "state_free", "svd_method"),
     "signsgd": ("projection", "density", "state_free", "svd_method"),
-    "adamw": ("projection", "density", "state_full", "svd_method"),
-    "lora": ("projection", "density", "state_full", "svd_method"),
+    "adamw": ("projection", "density", "on_refresh", "state_full", "svd_method"),
+    "lora": ("projection", "density", "on_refresh", "state_full", "svd_method"),
 }
 """What makes an optimizer the one of its name. A recipe's options of these names are FRUGAL's, and are left out."""
 

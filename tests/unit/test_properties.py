@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import frugal_dist.projection
-from frugal_dist import Frugal
+from frugal_dist import Frugal, preset
 from frugal_dist.projection import Basis, down, exact_svd, random_basis, select_indices, up
 
 SIDES = ("left", "right", "full")
@@ -128,6 +128,17 @@ def test_full_density_is_adamw(rows: int, columns: int, seed: int, decay: float,
         expected.grad = grad.clone()
         adamw.step()
     assert torch.allclose(actual, expected.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_the_preset_is_adamw_through_refreshes() -> None:
+    grads = [matrix(9, 5, i) for i in range(7)]
+    found = run(grads=grads, start=matrix(9, 5, 99), update_gap=2, **preset("adamw"))
+    expected = torch.nn.Parameter(matrix(9, 5, 99))
+    adamw = torch.optim.AdamW([expected], lr=0.01, weight_decay=0.0)
+    for grad in grads:
+        expected.grad = grad.clone()
+        adamw.step()
+    assert torch.allclose(found, expected.detach(), rtol=1e-12, atol=1e-14)
 
 
 @given(sizes, sizes, seeds, st.sampled_from(["svd", "columns", "blockwise"]))
