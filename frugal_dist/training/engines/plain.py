@@ -50,7 +50,7 @@ class PlainEngine:
         self._clip, self._micro = recipe.clip, recipe.micro_batch
         wrap, self._sync = WRAPPERS[recipe.engine]
         self._bf16 = recipe.precision == "bf16"
-        self._model = wrap(model.to(self.device), self._bf16)
+        self._model = wrap(model, self.device, self._bf16)
         self._function = losses
         self._optimizer = optimizer(self._model) if optimizer else build_optimizer(recipe.optimizer, self._model)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, schedule)
@@ -158,18 +158,18 @@ def check_world(engine: str, world: int) -> None:
 # --- how each engine wraps a model, and skips the exchange of gradients -----------------------------------------------
 
 
-def _single(model: nn.Module, bf16: bool) -> nn.Module:
-    return model
+def _single(model: nn.Module, device: torch.device, bf16: bool) -> nn.Module:
+    return model.to(device)
 
 
-def _ddp(model: nn.Module, bf16: bool) -> nn.Module:
+def _ddp(model: nn.Module, device: torch.device, bf16: bool) -> nn.Module:
     from torch.nn.parallel import DistributedDataParallel
 
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model.to(device), gradient_as_bucket_view=True)
 
 
-def _fsdp2(model: nn.Module, bf16: bool) -> nn.Module:
-    """Each block is a unit of its own: only one is whole at a time."""
+def _fsdp2(model: nn.Module, device: torch.device, bf16: bool) -> nn.Module:
+    """Each block is a unit of its own: only one is whole at a time, also here, where torch moves it and cuts it."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = (
@@ -189,7 +189,8 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return found or max(lists, key=len, default=[])
 
 
-def _no_exchange(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+def _as_it_is(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Of FSDP2: gradients that wait for the last micro-batch would be whole, and fp32, on every rank."""
     return nullcontext()
 
 
@@ -197,13 +198,8 @@ def _ddp_sync(model: nn.Module, last: bool) -> AbstractContextManager[None]:
     return nullcontext() if last else model.no_sync()  # type: ignore[operator]
 
 
-def _fsdp2_sync(model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    model.set_requires_gradient_sync(last)  # type: ignore[operator]
-    return nullcontext()
-
-
-WRAPPERS: dict[str, tuple[Callable[[nn.Module, bool], nn.Module], Sync]] = {
-    "single": (_single, _no_exchange),
+WRAPPERS: dict[str, tuple[Callable[[nn.Module, torch.device, bool], nn.Module], Sync]] = {
+    "single": (_single, _as_it_is),
     "ddp": (_ddp, _ddp_sync),
-    "fsdp2": (_fsdp2, _fsdp2_sync),
+    "fsdp2": (_fsdp2, _as_it_is),
 }
