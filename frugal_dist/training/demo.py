@@ -74,7 +74,7 @@ def _train(settings: DemoSettings, terminal: TextIO) -> None:
     config = read_deepspeed_config(settings.config)
     data, train_tokens, validation_tokens = open_prepared(settings.data)
     torch.manual_seed(settings.seed)
-    model = build_llama(settings.model, data.vocab_size, settings.sequence_length)
+    model = build_llama(settings.model, data.vocab_size, settings.sequence_length, data.separator)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = DeepSpeedEngine(model, config, _schedule(settings))
     batches = Batches(TokenRows(train_tokens, settings.sequence_length), engine.batch_size, settings.seed)

@@ -91,7 +91,10 @@ def _config(weights: SavedWeights, path: Path | None) -> PreTrainedConfig:
         plain, source = _json(file), str(file)
     kind = plain.get("model_type")
     try:
-        return AutoConfig.for_model(**plain)
+        found = AutoConfig.for_model(**plain)
+        if path is None and not _classifies(found) and hasattr(found, "use_cache"):
+            found.use_cache = True  # which training switches off
+        return found
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"the configuration of {source} (model_type {kind!r}) is of no known model: {error}"
@@ -114,12 +117,15 @@ def _empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model's structure without memory for its weights."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-    auto: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    auto: Any = AutoModelForSequenceClassification if _classifies(config) else AutoModelForCausalLM
     build = auto.from_config
     with torch.device("meta"):
         model: PreTrainedModel = build(config)
     return model
+
+
+def _classifies(config: PreTrainedConfig) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
 def _aliases(model: nn.Module) -> dict[int, list[str]]:

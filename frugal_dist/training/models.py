@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def build_model(recipe: Model, vocab_size: int, length: int) -> nn.Module:
+def build_model(recipe: Model, vocab_size: int, length: int, separator: int | None = None) -> nn.Module:
     """The recipe's model, in fp32. ``vocab_size``: what the tokenizer has; ``length``: tokens per sequence.
+
+    ``separator``: the token that ends documents, with which a fresh LLaMA will end its texts.
 
     Raises ValueError if the model cannot hold the tokenizer's vocabulary, or the folder holds no model.
     """
@@ -25,7 +27,7 @@ def build_model(recipe: Model, vocab_size: int, length: int) -> nn.Module:
     if recipe.vocab_size is not None and recipe.vocab_size < vocab_size:
         raise ValueError(f"model.vocab_size is {recipe.vocab_size}, but the tokenizer has {vocab_size} tokens.")
     if recipe.llama is not None:
-        config: Any = llama_config(recipe.llama, recipe.vocab_size or vocab_size, length)
+        config: Any = llama_config(recipe.llama, recipe.vocab_size or vocab_size, length, separator)
     else:
         config = read_causal_config(recipe.path or "")
     if config.vocab_size < vocab_size:
@@ -60,8 +62,12 @@ def read_causal_config(path: str) -> Any:
         raise ValueError(f"model.path is {path!r}, where no model's config.json can be read: {error}") from error
 
 
-def llama_config(size: str, vocab_size: int, length: int) -> LlamaConfig:
-    """The configuration of a LLaMA shape. Raises ValueError that lists the shapes."""
+def llama_config(size: str, vocab_size: int, length: int, separator: int | None = None) -> LlamaConfig:
+    """The configuration of a LLaMA shape. Raises ValueError that lists the shapes.
+
+    Texts begin and end with the ``separator``: it stands between those of packed rows. No token is for padding, whose
+    embedding would not be trained.
+    """
     from transformers import LlamaConfig
 
     if size not in LLAMA_SHAPES:
@@ -74,17 +80,17 @@ def llama_config(size: str, vocab_size: int, length: int) -> LlamaConfig:
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         max_position_embeddings=length,
-        use_cache=False,
-        bos_token_id=0,
-        eos_token_id=0,
+        use_cache=False,  # of no use in training; an export has it
+        bos_token_id=separator,
+        eos_token_id=separator,
     )
 
 
-def build_llama(size: str, vocab_size: int, sequence_length: int) -> LlamaForCausalLM:
+def build_llama(size: str, vocab_size: int, sequence_length: int, separator: int | None = None) -> LlamaForCausalLM:
     """A freshly initialised model of the named size with this vocabulary."""
     from transformers import LlamaForCausalLM
 
-    return LlamaForCausalLM(llama_config(size, vocab_size, sequence_length))
+    return LlamaForCausalLM(llama_config(size, vocab_size, sequence_length, separator))
 
 
 def token_losses(model: nn.Module, rows: Tensor) -> Tensor:

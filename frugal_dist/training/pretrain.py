@@ -71,7 +71,7 @@ def _materials(recipe: Recipe, place: Place) -> tuple[Schedule, OpenData, nn.Mod
     schedule = build_schedule(recipe.schedule, recipe.steps)
     data = open_data(recipe, place.world)
     torch.manual_seed(recipe.seed)
-    return schedule, data, build_model(recipe.model, data.vocab_size, recipe.length)
+    return schedule, data, build_model(recipe.model, data.vocab_size, recipe.length, data.separator)
 
 
 def _summary(outcome: Outcome) -> tuple[dict[str, Any], str]:

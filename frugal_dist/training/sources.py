@@ -22,11 +22,12 @@ COUNTED_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class OpenData:
-    """What a training needs of its data."""
+    """What a training needs of its data. ``separator``: the token that ends documents."""
 
     batches: Source
     validation: Validation
     vocab_size: int
+    separator: int
 
 
 def open_data(recipe: Recipe, world: int) -> OpenData:
@@ -56,7 +57,7 @@ def _open_tokens(recipe: Recipe, world: int) -> OpenData:
             f"sequences in {recipe.data.path}, but data.epochs is {recipe.data.epochs:g}. Raise it, or lower steps."
         )
     validation = _validation(recipe, _rows(recipe, held_back, data))
-    return OpenData(Batches(rows, recipe.batch, recipe.seed), validation, data.vocab_size)
+    return OpenData(Batches(rows, recipe.batch, recipe.seed), validation, data.vocab_size, data.separator)
 
 
 def _validation(recipe: Recipe, rows: Rows) -> Validation:
@@ -88,7 +89,7 @@ def _open_stream(recipe: Recipe, world: int) -> OpenData:
     )
     validation = _validation(recipe, first_rows(held_back, recipe.evaluation_tokens))
     batches = Stream(reading, recipe.batch, lanes, data.streams is not None, data.workers)
-    return OpenData(batches, validation, encoder.vocab_size)
+    return OpenData(batches, validation, encoder.vocab_size, encoder.separator)
 
 
 def _check_vocabulary(recipe: Recipe, encoder: Encoder) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,3 +117,10 @@ def test_a_compiled_model_learns_the_same(folder: Path, plain: list[float]) -> N
     torch._dynamo.utils.counters.clear()
     assert losses(folder, "compile", "--model.compile", "true") == pytest.approx(plain, abs=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_a_fresh_llama_ends_its_texts_with_the_separator() -> None:
+    model: Any = build_model(Model(llama="quick"), VOCABULARY, 32, 7)
+    ends = {(config.bos_token_id, config.eos_token_id) for config in (model.config, model.generation_config)}
+    assert ends == {(7, 7)}
+    assert model.model.embed_tokens.padding_idx is None

@@ -20,6 +20,7 @@ def export_and_load(folder: Path, out: Path, *options: str) -> bytes:
 
     assert cli.main(["export", str(folder), "--out", str(out), *options]) == 0
     model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.use_cache and model.generation_config.use_cache, "as it was trained"
     return legs.to_bytes(({name: param.detach() for name, param in model.named_parameters()}, _logits(model)))
 
 
