@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ PEAK_TFLOPS = {
     "GB200": 2500.0,
     "B200": 2250.0,
     "GH200": 989.0,
+    "H200 NVL": 835.0,
     "H200": 989.0,
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
@@ -54,9 +56,23 @@ def peak_flops(precision: str, given: float | None) -> float | None:
 
 
 def known_flops(name: str) -> float | None:
-    """What is known of a GPU with this name; an A10 is no A100, an RTX A1000 neither."""
+    """What is known of a GPU with this name; an A10 is no A100, an RTX A1000 neither, a part (MIG) is not the whole."""
+    if re.search(r"\bMIG\b", name):
+        return None
     found = (rate for known, rate in PEAK_TFLOPS.items() if re.search(rf"\b{re.escape(known)}\b", name))
     return next((rate * 1e12 for rate in found), None)
+
+
+def forget_peak() -> None:
+    """From here on ``memory`` counts the most; a process that trains several models would show the largest for all.
+
+    On a system that cannot, it goes on counting.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
 
 
 def memory() -> dict[str, int]:
@@ -68,6 +84,9 @@ def memory() -> dict[str, int]:
 
         with open("/proc/self/statm", encoding="ascii") as file:
             resident = int(file.read().split()[1]) * resource.getpagesize()
-    except (ImportError, OSError):  # both are Linux's
+        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+            peak = re.search(r"^VmHWM:\s*(\d+) kB", file.read(), re.MULTILINE)
+    except (ImportError, OSError):  # all are Linux's
         return {}
-    return {"memory": resident, "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    most = int(peak.group(1)) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"memory": resident, "peak_memory": most * 1024}

@@ -14,7 +14,7 @@ from frugal_dist.figures import RefreshReport
 from frugal_dist.training.data import Source
 from frugal_dist.training.engines import Engine
 from frugal_dist.training.evaluate import Evaluation, Finding
-from frugal_dist.training.flops import memory
+from frugal_dist.training.flops import forget_peak, memory
 from frugal_dist.training.metrics import MetricsLog
 from frugal_dist.training.progress import Progress
 from frugal_dist.training.rows import IGNORED
@@ -87,6 +87,7 @@ class Training:
 
     def run(self) -> Outcome:
         """Train all steps, evaluating at the start, at the end and in between."""
+        forget_peak()
         self._begin = time.monotonic() - self.seconds
         self._skipped = self.engine.skipped_steps()
         if self._begins_with_evaluation() and not self._evaluate(self.start):

@@ -19,7 +19,7 @@ pytest.importorskip("jsonargparse")
 from frugal_dist.cli import main
 from frugal_dist.training.dropout import has_dropout, seed_masks
 from frugal_dist.training.evaluate import perplexity_of
-from frugal_dist.training.flops import flops_per_token, known_flops, peak_flops
+from frugal_dist.training.flops import flops_per_token, forget_peak, known_flops, memory, peak_flops
 from frugal_dist.training.metrics import MetricsLog, of_kind, read_metrics
 from frugal_dist.training.models import build_llama
 from frugal_dist.training.plot import plot_runs
@@ -86,6 +86,14 @@ def test_memory_and_mfu(run: Path) -> None:
         assert row["mfu"] == pytest.approx(row["tokens_per_second"] * _flops() / 0.1e12, abs=1e-4)
 
 
+def test_a_runs_peak_is_not_that_of_the_run_before() -> None:
+    large = torch.ones(50_000_000, device="cuda" if torch.cuda.is_available() else "cpu")  # 200 MB
+    before = memory()["peak_memory"]
+    del large
+    forget_peak()
+    assert memory()["peak_memory"] < before - 100e6
+
+
 def _flops() -> float:
     """Of the quick model by hand: 4 layers of 4 and 3 matrices and 2 norms, the last norm, and the head."""
     weights = 4 * (4 * 256 * 256 + 3 * 256 * 688 + 2 * 256) + 256 + 512 * 256
@@ -116,6 +124,9 @@ def test_peak_is_what_is_given_or_unknown() -> None:
         ("NVIDIA A10G", 70),
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
         ("Tesla V100-SXM2-16GB", 125),
     ],
 )
