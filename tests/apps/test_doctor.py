@@ -106,3 +106,34 @@ def test_a_training_that_does_not_learn_fails(tmp_path: Path, monkeypatch: pytes
     found, loss = trials._train("other", 2, tmp_path / "recipe.yaml", 2.0)
     assert (found.verdict, loss) == (finding.FAIL, 3.0)
     assert "2.00 on one process" in found.found
+
+
+def test_a_health_check_takes_no_memory_on_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This torch has no CUDA: whatever would touch a GPU fails, as it does on one that is full."""
+    if machine.shutil.which("nvidia-smi"):
+        pytest.skip("this machine has real GPUs")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (unknown,) = machine.untouched_devices(tmp_path)
+    assert (unknown.verdict, "torch sees 2" in unknown.found) == (finding.NOTE, True)
+    (tmp_path / "nvidia-smi").write_text(
+        "#!/bin/sh\necho '0, NVIDIA H100, 71680, 81920'\necho '1, NVIDIA A30, [N/A], 1'\n"
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    full, parts = machine.untouched_devices(tmp_path)
+    assert full.line() == "note  GPU 0                      NVIDIA H100, 10.0 of 80.0 GiB free"
+    assert parts.line() == "ok    GPU 1                      NVIDIA A30"
+    broken = [one.found for one in machine.devices(tmp_path) if one.verdict == finding.FAIL]
+    assert len(broken) == 2
+    assert all(text.startswith("cannot be used: ") for text in broken)
+
+
+def test_cuda_operations_need_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch(0o755)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert machine._nvcc() == str(tmp_path / "bin" / "nvcc")
+    monkeypatch.delenv("CUDA_HOME")
+    assert machine._nvcc() != str(tmp_path / "bin" / "nvcc")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 from frugal_dist.training.accelerator import settle_accelerator
 from frugal_dist.training.doctor.finding import FAIL, NOTE, OK, Finding
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 
 
 # --- versions -------------------------------------------------------------------------------------------------------
@@ -57,20 +58,64 @@ def devices(folder: Path) -> Iterator[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        if shutil.which("nvidia-smi"):
-            why = "torch is a CPU build" if torch.version.cuda is None else "driver and CUDA do not fit"
-            yield Finding(FAIL, "GPU", f"nvidia-smi is here, but torch {torch.__version__} finds no GPU: {why}")
-        yield Finding(OK, "device", f"CPU, {os.cpu_count()} cores, torch {torch.__version__}")
+        yield from _no_gpu()
         return
-    for index in range(torch.cuda.device_count()):
-        name = torch.cuda.get_device_name(index)
-        free, total = torch.cuda.mem_get_info(index)
-        verdict = OK if free > total // 2 else NOTE
-        yield Finding(verdict, f"GPU {index}", f"{name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free")
-    if not torch.cuda.is_bf16_supported():
-        yield Finding(NOTE, "bf16", "not supported by this GPU: use precision fp16 under DeepSpeed, or fp32")
+    yield from map(_device, range(torch.cuda.device_count()))
+    try:
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            yield Finding(NOTE, "bf16", "not supported by this GPU: use precision fp16 under DeepSpeed, or fp32")
+    except (RuntimeError, AssertionError):
+        return  # said already
     if torch.cuda.device_count() > 1:
         yield Finding(OK, "NCCL", ".".join(map(str, torch.cuda.nccl.version())))
+
+
+def untouched_devices(folder: Path) -> Iterator[Finding]:
+    """As ``devices`` by what nvidia-smi says: torch would take memory on each GPU to find out how much is free."""
+    import torch
+
+    if not torch.cuda.is_available():
+        yield from _no_gpu()
+        return
+    query = ["nvidia-smi", "--query-gpu=index,name,memory.used,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        count = torch.cuda.device_count()
+        yield Finding(NOTE, "GPU", f"torch sees {count}; nvidia-smi, which knows their memory, cannot be run: {error}")
+        return
+    for line in filter(None, said.splitlines()):
+        index, name, *figures = (cell.strip() for cell in line.split(","))
+        try:
+            used, total = (float(figure) * MIB for figure in figures)
+        except ValueError:  # such as [N/A] of a GPU in parts
+            yield Finding(OK, f"GPU {index}", name)
+        else:
+            yield _memory(index, name, total - used, total)
+
+
+def _no_gpu() -> Iterator[Finding]:
+    import torch
+
+    if shutil.which("nvidia-smi"):
+        why = "torch is a CPU build" if torch.version.cuda is None else "driver and CUDA do not fit"
+        yield Finding(FAIL, "GPU", f"nvidia-smi is here, but torch {torch.__version__} finds no GPU: {why}")
+    yield Finding(OK, "device", f"CPU, {os.cpu_count()} cores, torch {torch.__version__}")
+
+
+def _device(index: int) -> Finding:
+    """A GPU that cannot be used, full or taken by another process alone, fails."""
+    import torch
+
+    try:
+        return _memory(index, torch.cuda.get_device_name(index), *torch.cuda.mem_get_info(index))
+    except (RuntimeError, AssertionError) as error:
+        return Finding(FAIL, f"GPU {index}", f"cannot be used: {str(error).splitlines()[0]}")
+
+
+def _memory(index: int | str, name: str, free: float, total: float) -> Finding:
+    verdict = OK if free > total / 2 else NOTE
+    return Finding(verdict, f"GPU {index}", f"{name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free")
 
 
 def disk(folder: Path) -> Iterator[Finding]:
@@ -112,4 +157,15 @@ def deepspeed_ops(folder: Path) -> Iterator[Finding]:
         builder = accelerator.create_op_builder(name)
         fits = builder is not None and builder.is_compatible(verbose=False)
         text = f"{name.removesuffix('Builder')} can be built for {accelerator.device_name()}"
+        if fits and accelerator.device_name() == "cuda" and _nvcc() is None:
+            why = "no nvcc on PATH or under CUDA_HOME. Frugal does not need it, DeepSpeed's own Adam does"
+            yield Finding(NOTE, "DeepSpeed ops", f"{text.replace('can', 'cannot')}: {why}")
+            continue
         yield Finding(OK if fits else NOTE, "DeepSpeed ops", text if fits else text.replace("can", "cannot"))
+
+
+def _nvcc() -> str | None:
+    """CUDA's compiler, where torch looks for it."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = [str(Path(home) / "bin") for home in homes if home]
+    return shutil.which("nvcc", path=os.pathsep.join([*places, os.environ.get("PATH", "")]))
