@@ -79,9 +79,12 @@ class PlainEngine:
         return mean
 
     def _gradient_norm(self) -> float:
-        """The norm of the whole gradient, which is clipped to the recipe's."""
-        limit = self._clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), limit)
+        """The norm of the whole gradient, which is clipped to the recipe's limit if it has one."""
+        if self._clip:
+            norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip)
+        else:  # which would multiply them all with 1
+            gradients = [weight.grad for weight in self._model.parameters() if weight.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _outputs(self, function: Losses, rows: Tensor) -> Tensor:
