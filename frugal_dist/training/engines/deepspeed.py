@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ from torch import Tensor, distributed, nn
 
 from frugal_dist import checkpoint
 from frugal_dist.optimizer import Frugal
+from frugal_dist.planner.zero import offloads
 from frugal_dist.training.accelerator import settle_accelerator
 from frugal_dist.training.engines import collectives
 from frugal_dist.training.engines.protocol import (
@@ -56,6 +58,8 @@ class DeepSpeedEngine:
         if optimizer is not None:
             built["optimizer"] = optimizer(model)
             config = {key: value for key, value in config.items() if key != "optimizer"}
+        if _can_partition(config.get("zero_optimization", {})):
+            _partition(model, config)
         self._engine, _, _, scheduler = deepspeed.initialize(
             model=model, model_parameters=parameters, config=config, lr_scheduler=ours, **built
         )
@@ -132,6 +136,30 @@ class DeepSpeedEngine:
         collectives.leave()
 
 
+def _can_partition(zero: dict[str, Any]) -> bool:
+    """At stage 3; weights on a disk are refused in better words by ``deepspeed.initialize``."""
+    return zero.get("stage") == 3 and (zero.get("offload_param") or {}).get("device") != "nvme"
+
+
+def _partition(model: nn.Module, config: dict[str, Any]) -> None:
+    """Leave each rank its part of every weight, one weight after the other; called by all ranks.
+
+    DeepSpeed does so itself, but only after the whole model is on the GPU.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    halves = (("bf16", torch.bfloat16), ("fp16", torch.float16))
+    half = next((dtype for key, dtype in halves if config.get(key, {}).get("enabled")), None)
+    for parameter in model.parameters() if half else ():  # DeepSpeed casts no weights that are partitioned
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(half)
+    deepspeed.zero.Init(module=model, config_dict_or_path=copy.deepcopy(config))
+    device = get_accelerator().current_device_name()
+    for buffer in model.buffers():  # nor moves what they leave
+        buffer.data = buffer.data.to(device)
+
+
 def read_deepspeed_config(path: Path) -> dict[str, Any]:
     """A DeepSpeed JSON, checked for what the loop needs."""
     config = _read(path)
@@ -174,9 +202,7 @@ def deepspeed_config(recipe: Recipe, world: int) -> dict[str, Any]:
 
     Raises ValueError if the JSON cannot be read, or the batch cannot be shared by ``world`` ranks.
     """
-    config: dict[str, Any] = (
-        {"zero_optimization": {"stage": 2}} if recipe.deepspeed is None else _read(Path(recipe.deepspeed))
-    )
+    config = recipe_json(recipe)
     scaling = config.get(recipe.precision, {})  # such as the first loss scale: the JSON's
     for key in ("scheduler", "gradient_accumulation_steps", "fp16", "bf16"):
         config.pop(key, None)  # of the recipe
@@ -192,5 +218,24 @@ def deepspeed_config(recipe: Recipe, world: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": equal_part(share, recipe.micro_batch),
         "gradient_clipping": recipe.clip,
         "steps_per_print": 10**9,
+        **data_types(config, recipe.precision),
         **({} if recipe.precision == "fp32" else {recipe.precision: {**scaling, "enabled": True}}),
     }
+
+
+def recipe_json(recipe: Recipe) -> dict[str, Any]:
+    """The DeepSpeed JSON that a recipe names, as it is; ZeRO-2 if it names none. ValueError if it cannot be read."""
+    return {"zero_optimization": {"stage": 2}} if recipe.deepspeed is None else _read(Path(recipe.deepspeed))
+
+
+def data_types(config: dict[str, Any], precision: str) -> dict[str, Any]:
+    """The JSON's own section, with bf16 gradients of micro-batches and ranks added up in fp32, as other engines do.
+
+    Not where the JSON says in what, nor where DeepSpeed 0.19.8 cannot (stage 0; stage 2 with its optimizer offloaded),
+    nor at stage 1: it would change to an optimizer that keeps whole fp32 gradients and does not look for overflow.
+    """
+    own, zero = config.get("data_types", {}), config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    fits = precision == "bf16" and (stage == 3 or (stage == 2 and not offloads(zero, "optimizer")))
+    found = {**({"grad_accum_dtype": "fp32"} if fits else {}), **own}
+    return {"data_types": found} if found else {}
