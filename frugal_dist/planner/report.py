@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from frugal_dist.planner.engines import EngineLayout
 from frugal_dist.planner.plan import ITEM, Plan, RankPlan
 from frugal_dist.planner.shapes import LlamaShape
+from frugal_dist.planner.zero import Zero, buffer_bytes, gradient_bytes
 
 MIB = 2**20
 GPUS = {
@@ -22,7 +23,7 @@ GPUS = {
 class Setting:
     """What of a run decides about memory beside the optimizer. ``tokens``: of a micro-batch on one rank.
 
-    ``note``: what else is to be said about the run.
+    ``note``: what else is to be said about the run. ``zero``: the DeepSpeed settings, None for torch's engines.
     """
 
     title: str
@@ -32,21 +33,43 @@ class Setting:
     tokens: int
     checkpointing: bool
     note: str = ""
+    zero: Zero | None = None
 
 
-def weight_and_gradient_bytes(engine: EngineLayout, plan: RankPlan, setting: Setting) -> tuple[int, int]:
-    """Weights with their fp32 masters, and gradients, on one rank: what engines document. An estimate.
+@dataclass(frozen=True)
+class Row:
+    """Bytes of one kind on a rank; ``host``: in the machine's memory, not on the GPU."""
+
+    name: str
+    size: int
+    host: bool = False
+
+
+def model_rows(engine: EngineLayout, plan: Plan, rank: RankPlan, setting: Setting) -> list[Row]:
+    """Weights, their fp32 masters, gradients, and buffers of the engine, on one rank: what engines document. Estimates.
 
     torch's engines keep fp32 weights and cast on the way; DeepSpeed keeps a low-precision copy, and fp32 masters of the
     rank's part.
     """
-    everything, part = setting.parameters, plan.parameters
+    everything, part = setting.parameters, rank.parameters
     held = part if engine.cuts_weights else everything
-    reduced = part if engine.cuts_gradients else everything
-    if not engine.masters:
-        return ITEM * held, ITEM * reduced
+    zero = setting.zero
+    if zero is None:
+        reduced = part if engine.cuts_gradients else everything
+        return [Row("weights (estimate)", ITEM * held), Row("gradients (estimate)", ITEM * reduced)]
     low = ITEM if setting.precision == "fp32" else 2
-    return low * held + ITEM * part, low * reduced + ITEM * part
+    before, within = gradient_bytes(zero, low, everything, part)
+    host = zero.optimizer_on_host
+    gradients = [Row("gradients (estimate)", before + within, host)]
+    if host and zero.stage == 1:
+        gradients = [Row("gradients (estimate)", before), Row("gradients of the step (estimate)", within, host)]
+    masters = 0 if zero.stage == 0 and low == ITEM else ITEM * part
+    return [
+        Row("weights (estimate)", low * held, zero.weights_on_host),
+        Row("fp32 masters (estimate)", masters, host),
+        *gradients,
+        Row("buffers of DeepSpeed (estimate)", buffer_bytes(zero, low, everything) if plan.ranks > 1 else 0),
+    ]
 
 
 def activation_bytes(setting: Setting) -> int:
@@ -87,25 +110,29 @@ def report(plan: Plan, baselines: Mapping[str, Plan], engine: EngineLayout, sett
 
 def _memory(plan: Plan, engine: EngineLayout, setting: Setting, gpu: str | None) -> list[str]:
     worst = plan.worst
-    weights, gradients = weight_and_gradient_bytes(engine, worst, setting)
-    activations = activation_bytes(setting)
+    host = setting.zero is not None and setting.zero.optimizer_on_host
     rows = [
-        ("weights and fp32 masters (estimate)", weights),
-        ("gradients (estimate)", gradients),
-        ("optimizer state", worst.state),
-        ("  moments of projected matrices", worst.moments),
-        ("  bases", worst.bases),
-        ("  moments of regular parameters", worst.regular),
-        ("  counters", worst.clocks),
-        ("refresh scratch, at most", worst.scratch),
-        (f"activations of {setting.tokens:,} tokens (estimate)", activations),
+        *model_rows(engine, plan, worst, setting),
+        Row("optimizer state", worst.state, host),
+        Row("  moments of projected matrices", worst.moments, host),
+        Row("  bases", worst.bases, host),
+        Row("  moments of regular parameters", worst.regular, host),
+        Row("  counters", worst.clocks, host),
+        Row("refresh scratch, at most", worst.scratch, host),
+        Row(f"activations of {setting.tokens:,} tokens (estimate)", activation_bytes(setting)),
     ]
-    total = weights + gradients + worst.state + worst.scratch + activations
-    lines = _table(["rank with the most state", "MiB"], [(name, f"{size / MIB:,.1f}") for name, size in rows])
+    lines = _table(
+        ["rank with the most state", "MiB"],
+        [(row.name + (", on the host" if row.host else ""), f"{row.size / MIB:,.1f}") for row in rows],
+    )
+    parts = [row for row in rows if not row.name.startswith(" ")]
+    total = sum(row.size for row in parts if not row.host)
     lines.append(f"Together {total / 1e9:,.2f} GB")
     if gpu is not None:
         verdict = "fits" if total < 0.9 * GPUS[gpu] else "does NOT fit"
         lines[-1] += f": {verdict} into {gpu} ({GPUS[gpu] / 1e9:.0f} GB, of which a tenth is left free)"
+    if on_host := sum(row.size for row in parts if row.host):
+        lines.append(f"On the host {on_host / 1e9:,.2f} GB for every rank of it")
     return lines
 
 

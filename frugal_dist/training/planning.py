@@ -14,7 +14,8 @@ from frugal_dist.planner.engines import EngineLayout, engine_layout
 from frugal_dist.planner.plan import Plan, make_plan
 from frugal_dist.planner.report import Setting, report
 from frugal_dist.planner.shapes import LLAMA_SHAPES, LlamaShape
-from frugal_dist.training.engines.deepspeed import equal_part
+from frugal_dist.planner.zero import Zero, read_zero
+from frugal_dist.training.engines.deepspeed import data_types, equal_part, recipe_json
 from frugal_dist.training.optimizers import described, frugal_options
 from frugal_dist.training.recipe import Optimizer, Recipe, check_recipe
 
@@ -37,6 +38,10 @@ def plan_recipe(recipe: Recipe, engine: str, ranks: int, gpu: str | None = None)
     others = {name: replace(recipe.optimizer, name=name) for name in BASELINES if name != recipe.optimizer.name}
     baselines: dict[str, Plan] = {name: plan_model(model, other, layout, ranks) for name, other in others.items()}
     share, rest = divmod(recipe.batch, ranks)
+    notes = (
+        [f"A batch of {recipe.batch} cannot be shared equally by {ranks} ranks: change it to train."] if rest else []
+    )
+    zero = _zero(recipe, layout, notes) if layout.masters else None
     # torch's engines end with a smaller micro-batch, DeepSpeed does not
     micro = equal_part(max(share, 1), recipe.micro_batch) if layout.masters else recipe.micro_batch or share
     setting = Setting(
@@ -46,11 +51,21 @@ def plan_recipe(recipe: Recipe, engine: str, ranks: int, gpu: str | None = None)
         precision=recipe.precision,
         tokens=max(1, min(micro, share)) * recipe.length,
         checkpointing=recipe.model.checkpointing,
-        note=f"A batch of {recipe.batch} cannot be shared equally by {ranks} ranks: change it to train."
-        if rest
-        else "",
+        note="\n".join(notes),
+        zero=zero,
     )
     return report(plan, baselines, layout, setting, gpu)
+
+
+def _zero(recipe: Recipe, layout: EngineLayout, notes: list[str]) -> Zero:
+    """The settings of the recipe's DeepSpeed JSON; it is noted if its stage is not the one that is planned."""
+    config, stage = recipe_json(recipe), int(layout.name.removeprefix("zero"))
+    section = config.get("zero_optimization", {})
+    own = section.get("stage", 0)
+    if recipe.deepspeed is not None and own != stage:
+        notes.append(f"{recipe.deepspeed} is for stage {own}: planned is stage {stage} with its other settings.")
+    config = {**config, "zero_optimization": {**section, "stage": stage}}
+    return read_zero({**config, **data_types(config, recipe.precision)}, stage, recipe.precision != "fp32")
 
 
 def plan_model(model: nn.Module, optimizer: Optimizer, layout: EngineLayout, ranks: int) -> Plan:

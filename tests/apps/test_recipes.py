@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -341,6 +342,35 @@ def test_a_plan_has_the_micro_batch_of_the_engine(engine: str, micro: str, capsy
     assert f"activations of {micro}0 tokens" in capsys.readouterr().out
 
 
+def test_a_plan_has_the_buffers_and_the_offload_of_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In bf16, on two ranks."""
+    (tmp_path / "mine.yaml").write_text("model: {llama: 9M}\nengine: deepspeed\n")
+    path = tmp_path / "ds.json"
+    zero = '"stage": 2, "overlap_comm": true, "reduce_bucket_size": 1048576, "offload_optimizer": {"device": "cpu"}'
+    path.write_text(f'{{"zero_optimization": {{{zero}}}}}')
+    seen = {}
+    for engine, changes in (
+        ("zero2", []),
+        ("zero2", ["--deepspeed", str(path)]),
+        ("zero3", ["--deepspeed", str(path)]),
+    ):
+        assert main(["plan", str(tmp_path / "mine.yaml"), "--engine", engine, "--ranks", "2", *changes]) == 0
+        seen[engine, bool(changes)] = capsys.readouterr().out
+    plain, offloaded, other = seen.values()
+    assert _size(plain, "buffers of DeepSpeed") == pytest.approx(2 * 500e6 / 2**20, abs=0.1)
+    assert _size(offloaded, "buffers of DeepSpeed") == 4.0
+    assert "host" not in plain
+    assert "| optimizer state, on the host " in offloaded
+    assert "On the host" in offloaded
+    assert "is for stage 2: planned is stage 3" in other
+    assert "is for stage" not in offloaded
+
+
+def _size(text: str, name: str) -> float:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {name}")]
+    return float(line.split("|")[2].replace(",", ""))
+
+
 def _rows(text: str, names: tuple[str, ...]) -> list[list[str]]:
     return [cells for line in text.splitlines() if (cells := line.split("|"))[1:] and cells[1].strip() in names]
 
@@ -378,6 +408,27 @@ def test_the_json_keeps_its_loss_scaling_under_the_recipes_precision(tmp_path: P
     config = deepspeed_config(recipe, 2)
     assert config["fp16"] == {"enabled": True, "initial_scale_power": 8}
     assert "bf16" not in config
+    assert "data_types" not in config
+
+
+def test_bf16_gradients_add_up_in_fp32_where_deepspeed_can(tmp_path: Path) -> None:
+    from frugal_dist.training.engines.deepspeed import deepspeed_config
+
+    path, fp32 = tmp_path / "ds.json", {"grad_accum_dtype": "fp32"}
+    own = {"grad_accum_dtype": "bf16"}
+    host = {"offload_optimizer": {"device": "cpu"}}
+    for zero, given, found in (
+        ({"stage": 2}, {}, fp32),
+        ({"stage": 3, **host}, {}, fp32),
+        ({"stage": 2}, own, own),
+        ({"stage": 2, **host}, {}, None),
+        ({"stage": 1}, {}, None),
+        ({"stage": 0}, {}, None),
+    ):
+        path.write_text(json.dumps({"zero_optimization": zero, **({"data_types": given} if given else {})}))
+        recipe = replace(read_recipe("llama_1b"), deepspeed=str(path))
+        assert deepspeed_config(recipe, 2).get("data_types") == found, zero
+    assert "data_types" not in deepspeed_config(replace(recipe, precision="fp32"), 2)
 
 
 def test_kernels_that_one_rank_lacks_are_found_before_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from frugal_dist.planner import (
     llama_weights,
     memory_table,
 )
+from frugal_dist.planner.zero import buffer_bytes, gradient_bytes, read_zero
 
 # GiB, as the papers account for it: eight bytes per entry with state; svd with its basis in fp32.
 PAPERS = {
@@ -91,3 +92,30 @@ def test_memory_command(capsys):
     assert capsys.readouterr().out.strip() == memory_table()
     assert main(["memory", "--density", "2"]) == 2
     assert "density is 2.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stage", "sums", "offload", "gradients", "buffers"),
+    [  # of 100 bf16 weights, 30 of which the rank updates; 10 elements in a bucket
+        (0, None, False, (200, 120), 200),
+        (1, None, False, (200, 120), 20),
+        (1, "fp32", False, (600, 0), 400),
+        (2, None, False, (60, 120), 20),
+        (2, "fp32", False, (0, 120), 20),
+        (2, "fp32", True, (60, 120), 20),
+        (3, None, False, (60, 120), 20 + 80),
+        (3, "fp32", True, (120, 120), 20 + 80),
+    ],
+)
+def test_what_a_deepspeed_json_says_of_memory(
+    stage: int, sums: str | None, offload: bool, gradients: tuple[int, int], buffers: int
+) -> None:
+    zero = {"stage": 0, "reduce_bucket_size": 1e1, "stage3_max_live_parameters": 40}
+    zero |= {"offload_optimizer": {"device": "cpu"}} if offload else {}
+    config = {"zero_optimization": zero, "data_types": {"grad_accum_dtype": sums}}
+    found = read_zero(config, stage, low=True)
+    assert gradient_bytes(found, 2, 100, 30) == gradients
+    assert buffer_bytes(found, 2, 100) == buffers
+    assert found.optimizer_on_host == offload
+    single = read_zero({}, 0, low=False)
+    assert gradient_bytes(single, 4, 100, 100) == (400, 0)
