@@ -153,7 +153,7 @@ class CoordinatePiece:
         return len(self.holders) > 1
 
     def share_shape(self, rank: int) -> Shape:
-        start, stop = self.bounds[self.holders.index(rank)]
+        start, stop = self.bounds[self._place(rank)]
         dim = self.selection.free_dim
         return (*self.shape[:dim], stop - start, *self.shape[dim + 1 :])
 
@@ -163,7 +163,12 @@ class CoordinatePiece:
 
     @property
     def my_bounds(self) -> tuple[int, int]:
-        return self.bounds[self.holders.index(self.rank)]
+        return self.bounds[self._place(self.rank)]
+
+    def _place(self, rank: int) -> int:
+        """Where a rank stands among the holders; with all ranks, a search for each would be quadratic."""
+        all_hold = rank < len(self.holders) and self.holders[rank] == rank
+        return rank if all_hold else self.holders.index(rank)
 
 
 @dataclass(frozen=True)

@@ -57,10 +57,11 @@ def _has_basis(work: Work) -> bool:
 def _bases(runtime: Runtime, work: Work) -> list[int]:
     """Moments and bases of a matrix on every rank."""
     entry = len(moment_names(work.config)) * work.dtype.itemsize
-    shapes = basis_shapes(work.side, work.matrix.rows, work.matrix.cols, work.size).values()
+    side, r = work.side, work.size  # looked up once, not for each of a thousand ranks
+    shapes = basis_shapes(side, work.matrix.rows, work.matrix.cols, r).values()
     basis = work.basis_dtype.itemsize * sum(prod(shape) for shape in shapes)
     layout = basis_route(runtime, work).layout
-    moments = [entry * sum(prod(shape) for shape in basis_tile_shapes(work.side, tiles, work.size)) for tiles in layout]
+    moments = [entry * sum(prod(shape) for shape in basis_tile_shapes(side, tiles, r)) for tiles in layout]
     return [size + basis * bool(tiles) for size, tiles in zip(moments, layout, strict=True)]
 
 
