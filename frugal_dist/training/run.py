@@ -103,15 +103,23 @@ def _begun(begin: Callable[[], Start], place: Place) -> tuple[Path, Callable[[],
     """The file for what libraries print, and what comes next; an error is kept until all ranks can hear of it."""
     try:
         start = begin()
-        run = Path(start.folder)
-        run.mkdir(parents=True, exist_ok=True)
-        log = run / log_file(place.rank)
-        log.open("a", encoding="utf-8").close()  # a folder that this rank cannot write is said while all can hear it
+        log = _writable(Path(start.folder), log_file(place.rank))
     except Exception as error:
         if place.world == 1:
             raise
         return Path(os.devnull), partial(_raise, error)
     return log, lambda: start.prepare
+
+
+def _writable(run: Path, name: str) -> Path:
+    """This file in the run's folder, there to be written: what this rank cannot write is said while all can hear it."""
+    log = run / name
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        log.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise ValueError(f"{log} cannot be written: {error.strerror}. Choose another --folder.") from error
+    return log
 
 
 def _raise(error: Exception) -> Prepare:

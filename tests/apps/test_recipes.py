@@ -116,6 +116,9 @@ def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
         assert main([*command, "--optimizer.options.densty", "0.1", "--folder", str(run)]) == 2
         assert "unknown key 'densty'" in capsys.readouterr().err
         assert not run.exists()  # before anything is begun
+    (tmp_path / "file").touch()
+    assert main(["pretrain", "llama_60m", "--folder", str(tmp_path / "file" / "run")]) == 2
+    assert "cannot be written: Not a directory. Choose another --folder." in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["memory", "--stesp", "3"])
 
