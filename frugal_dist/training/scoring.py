@@ -124,7 +124,7 @@ class Best:
     def _convert(self, saved: Path, partial: Path, record: dict[str, Any]) -> None:
         old, final = self.folder / f".{BEST}.old", self.folder / BEST
         shutil.rmtree(partial, ignore_errors=True)
-        with torch.random.fork_rng():  # building a model draws numbers
+        with torch.random.fork_rng(devices=[]):  # building a model draws numbers, on the CPU
             model: Any = self.build()
         fill(model, SavedWeights(saved, verify=False))
         model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
