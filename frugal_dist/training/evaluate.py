@@ -43,13 +43,14 @@ class Evaluation(Protocol):
 class Validation:
     """The first `tokens` predicted tokens of a validation text, the same for every number of ranks.
 
-    ``at_once``: rows that go through the model together on one rank.
+    ``at_once``: rows that go through the model together on one rank. ``short``: the text has fewer than ``tokens``.
     """
 
     def __init__(self, rows: Rows, tokens: int, at_once: int = ROWS_AT_ONCE) -> None:
         self.rows = rows
         self.at_once = at_once
         self.count = rows.enough(tokens)
+        self.short = self.count == rows.count and self.tokens < tokens
 
     @property
     def tokens(self) -> int:
@@ -74,7 +75,8 @@ class Validation:
             mine = [turn * engine.world + engine.rank for turn in range(first, min(first + self.at_once, turns))]
             rows = self.rows.take(min(number, self.count - 1) for number in mine)
             losses = engine.losses(torch.from_numpy(rows)).view(len(mine), -1).double().sum(dim=1)
-            total += sum(float(loss) for number, loss in zip(mine, losses, strict=True) if number < self.count)
+            told = losses.tolist()  # a GPU is waited for once
+            total += sum(loss for number, loss in zip(mine, told, strict=True) if number < self.count)
         return engine.total([total])[0] / self.tokens
 
     def unigram_loss(self, train: Tokens, vocab_size: int) -> float:

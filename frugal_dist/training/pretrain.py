@@ -54,8 +54,11 @@ def _prepare(recipe: Recipe, place: Place, stack: ExitStack) -> Job:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = build_engine(model, recipe, schedule, place)
     stack.callback(data.batches.close)
-    record = replace(recipe, optimizer=settled(recipe.optimizer)).record()
-    return Job(recipe, record, parameters, engine, data.batches, data.validation, _summary, flops)
+    tokens = data.validation.tokens
+    record = {**replace(recipe, optimizer=settled(recipe.optimizer)).record(), "validation_tokens": tokens}
+    less = f"There are only {tokens:,} tokens for validation; evaluation_tokens is {recipe.evaluation_tokens:,}."
+    note = less if data.validation.short else ""
+    return Job(recipe, record, parameters, engine, data.batches, data.validation, _summary, flops, note=note)
 
 
 def _materials(recipe: Recipe, place: Place) -> tuple[Schedule, OpenData, nn.Module]:

@@ -212,6 +212,11 @@ def check_recipe(recipe: Recipe) -> None:
             raise ValueError(f"data.{key} is {getattr(recipe.data, key)}; it must be at least 1.")
     if not recipe.data.epochs > 0:
         raise ValueError(f"data.epochs is {recipe.data.epochs:g}; it must be above 0.")
+    if recipe.data.kind == "tokens" and recipe.data.validation_path is not None:
+        raise ValueError(
+            f"data.validation_path is {recipe.data.validation_path!r}, but token files have their validation in "
+            "data.path, held back by `frugal-dist data prepare`. Leave it out."
+        )
     if (recipe.model.llama is None) == (recipe.model.path is None):
         raise ValueError("model.llama and model.path: set one of them, the shape of the papers or a folder.")
     if recipe.model.pretrained and recipe.model.path is None:

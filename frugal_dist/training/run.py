@@ -46,7 +46,7 @@ class Job:
     ``record``: the user's recipe, as far as it counts, for the metrics file. ``summary(outcome)``: figures of the end,
     and words for the terminal. ``flops_per_token``: 0 if not known. ``evaluated``: as the loop's. ``remember()``: what
     a checkpoint holds beside the position in the data; ``recall`` gets it back when the run goes on.
-    ``evaluate_first``: before the first step, too.
+    ``evaluate_first``: before the first step, too. ``note``: said to the user at the start.
     """
 
     recipe: Recipe
@@ -61,6 +61,7 @@ class Job:
     remember: Callable[[], dict[str, Any]] = dict
     recall: Callable[[dict[str, Any]], None] | None = None
     evaluate_first: bool = True
+    note: str = ""
 
 
 Prepare = Callable[[Place, ExitStack], Job]
@@ -153,7 +154,7 @@ def _train(job: Job, terminal: TextIO, request: StopRequest) -> int:
         if job.recall is not None:
             job.recall(found[1])
     if engine.rank == 0:
-        say(terminal, _headline(job, start))
+        say(terminal, "\n".join([_headline(job, start), *filter(None, [job.note])]))
     try:
         outcome = _run(job, start, 0.0 if found is None else float(found[1].get(SECONDS, 0.0)), terminal, request)
     except Diverged as error:  # on all ranks: they leave together, and a comparison goes on with its next run

@@ -203,6 +203,7 @@ class FakeEngine:
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_validation_covers_the_same_tokens_for_every_number_of_ranks(world):
     validation = Validation(_rows(count=50), tokens=44 * 4 + 1)
+    assert (validation.short, Validation(_rows(count=50), tokens=50 * 4 + 1).short) == (False, True)
     assert validation.tokens == 44 * 4
     engines = [FakeEngine(rank, world) for rank in range(world)]
     for engine in engines:

@@ -139,12 +139,13 @@ def test_the_curve_falls(uninterrupted: dict[tuple[str, int], float]) -> None:
     assert uninterrupted["validation", 10] < uninterrupted["validation", 0] - 0.05
 
 
-def test_refreshes_are_written_down(folder: Path, uninterrupted: dict[tuple[str, int], float]) -> None:
+def test_refreshes_and_validation_are_written_down(folder: Path, uninterrupted: dict[tuple[str, int], float]) -> None:
     """Every four steps, 21 matrices; the first has nothing to overlap with."""
     found = refreshes(folder, "single")
     assert [row[:2] for row in found] == [(1, 21), (5, 21), (9, 21)]
     assert all(0.0 < row[2] < 1.0 for row in found)
     assert [row[3] > 0.0 for row in found] == [False, True, True]
+    assert of_kind(read_metrics(folder / "runs" / "single"), "run")[0]["validation_tokens"] == 640
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])

@@ -17,7 +17,7 @@ from frugal_dist.training.compare import contender
 from frugal_dist.training.engines import check_engine
 from frugal_dist.training.optimizers import frugal_options
 from frugal_dist.training.place import find_place, first_host
-from frugal_dist.training.recipe import Optimizer, Recipe, Saving, Schedule, check_recipe, read_recipe, shipped
+from frugal_dist.training.recipe import Data, Optimizer, Recipe, Saving, Schedule, check_recipe, read_recipe, shipped
 from frugal_dist.training.schedule import build_schedule
 
 PAPERS = {"9m": 128, "20m": 256, "60m": 512, "130m": 768, "350m": 1024, "1b": 2048, "3b": 2560, "7b": 4096}
@@ -136,6 +136,7 @@ def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
         ({"saving": Saving(every=-1)}, "saving.every"),
         ({"precision": "fp16"}, "fp16"),
         ({"deepspeed": "x.json"}, "deepspeed"),
+        ({"data": Data(kind="tokens", path="a", validation_path="b")}, "data.validation_path is 'b'"),
         ({"model": Recipe().model}, "model.llama"),
     ],
 )
