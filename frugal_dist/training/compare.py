@@ -114,8 +114,9 @@ def train_all(
         codes.append(ended[one.folder] if one.folder in ended else kind.train(one))
         if codes[-1] not in (0, DIVERGED):
             return codes[-1]
-    if place.rank == 0:
-        conclude(root)
+    if place.rank:
+        return 0  # a launcher would end the first rank for another's bad end while it still draws
+    conclude(root)
     return 1 if any(codes) else 0
 
 
