@@ -34,9 +34,10 @@ def groups_after(params: dict[str, Any], zero: dict[str, Any], **more: Any) -> l
 
 def error_of(params: dict[str, Any], zero: dict[str, Any], more: dict[str, Any], steps: int = 0) -> str:
     """What the user reads, from deepspeed.initialize or from the first ``steps`` steps."""
+    from deepspeed.runtime import torch_autocast
     from deepspeed.utils import groups
 
-    ranks, before = torch.distributed.get_world_size(), dict(vars(groups))
+    ranks, before, autocast = torch.distributed.get_world_size(), dict(vars(groups)), dict(vars(torch_autocast))
     engine = None
     try:
         engine = cases.start(cases.config_of(params, zero, ranks, **more))
@@ -45,6 +46,7 @@ def error_of(params: dict[str, Any], zero: dict[str, Any], more: dict[str, Any],
         return f"{type(error).__name__}: {error}"
     finally:
         vars(groups).update(before)  # AutoTP leaves its process groups for all engines to come
+        vars(torch_autocast).update(autocast)  # with it engines to come would not clip
         if engine is not None:
             engine.destroy()
     return ""
