@@ -49,6 +49,11 @@ PARTS = (
     "own file, or use torch.distributed.checkpoint or frugal_dist.checkpoint; with shard_state=False each rank has all."
 )
 
+CAPTURED = (
+    "Frugal.step() cannot be captured in a CUDA graph: replays would repeat this step's rates, counts and projectors. "
+    "Capture forward and backward alone."
+)
+
 NO_GRADIENTS = (
     "step() found no gradient on any parameter of any rank, so nothing is updated. Was backward() called? If the "
     "optimizer was built before fully_shard(model), it holds the parameters that fully_shard has replaced: build it "
@@ -227,8 +232,10 @@ class Frugal(Optimizer):
         """One update. Collective: every rank calls it equally often, with or without gradients.
 
         Raises ValueError (on all ranks alike) if the ranks disagree about the model, the engine is not supported or its
-        checkpoints would be incomplete, RuntimeError if a projector refresh keeps failing.
+        checkpoints would be incomplete, RuntimeError if a projector refresh keeps failing or in a CUDA graph.
         """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(CAPTURED)
         loss = None
         if closure is not None:
             with torch.enable_grad():

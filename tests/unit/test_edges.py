@@ -449,3 +449,12 @@ def test_float64_gradients_beyond_the_range_of_float32(scale: float) -> None:
         plain.step()
     assert clocks(extreme, w)["refreshes"] == 2
     assert torch.allclose(w, ordinary, atol=1e-10, rtol=0)
+
+
+def test_a_step_in_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = {"w": weight(8, 6)}
+    optimizer = build(w)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="Capture forward and backward alone"):
+        optimizer.step()
