@@ -310,11 +310,9 @@ def _gather(runtime: Runtime, works: Sequence[Work]) -> tuple[dict[int, Tensor],
 def _compute(work: Work, grad: Tensor, warm: Basis | None, figures: RefreshFigures) -> Basis | None:
     """The new basis, or None. Never raises: the other ranks are waiting for the outcome."""
     refresh_number = work.state.clock("refreshes")
-    attempts = [(torch.device("cpu"), work.dtype), (torch.device("cpu"), torch.float64)]
-    if torch.cuda.is_available():  # also for what is offloaded: there a large SVD takes seconds, here minutes
-        attempts.insert(0, (torch.device("cuda", torch.cuda.current_device()), work.dtype))
-    elif grad.device.type != "cpu":
-        attempts.insert(0, (grad.device, work.dtype))
+    offloaded = grad.device.type == "cpu" and torch.cuda.is_available()  # there a large SVD takes seconds, here minutes
+    first = torch.device("cuda", torch.cuda.current_device()) if offloaded else grad.device
+    attempts = [(first, work.dtype), (torch.device("cpu"), work.dtype), (torch.device("cpu"), torch.float64)]
     troubles = []
     for device, dtype in attempts:
         try:
