@@ -234,7 +234,7 @@ class Frugal(Optimizer):
         Raises ValueError (on all ranks alike) if the ranks disagree about the model, the engine is not supported or its
         checkpoints would be incomplete, RuntimeError if a projector refresh keeps failing or in a CUDA graph.
         """
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(CAPTURED)
         loss = None
         if closure is not None:

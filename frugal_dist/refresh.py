@@ -6,18 +6,17 @@ A NaN, a zero gradient or a failed SVD is a status that all ranks learn; no rank
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from frugal_dist.bases import compute_basis
 from frugal_dist.clock import due, offset
-from frugal_dist.figures import RefreshFigures
 from frugal_dist.moments import carry_basis_moments, move_coordinate_moments, moves_between_ranks
 from frugal_dist.notices import notice
-from frugal_dist.projection.basis import Basis, basis_shapes, exact_svd, random_basis
-from frugal_dist.projection.subspace import gram_svd, subspace_svd
+from frugal_dist.projection.basis import Basis, basis_shapes
 from frugal_dist.replicas import fingerprints, mismatched, resynchronise
 from frugal_dist.sharding.exchange import agree_max, all_to_all, broadcast
 from frugal_dist.sharding.plan import moves_for, owner_layout
@@ -234,7 +233,9 @@ def _refresh_bucket(runtime: Runtime, works: Sequence[Work]) -> None:
     """All owners compute at the same time; only then the first of them publishes."""
     gathered, warm = _gather(runtime, works)
     found = {
-        work.matrix.index: _compute(work, gathered[work.matrix.index], warm.get(work.matrix.index), runtime.figures)
+        work.matrix.index: compute_basis(
+            work, gathered[work.matrix.index], warm.get(work.matrix.index), runtime.figures
+        )
         for work in works
         if work.matrix.owner == runtime.ranks.rank
     }
@@ -307,48 +308,6 @@ def _gather(runtime: Runtime, works: Sequence[Work]) -> tuple[dict[int, Tensor],
     return found, warm
 
 
-def _compute(work: Work, grad: Tensor, warm: Basis | None, figures: RefreshFigures) -> Basis | None:
-    """The new basis, or None. Never raises: the other ranks are waiting for the outcome."""
-    refresh_number = work.state.clock("refreshes")
-    offloaded = grad.device.type == "cpu" and torch.cuda.is_available()  # there a large SVD takes seconds, here minutes
-    first = torch.device("cuda", torch.cuda.current_device()) if offloaded else grad.device
-    attempts = [(first, work.dtype), (torch.device("cpu"), work.dtype), (torch.device("cpu"), torch.float64)]
-    troubles = []
-    for device, dtype in attempts:
-        try:
-            found = _basis_of(work, grad.to(device, dtype), refresh_number, warm)
-            basis = Basis(**{k: v.to(work.device, work.dtype) for k, v in vars(found).items() if v is not None})
-            if all(bool(torch.isfinite(part).all()) for part in basis.parts):
-                _count(figures, grad, basis)
-                return basis
-            troubles.append("the result is not finite")
-        except Exception as error:  # whatever went wrong becomes a status; a traceback here would hang the others
-            troubles.append(f"{type(error).__name__}: {error}")
-    notice(f"{work.matrix.name}: the refresh failed on its owner: {'; '.join(troubles)}")
-    return None
-
-
-def _count(figures: RefreshFigures, grad: Tensor, basis: Basis) -> None:
-    """Figures are not worth a basis that was found, nor the ranks that wait for it."""
-    try:
-        figures.add_basis(grad.to(basis.parts[0].dtype), basis)
-    except Exception as error:  # no memory left, say
-        notice(f"the figures of a refresh could not be computed: {type(error).__name__}: {error}")
-
-
-def _basis_of(work: Work, grad: Tensor, number: int, warm: Basis | None) -> Basis:
-    name, seed, side, r = work.matrix.name, work.config.seed, work.side, work.size
-    if work.config.projection == "random":
-        rows, cols = grad.shape
-        return random_basis(rows, cols, side, r, seed=seed, name=name, refresh=number, dtype=grad.dtype)
-    methods: dict[str, Callable[[], Basis]] = {
-        "exact": lambda: exact_svd(grad, side, r),
-        "subspace": lambda: subspace_svd(grad, side, r, warm, seed=seed, name=name, refresh=number),
-        "gram64": lambda: gram_svd(grad, side, r),
-    }
-    return methods[work.config.svd_method]()
-
-
 def used_by_others(runtime: Runtime, work: Work) -> bool:
     """Whether any rank but the owner computes with this matrix' basis."""
     return any(tiles for rank, tiles in enumerate(basis_route(runtime, work).layout) if rank != work.matrix.owner)
@@ -363,12 +322,8 @@ def _publish(runtime: Runtime, works: Sequence[Work], found: Sequence[Basis | No
         shapes = basis_shapes(work.side, work.matrix.rows, work.matrix.cols, work.size)
         travels = used_by_others(runtime, work)
         if basis is None:  # where it does not travel, nobody here computes with it
-            basis = Basis(
-                **{
-                    name: torch.zeros(shape if travels else (0, 0), dtype=work.dtype, device=work.device)
-                    for name, shape in shapes.items()
-                }
-            )
+            sizes = {name: shape if travels else (0, 0) for name, shape in shapes.items()}
+            basis = Basis(**{n: torch.zeros(size, dtype=work.dtype, device=work.device) for n, size in sizes.items()})
         bases.append(basis)
         if travels:
             pieces += basis.parts

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from cases import GAP, LAYOUTS, STEPS, gradients, weights
 from storages import Held, Named, replicas
 
-import frugal_dist.refresh
+import frugal_dist.bases
 from frugal_dist.projection.basis import exact_svd
 from frugal_dist.state import CLOCKS
 
@@ -69,7 +69,7 @@ class Drill:
     def patched(self) -> contextlib.AbstractContextManager[Any]:
         if self.svd is None:
             return contextlib.nullcontext()
-        return mock.patch.object(frugal_dist.refresh, "exact_svd", self.svd())
+        return mock.patch.object(frugal_dist.bases, "exact_svd", self.svd())
 
     def alone(self) -> Outcome:
         """On one process, which sees what the spoiled rank sees."""

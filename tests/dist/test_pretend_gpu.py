@@ -109,10 +109,9 @@ def test_clocks_that_an_engine_put_on_the_gpu_come_back() -> None:
 def test_offloaded_matrices_are_refreshed_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where weights and state lie on the CPU, an exact SVD is still the GPU's work."""
     seen = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr("frugal_dist.refresh.exact_svd", lambda grad, *rest: seen.append(grad) or exact_svd(grad, *rest))
+    monkeypatch.setattr("frugal_dist.bases.exact_svd", lambda grad, *rest: seen.append(grad) or exact_svd(grad, *rest))
     case = Case("svd", "std", "reset", more=(("process_group", None),))
     with gpu():
         start = {name: weights()[name] for name in ("tall", "norm")}

@@ -25,7 +25,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("sharding.plain", "sharding.dtensor", "sharding.zero", "sharding.table"),
     ("parameters", "clock", "state", "update", "figures"),
     ("work",),
-    ("moments", "replicas", "workload", "engines"),
+    ("moments", "replicas", "workload", "engines", "bases"),
     ("refresh", "stepping", "groups"),
     ("saving",),
     ("optimizer",),

@@ -454,7 +454,7 @@ def test_float64_gradients_beyond_the_range_of_float32(scale: float) -> None:
 def test_a_step_in_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     w = {"w": weight(8, 6)}
     optimizer = build(w)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="Capture forward and backward alone"):
         optimizer.step()
