@@ -21,9 +21,9 @@ def compute_basis(work: Work, grad: Tensor, warm: Basis | None, figures: Refresh
     for place, dtype in ((_fastest, work.dtype), (_cpu, work.dtype), (_cpu, torch.float64)):
         try:
             found = _basis_of(work, grad.to(place(grad), dtype), refresh_number, warm)
-            basis = Basis(**{k: v.to(work.device, work.dtype) for k, v in vars(found).items() if v is not None})
+            basis = found.moved(work.device, work.dtype)
             if all(bool(torch.isfinite(part).all()) for part in basis.parts):
-                _count(figures, grad, basis)
+                _count(figures, grad, basis, found.captured)
                 return basis
             troubles.append("the result is not finite")
         except Exception as error:  # whatever went wrong becomes a status; a traceback here would hang the others
@@ -45,10 +45,10 @@ def _cpu(grad: Tensor) -> torch.device:
     return torch.device("cpu")
 
 
-def _count(figures: RefreshFigures, grad: Tensor, basis: Basis) -> None:
+def _count(figures: RefreshFigures, grad: Tensor, basis: Basis, captured: Tensor | None) -> None:
     """Figures are not worth a basis that was found, nor the ranks that wait for it."""
     try:
-        figures.add_basis(grad.to(basis.parts[0].dtype), basis)
+        figures.add_basis(grad.to(basis.parts[0].dtype), basis, captured)
     except Exception as error:  # no memory left, say
         notice(f"the figures of a refresh could not be computed: {type(error).__name__}: {error}")
 

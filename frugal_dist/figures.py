@@ -37,9 +37,12 @@ class RefreshFigures:
         self.energy = _added(self.energy, _energy(grads))
         self.captured = _added(self.captured, _energy(captured))
 
-    def add_basis(self, grad: Tensor, basis: Basis) -> None:
-        """A new basis, on the rank that computed it from the whole gradient."""
-        self.add_part([grad], [down(grad, basis)])
+    def add_basis(self, grad: Tensor, basis: Basis, captured: Tensor | None) -> None:
+        """A new basis, on the rank that computed it from the whole gradient, and what it catches of it, if known."""
+        self.refreshed += 1
+        self.energy = _added(self.energy, _energy([grad]))
+        caught = _energy([down(grad, basis)]) if captured is None else captured.to(grad.device)
+        self.captured = _added(self.captured, caught)
 
     def add_turn(self, old: Basis | None, new: Basis) -> None:
         """A basis that takes the place of another; nothing is counted where they cannot be compared."""

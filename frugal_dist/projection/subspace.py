@@ -14,35 +14,52 @@ from torch import Tensor
 import frugal_dist.projection.coordinates as coordinates
 from frugal_dist.projection.basis import Basis
 
-OVERSAMPLING = 0.25
-WARM_ITERATIONS, COLD_ITERATIONS = 2, 6
+# Chosen on the gradients of a small LLaMA (docs/performance.md): more of either costs time, less costs signs.
+OVERSAMPLING = 3 / 16
+WARM_ROUNDS, COLD_ROUNDS = 2, 5
 
 
 def subspace_svd(grad: Tensor, side: str, r: int, warm: Basis | None, *, seed: int, name: str, refresh: int) -> Basis:
-    """The leading singular vectors by subspace iteration from the old basis ``warm``, with a quarter of extra columns.
+    """The leading singular vectors by shifted subspace iteration from the old basis ``warm``.
 
-    Random columns, a function of (seed, name, refresh), fill up what ``warm`` lacks. In each round one of the two
-    halves is orthonormalised; the last round orthonormalises both and rotates to singular vectors.
+    Random columns, a function of (seed, name, refresh), fill up what ``warm`` lacks, with 3/16 more. Each round
+    multiplies by GᵀG (by GGᵀ for the left) and orthonormalises; all but the first subtract a multiple of the columns,
+    which damps the singular values that are not wanted (the shift of dashSVD, Feng et al. 2024).
     """
     if side == "left":
         matrix, start = grad.T, None if warm is None else warm.left
     else:
         matrix, start = grad, None if warm is None else warm.right
     vectors = _start(matrix, start, r, seed, name, refresh)
-    rounds = COLD_ITERATIONS if start is None else WARM_ITERATIONS
-    for _ in range(rounds - 1):
-        vectors = torch.linalg.qr(matrix.T @ (matrix @ vectors)).Q
-    outer = torch.linalg.qr(matrix @ vectors).Q
-    inner, triangle = torch.linalg.qr(matrix.T @ outer)
-    turn_inner, _, turn_outer = torch.linalg.svd(triangle)  # G ~ outer (inner triangle)^T
-    first = (inner @ turn_inner[:, :r]).contiguous()
+    room = vectors.shape[1] < min(matrix.shape)  # else there is nothing to damp
+    for round_number in range(COLD_ROUNDS if start is None else WARM_ROUNDS):
+        image = matrix @ vectors
+        image_back = matrix.T @ image
+        if room and round_number:
+            # Shifts up to half of the k-th eigenvalue help, k the number of columns. Their smallest Rayleigh quotient
+            # is near it, and needs neither a decomposition nor a wait for the GPU.
+            image_back.addcmul_(vectors, image.square().sum(0).min(), value=-0.5)
+        vectors = torch.linalg.qr(image_back).Q
+    turn, captured = _leading(matrix @ vectors, r)  # Rayleigh-Ritz
+    inner = (vectors @ turn.to(matrix.dtype)).contiguous()
     if side != "full":
-        return Basis(**{side: first})
-    return Basis(left=(outer @ turn_outer.T[:, :r]).contiguous(), right=first)
+        return Basis(**{side: inner}, captured=captured)
+    return Basis(left=torch.linalg.qr(matrix @ inner).Q.contiguous(), right=inner, captured=captured)
+
+
+def _leading(matrix: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """The r leading right singular vectors as columns and the sum of their squared singular values, in fp64.
+
+    By the Gram matrix: in fp32 squaring the condition number would spoil what the residual's signs depend on; in fp64
+    it does not.
+    """
+    wide = matrix.double()
+    values, vectors = torch.linalg.eigh(wide.T @ wide)
+    return vectors.flip(1)[:, :r], values[-r:].clamp(min=0).sum()
 
 
 def _start(matrix: Tensor, warm: Tensor | None, r: int, seed: int, name: str, refresh: int) -> Tensor:
-    """Columns of about unit length: r and a quarter more, at most as many as the matrix has singular vectors.
+    """Columns of about unit length: r and some more, at most as many as the matrix has singular vectors.
 
     Not orthonormal: the first round makes them so.
     """
@@ -51,23 +68,20 @@ def _start(matrix: Tensor, warm: Tensor | None, r: int, seed: int, name: str, re
     known = [] if warm is None else [warm[:, :width].to(matrix.device, matrix.dtype)]
     missing = width - sum(part.shape[1] for part in known)
     generator = coordinates.seeded_generator(seed, f"{name}|subspace", refresh, length, missing)
-    extra = torch.randn(length, missing, generator=generator, dtype=torch.float64, device="cpu")
+    extra = torch.randn(length, missing, generator=generator, dtype=torch.float32, device="cpu")
     extra /= math.sqrt(length)
     return torch.cat([*known, extra.to(matrix.device, matrix.dtype)], dim=1)
 
 
 def gram_svd(grad: Tensor, side: str, r: int) -> Basis:
-    """The leading singular vectors from the eigenvectors of the smaller Gram matrix, in fp64.
-
-    In fp32 squaring the condition number would spoil what the residual's signs depend on; in fp64 it does not.
-    """
+    """The leading singular vectors from the eigenvectors of the smaller Gram matrix, in fp64."""
     wide = grad.double()
     tall = wide.shape[0] >= wide.shape[1]
     matrix = wide if tall else wide.T
-    inner = torch.linalg.eigh(matrix.T @ matrix).eigenvectors.flip(1)[:, :r]
+    inner, captured = _leading(matrix, r)
     found = {"right" if tall else "left": inner}
     other = "left" if tall else "right"
     if side in (other, "full"):
         found[other] = torch.linalg.qr(matrix @ inner).Q
     wanted = ("left", "right") if side == "full" else (side,)
-    return Basis(**{part: found[part].to(grad.dtype).contiguous() for part in wanted})
+    return Basis(**{part: found[part].to(grad.dtype).contiguous() for part in wanted}, captured=captured)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from frugal_dist import Frugal
 from frugal_dist.config import FrugalConfig
-from frugal_dist.projection import Basis, exact_svd, gram_svd, subspace_svd
-from frugal_dist.projection.subspace import COLD_ITERATIONS, WARM_ITERATIONS
+from frugal_dist.projection import Basis, down, exact_svd, gram_svd, subspace_svd
+from frugal_dist.projection.subspace import COLD_ROUNDS, WARM_ROUNDS
 
 SHAPES = [(48, 32), (32, 48), (40, 40)]
 SIDES = ["right", "left", "full"]
@@ -49,16 +49,41 @@ def test_the_singular_vectors_themselves(rows: int, cols: int, side: str, method
         assert aligned(one, other) > 1 - 1e-8
 
 
+@pytest.mark.parametrize("method", [*METHODS, "exact"])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_what_a_basis_catches_is_known_with_it(rows: int, cols: int, side: str, method: str) -> None:
+    grad = matrix(rows, cols, 0.95)
+    found = METHODS.get(method, lambda grad, side: exact_svd(grad, side, R))(grad, side)
+    assert found.captured is not None
+    torch.testing.assert_close(found.captured, down(grad, found).square().sum(), rtol=1e-10, atol=0)
+    assert found.moved(grad.device, torch.float32).captured is None
+
+
 @pytest.mark.parametrize("side", SIDES)
 def test_from_the_old_basis_fewer_rounds_find_as_much(side: str) -> None:
     old, grad = matrix(48, 32, 0.9), matrix(48, 32, 0.9) + 0.02 * matrix(48, 32, 0.9, seed=1)
-    assert WARM_ITERATIONS < COLD_ITERATIONS
+    assert WARM_ROUNDS < COLD_ROUNDS
     want = exact_svd(grad, side, R)
     found = subspace_svd(grad, side, R, exact_svd(old, side, R), seed=0, name="w", refresh=1)
     for one, other in zip(found.parts, want.parts, strict=True):
         assert aligned(one, other) > 0.99
         overlap = torch.linalg.svdvals(one.T @ other)
         assert float(overlap.min()) > 0.999
+
+
+def test_the_shift_finds_more_with_the_same_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = matrix(128, 96, 0.97)
+    grad = old + 0.02 * torch.randn(128, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) / 128**0.5
+    warm, want = exact_svd(old, "right", 32), exact_svd(grad, "right", 32).parts[0]
+
+    def error() -> float:
+        found = subspace_svd(grad, "right", 32, warm, seed=0, name="w", refresh=1).parts[0]
+        return float((want - found @ (found.T @ want)).norm())
+
+    shifted = error()
+    monkeypatch.setattr(Tensor, "addcmul_", lambda self, *_, **__: self)
+    assert shifted < 0.75 * error()
 
 
 @pytest.mark.parametrize("method", METHODS)
