@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from frugal_dist import engines, saving
@@ -227,6 +228,7 @@ class Frugal(Optimizer):
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
+    @_disable_dynamo  # a compiled training step calls it as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update. Collective: every rank calls it equally often, with or without gradients.

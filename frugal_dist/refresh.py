@@ -63,7 +63,7 @@ def _due(work: Work, updates: int | None = None, refreshed_at: int | None = None
 
 
 def _takes_part(runtime: Runtime, work: Work) -> bool:
-    """Whether a matrix' refresh needs all ranks: bases, replicas that compare, moments that move.
+    """Whether a matrix' refresh needs all ranks: bases, replicas that compare their weights, moments that move.
 
     Freezing (requires_grad) is a decision of the program, the same on all ranks; a missing gradient is not.
     """
@@ -71,9 +71,8 @@ def _takes_part(runtime: Runtime, work: Work) -> bool:
         return False
     if work.family == "basis":
         return True
-    shared = runtime.shard_replicas and work.matrix.copies > 1
     clocks = (work.state.clock("refreshes"), work.state.clock("size"))
-    return not runtime.ranks.alone and (shared or moves_between_ranks(runtime, work, clocks))
+    return not runtime.ranks.alone and (work.matrix.copies > 1 or moves_between_ranks(runtime, work, clocks))
 
 
 def _suspects(runtime: Runtime, works: Sequence[Work]) -> list[Work]:

@@ -21,7 +21,7 @@ from frugal_dist.training.metrics import of_kind, read_metrics  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "quickstart.sh"
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.shows_gpus]
 
 
 @pytest.fixture(scope="module")

@@ -319,7 +319,10 @@ def _healed() -> dict[str, Drill]:
     """Drills after which replicas must be equal again."""
     found = {}
     for layout in (*REPLICATED, "HSDP 2x2"):
-        found[f"another weight, {layout}"] = Drill(layout, SVD, before=touch_weights, ranks=_ranks(layout))
+        for projection in ("svd", "columns", "blockwise"):
+            name = f"another weight, {layout}" + ("" if projection == "svd" else f", {projection}")
+            options = SVD if projection == "svd" else {**SVD, "projection": projection, "density": 0.5}
+            found[name] = Drill(layout, options, before=touch_weights, ranks=_ranks(layout))
     for layout in REPLICATED:
         for at in (GAP - 1, GAP):
             grads = missing((VICTIM,), (at,), SPOILED)

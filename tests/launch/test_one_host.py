@@ -34,6 +34,7 @@ def uninterrupted(host: Host, workshop: Workshop) -> Run:
     return run
 
 
+@pytest.mark.shows_gpus
 def test_deepspeed(host: Host, workshop: Workshop, reference: Run) -> None:
     run = workshop.run("deepspeed")
     # There are no such GPUs; LOCAL_SIZE makes DeepSpeed believe in eight devices.
@@ -47,6 +48,7 @@ def test_deepspeed(host: Host, workshop: Workshop, reference: Run) -> None:
 
 
 @pytest.mark.heavy
+@pytest.mark.shows_gpus
 def test_a_rank_killed_under_deepspeed_is_named(host: Host, workshop: Workshop) -> None:
     run = workshop.run("deepspeed-killed")
     process = host.start(run.script("deepspeed.sh", *LONG), run.log, RANKS="2")
@@ -58,6 +60,7 @@ def test_a_rank_killed_under_deepspeed_is_named(host: Host, workshop: Workshop) 
 
 
 @pytest.mark.heavy
+@pytest.mark.shows_gpus
 def test_sigterm_saves_and_the_same_command_goes_on(host: Host, workshop: Workshop) -> None:
     """The script passes a scheduler's signal on to the ranks, which DeepSpeed's launcher does not."""
     run = workshop.run("deepspeed-stopped")

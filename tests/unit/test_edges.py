@@ -458,3 +458,20 @@ def test_a_step_in_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="Capture forward and backward alone"):
         optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own compiler
+def test_a_compiled_training_step_calls_it_as_it_is() -> None:
+    plain, compiled = (build({"w": weight(8, 6)}, {"bias": weight(5)}, projection="svd") for _ in range(2))
+
+    @torch.compile(backend="eager")
+    def training_step() -> None:
+        compiled.step()
+
+    for step in range(1, 5):
+        for optimizer in (plain, compiled):
+            set_grads(optimizer, step)
+        plain.step()
+        training_step()
+    for one, other in zip(weights(plain), weights(compiled), strict=True):
+        assert torch.equal(one, other)
