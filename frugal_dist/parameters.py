@@ -80,7 +80,8 @@ def split_parameters(
 
     Projected by default: weights of nn.Linear, of GPT-2's Conv1D and of nn.MultiheadAttention, and 3-D stacks of expert
     matrices. Everything else is regular: embeddings (also when tied to a head), output heads, routers, norms, biases,
-    matrices of a single row or column. Frozen parameters are included; without a gradient they cost nothing.
+    matrices of a single row or column. Frozen parameters are included; a few counts are all their state until they are
+    unfrozen.
 
     Patterns are globs on parameter names or dotted suffixes of them (see `frugal_dist.names.matches`); a tied tensor is
     found under each of its names.

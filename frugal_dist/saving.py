@@ -20,7 +20,7 @@ from frugal_dist.sharding.plain import PlainStorage
 from frugal_dist.sharding.storage import Box
 from frugal_dist.sharding.tile import is_replicated
 from frugal_dist.sharding.torch_checkpoint import losing_option
-from frugal_dist.state import CLOCKS, MOMENTS, MatrixState
+from frugal_dist.state import CLOCKS, MatrixState
 from frugal_dist.work import (
     CoordinatePiece,
     Runtime,
@@ -48,7 +48,7 @@ def pack_all(runtime: Runtime, state: MutableMapping[Tensor, Store]) -> dict[int
     packed = {id(carrier): dict(store) for carrier, store in state.items() if store}
     owner = {id(store): id(carrier) for carrier, store in state.items()}
     for work in load.works:
-        if work.state.get("updates") is not None:
+        if work.state.has_moments():
             saved = MatrixState(packed[owner[id(work.state.store)]], work.state.prefix)
             dense = _travels_dense(runtime, work)
             for name in moment_names(work.config):
@@ -56,7 +56,7 @@ def pack_all(runtime: Runtime, state: MutableMapping[Tensor, Store]) -> dict[int
                 saved.put(name, None)
                 saved.put(_key(runtime, name, _is_part(runtime, work)), value)
     for one in load.regular:
-        if one.state.get("step") is not None and _is_regular_part(runtime, one):
+        if one.state.has_moments() and _is_regular_part(runtime, one):
             saved = MatrixState(packed[owner[id(one.state.store)]], one.state.prefix)
             for name in moment_names(one.config):
                 value = saved.get(name)
@@ -269,8 +269,9 @@ def _strip_parts(runtime: Runtime, store: Store) -> None:
 
 def _adopt(runtime: Runtime, work: Work) -> None:
     state = work.state
-    if not any(state.get(name) is not None for name in (*CLOCKS, *MOMENTS)):
-        return  # never stepped when it was saved
+    counts = [count for count in map(state.get, CLOCKS) if count is not None]
+    if not state.has_moments() and (not counts or (len(counts) == len(CLOCKS) and state.clock("refreshes") == 0)):
+        return  # never stepped when it was saved, or frozen
     missing = [name for name in (*CLOCKS, *moment_names(work.config)) if state.get(name) is None]
     if missing:
         raise ValueError(
@@ -301,8 +302,9 @@ def _expected_pieces(runtime: Runtime, work: Work) -> list[CoordinatePiece]:
 
 
 def _check_regular(one: Regular) -> None:
-    if one.state.get("step") is None:
-        return
+    step = one.state.get("step")
+    if step is None or (int(step) == 0 and not one.state.has_moments()):
+        return  # never stepped when it was saved, or frozen
     for name in moment_names(one.config):
         value = one.state.get(name)
         if value is None or value.numel() != one.weight.numel():

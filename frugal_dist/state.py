@@ -65,9 +65,9 @@ class MatrixState:
                 shape = shapes[0] if len(shapes) == 1 else (size,)
                 self.put(name, torch.zeros(shape, dtype=dtype, device=torch.device(str(device))))
 
-    def drop_moments(self) -> None:
-        for name in MOMENTS:
-            self.put(name, None)
+    def has_moments(self) -> bool:
+        """Whether there are moments, be they empty: not so before the first step, and while a parameter is frozen."""
+        return any(self.get(name) is not None for name in MOMENTS)
 
     def reset(self) -> None:
         """Zero the moments and Adam's t."""

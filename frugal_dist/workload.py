@@ -44,6 +44,7 @@ class Regular:
     weight: Tensor
     grad: Tensor | None
     part: Part
+    frozen: bool
 
 
 @dataclass
@@ -111,6 +112,7 @@ def load_of(runtime: Runtime, state: State, everything: bool = False) -> Load:
                     weight,
                     grad,
                     runtime.storage.part(i),
+                    frozen=not runtime.storage.carrier(i).requires_grad,
                 )
             )
     return Load(call, works, regular, device)
@@ -155,23 +157,34 @@ def _check_rounding(original: Original, config: FrugalConfig, weight: Tensor) ->
 
 
 def ensure_state(runtime: Runtime, load: Load) -> None:
-    """Create whatever state is missing. Idempotent; the shapes are those after the first refresh."""
+    """Create whatever state is missing. Idempotent; the shapes are those after the first refresh.
+
+    Frozen parameters have counts and nothing else until they are unfrozen: beside adapters they are most of a model.
+    """
     for work in load.works:
-        fresh = work.state.get("updates") is None
         work.state.ensure_clocks()
-        if fresh:
+        if not work.state.has_moments() and _moves(work.frozen, work.grads):
             _create(runtime, work)
         _check_density(work)
     for one in load.regular:
         step = one.state.get("step")
-        if step is not None and not step.is_cpu:
-            one.state.put("step", step.cpu())  # as with ensure_clocks
         if step is None:
             one.state.put("step", torch.tensor(0, device="cpu"))
-            names = moment_names(one.config)
-            one.state.ensure_moments(
-                names, [tuple(one.weight.shape)], compute_dtype(one.weight.dtype), one.weight.device
-            )
+        elif not step.is_cpu:
+            one.state.put("step", step.cpu())  # as with ensure_clocks
+        if not one.state.has_moments() and _moves(one.frozen, one.grad):
+            create_moments(one)
+
+
+def _moves(frozen: bool, grad: object) -> bool:
+    """Whether steps may change a parameter. Freezing is a decision of the program, the same on all ranks."""
+    return not frozen or grad is not None
+
+
+def create_moments(one: Regular, device: torch.device | None = None) -> None:
+    """Zero moments of a regular parameter that has none, where it is or on ``device``."""
+    names, dtype = moment_names(one.config), compute_dtype(one.weight.dtype)
+    one.state.ensure_moments(names, [tuple(one.weight.shape)], dtype, device or one.weight.device)
 
 
 def _check_density(work: Work) -> None:

@@ -24,7 +24,7 @@ from frugal_dist.optimizer import Frugal
 from frugal_dist.sharding.exchange import Ranks, gather_objects
 from frugal_dist.state import CLOCKS, MatrixState
 from frugal_dist.work import Runtime, Work, basis_piece_shapes, basis_route, coordinate_cut, moment_names
-from frugal_dist.workload import Load, Regular, ensure_state
+from frugal_dist.workload import Load, Regular, create_moments, ensure_state
 
 META = torch.device("meta")
 MOVED_BY_SCHEDULES = ("lr", "betas", "momentum")
@@ -91,7 +91,7 @@ class Restoring:
 
     def check(self) -> None:
         """Whether everything this rank needs can be read; changes nothing."""
-        for chunk in self._kept_in_place():
+        for chunk in self._kept_in_place([self._with_room(one, META) for one in self.now.regular]):
             self.reader.find(chunk.name, chunk.shape, chunk.area)
         for work in self.now.works:
             if not self._starts_anew(work.matrix.name):
@@ -101,22 +101,26 @@ class Restoring:
     def carry_out(self) -> None:
         """Overwrite weights, state and counts."""
         for one in self.now.regular:
-            _reset_regular(one) if self._starts_anew(one.name) else self._set_clock(one)
+            if self._keeps_moments(one):
+                create_moments(one)
+                self._set_clock(one)
+            else:
+                _reset_regular(one)
         for work in self.now.works:
             fresh = self._starts_anew(work.matrix.name)
             rebuilt = self._renewed(work) if fresh else self._rebuilt(work, work.device)
             if not fresh:
                 self._fill(state_chunks(self.runtime, rebuilt))
             _replace_state(work, rebuilt.state)
-        self._fill(self._kept_in_place())
+        self._fill(self._kept_in_place(self.now.regular))
 
-    def _kept_in_place(self) -> Iterator[Chunk]:
+    def _kept_in_place(self, regular: list[Regular]) -> Iterator[Chunk]:
         """Weights, everything the optimizer does not hold, and the moments of regular parameters."""
         yield from weight_chunks(self.runtime, self.now)
         for other in leftovers(self.runtime, self.model_or_engine):
             yield from other.chunks
-        kept = {one.name for one in self.now.regular if not self._starts_anew(one.name)}
-        for name, chunk in regular_state_chunks(self.runtime, self.now):
+        kept = {one.name for one in regular if self._keeps_moments(one)}
+        for name, chunk in regular_state_chunks(self.runtime, replace(self.now, regular=regular)):
             if name in kept:
                 yield chunk
 
@@ -128,8 +132,23 @@ class Restoring:
     def _starts_anew(self, name: str) -> bool:
         return name in self.fresh
 
+    def _keeps_moments(self, one: Regular) -> bool:
+        """Before the first step moments are zeros, or not there: then the parameter was frozen."""
+        return not self._starts_anew(one.name) and self._saved_step(one) > 0
+
+    def _with_room(self, one: Regular, device: torch.device) -> Regular:
+        """As it is, or with moments of its own on ``device`` if it has none (it is frozen), but some were saved."""
+        if one.state.has_moments() or not self._keeps_moments(one):
+            return one
+        scratch = replace(one, state=MatrixState({}, one.state.prefix))
+        create_moments(scratch, device)
+        return scratch
+
+    def _saved_step(self, one: Regular) -> int:
+        return int(self.reader.index.regular[one.name]["clocks"]["step"])
+
     def _set_clock(self, one: Regular) -> None:
-        one.state.set_clock("step", int(self.reader.index.regular[one.name]["clocks"]["step"]))
+        one.state.set_clock("step", self._saved_step(one))
 
     def _rebuilt(self, work: Work, device: torch.device) -> Work:
         """The matrix with a state of its own that has room for what was saved; the live state is untouched."""
@@ -181,8 +200,8 @@ def _keys(state: MatrixState) -> set[str]:
 def _reset_regular(one: Regular) -> None:
     for name in moment_names(one.config):
         moment = one.state.get(name)
-        assert moment is not None
-        moment.zero_()
+        if moment is not None:
+            moment.zero_()
     one.state.set_clock("step", 0)
 
 

@@ -87,9 +87,11 @@ def regular_entries(runtime: Runtime, load: Load) -> list[tuple[int, Regular]]:
 
 
 def regular_state_chunks(runtime: Runtime, load: Load) -> Iterator[tuple[str, Chunk]]:
-    """The moments of regular parameters, cut as their weights are, each with its parameter's name."""
+    """The moments of regular parameters, cut as their weights are, each with its parameter's name. Frozen ones may have
+    none.
+    """
     for i, one in regular_entries(runtime, load):
-        if one.state.get("step") is None:
+        if not one.state.has_moments():
             continue
         for name in moment_names(one.config):
             moment = one.state.pieces(name, [tuple(one.weight.shape)])[0]

@@ -253,6 +253,28 @@ def test_everything_in_a_model_comes_back(then: bool, now: bool, tmp_path: Path)
         odd_step(other, theirs)
 
 
+def test_frozen_parameters_come_back_with_the_moments_they_have(tmp_path: Path) -> None:
+    """None while they were never trained; those of then where they were trained before."""
+    (model, optimizer), (other, theirs) = odd(1, True), odd(2, True)
+    for moving in (False, True, False):
+        for each in (model, other):
+            each.frozen.requires_grad_(moving)
+        odd_step(model, optimizer)
+        folder = tmp_path / str(optimizer.state[model.frozen.bias]["step"].item())
+        checkpoint.save(folder, model, optimizer)
+        other, theirs = odd(2, True)
+        other.frozen.requires_grad_(moving)
+        checkpoint.load(folder, other, theirs)
+        for mine, its in zip(model.frozen.parameters(), other.frozen.parameters(), strict=True):
+            live, loaded = optimizer.state[mine], theirs.state[its]
+            assert live.keys() == loaded.keys()
+            assert all(torch.equal(value, loaded[key]) for key, value in live.items())
+            assert ("exp_avg" in loaded) == bool(theirs.state[other.frozen.bias]["step"])
+        odd_step(model, optimizer)
+        odd_step(other, theirs)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
 def test_a_frozen_parameter_that_is_to_be_trained_now(tmp_path: Path) -> None:
     """There is no state for it: that must be wanted."""
     model, optimizer = odd(1, frozen_in_groups=False)

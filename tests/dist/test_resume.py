@@ -14,6 +14,7 @@ import resuming
 import torch
 from cases import ON_REFRESH, PROJECTIONS, Case, gradients
 from resuming import Saved, from_bytes
+from storages import Held
 from threads import run_ranks
 
 from frugal_dist import Frugal
@@ -89,6 +90,37 @@ def shapes_apart(template: dict[str, Any], run: dict[str, Any]) -> list[str]:
     stores = [found["state"] for found in (template, run)]
     shapes = [{(n, key): value.shape for n, store in state.items() for key, value in store.items()} for state in stores]
     return [str(key) for key in {**shapes[0], **shapes[1]} if shapes[0].get(key) != shapes[1].get(key)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_frozen_parameters(layout: str) -> None:
+    """Frozen in steps 0, 1 and 4: saved before there are moments, while training, and frozen with moments."""
+    case = case_of("svd", "std", "keep")
+
+    def go_on(held: Held, first: int, last: int) -> Held:
+        for step in range(first, last):
+            groups, frozen = held.optimizer.param_groups, step in (0, 1, 4)
+            grads = resuming.of_case(case, gradients()[step])
+            for group in (groups[0], groups[-1]):
+                group["params"][0].requires_grad_(not frozen)
+            for name in (case.groups()[0]["params"][0], case.groups()[-1]["params"][0]) if frozen else ():
+                del grads[name]
+            held.step(grads)
+        return held
+
+    def body(rank: int) -> list[str]:
+        held, saved, apart = resuming.build(layout, case, resuming.weights()), {}, []
+        for start, stop in ((0, 2), (2, 4), (4, 5), (5, 6)):
+            go_on(held, start, stop)
+            saved[stop] = (held.full(), resuming.to_bytes(held.optimizer.state_dict()))
+        for stop in (2, 4, 5):
+            again = resuming.build(layout, case, saved[stop][0])
+            again.optimizer.load_state_dict(from_bytes(saved[stop][1]))
+            apart += resuming.differences(go_on(again, stop, 6), held)
+        first = from_bytes(saved[2][1])["state"][0]
+        return [*apart, *(key for key in first if "exp_avg" in key or "basis" in key)]
+
+    assert run_ranks(RANKS[layout], body) == [[]] * RANKS[layout]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from building import PROJECTIONS, build, clocks, parameters_of, train, weight, weights
+from building import PROJECTIONS, build, clocks, parameters_of, set_grads, train, weight, weights
 
 from frugal_dist import Frugal
 
@@ -288,6 +288,53 @@ def test_density_zero_stores_nothing_for_matrices() -> None:
         train(optimizer, 1, 2)
         for parameter in parameters_of(optimizer)[:-1]:
             assert sum(value.numel() for value in optimizer.state[parameter].values() if value.ndim) == 0, projection
+
+
+def train_frozen(optimizer: Frugal, first: int, last: int, frozen_at: range) -> None:
+    """The second matrix and the last regular parameter are frozen in the steps ``frozen_at``."""
+    for step in range(first, last + 1):
+        set_grads(optimizer, step)
+        for parameter in (parameters_of(optimizer)[1], parameters_of(optimizer)[-1]):
+            parameter.requires_grad_(step not in frozen_at)
+            if step in frozen_at:
+                parameter.grad = None
+        optimizer.step()
+
+
+def half_frozen(projection: str) -> Frugal:
+    regular = {"norm": weight(11), "embedding": weight(9, 4, seed=7)}
+    return build({"adapter": weight(8, 6), "base": weight(16, 12, seed=1)}, regular, projection=projection)
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_frozen_parameters_have_counts_and_nothing_else(projection: str) -> None:
+    """Beside adapters they are most of a model."""
+    optimizer = half_frozen(projection)
+    train_frozen(optimizer, 1, 5, range(1, 6))
+    saved = optimizer.state_dict()["state"]
+    for number in (1, 3):
+        live = optimizer.state[parameters_of(optimizer)[number]]
+        for store in (live, saved[number]):
+            assert all(value.ndim == 0 for value in store.values()), list(store)
+        assert sum(value.untyped_storage().nbytes() for value in live.values()) <= 5 * 8
+    assert optimizer.state[parameters_of(optimizer)[2]]["exp_avg"].numel() == 11
+
+
+@pytest.mark.parametrize("saved_after", [2, 4, 6])
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_a_run_that_freezes_is_resumed(projection: str, saved_after: int) -> None:
+    """Frozen in steps 1-3 and 6-7: saved before it has moments, while it trains, and frozen with moments."""
+    straight, resumed = half_frozen(projection), half_frozen(projection)
+    for optimizer, first, last in ((straight, 1, 9), (resumed, 1, saved_after)):
+        for step in range(first, last + 1):
+            train_frozen(optimizer, step, step, range(1, 4) if step < 6 else range(6, 8))
+    again = half_frozen(projection)
+    copy_weights(resumed, again)
+    again.load_state_dict(through_a_file(resumed.state_dict()))
+    for step in range(saved_after + 1, 10):
+        train_frozen(again, step, step, range(1, 4) if step < 6 else range(6, 8))
+    for a, b in zip(weights(straight), weights(again), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_inactive_blocks_store_nothing() -> None:
