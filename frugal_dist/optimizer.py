@@ -244,7 +244,7 @@ class Frugal(Optimizer):
                 loss = closure()
         with full_precision():
             runtime = self._bind()
-            load = load_of(runtime, self.state)
+            load = self._load(runtime)
             if self._starts(runtime, load):
                 return loss
             self._check_saving()
@@ -252,6 +252,14 @@ class Frugal(Optimizer):
             step_matrices(runtime, load.works, stepped)
             step_regular(load)
         return loss
+
+    def _load(self, runtime: Runtime) -> Load:
+        """This call's tensors. ValueError for gradients that cannot be used; at the first call on all ranks alike, also
+        on those without a gradient.
+        """
+        if tuple(runtime.storage.call()) in self._started:
+            return load_of(runtime, self.state)
+        return saving.together(runtime, lambda: load_of(runtime, self.state))
 
     def _starts(self, runtime: Runtime, load: Load) -> bool:
         """Whether this is the all-zero call by which engines create the state: it leaves weights and clocks alone."""

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ from frugal_dist.workload import Load, Regular, load_of
 
 _PART = re.compile(r"^(?P<key>.*)@rank(?P<rank>\d+)of(?P<size>\d+)$")
 Store = dict[str, Tensor]
+T = TypeVar("T")
 
 
 def pack_all(runtime: Runtime, state: MutableMapping[Tensor, Store]) -> dict[int, Store]:
@@ -106,7 +108,7 @@ def unpack_all(runtime: Runtime, state: MutableMapping[Tensor, Store], loaded: b
         for store in state.values():
             _strip_parts(runtime, store)
 
-    _together(runtime, strip)
+    together(runtime, strip)
     load = load_of(runtime, state, everything=True)
     everyone = gather_objects(runtime.ranks, _summaries(load))
     _compare_clocks(everyone)
@@ -119,19 +121,20 @@ def unpack_all(runtime: Runtime, state: MutableMapping[Tensor, Store], loaded: b
         for one in load.regular:
             _check_regular(one)
 
-    _together(runtime, adopt)
+    together(runtime, adopt)
 
 
-def _together(runtime: Runtime, action: Callable[[], None]) -> None:
-    """Run ``action`` on every rank; if it fails anywhere, raise the same ValueError on all of them."""
-    problem = ""
+def together(runtime: Runtime, action: Callable[[], T]) -> T:
+    """Run ``action`` on every rank; if it fails anywhere, raise the same ValueError on all of them. Collective."""
+    result, problem = None, ""
     try:
-        action()
+        result = action()
     except Exception as error:  # a rank that raised alone would leave the others waiting
         problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     for rank, text in enumerate(gather_objects(runtime.ranks, problem)):
         if text:
             raise ValueError(text if runtime.ranks.alone else f"rank {rank}: {text}")
+    return cast("T", result)
 
 
 def _all_loaded(runtime: Runtime, loaded: bool) -> bool:

@@ -44,8 +44,10 @@ class DTensorStorage:
         return _local(self.carrier(i)).detach()
 
     def grad(self, i: int) -> Tensor | None:
-        grad = self.carrier(i).grad
-        return None if grad is None else _local(grad)
+        param = self.carrier(i)
+        if isinstance(param.grad, DTensor) and isinstance(param, DTensor):
+            _check_gradient(self.originals[i].name, param, param.grad)
+        return None if param.grad is None else _local(param.grad)
 
 
 def stored_part(name: str, tensor: Tensor) -> tuple[Part, Tensor]:
@@ -68,6 +70,16 @@ def mesh_group(tensors: Sequence[Tensor]) -> Any:
     if mesh.size() == dist.get_world_size():
         return dist.group.WORLD
     return mesh._flatten().get_group()
+
+
+def _check_gradient(name: str, param: DTensor, grad: DTensor) -> None:
+    """A Partial gradient is not added up yet: torch's SequenceParallel leaves that to the optimizer."""
+    if grad.placements != param.placements:
+        raise ValueError(
+            f"{name}: its gradient has placements {tuple(grad.placements)}, the parameter {tuple(param.placements)}. "
+            "Frugal needs them equal, as under FSDP2 and HSDP; sequence parallelism and other tensor parallelism that "
+            "leaves sums to the optimizer are not supported."
+        )
 
 
 def _local(tensor: Tensor) -> Tensor:

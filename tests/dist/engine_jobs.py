@@ -264,6 +264,16 @@ def _dtensor_optimizer(placements: list[Any], mesh_shape: tuple[int, ...]) -> Fr
     return Frugal([{"params": [("w", param)], "projected": True}])
 
 
+def _sequence_parallel() -> Frugal:
+    """A norm's gradient, of this rank's tokens alone, as torch's SequenceParallel leaves it; rank 1 has seen none."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight, norm = (nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh, [place])) for place in (Shard(0), Replicate()))
+    weight.grad = torch.ones_like(weight)
+    if dist.get_rank() != 1:
+        norm.grad = DTensor.from_local(torch.ones(8, 8), mesh, [Partial()])
+    return Frugal([{"params": [("w", weight)], "projected": True}, {"params": [("norm", norm)], "projected": False}])
+
+
 def _fsdp1(use_orig_params: bool) -> Frugal:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -274,6 +284,7 @@ def _fsdp1(use_orig_params: bool) -> Frugal:
 _UNSUPPORTED: dict[str, Callable[[], Frugal]] = {
     "tensor parallel": lambda: _dtensor_optimizer([Shard(0), Shard(1)], (2, 2)),
     "partial": lambda: _dtensor_optimizer([Replicate(), Partial()], (2, 2)),
+    "partial gradient": _sequence_parallel,
     "FSDP1": lambda: _fsdp1(False),
     "FSDP1 with original parameters": lambda: _fsdp1(True),
 }

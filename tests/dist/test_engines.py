@@ -81,7 +81,8 @@ def test_mixed_precision_keeps_fp32_masters(fleet: Fleet) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "word"),
-    [("tensor parallel", "tensor parallelism"), ("partial", "Partial"), ("FSDP1", "FSDP2"),
+    [("tensor parallel", "tensor parallelism"), ("partial", "Partial"),
+     ("partial gradient", "norm: its gradient has placements (Partial(sum),)"), ("FSDP1", "FSDP2"),
      ("FSDP1 with original parameters", "FSDP2")],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused_by_name(fleet: Fleet, kind: str, word: str) -> None:
