@@ -1,4 +1,7 @@
-"""Replicas must be equal bit for bit: compare fingerprints at each refresh, resynchronise if they differ."""
+"""Replicas must be equal bit for bit: compare fingerprints at each refresh, resynchronise if they differ.
+
+What differs before the first refresh is no replica, and refused.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,17 @@ def mismatched(
 
 
 def resynchronise(runtime: Runtime, broken: Sequence[tuple[Work, Tile, tuple[int, ...]]]) -> None:
-    """Give every holder the first holder's weights and say so. All ranks call with the same list."""
+    """Give every holder the first holder's weights and say so. All ranks call with the same list.
+
+    Raises ValueError for a matrix that was never refreshed: DDP has made true replicas equal by then.
+    """
+    for work, _, ranks in broken:
+        if work.state.clock("refreshes") == 0:
+            raise ValueError(
+                f"{work.matrix.name}: ranks {ranks} hold different weights under this name before its first refresh. "
+                "If they are replicas, broadcast rank 0's first, as DDP does; if only some ranks hold replicas, pass "
+                "process_group= those. Tensor and expert parallelism with ordinary tensors are not supported."
+            )
     for work, tile, ranks in broken:
         send: list[list[Tensor]] = [[] for _ in range(runtime.ranks.size)]
         recv: list[list[Tensor]] = [[] for _ in range(runtime.ranks.size)]

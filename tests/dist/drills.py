@@ -214,13 +214,17 @@ def other_option(key: str, value: Any) -> Callable[[Plan], None]:
     return lambda plan: plan.options.update({key: value})
 
 
-def touch_weights(rank: int, step: int, held: Held) -> None:
+def touch_weights(at: int) -> Callable[[int, int, Held], None]:
     """Something outside the optimizer changes a weight on one rank."""
-    if rank == SPOILED and step == 1:
-        param = next(p for p in held.optimizer.param_groups[0]["params"] if p.shape == weights()[VICTIM].shape)
-        local = param.to_local() if hasattr(param, "to_local") else param
-        with torch.no_grad():
-            local[-1, -1] += 1.0
+
+    def touch(rank: int, step: int, held: Held) -> None:
+        if rank == SPOILED and step == at:
+            param = next(p for p in held.optimizer.param_groups[0]["params"] if p.shape == weights()[VICTIM].shape)
+            local = param.to_local() if hasattr(param, "to_local") else param
+            with torch.no_grad():
+                local[-1, -1] += 1.0
+
+    return touch
 
 
 def forget_schedule(rank: int, step: int, held: Held) -> None:
@@ -294,11 +298,15 @@ def _refused() -> dict[str, Drill]:
         "another treatment": regular_instead,
     }
     layouts = ("replicas, shared state", "Shard(0)")
-    return {
+    found = {
         f"{what}, {layout}": Drill(layout, SVD, build=on_spoiled(change), ranks=_ranks(layout))
         for what, change in changes.items()
         for layout in layouts
     }
+    for layout, projection in (("replicas", "columns"), ("replicas, shared state", "svd"), ("HSDP 2x2", "svd")):
+        options = {"projection": projection, "density": 0.5}
+        found[f"no replicas, {layout}"] = Drill(layout, options, before=touch_weights(0), ranks=_ranks(layout))
+    return found
 
 
 def _failing() -> dict[str, Drill]:
@@ -322,7 +330,7 @@ def _healed() -> dict[str, Drill]:
         for projection in ("svd", "columns", "blockwise"):
             name = f"another weight, {layout}" + ("" if projection == "svd" else f", {projection}")
             options = SVD if projection == "svd" else {**SVD, "projection": projection, "density": 0.5}
-            found[name] = Drill(layout, options, before=touch_weights, ranks=_ranks(layout))
+            found[name] = Drill(layout, options, before=touch_weights(1), ranks=_ranks(layout))
     for layout in REPLICATED:
         for at in (GAP - 1, GAP):
             grads = missing((VICTIM,), (at,), SPOILED)

@@ -47,8 +47,9 @@ def check(name: str, outcomes: list[Outcome], told: list[str]) -> None:
     if name in LIKE_ALONE:
         check_like_alone(drill, outcomes)
     elif name in REFUSED:
-        assert outcomes[0].error.startswith("ValueError: rank 0 ")
-        assert "rank 1" in outcomes[0].error
+        apart = name.startswith("no replicas")
+        assert outcomes[0].error.startswith(f"ValueError: {VICTIM}: ranks (" if apart else "ValueError: rank 0 ")
+        assert ("hold different weights" if apart else "rank 1") in outcomes[0].error
         assert outcomes[0].steps == 0
         if name.startswith("another seed"):
             assert "have different hyperparameters: seed of group 0: 0 against 7; " in outcomes[0].error
