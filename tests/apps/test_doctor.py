@@ -129,6 +129,32 @@ def test_a_health_check_takes_no_memory_on_gpus(tmp_path: Path, monkeypatch: pyt
     assert all(text.startswith("cannot be used: ") for text in broken)
 
 
+@pytest.mark.parametrize(
+    ("listed", "shown", "verdict", "text"),
+    [
+        ("GPU 0: NVIDIA H100\nGPU 1: NVIDIA H100\n", None, finding.FAIL, "nvidia-smi lists 2, but torch"),
+        ("GPU 0: NVIDIA H100\n", "0", finding.FAIL, "nvidia-smi lists 1, but torch"),
+        ("GPU 0: NVIDIA H100\n", "", finding.NOTE, 'CUDA_VISIBLE_DEVICES="" shows none of this machine\'s 1'),
+        ("GPU 0: NVIDIA H100\n", "-1", finding.NOTE, "shows none"),
+        ("GPU 0: NVIDIA H100\n", "4,0", finding.NOTE, "shows none"),
+        ("GPU 0: NVIDIA H100\n", "NoDevFiles", finding.NOTE, "shows none"),
+        ("No devices found.\n", None, finding.NOTE, "lists no GPU: No devices found."),
+    ],
+)
+def test_gpus_that_are_not_for_us_are_no_failure(
+    listed: str, shown: str | None, verdict: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '%s' '{listed}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    first, second = machine._no_gpu()
+    assert (first.verdict, second.verdict) == (verdict, finding.OK)
+    assert text in first.found
+
+
 def test_cuda_operations_need_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvcc").touch(0o755)

@@ -98,9 +98,32 @@ def _no_gpu() -> Iterator[Finding]:
     import torch
 
     if shutil.which("nvidia-smi"):
-        why = "torch is a CPU build" if torch.version.cuda is None else "driver and CUDA do not fit"
-        yield Finding(FAIL, "GPU", f"nvidia-smi is here, but torch {torch.__version__} finds no GPU: {why}")
+        yield _unused_gpus()
     yield Finding(OK, "device", f"CPU, {os.cpu_count()} cores, torch {torch.__version__}")
+
+
+def _unused_gpus() -> Finding:
+    """Why torch finds no GPU on a machine with nvidia-smi: a failure only if there is one that we were to use."""
+    import torch
+
+    try:
+        said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return Finding(NOTE, "GPU", f"nvidia-smi is here, but cannot be run: {error}")
+    count = sum(line.startswith("GPU") for line in said.splitlines())
+    if count == 0:  # a login node, or a driver that is not loaded
+        found = (said.strip().splitlines() or ["it says nothing"])[0]
+        return Finding(NOTE, "GPU", f"nvidia-smi is here, but lists no GPU: {found}")
+    if (shown := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None and _shows_none(shown, count):
+        return Finding(NOTE, "GPU", f'CUDA_VISIBLE_DEVICES="{shown}" shows none of this machine\'s {count}')
+    why = "torch is a CPU build" if torch.version.cuda is None else "driver and CUDA do not fit"
+    return Finding(FAIL, "GPU", f"nvidia-smi lists {count}, but torch {torch.__version__} finds none: {why}")
+
+
+def _shows_none(shown: str, count: int) -> bool:
+    """Whether CUDA_VISIBLE_DEVICES begins with what is none of so many GPUs: CUDA reads no further."""
+    first = shown.partition(",")[0].strip()
+    return int(first) >= count if first.isdecimal() else not first.startswith(("GPU-", "MIG-"))
 
 
 def _device(index: int) -> Finding:
