@@ -155,7 +155,10 @@ def check_world(engine: str, world: int) -> None:
     if engine == "single" and world > 1:
         raise ValueError(f"engine single is for one process, but {world} were started. Use ddp.")
     if engine != "single" and world == 1:
-        raise ValueError(f"engine {engine} needs several ranks: start it with torchrun, srun or mpirun, or use single.")
+        several = "start more, with torchrun, srun or mpirun (RANKS=2 bash launch/torchrun.sh ...)"
+        raise ValueError(
+            f"engine {engine} needs several ranks, but one was started: {several}, or use --engine single."
+        )
 
 
 # --- how each engine wraps a model, and skips the exchange of gradients -----------------------------------------------
