@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -177,7 +178,7 @@ class Frugal(Optimizer):
         if added["betas"] is None:
             added["betas"] = betas
         self._groups.append(added)
-        self._originals += originals
+        self._originals = [*self._originals, *originals]  # the runtime before keeps its own list
         self._sources += [weakref.ref(tensor) for _, tensor in named]
         if self._runtime is not None:  # the table of all ranks is built anew at the next step
             self._before, self._runtime = self._runtime, None
@@ -316,19 +317,19 @@ class Frugal(Optimizer):
 
         Raises ValueError where the engine would keep one rank's part of shared state and lose the others'.
         """
-        plain = super().state_dict()
-        if self._runtime is None:  # nothing yet, or as it was loaded
+        plain, runtime = super().state_dict(), self._runtime or self._before
+        if runtime is None:  # nothing yet, or as it was loaded
             return plain
-        alone = self._runtime.shard_replicas and not self._runtime.storage.shares_replicas
+        alone = runtime.shard_replicas and not runtime.storage.shares_replicas
         if alone and not self.saved_elsewhere:
             raise ValueError(
                 "DeepSpeed stage 0 saves the optimizer state of rank 0 only, but with shard_state=True every rank "
                 'holds a part. Save with frugal_dist.checkpoint, or remove "shard_state".'
             )
-        packed = saving.pack_all(self._runtime, self.state)
+        packed = saving.pack_all(runtime, self.state)
         if not self.saved_elsewhere:
             saving.refuse_to_lose(packed)
-            if not self._parts_told and saving.is_one_of_many(self._runtime, packed):
+            if not self._parts_told and saving.is_one_of_many(runtime, packed):
                 self._parts_told = True
                 notice(PARTS)
         order = [tensor for group in self.param_groups for tensor in group["params"]]
@@ -387,9 +388,14 @@ class Frugal(Optimizer):
             self._runtime.failures.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: everything but what is found out again at the next step."""
+        """For pickle and deepcopy: everything but what is found out again at the next step; state as it is saved."""
         kept = ("_originals", "_shard_state", "_no_decay", "_loaded")
         state = {**super().__getstate__(), **{key: self.__dict__[key] for key in kept}}
+        runtime = self._runtime or self._before
+        if runtime is not None:
+            packed = saving.pack_all(runtime, self.state)
+            stores = {tensor: packed[id(tensor)] for tensor in self.state if id(tensor) in packed}
+            state.update(state=defaultdict(dict, stores), _loaded=True)
         group = self._process_group
         return {**state, "_process_group": group if group is None or isinstance(group, str) else "auto"}
 

@@ -66,7 +66,9 @@ def test_matrices_added_later_leave_the_others_where_their_state_is(layout: str,
         optimizer = Frugal([group("a", "b")], lr=0.01, update_gap=3, side=side, eps=1e-3, state_free="sgd", **options)
         for step in range(8):
             if step == 4:
+                saved = [sorted(store) for store in optimizer.state_dict()["state"].values()]
                 optimizer.add_param_group(group("late"))
+                assert [sorted(store) for store in optimizer.state_dict()["state"].values()] == saved
             for number, parameter in enumerate(named.values()):
                 generator = torch.Generator().manual_seed(100 * step + number)
                 parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)

@@ -226,7 +226,9 @@ def test_a_group_added_later(projection: str) -> None:
     alone = torch.nn.Parameter(late.detach().clone())
     optimizer = build({"w": weight(8, 6)}, projection=projection, density=1.0 if projection != "svd" else 0.5)
     train(optimizer, 1, 2)
+    saved = optimizer.state_dict()
     optimizer.add_param_group({"params": [("late", late)], "projected": True, "lr": 0.02})
+    assert same_state(optimizer.state_dict(), saved), "it is saved as before, also ahead of the next step"
     reference = build({"late": alone}, projection=projection, density=1.0 if projection != "svd" else 0.5, lr=0.02)
     for step in range(3, 9):
         set_grads(optimizer, step)
@@ -365,12 +367,18 @@ def test_step_hooks_are_called() -> None:
     assert seen == ["before", "after"]
 
 
+def same_state(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    flat = [{(n, k): v for n, store in each["state"].items() for k, v in store.items()} for each in (found, wanted)]
+    return flat[0].keys() == flat[1].keys() and all(torch.equal(v, flat[1][key]) for key, v in flat[0].items())
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_a_copy_of_the_optimizer_goes_on_alike(projection: str, how: str) -> None:
     optimizer = build({"a": weight(8, 6), "b": weight(6, 8, seed=1)}, {"c": weight(5)}, projection=projection)
     train(optimizer, 1, 5)
     copied = copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+    assert same_state(copied.state_dict(), optimizer.state_dict()), "a copy can be saved before its first step"
     train(optimizer, 6, 9)
     train(copied, 6, 9)
     for a, b in zip(weights(optimizer), weights(copied), strict=True):
