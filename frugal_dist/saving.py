@@ -119,7 +119,7 @@ def unpack_all(runtime: Runtime, state: MutableMapping[Tensor, Store], loaded: b
         for work in load.works:
             _adopt(runtime, work)
         for one in load.regular:
-            _check_regular(one)
+            _check_regular(runtime, one)
 
     together(runtime, adopt)
 
@@ -242,7 +242,9 @@ def _from_dense(runtime: Runtime, work: Work, name: str) -> Tensor:
     pieces = _expected_pieces(runtime, work)
     saved = work.state.get(name)
     if saved is None or saved.numel() != sum(piece.tile.numel for piece in pieces):
-        raise ValueError(_misfit(work, name, saved, [(piece.tile.height, piece.tile.width) for piece in pieces]))
+        raise ValueError(
+            _misfit(runtime, work, name, saved, [(piece.tile.height, piece.tile.width) for piece in pieces])
+        )
     if not pieces:
         return torch.zeros(0, dtype=work.dtype, device=work.device)
     (piece,) = pieces
@@ -293,7 +295,7 @@ def _adopt(runtime: Runtime, work: Work) -> None:
     for name in moment_names(work.config):
         value = state.get(name)
         if value is None or value.numel() != size:
-            raise ValueError(_misfit(work, name, value, shapes))
+            raise ValueError(_misfit(runtime, work, name, value, shapes))
 
 
 def _expected_pieces(runtime: Runtime, work: Work) -> list[CoordinatePiece]:
@@ -304,7 +306,7 @@ def _expected_pieces(runtime: Runtime, work: Work) -> list[CoordinatePiece]:
     return cut_selection(runtime, work, whole_selection(work, 0, size), runtime.ranks.rank)
 
 
-def _check_regular(one: Regular) -> None:
+def _check_regular(runtime: Runtime, one: Regular) -> None:
     step = one.state.get("step")
     if step is None or (int(step) == 0 and not one.state.has_moments()):
         return  # never stepped when it was saved, or frozen
@@ -312,12 +314,26 @@ def _check_regular(one: Regular) -> None:
         value = one.state.get(name)
         if value is None or value.numel() != one.weight.numel():
             found = "nothing" if value is None else f"{value.numel()} elements"
-            raise ValueError(f"{one.name}: the loaded {name} has {found}, this rank needs {one.weight.numel()}.")
+            raise ValueError(
+                f"{one.name}: the loaded {name} has {found}, this rank needs {one.weight.numel()}."
+                + _other_ranks(runtime)
+            )
 
 
-def _misfit(work: Work, name: str, value: Tensor | None, shapes: object) -> str:
+def _misfit(runtime: Runtime, work: Work, name: str, value: Tensor | None, shapes: object) -> str:
     found = "nothing" if value is None else f"shape {tuple(value.shape)}"
     return (
         f"{work.matrix.name}: the loaded {name} has {found}, but density={work.config.density:g}, projection="
         f"{work.config.projection!r} on this rank needs {shapes}. Load with the hyperparameters it was saved with."
+        + _other_ranks(runtime)
+    )
+
+
+def _other_ranks(runtime: Runtime) -> str:
+    """What else may be wrong where the state may be divided."""
+    if runtime.ranks.alone:
+        return ""
+    return (
+        " If another number of ranks or another shard_state saved it: load with shard_state as it was then (False for "
+        "what one process saved), or save and load with frugal_dist.checkpoint, which fits all."
     )

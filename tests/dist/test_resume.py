@@ -196,6 +196,17 @@ SVD, RANDK = case_of("svd", "std", "reset"), case_of("randk", "std", "keep")
 REFUSED = [("replicas, shared state", SVD), ("replicas, shared state", RANDK), ("Shard(0)", RANDK), ("HSDP 2x2", SVD)]
 
 
+@pytest.mark.parametrize("projection", ["svd", "columns"])
+def test_a_file_of_ranks_that_shared_nothing(projection: str) -> None:
+    """The hyperparameters are the same: shard_state, or the number of ranks, must come up."""
+    case = case_of(projection, "std", "reset")
+    full, data = run_ranks(2, lambda rank: resuming.save("replicas", case))[0]
+    for error in run_ranks(2, lambda rank: resuming.load_and_step("replicas, shared state", case, full, from_bytes(data))):
+        assert error.startswith("ValueError: rank 0: ")
+        assert "shard_state as it was" in error
+        assert "frugal_dist.checkpoint" in error
+
+
 @pytest.mark.parametrize(
     ("layout", "case"), REFUSED, ids=lambda value: value if isinstance(value, str) else named(value)
 )
