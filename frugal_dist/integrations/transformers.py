@@ -46,7 +46,8 @@ def optimizer_cls_and_kwargs(
 ) -> tuple[type[FrugalForModel], dict[str, Any]]:
     """The Trainer's argument of the same name. ``options`` are Frugal's; what is missing comes from TrainingArguments.
 
-    Those give lr, weight_decay and, for AdamW, betas and eps. ``project`` and ``skip`` are those of split_parameters.
+    Those give lr, weight_decay and, for AdamW, betas and eps, read when the Trainer builds the optimizer: a search or a
+    script may change them until then. ``project`` and ``skip`` are those of split_parameters.
     Weight decay applies to all parameters, as in torch, unless ``no_decay`` lists patterns.
 
     Raises ValueError if the DeepSpeed config of ``args`` has an optimizer: the Trainer would use that one.
@@ -58,9 +59,7 @@ def optimizer_cls_and_kwargs(
             f'The DeepSpeed config has an "optimizer" ({kind}), so the Trainer would ignore optimizer_cls_and_kwargs. '
             'Leave out one of the two; "optimizer": {"type": "Frugal", "params": {...}} needs nothing else.'
         )
-    saves = args is None or not (args.save_only_model or str(getattr(args.save_strategy, "value", "")) == "no")
-    found = {**_from_arguments(args, options.get("state_full", "adamw")), **options}
-    return FrugalForModel, {"project": project, "skip": skip, "saves": saves, **found}
+    return FrugalForModel, {"args": args, "project": project, "skip": skip, **options}
 
 
 class FrugalForModel:
@@ -77,16 +76,22 @@ class FrugalForModel:
         self,
         model: nn.Module,
         *,
+        args: Any,
         project: Sequence[str] | None,
         skip: Sequence[str] | None,
-        saves: bool,
         no_decay: Sequence[str] | None = None,
         **options: Any,
     ) -> Frugal:
-        """Build the optimizer. ``saves``: whether the Trainer will save its state."""
-        optimizer = Frugal(split_parameters(model, project, skip, no_decay), **options)
-        optimizer.saved_elsewhere = not saves
+        """Build the optimizer with what ``args`` say now."""
+        found = {**_from_arguments(args, options.get("state_full", "adamw")), **options}
+        optimizer = Frugal(split_parameters(model, project, skip, no_decay), **found)
+        optimizer.saved_elsewhere = not _saves_state(args)
         return optimizer
+
+
+def _saves_state(args: Any) -> bool:
+    """Whether the Trainer will save the optimizer's state."""
+    return args is None or not (args.save_only_model or str(getattr(args.save_strategy, "value", "")) == "no")
 
 
 def _from_arguments(args: Any, state_full: str) -> dict[str, Any]:

@@ -183,9 +183,11 @@ def _without_factories(folder: Path) -> Any:
 
 
 def _twice(folder: Path) -> Any:
-    """Training goes on with the same optimizer."""
+    """Training goes on with the same optimizer, built with what the arguments said at first."""
     one = trainer(folder, "plain", {"shard_state": True}, max_steps=2)
+    one.args.weight_decay = 0.125
     one.train()
+    assert hf_cases.innermost(one.optimizer).param_groups[0]["weight_decay"] == 0.125
     before = weights_of(one)
     one.train()
     assert hf_cases.differing(weights_of(one), before)
