@@ -100,7 +100,7 @@ class _Storage:
         return self.groups[self.originals[i].group]
 
     def weight(self, i: int) -> Tensor:
-        return self.weights[i]
+        return self.weights[i].detach()
 
     def grad(self, i: int) -> Tensor | None:
         return None
@@ -169,12 +169,12 @@ def _table(originals: Sequence[Original], parts: Sequence[Sequence[Part]]) -> Ta
 
 
 def _tensors(originals: Sequence[Original], parts: Sequence[Part]) -> list[Tensor]:
-    return [
-        torch.empty(part.stop - part.start, device="meta")
-        if isinstance(part, Interval)
-        else torch.empty([stop - start for start, stop in part.spans], device="meta")
+    """All are taken to be trained: frozen ones would have no moments."""
+    shapes = [
+        [part.stop - part.start] if isinstance(part, Interval) else [stop - start for start, stop in part.spans]
         for part in parts
     ]
+    return [torch.empty(shape, device="meta", requires_grad=True) for shape in shapes]
 
 
 def _rank_plan(runtime: Runtime, load: Load) -> RankPlan:
