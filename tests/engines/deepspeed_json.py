@@ -139,3 +139,16 @@ def trains(config: dict[str, Any]) -> tuple[int, bool, list[str]]:
     engine.destroy()
     finite = all(bool(torch.isfinite(value).all()) for value in after.values())
     return steps, finite, [name for name in after if torch.equal(before[name], after[name])]
+
+
+def factors(scheduler: dict[str, Any], steps: list[int]) -> list[float]:
+    """The factor on the rate that DeepSpeed makes of this section, at each of these steps (from 0)."""
+    from deepspeed.runtime import lr_schedules
+
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    built = getattr(lr_schedules, scheduler["type"])(optimizer, **scheduler["params"])
+    found = []
+    for step in steps:
+        built.step(step - 1)  # DeepSpeed calls it after each step
+        found.append(float(optimizer.param_groups[0]["lr"]))
+    return found

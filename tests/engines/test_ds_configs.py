@@ -23,6 +23,22 @@ def test_it_trains(file: Path, fleet: Fleets) -> None:
         assert unmoved == []
 
 
+@pytest.mark.parametrize(
+    "file", [file for file in FILES if '"scheduler"' in file.read_text()], ids=lambda file: file.stem
+)
+def test_a_schedule_is_that_of_the_recipe_of_its_name(file: Path, fleet: Fleets) -> None:
+    from frugal_dist.training.recipe import read_recipe
+    from frugal_dist.training.schedule import build_schedule
+
+    pytest.importorskip("jsonargparse")
+    recipe = read_recipe(file.stem)
+    factor = build_schedule(recipe.schedule, recipe.steps)
+    steps = [2, 100, 1_000, 5_000, 9_999, 10_001, 20_000, 55_000, 99_999]
+    found = fleet(2).run(json_jobs.factors, json.loads(file.read_text())["scheduler"], steps)[0]
+    # DeepSpeed is two steps late while it warms up.
+    assert found == pytest.approx([factor(step) for step in steps], abs=2.1 / 10_000)
+
+
 def test_the_readme_names_every_file() -> None:
     text = (ROOT / "ds_configs" / "README.md").read_text()
     assert len(FILES) > 10
