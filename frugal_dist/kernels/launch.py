@@ -118,7 +118,13 @@ def _fit(weight: Tensor, grad: Tensor) -> bool:
     if not 0 < weight.numel() < 2**31:  # positions are int32
         return False
     dtypes = weight.dtype in fused.DTYPES and grad.dtype in fused.DTYPES
-    return dtypes and weight.is_contiguous() and grad.is_contiguous()
+    # A wrapper of other tensors (torchao's float8 weights) has no memory of its own: its address is 0.
+    return dtypes and all(one.is_contiguous() and one.data_ptr() != 0 for one in (weight, grad))
+
+
+def _changed(*weights: Tensor) -> None:
+    """Tell autograd, as torch's operations do: a backward that needs the old values must fail, not use the new ones."""
+    torch.autograd.graph.increment_version(weights)
 
 
 @dataclass
@@ -203,6 +209,7 @@ def _start(group: _Group) -> None:
             num_warps=group.kind.warps,
             **group.kind.options,
         )
+    _changed(*(job.weight for job in group.jobs))
 
 
 def _scalars(kind: Kind, step: int, decay: float, config: FrugalConfig) -> Sequence[float]:
@@ -224,6 +231,7 @@ def sign_step_(weight: Tensor, grad: Tensor, size: float, keep: float = 1.0) -> 
         return False
     with _on(weight.device):
         fused.sign_one[(ceil(weight.numel() / BLOCK),)](weight, grad, weight.numel(), keep, size)
+    _changed(weight)
     return True
 
 
@@ -234,6 +242,7 @@ def sign_step_above_(weight: Tensor, rest: Tensor, grad: Tensor, size: float, ke
         return False
     with _on(weight.device):
         fused.sign_above[(len(weight),)](weight, rest, grad, weight.shape[1], keep, size, threshold)
+    _changed(weight)
     return True
 
 

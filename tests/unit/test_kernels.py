@@ -224,6 +224,43 @@ def test_an_optimizer_with_them(
     assert [len(group.jobs) for group in starts] == [alone.get(projection, 2)] * (4 if projection != "svd" else 0)
 
 
+@needs_triton
+@pytest.mark.parametrize("options", [{"projection": "columns"}, {"density": 0.0}], ids=str)
+def test_a_backward_that_needs_the_old_weights_fails(options: dict[str, Any], interpreter: None) -> None:
+    """As with every optimizer of torch: it would use old activations with new weights."""
+    layers = [torch.nn.Parameter(torch.randn(8, 8)) for _ in range(2)]
+    optimizer = Frugal([{"params": [(f"w{i}", w) for i, w in enumerate(layers)], "projected": True}], **options)
+    out = torch.ones(1, 8) @ layers[0] @ layers[1]
+    out.sum().backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.square().sum().backward()
+
+
+class Wrapped(Tensor):
+    """A tensor without memory of its own, as torchao's float8 weights under FSDP2."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapped:
+        made: Wrapped = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, *_: Any) -> Any:
+        raise AssertionError("nothing is computed here")
+
+
+@needs_triton
+def test_tensors_without_memory_are_left_to_torch(interpreter: None) -> None:
+    from frugal_dist.kernels import launch
+
+    plain = torch.ones(8, 8)
+    assert launch.kind_of(Job(plain, plain, None, (), 1, 0.0, CONFIG)) is not None
+    assert launch.kind_of(Job(Wrapped(plain), plain, None, (), 1, 0.0, CONFIG)) is None
+    assert launch.kind_of(Job(plain, Wrapped(plain), None, (), 1, 0.0, CONFIG)) is None
+    assert not launch.sign_step_(Wrapped(plain), plain, 0.1)
+
+
 def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.zeros(2, 2)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
