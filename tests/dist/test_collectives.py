@@ -162,6 +162,16 @@ def test_replicas_gather_once(projection: str) -> None:
     _note("replicas, shared state", projection, found)
 
 
+@pytest.mark.parametrize("projection", COORDINATES)
+def test_replicated_shards_gather_once(projection: str) -> None:
+    """HSDP: each replica steps its share of the rows, and the others get them."""
+    found = measure("HSDP 2x2", projection)
+    for step, refresh in found:
+        assert step.calls == ["all_to_all_single"]
+        assert refresh.calls.count("all_reduce") == 1
+    _note("HSDP 2x2", projection, found)
+
+
 def test_replicas_that_keep_everything_step_in_silence() -> None:
     for projection in ("svd", *COORDINATES):
         found = measure("replicas", projection)
@@ -169,7 +179,7 @@ def test_replicas_that_keep_everything_step_in_silence() -> None:
         _note("replicas", projection, found)
 
 
-@pytest.mark.parametrize("layout", ["Shard(0)", "ZeRO-1/2", "ZeRO-3", "replicas, shared state", "HSDP 2x2"])
+@pytest.mark.parametrize("layout", ["Shard(0)", "Shard(1)", "ZeRO-1/2", "ZeRO-3", "replicas, shared state", "HSDP 2x2"])
 def test_a_refresh_agrees_once_gathers_once_and_broadcasts_per_owner(layout: str) -> None:
     """Beyond the step's own calls: one all-reduce, at most one gather of gradients, one broadcast per owner."""
     found = measure(layout, "svd")
