@@ -95,12 +95,13 @@ flavour_of() {
 allow_root() { [[ $(id -u) != 0 ]] || export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; }
 
 # attend COMMAND...: run it as LAUNCHER and return its exit code. TERM, USR1 and INT become `stop SIGNAL`, which the script
-# defines. A process group of its own keeps Ctrl-C from the launcher, which would leave its ranks behind.
+# defines, and a lost terminal (HUP, unless nohup keeps it away) becomes `stop TERM`. A process group of its own keeps
+# Ctrl-C from the launcher, which would leave its ranks behind.
 attend() {
     local code signal signalled=1
-    for signal in TERM USR1 INT; do
+    for signal in TERM USR1 INT HUP; do
         # shellcheck disable=SC2064 # the signal of now
-        trap "signalled=1; stop $signal" "$signal"
+        trap "signalled=1; stop ${signal/HUP/TERM}" "$signal"
     done
     set -m
     "$@" </dev/null &
@@ -110,7 +111,7 @@ attend() {
         signalled=0 code=0
         wait "$LAUNCHER" || code=$?
     done
-    trap - TERM USR1 INT
+    trap - TERM USR1 INT HUP
     return "$code"
 }
 
@@ -135,7 +136,8 @@ PY
 # remember RECIPE [--key value ...]: before the launch. What an earlier start has recorded says nothing about this one.
 remember() { BEFORE=$(record "$@"); }
 
-# ended RECIPE [--key value ...]: "finished", "stopped" (saved, as told to) or "broken": what this start has recorded last.
+# ended RECIPE [--key value ...]: "finished", "stopped" (saved, as told to), "diverged" or "broken": what this start has
+# recorded last.
 ended() {
     local now
     now=$(record "$@")
@@ -143,16 +145,20 @@ ended() {
     case $now in
     summary*) echo finished ;;
     stopped*) echo stopped ;;
+    diverged*) echo diverged ;;
     *) echo broken ;;
     esac
 }
 
 # verdict CODE RECIPE [--key value ...]: the exit code of a launch whose launcher ended with CODE: 75 if the run has
-# stopped as told. Launchers may end with 0 though their ranks died, or with another code though all went as it should.
+# stopped as told, 65 if it has diverged. Launchers may end with 0 though their ranks died, or with a code of their own.
 verdict() {
     local code=$1 how
     how=$(ended "${@:2}")
-    [[ $how != stopped ]] || return 75
+    case $how in
+    stopped) return 75 ;;
+    diverged) return 65 ;; # to go on would end the same
+    esac
     if [[ $how == broken && $code == 0 ]]; then
         printf '%s: ERROR: the launcher ended well, but the run did not finish: its ranks were killed\n' "$NAME" >&2
         return 1

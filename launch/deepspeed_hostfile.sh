@@ -11,9 +11,11 @@
 #   MASTER_ADDR     of the first host, as the others reach it (default: as the hostfile names it)
 #   MASTER_PORT     free on that host (default: 29500)
 #   SEND            names of more environment variables that the ranks need
-# The same command goes on where the last checkpoint was made. A rank that dies ends all. SIGTERM, SIGUSR1 and Ctrl-C save
-# first with pdsh; then the exit code is 75. With the others they are passed on to mpirun or srun, which may end the ranks
-# before they have saved; Slurm does it better: launch/pretrain.sbatch.
+#   DS_ENV_FILE     DeepSpeed's own: a file of lines NAME=VALUE for the ranks, here or in the home folder (default:
+#                   .deepspeed_env); they win over what this script sends
+# The same command goes on where the last checkpoint was made. A rank that dies ends all; the exit code is 65 if the run
+# diverged. SIGTERM, SIGUSR1, Ctrl-C and a lost terminal save first with pdsh; then the exit code is 75. With the others they
+# are passed on to mpirun or srun, which may end the ranks before they have saved; Slurm does it better: launch/pretrain.sbatch.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -29,6 +31,7 @@ trap 'rm -rf "$scratch"' EXIT
 # shellcheck source=launch/passing.sh
 source "$ROOT/launch/passing.sh"
 
+read_own_variables
 args=("${LAUNCHER_ARGS:-}")
 case $way in
 pdsh) need pdsh ;;
@@ -51,8 +54,9 @@ esac
 if [[ $way != slurm ]]; then
     export MASTER_ADDR=${MASTER_ADDR:-$first} MASTER_PORT
     variables "$way" >"$scratch/env"
-    export DS_ENV_FILE=$scratch/env
 fi
+for line in "${OWN[@]}"; do printf '%s\n' "$line"; done >>"$scratch/env" # of two lines about a variable the later wins
+export DS_ENV_FILE=$scratch/env
 words=("$1" --engine deepspeed "${@:2}")
 [[ $way != pdsh ]] || mapfile -d '' -t words < <(for_remote_shell "${words[@]}")
 

@@ -37,12 +37,31 @@ unset it, or use launch/mpirun.sh or launch/pretrain.sbatch"
     done < <(sent)
 }
 
+# read_own_variables: OWN becomes the lines NAME=VALUE of the user's files of variables, those that DeepSpeed would read by
+# itself, in its order.
+read_own_variables() {
+    local name=${DS_ENV_FILE:-.deepspeed_env} file bad found=0
+    local -a files=(~/"$name" "./$name")
+    [[ $name != /* ]] || files=("$name")
+    OWN=()
+    for file in "${files[@]}"; do
+        [[ -f $file ]] || continue
+        found=1
+        bad=$(grep -nvE '^\s*(#.*)?$|^\s*[A-Za-z_]\w*\s*=' "$file" | head -n 1) || true
+        [[ -z $bad ]] || die "$file, line $bad: \"NAME=VALUE\" is needed"
+        mapfile -t -O "${#OWN[@]}" OWN < <(sed -E '/^\s*(#|$)/d; s/^\s*(\w+)\s*=\s*/\1=/; s/\s+$//' "$file")
+    done
+    ((found)) || [[ -z ${DS_ENV_FILE:-} ]] || die "DS_ENV_FILE is \"$DS_ENV_FILE\", but there is no such file"
+}
+
 # stand_in NAME PROGRAM: in $scratch, before all others on PATH, what DeepSpeed calls NAME. It takes the quotes off again
 # that no shell will take off, and does not let srun's --export cut values at commas: srun passes all on by itself.
 stand_in() {
+    local line
     {
         printf '#!/usr/bin/env bash\nprogram=%q\n' "$2"
         [[ -n ${DS_ACCELERATOR:-} ]] || printf 'unset DS_ACCELERATOR # of the launcher, not of the ranks\n'
+        [[ $1 != srun ]] || for line in "${OWN[@]}"; do printf 'export %q\n' "$line"; done # which --export would cut
         cat <<'SH'
 words=()
 while (($#)) && [[ ${2:-} != -u ]]; do # up to "python -u"

@@ -13,8 +13,8 @@
 #   JOB        a name that the machines of one run share, if several runs use the same MASTER
 #   RESTARTS   how often all ranks start again, from the last checkpoint, after one died (default: 0)
 #   GRACE      seconds that ranks get to save after SIGTERM (default: 120; with torch 2.11 always 30)
-# The same command goes on where the last checkpoint was made. SIGTERM, SIGUSR1 and Ctrl-C save first; then the exit code
-# is 75. A rank that dies is named in torchrun's report, and ends all or starts all again.
+# The same command goes on where the last checkpoint was made. SIGTERM, SIGUSR1, Ctrl-C and a lost terminal save first; then
+# the exit code is 75; 65 if the run diverged. A rank that dies is named in torchrun's report, and ends all or starts all again.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -33,11 +33,11 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$GRACE # which torch 2.11 ignores; its option would be an error there
 
 # shellcheck disable=SC2329 # called by attend
-stop() { kill "-$1" "$LAUNCHER"; } # torchrun passes it on
+stop() { kill "-$1" "$LAUNCHER" 2>/dev/null || true; } # torchrun passes it on; it may just have ended
 
 remember "$@"
 code=0
 attend torchrun --nnodes "$NODES" --nproc-per-node "$RANKS" --max-restarts "$RESTARTS" \
     --rdzv-backend c10d --rdzv-endpoint "$MASTER" --rdzv-id "${JOB:-frugal}" --signals-to-handle SIGTERM,SIGINT,SIGUSR1 \
     -m frugal_dist.cli pretrain "$@" || code=$?
-((code == 0)) || verdict "$code" "$@" # torchrun itself has no code for "told to stop"
+((code == 0)) || verdict "$code" "$@" # torchrun itself ends with 1 whatever its ranks say

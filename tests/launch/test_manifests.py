@@ -24,6 +24,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from frugal_dist.training.recipe import Recipe, read_recipe
+from frugal_dist.training.signals import DIVERGED
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"
@@ -91,6 +92,9 @@ def test_the_job_trains_a_recipe_on_the_shared_volume(objects: dict[str, Any]) -
     }
     assert claims == {objects["PersistentVolumeClaim"]["metadata"]["name"]}
     assert objects["PersistentVolumeClaim"]["spec"]["accessModes"] == ["ReadWriteMany"]
+    rule = objects["Job"]["spec"]["podFailurePolicy"]["rules"][0]  # what diverged does not start again
+    given_up = {"containerName": container["name"], "operator": "In", "values": [DIVERGED]}
+    assert (rule["action"], rule["onExitCodes"]) == ("FailJob", given_up)
 
 
 # --- compose ----------------------------------------------------------------------------------------------------------

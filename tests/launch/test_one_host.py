@@ -75,6 +75,14 @@ def test_sigterm_saves_and_the_same_command_goes_on(host: Host, workshop: Worksh
     assert [r["start"] for r in run.records("run")] == [0, stopped["step"]]
 
 
+@pytest.mark.heavy
+def test_a_run_that_diverged_says_so_by_its_exit_code(host: Host, workshop: Workshop) -> None:
+    run = workshop.run("torchrun-diverged")
+    changes = (*DDP, "--optimizer.lr", "1e30", "--bad_steps", "2")
+    run.end(host.start(run.script("torchrun.sh", *changes), run.log, RANKS="2"), 65)
+    assert "The run diverged" in run.printed()
+
+
 def test_torchrun_starts_again_after_a_kill(host: Host, workshop: Workshop, uninterrupted: Run) -> None:
     """From the last checkpoint, and to the same losses as without the kill."""
     run = workshop.run("torchrun-killed")

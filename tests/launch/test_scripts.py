@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -57,6 +58,35 @@ def test_what_an_earlier_start_recorded_says_nothing_about_this_one(workshop: Wo
     assert done.stdout.splitlines() == ["killed before it wrote: 137", "stopped: 75"]
 
 
+def test_the_exit_code_by_how_the_record_ends_and_what_the_launcher_says() -> None:
+    """The record itself is read by a Python of its own, which the test above starts."""
+    cases = {
+        "summary 0": 0, "summary 1": 1, "stopped 0": 75, "stopped 137": 75, "diverged 1": 65, "diverged 137": 65,
+        "train 0": 1, "train 137": 137, "nothing 0": 1, "nothing 2": 2,
+    }  # fmt: skip
+    script = """
+    record() { echo "$1"; }
+    BEFORE=nothing
+    for words; do code=0; verdict "${words#* }" "${words% *}" 2>/dev/null || code=$?; echo "$words: $code"; done
+    """
+    assert bash(script, *cases).stdout.splitlines() == [f"{words}: {code}" for words, code in cases.items()]
+
+
+def test_a_lost_terminal_becomes_sigterm_and_does_not_end_the_script_alone() -> None:
+    launcher = "trap 'exit 7' TERM; echo ready; while :; do sleep 0.05; done"
+    script = """
+    stop() { echo "$1"; kill "-$1" "$LAUNCHER"; }
+    code=0; attend bash -c "$1" || code=$?; echo "$code"
+    """
+    text = f"set -euo pipefail; source {ROOT}/launch/common.sh; {script}"
+    words = ["bash", "-c", text, "bash", launcher]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment()) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        assert process.communicate(timeout=60)[0].splitlines() == ["TERM", "7"]
+
+
 @pytest.mark.parametrize(
     ("shown", "ranks", "expected"),
     [
@@ -93,6 +123,21 @@ def test_a_variable_with_several_lines_is_refused() -> None:
     script = f"scratch=/nowhere; source {ROOT}/launch/passing.sh; variables pdsh"
     done = bash(script, SEND="MINE", MINE="a\nb")
     assert "MINE has several lines" in done.stderr and done.returncode == 2
+
+
+def test_the_users_own_variables_for_deepspeed(tmp_path: Path) -> None:
+    """As DeepSpeed reads them: those of the home folder, then those from here."""
+    for folder, text in (("home", "A=1\nB = x  y \n\n# C=3\nD=last"), ("here", 'A=2=3\nE="q r"\n')):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / ".deepspeed_env").write_text(text)
+    script = f'source {ROOT}/launch/passing.sh; cd "$1"; read_own_variables; printf "%s\\n" "${{OWN[@]}}"'
+    home, here, file = str(tmp_path / "home"), str(tmp_path / "here"), str(tmp_path / "home" / ".deepspeed_env")
+    first, second = ["A=1", "B=x  y", "D=last"], ["A=2=3", 'E="q r"']
+    assert bash(script, here, HOME=home).stdout.splitlines() == first + second
+    assert bash(script, here, HOME="/", DS_ENV_FILE=file).stdout.splitlines() == first
+    assert 'DS_ENV_FILE is "none", but there' in bash(script, here, HOME=home, DS_ENV_FILE="none").stderr
+    (tmp_path / "here" / ".deepspeed_env").write_text("A=1\nexport B=1\n")
+    assert '.deepspeed_env, line 2:export B=1: "NAME=VALUE" is needed' in bash(script, here, HOME=home).stderr
 
 
 def test_slurm_scripts_name_what_they_need(tmp_path: Path) -> None:

@@ -81,9 +81,11 @@ def test_a_preempted_job_saves_is_queued_again_and_goes_on(
 
 
 def test_a_killed_rank_ends_the_job_on_all_nodes_and_is_named(cluster: Cluster, workshop: Workshop) -> None:
+    """Also: sbatch takes few variables along, but what the script sets reaches the ranks."""
     run = workshop.run("slurm-killed")
-    job = submit(cluster, run, *LONG)
+    job = submit(cluster, run, *LONG, options=("--export=PATH,PYTHONPATH",))
     run.reach(2)
+    assert run.seen("OMP_NUM_THREADS", 2) == ["1", "1"]
     run.kill(1)
     assert cluster.wait_for(job, "FAILED", "PENDING", "COMPLETED", deadline=30) == "FAILED"
     assert not run.ranks()
@@ -131,6 +133,16 @@ def test_two_ranks_on_each_node(cluster: Cluster, workshop: Workshop, reference:
     finish(cluster, run, cluster.submit(*options, script("pretrain.sbatch"), *run.arguments(*DDP), log=run.log))
     assert run.records("run")[0]["ranks"] == 4
     assert difference(run, reference) < 2e-4
+
+
+@pytest.mark.heavy
+def test_a_run_that_diverged_is_not_queued_again(cluster: Cluster, workshop: Workshop) -> None:
+    run = workshop.run("slurm-diverged")
+    job = submit(cluster, run, "--optimizer.lr", "1e30", "--bad_steps", "2")
+    assert cluster.wait_for(job, "FAILED", "COMPLETED") == "FAILED", run.output()
+    assert "ExitCode=65:0" in cluster.slurm("scontrol", "show", "job", str(job)), run.output()
+    assert cluster.restarts(job) == 0
+    cluster.wait_for_nodes()
 
 
 @pytest.mark.heavy
@@ -190,8 +202,11 @@ def test_deepspeed_inside_an_allocation(cluster: Cluster, workshop: Workshop, re
     hostfile = cluster.folder / "hostfile"
     hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
     command = " ".join(["LAUNCHER=slurm", f"HOSTFILE={hostfile}", *run.script("deepspeed_hostfile.sh")])
-    interfaces = "^docker,lo"  # DeepSpeed's launcher would cut it at the comma
-    job = cluster.submit(*TWO_NODES, "--wrap", command, log=run.log, UCX_NOTE=interfaces)
+    interfaces, own = "^docker,lo", "of, my own"  # DeepSpeed's launcher would cut them at the comma
+    (cluster.folder / "variables").write_text(f"# mine\nUCX_OWN={own}\n")
+    more = {"UCX_NOTE": interfaces, "UCX_OWN": "other", "DS_ENV_FILE": str(cluster.folder / "variables")}
+    job = cluster.submit(*TWO_NODES, "--wrap", command, log=run.log, **more)
     assert run.seen("UCX_NOTE", 2) == [interfaces, interfaces]
+    assert run.seen("UCX_OWN", 2) == [own, own]
     finish(cluster, run, job)
     assert difference(run, reference) < 2e-4

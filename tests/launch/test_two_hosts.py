@@ -84,8 +84,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         made.close()
 
 
-AWKWARD = {"NCCL_SOCKET_IFNAME": "^docker,lo", "HF_NOTE": 'a "b" $HOME \\ 5%n', "SEND": "HF_NOTE"}
-"""Variables that DeepSpeed's launcher spoils if it is left to it."""
+AWKWARD = {"NCCL_SOCKET_IFNAME": "^docker,lo", "HF_NOTE": 'a "b" $HOME \\ 5%n', "SEND": "HF_NOTE", "UCX_NOTE": "other"}
+"""Variables that DeepSpeed's launcher spoils if it is left to it, and one that the user's own file changes."""
+OWN = {"UCX_NOTE": "of my own"}
 
 
 def by_hostfile(
@@ -95,14 +96,16 @@ def by_hostfile(
     command = run.script("deepspeed_hostfile.sh", *changes)
     hostfile = run.log.with_suffix(".hosts")
     hostfile.write_text("".join(f"node{number} slots={ranks}\n" for number, ranks in enumerate(slots, start=1)))
-    known = {"HOSTFILE": str(hostfile), "LAUNCHER": launcher, "MASTER_PORT": str(next(PORTS))}
+    own = run.log.with_suffix(".variables")
+    own.write_text("# mine\n\n" + "".join(f"{name}={value}\n" for name, value in OWN.items()))
+    known = {"HOSTFILE": str(hostfile), "LAUNCHER": launcher, "MASTER_PORT": str(next(PORTS)), "DS_ENV_FILE": str(own)}
     return pair.start_on(0, command, run.log, **known, **more)
 
 
 def end_as_told(pair: Pair, run: Run, reference: Run, process: subprocess.Popen[bytes], ranks: int) -> None:
     """All ranks hear the words and variables as they were given, and train as one process does."""
-    for name in ("NCCL_SOCKET_IFNAME", "HF_NOTE"):
-        assert run.seen(name, ranks) == [AWKWARD[name]] * ranks
+    for name in ("NCCL_SOCKET_IFNAME", "HF_NOTE", "UCX_NOTE"):
+        assert run.seen(name, ranks) == [{**AWKWARD, **OWN}[name]] * ranks
     assert run.seen("DS_ACCELERATOR", ranks) == [""] * ranks
     run.end(process)
     assert run.records("run")[0]["ranks"] == ranks
