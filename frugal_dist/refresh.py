@@ -17,7 +17,7 @@ from frugal_dist.clock import due, offset
 from frugal_dist.moments import carry_basis_moments, move_coordinate_moments, moves_between_ranks
 from frugal_dist.notices import notice
 from frugal_dist.projection.basis import Basis, basis_shapes
-from frugal_dist.replicas import fingerprints, mismatched, resynchronise
+from frugal_dist.replicas import fingerprints, mismatched, replicated, resynchronise
 from frugal_dist.sharding.exchange import agree_max, all_to_all, broadcast
 from frugal_dist.sharding.plan import moves_for, owner_layout
 from frugal_dist.sharding.route import fill_buckets, limit_for_owners
@@ -73,6 +73,14 @@ def _takes_part(runtime: Runtime, work: Work) -> bool:
         return True
     clocks = (work.state.clock("refreshes"), work.state.clock("size"))
     return not runtime.ranks.alone and (work.matrix.copies > 1 or moves_between_ranks(runtime, work, clocks))
+
+
+def numbers_agreed(runtime: Runtime, works: Sequence[Work]) -> int:
+    """How many integers the ranks agree on at a refresh of all ``works``; 0: it needs no agreement."""
+    suspects = [work for work in works if _takes_part(runtime, work)]
+    if runtime.ranks.alone or not suspects:
+        return 0
+    return 2 + 5 * len(suspects) + 2 * len(replicated(runtime, suspects))
 
 
 def _suspects(runtime: Runtime, works: Sequence[Work]) -> list[Work]:

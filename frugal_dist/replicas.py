@@ -23,7 +23,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def fingerprints(runtime: Runtime, works: Sequence[Work]) -> list[int]:
     """Two numbers, h and -h, for every replicated tile of every work: their maxima differ iff the replicas do."""
-    entries = _replicated(runtime, works)
+    entries = replicated(runtime, works)
     mine = [fingerprint(work.local_weight(tile)) for work, tile, ranks in entries if runtime.ranks.rank in ranks]
     together = [mark.to(mine[0].device) for mark in mine]  # a process may have a model on several GPUs
     marks = iter((torch.stack(together).cpu() % _MODULUS).tolist() if mine else [])
@@ -38,7 +38,7 @@ def mismatched(
     runtime: Runtime, works: Sequence[Work], agreed: Sequence[int]
 ) -> list[tuple[Work, Tile, tuple[int, ...]]]:
     """The replicated tiles whose copies are not equal."""
-    entries = _replicated(runtime, works)
+    entries = replicated(runtime, works)
     return [entry for i, entry in enumerate(entries) if agreed[2 * i] != -agreed[2 * i + 1]]
 
 
@@ -71,7 +71,8 @@ def resynchronise(runtime: Runtime, broken: Sequence[tuple[Work, Tile, tuple[int
             )
 
 
-def _replicated(runtime: Runtime, works: Sequence[Work]) -> list[tuple[Work, Tile, tuple[int, ...]]]:
+def replicated(runtime: Runtime, works: Sequence[Work]) -> list[tuple[Work, Tile, tuple[int, ...]]]:
+    """Every tile that more than one rank holds, with those ranks."""
     return [
         (work, tile, ranks) for work in works for tile, ranks in holders(work.matrix.storage).items() if len(ranks) > 1
     ]

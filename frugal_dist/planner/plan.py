@@ -13,28 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frugal_dist import refresh, stepping
+from frugal_dist import stepping
 from frugal_dist.optimizer import BUCKET_BYTES, Frugal
 from frugal_dist.planner.engines import EngineLayout
-from frugal_dist.planner.totals import papers_bytes, state_of_ranks
-from frugal_dist.projection.basis import basis_shapes
+from frugal_dist.planner.moves import moments_sent
+from frugal_dist.planner.refreshes import RefreshPlan, away, moves, plan_refresh
+from frugal_dist.planner.solver import solver_bytes
+from frugal_dist.planner.totals import ITEM, papers_bytes, state_of_ranks
 from frugal_dist.sharding.exchange import Ranks
-from frugal_dist.sharding.plan import Move, assign_owners, moves_for, owner_layout, refresh_cost
+from frugal_dist.sharding.plan import assign_owners, refresh_cost
 from frugal_dist.sharding.route import route
 from frugal_dist.sharding.storage import Interval, Original, Part
 from frugal_dist.sharding.table import Matrix, Table, number_blocks
-from frugal_dist.sharding.tile import Layout, Tile, elements, holders, is_replicated, owned, whole
+from frugal_dist.sharding.tile import Layout, elements, holders, is_replicated
 from frugal_dist.state import MatrixState
 from frugal_dist.work import Runtime, Work, basis_route, coordinate_cut
 from frugal_dist.workload import Load, ensure_state, load_of
 
-ITEM = 4
-"""Bytes of an fp32 number: masters, moments, bases and what travels."""
-
 
 @dataclass
 class RankPlan:
-    """One rank, in bytes; ``*_calls`` count collectives, ``*_sent`` is what this rank sends."""
+    """One rank, in bytes. ``step_calls`` counts collectives, ``step_sent`` is what this rank sends."""
 
     rank: int
     parameters: int = 0
@@ -43,10 +42,8 @@ class RankPlan:
     regular: int = 0
     clocks: int = 0
     step_sent: int = 0
-    refresh_sent: int = 0
     step_calls: Counter[str] = field(default_factory=Counter)
-    refresh_calls: Counter[str] = field(default_factory=Counter)
-    scratch: int = 0
+    refresh: RefreshPlan = field(default_factory=RefreshPlan)
 
     @property
     def state(self) -> int:
@@ -59,7 +56,9 @@ class Plan:
     """A run: some ranks in full (``ranked``), and what is known of all of them.
 
     ``states``: optimizer state of every rank in bytes. ``owned`` and ``refresh_work``: how many refreshes each rank
-    owns, and their work. ``papers``: state in bytes as the papers count it, see ``papers_bytes``.
+    owns, and their work. ``papers``: state in bytes as the papers count it, see ``papers_bytes``. ``solver``: an
+    estimate of what the owner of a matrix takes at most for its basis, beside its gradient; ``solver_on_host``: the
+    same, where it is always computed on the CPU. ``gradient``: of the largest matrix with a basis.
     """
 
     engine: str
@@ -69,6 +68,9 @@ class Plan:
     owned: list[int] = field(default_factory=list)
     refresh_work: list[float] = field(default_factory=list)
     papers: int = 0
+    solver: int = 0
+    solver_on_host: int = 0
+    gradient: int = 0
     layouts: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -135,10 +137,12 @@ def make_plan(
         return runtime, load
 
     plan = Plan(engine.name, ranks)
-    _plan_all(plan, *begun(0), parts)
+    first = begun(0)
+    _plan_all(plan, *first, parts)
+    moved = _moved(*first)
     most = plan.states.index(max(plan.states))
     for rank in sorted({*shown, most}) if shown else range(ranks):
-        plan.ranked.append(_rank_plan(*begun(rank)))
+        plan.ranked.append(_rank_plan(*begun(rank), moved[rank]))
     return plan
 
 
@@ -151,6 +155,24 @@ def _plan_all(plan: Plan, runtime: Runtime, load: Load, parts: Sequence[Sequence
         if work.family == "basis":
             plan.owned[work.matrix.owner] += 1
             plan.refresh_work[work.matrix.owner] += refresh_cost(work.matrix.rows, work.matrix.cols)
+            _note_solver(plan, work)
+
+
+def _note_solver(plan: Plan, work: Work) -> None:
+    if work.empty:
+        return
+    rows, cols, drawn = work.matrix.rows, work.matrix.cols, work.config.projection == "random"
+    taken = solver_bytes("random" if drawn else work.config.svd_method, rows, cols, work.side, work.size)
+    if drawn:
+        plan.solver_on_host = max(plan.solver_on_host, taken)
+    else:
+        plan.solver, plan.gradient = max(plan.solver, taken), max(plan.gradient, ITEM * rows * cols)
+
+
+def _moved(runtime: Runtime, load: Load) -> list[int]:
+    """Bytes of moments that each rank sends at a refresh."""
+    sent = [moments_sent(runtime, work) for work in load.works if moves(runtime, work)]
+    return [sum(of_rank) for of_rank in zip(*sent, strict=True)] if sent else [0] * runtime.ranks.size
 
 
 def _table(originals: Sequence[Original], parts: Sequence[Sequence[Part]]) -> Table:
@@ -177,7 +199,8 @@ def _tensors(originals: Sequence[Original], parts: Sequence[Part]) -> list[Tenso
     return [torch.empty(shape, device="meta", requires_grad=True) for shape in shapes]
 
 
-def _rank_plan(runtime: Runtime, load: Load) -> RankPlan:
+def _rank_plan(runtime: Runtime, load: Load, moved: int) -> RankPlan:
+    """``moved``: bytes of moments that the rank sends at a refresh."""
     found = RankPlan(runtime.ranks.rank, parameters=sum(runtime.storage.weight(i).numel() for i in load.key))
     for one in load.regular:
         found.regular += sum(size for _, size in _sizes(one.state))
@@ -185,13 +208,11 @@ def _rank_plan(runtime: Runtime, load: Load) -> RankPlan:
         for name, size in _sizes(work.state):
             kind = "bases" if name.startswith("basis") else "moments" if name.startswith("exp_avg") else "clocks"
             setattr(found, kind, getattr(found, kind) + size)
-        if work.family != "basis" and not work.empty:  # as after the first refresh
+        if not work.empty:  # as after the first refresh
             work.state.set_clock("refreshes", 1)
             work.state.set_clock("size", work.size)
-        elif not work.empty:
-            work.state.set_clock("refreshes", 1)
     _plan_step(runtime, load.works, found)
-    _plan_refresh(runtime, load.works, found)
+    found.refresh = plan_refresh(runtime, load.works, moved)
     return found
 
 
@@ -212,7 +233,7 @@ def _plan_step(runtime: Runtime, works: Sequence[Work], found: RankPlan) -> None
         routes = [basis_route(runtime, work) for work in bucket if work.family == "basis"]
         if any(route.travels_in for route in routes):
             found.step_calls["all_to_all"] += 1
-            found.step_sent += ITEM * sum(_away(runtime, route.gradient_in) for route in routes)
+            found.step_sent += ITEM * sum(away(route.gradient_in, runtime.ranks.rank) for route in routes)
         if is_replicated(bucket[0].matrix.storage):
             shares = [sum(_share(runtime, work, rank) for work in bucket) for rank in range(size)]
             found.step_calls["all_gather"] += 1
@@ -220,11 +241,6 @@ def _plan_step(runtime: Runtime, works: Sequence[Work], found: RankPlan) -> None
         else:
             found.step_calls["all_to_all"] += 1
             found.step_sent += ITEM * sum(_sent_back(runtime, work) for work in bucket)
-
-
-def _away(runtime: Runtime, moves: Sequence[Move]) -> int:
-    """Elements that this rank sends to others."""
-    return sum(move.area.numel for move in moves if move.source == runtime.ranks.rank != move.target)
 
 
 def _share(runtime: Runtime, work: Work, rank: int) -> int:
@@ -237,48 +253,9 @@ def _share(runtime: Runtime, work: Work, rank: int) -> int:
 def _sent_back(runtime: Runtime, work: Work) -> int:
     """Elements of updates that this rank computed for others."""
     if work.family == "basis":
-        return _away(runtime, basis_route(runtime, work).update_out)
+        return away(basis_route(runtime, work).update_out, runtime.ranks.rank)
     pieces = coordinate_cut(runtime, work).pieces
     return sum(prod(piece.mine) * (len(piece.holders) - 1) for piece in pieces)
-
-
-def _plan_refresh(runtime: Runtime, works: Sequence[Work], found: RankPlan) -> None:
-    """What a refresh sends beyond the step: gradients to their owners, bases to those who use them.
-
-    The one small all-reduce by which ranks agree is counted as a call, not in bytes.
-    """
-    bases = [work for work in works if work.family == "basis" and not work.empty]
-    if runtime.ranks.alone or not bases:
-        return
-    rank = runtime.ranks.rank
-    found.refresh_calls["all_reduce"] += 1
-    for bucket in refresh.buckets_of(runtime, bases):
-        gathered = [work for work in bucket if owned(work.matrix.storage[work.matrix.owner], _whole(work)) is None]
-        warm = [work for work in bucket if refresh.warm_source(runtime, work) is not None]
-        found.refresh_calls["all_to_all"] += bool(gathered or warm)
-        sent_warm = [work for work in warm if refresh.warm_source(runtime, work) == rank]
-        found.refresh_sent += ITEM * sum(_basis_elements(work) for work in sent_warm)
-        for work in gathered:
-            target = owner_layout(runtime.ranks.size, work.matrix.owner, work.matrix.rows, work.matrix.cols)
-            moves = moves_for(work.matrix.storage, target, rank, work.matrix.index)
-            found.refresh_sent += ITEM * _away(runtime, moves)
-        found.refresh_calls["broadcast"] += len({work.matrix.owner for work in bucket})
-        mine = [work for work in bucket if work.matrix.owner == rank]
-        found.refresh_sent += ITEM * sum(1 + _published(runtime, work) for work in mine)  # 1: the status
-        found.scratch = max(found.scratch, ITEM * sum(refresh.refresh_load(runtime, work)[rank] for work in bucket))
-
-
-def _whole(work: Work) -> Tile:
-    return whole(work.matrix.rows, work.matrix.cols)[0]
-
-
-def _published(runtime: Runtime, work: Work) -> int:
-    """Elements of the basis that the owner broadcasts."""
-    return _basis_elements(work) if refresh.used_by_others(runtime, work) else 0
-
-
-def _basis_elements(work: Work) -> int:
-    return sum(prod(s) for s in basis_shapes(work.side, work.matrix.rows, work.matrix.cols, work.size).values())
 
 
 def _note_layouts(plan: Plan, runtime: Runtime, load: Load) -> None:

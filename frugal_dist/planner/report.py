@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from frugal_dist.planner.engines import EngineLayout
-from frugal_dist.planner.plan import ITEM, Plan, RankPlan
+from frugal_dist.planner.plan import Plan, RankPlan
 from frugal_dist.planner.shapes import LlamaShape
+from frugal_dist.planner.totals import ITEM
 from frugal_dist.planner.zero import Zero, buffer_bytes, gradient_bytes
 
 MIB = 2**20
@@ -118,7 +119,7 @@ def _memory(plan: Plan, engine: EngineLayout, setting: Setting, gpu: str | None)
         Row("  bases", worst.bases, host),
         Row("  moments of regular parameters", worst.regular, host),
         Row("  counters", worst.clocks, host),
-        Row("refresh scratch, at most", worst.scratch, host),
+        *_refresh_rows(plan, host),
         Row(f"activations of {setting.tokens:,} tokens (estimate)", activation_bytes(setting)),
     ]
     lines = _table(
@@ -136,6 +137,17 @@ def _memory(plan: Plan, engine: EngineLayout, setting: Setting, gpu: str | None)
     return lines
 
 
+def _refresh_rows(plan: Plan, host: bool) -> list[Row]:
+    """At most on any rank. A gradient that lies on the host is copied to the GPU, where its basis is computed."""
+    solver = plan.solver + (plan.gradient if host else 0)
+    rows = [
+        Row("gathered gradients at a refresh", max(rank.refresh.gathered for rank in plan.ranked), host),
+        Row("computing the largest basis (estimate)", solver),
+        Row("drawing the largest basis (estimate)", plan.solver_on_host, host=True),
+    ]
+    return [row for row in rows if row.size]
+
+
 def _state(plan: Plan, baselines: Mapping[str, Plan]) -> list[str]:
     rows = []
     for name, one in {"this": plan, **baselines}.items():
@@ -147,12 +159,12 @@ def _state(plan: Plan, baselines: Mapping[str, Plan]) -> list[str]:
 
 def _traffic(plan: Plan) -> list[str]:
     busiest = max(plan.ranked, key=lambda rank: rank.step_sent)
-    refresher = max(plan.ranked, key=lambda rank: rank.refresh_sent)
+    refresher = max((rank.refresh for rank in plan.ranked), key=lambda one: one.sent)
     lines = _table(
         ["sent by the busiest rank", "MiB", "collectives"],
         [
             ("a step", f"{busiest.step_sent / MIB:,.1f}", _calls(busiest.step_calls)),
-            ("a refresh, beside the step", f"{refresher.refresh_sent / MIB:,.1f}", _calls(refresher.refresh_calls)),
+            ("a refresh, beside the step", f"{refresher.sent / MIB:,.1f}", _calls(refresher.calls)),
         ],
     )
     owned, work = plan.owned, plan.refresh_work

@@ -14,6 +14,9 @@ from frugal_dist.state import MatrixState
 from frugal_dist.work import Runtime, Work, basis_route, basis_tile_shapes, moment_names, whole_selection
 from frugal_dist.workload import Load
 
+ITEM = 4
+"""Bytes of an fp32 number: masters, moments, bases and what travels."""
+
 
 def state_of_ranks(runtime: Runtime, load: Load, parts: Sequence[Sequence[Part]]) -> list[int]:
     """Bytes of optimizer state on every rank after the first refresh. ``parts``: of each rank, by parameter."""
@@ -41,7 +44,7 @@ def papers_bytes(load: Load) -> int:
         else:
             shape = _selection(work).shape(rows, cols)
         entries += prod(shape) * len(moment_names(work.config))
-    return 4 * entries
+    return ITEM * entries
 
 
 def clock_bytes(state: MatrixState) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -107,6 +108,13 @@ def test_the_report_of_a_whole_training(monkeypatch: pytest.MonkeyPatch, capsys:
     printed = capsys.readouterr().out
     for name in ("AdamW", *script.FRUGAL):
         assert printed.count(f"| {name} |") == 3
+
+
+def test_the_memory_of_a_basis_is_measured_beside_its_estimate(capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(SCRIPT.with_name("solver_bytes.py")))["main"]
+    for method in ("exact", "subspace", "gram64", "random"):
+        main([method, "48", "96"])
+        assert re.fullmatch(rf"{method}, 48x96, r = 12: estimated 0.\d MiB, measured .* MiB\n", capsys.readouterr().out)
 
 
 def test_split_arithmetic_rounds_as_tensor_cores_do(monkeypatch: pytest.MonkeyPatch) -> None:
