@@ -33,7 +33,9 @@ from frugal_dist.workload import Load, ensure_state, load_of
 
 @dataclass
 class RankPlan:
-    """One rank, in bytes. ``step_calls`` counts collectives, ``step_sent`` is what this rank sends."""
+    """One rank, in bytes. ``step_calls`` counts collectives, ``step_sent`` is what this rank sends. ``selected``: which
+    entries randk selects, about; not part of the state, as they can be drawn again.
+    """
 
     rank: int
     parameters: int = 0
@@ -41,6 +43,7 @@ class RankPlan:
     bases: int = 0
     regular: int = 0
     clocks: int = 0
+    selected: int = 0
     step_sent: int = 0
     step_calls: Counter[str] = field(default_factory=Counter)
     refresh: RefreshPlan = field(default_factory=RefreshPlan)
@@ -208,12 +211,22 @@ def _rank_plan(runtime: Runtime, load: Load, moved: int) -> RankPlan:
         for name, size in _sizes(work.state):
             kind = "bases" if name.startswith("basis") else "moments" if name.startswith("exp_avg") else "clocks"
             setattr(found, kind, getattr(found, kind) + size)
+        found.selected += _selected(work, runtime.ranks.rank)
         if not work.empty:  # as after the first refresh
             work.state.set_clock("refreshes", 1)
             work.state.set_clock("size", work.size)
     _plan_step(runtime, load.works, found)
     found.refresh = plan_refresh(runtime, load.works, moved)
     return found
+
+
+def _selected(work: Work, rank: int) -> int:
+    """An index for each selected entry of what the rank stores, whoever has its moments."""
+    matrix = work.matrix
+    total = matrix.rows * matrix.cols
+    if work.config.projection != "randk" or work.size in (0, total):
+        return 0
+    return round(torch.int32.itemsize * work.size * elements(matrix.storage[rank]) / total)
 
 
 def _sizes(state: MatrixState) -> list[tuple[str, int]]:

@@ -119,6 +119,7 @@ def _memory(plan: Plan, engine: EngineLayout, setting: Setting, gpu: str | None)
         Row("  bases", worst.bases, host),
         Row("  moments of regular parameters", worst.regular, host),
         Row("  counters", worst.clocks, host),
+        *([Row("indices of randk's entries (estimate)", worst.selected, host)] if worst.selected else []),
         *_refresh_rows(plan, host),
         Row(f"activations of {setting.tokens:,} tokens (estimate)", activation_bytes(setting)),
     ]

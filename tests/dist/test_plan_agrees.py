@@ -16,6 +16,7 @@ from threads import run_ranks
 from frugal_dist import Frugal
 from frugal_dist.planner.engines import engine_layout
 from frugal_dist.planner.plan import Plan, make_plan
+from frugal_dist.projection.coordinates import Flat
 
 ENGINES = {
     "replicas, shared state": "ddp",
@@ -49,11 +50,21 @@ def state_bytes(held: Held) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def selected_bytes(held: Held) -> int:
+    assert held.optimizer._runtime is not None
+    pieces = [piece for cut in held.optimizer._runtime.cuts.values() for piece in cut.pieces]
+    kept = [piece.selection.index for piece in pieces if isinstance(piece.selection, Flat)]
+    return sum(index.numel() * index.element_size() for index in kept)
+
+
 @dataclass
 class Seen:
-    """On one rank: state after the first refresh (coordinates move with each); a step; what a refresh adds to one."""
+    """On one rank: state after the first refresh (coordinates move with each), and which entries randk selects, in
+    bytes; a step; what a refresh adds to one.
+    """
 
     state: int
+    selected: int
     step: Traffic
     refresh: Traffic
 
@@ -72,7 +83,7 @@ def measured(layout: str, options: dict[str, Any], ranks: int) -> list[Seen]:
         _, step, refresh, after = found
         for call in after.calls:
             refresh.calls.remove(call)
-        return Seen(states[0], step, Traffic(refresh.calls, refresh.sent - after.sent))
+        return Seen(states[0], selected_bytes(held), step, Traffic(refresh.calls, refresh.sent - after.sent))
 
     with metered() as meter:
         return run_ranks(ranks, lambda rank: body(rank, meter))
@@ -84,8 +95,10 @@ def calls(counter: Any) -> list[str]:
 
 
 def check(layout: str, options: dict[str, Any], ranks: int = RANKS) -> None:
-    plan = planned(layout, options, ranks)
-    for want, seen in zip(plan.ranked, measured(layout, options, ranks), strict=True):
+    plan, found = planned(layout, options, ranks), measured(layout, options, ranks)
+    # Each rank has about its share of a matrix' entries; the shares make up the whole but for rounding.
+    assert abs(sum(one.selected for one in plan.ranked) - sum(one.selected for one in found)) <= ranks * len(NAMES)
+    for want, seen in zip(plan.ranked, found, strict=True):
         case = f"{options}, rank {want.rank} of {ranks}"
         assert want.state == seen.state, f"{case}: state"
         assert calls(want.step_calls) == _plain(seen.step.calls), f"{case}: calls of a step"
