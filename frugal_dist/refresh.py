@@ -21,7 +21,7 @@ from frugal_dist.replicas import fingerprints, mismatched, replicated, resynchro
 from frugal_dist.sharding.exchange import agree_max, all_to_all, broadcast
 from frugal_dist.sharding.plan import moves_for, owner_layout
 from frugal_dist.sharding.route import fill_buckets, limit_for_owners
-from frugal_dist.sharding.tile import elements, holders, owned, whole
+from frugal_dist.sharding.tile import owned, whole
 from frugal_dist.work import Agreed, Cut, Runtime, Work, basis_route, coordinate_cut, moment_names
 
 NEW, FAILED = 0.0, 1.0
@@ -193,7 +193,7 @@ def _refresh_coordinates(runtime: Runtime, works: Sequence[Work], reports: dict[
 
 def _count_coordinates(runtime: Runtime, work: Work, cut: Cut) -> None:
     """Figures of this rank's tiles, each by the first of the ranks that hold it."""
-    held = holders(work.matrix.storage)
+    held = work.matrix.held
     for piece in cut.pieces if work.grads is not None else ():
         if held[piece.tile][0] == runtime.ranks.rank:
             grad = work.local_grad(piece.tile)
@@ -231,7 +231,7 @@ def refresh_load(runtime: Runtime, work: Work) -> tuple[int, ...]:
     """Elements that each rank may hold for this refresh: the whole matrix at the owner, and parts that travel to it."""
     matrix = work.matrix
     travels = owned(matrix.storage[matrix.owner], whole(matrix.rows, matrix.cols)[0]) is None
-    parts = [elements(tiles) if travels else 0 for tiles in matrix.storage]
+    parts = list(matrix.sizes) if travels else [0] * len(matrix.sizes)
     parts[matrix.owner] += matrix.rows * matrix.cols
     return tuple(parts)
 
@@ -300,7 +300,7 @@ def _gather(runtime: Runtime, works: Sequence[Work]) -> tuple[dict[int, Tensor],
         if matrix.owner == ranks.rank:
             found[matrix.index] = torch.empty(matrix.rows, matrix.cols, dtype=work.dtype, device=work.device)
         target = owner_layout(ranks.size, matrix.owner, matrix.rows, matrix.cols)
-        for move in moves_for(matrix.storage, target, ranks.rank, matrix.index):
+        for move in moves_for(matrix.held, target, ranks.rank, matrix.index):
             if move.source == ranks.rank:
                 piece = work.local_grad(move.source_tile)[move.area.within(move.source_tile)]
                 if move.target == ranks.rank:

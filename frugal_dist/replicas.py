@@ -12,7 +12,7 @@ from torch import Tensor
 
 from frugal_dist.notices import notice
 from frugal_dist.sharding.exchange import all_to_all
-from frugal_dist.sharding.tile import Tile, holders
+from frugal_dist.sharding.tile import Tile
 from frugal_dist.work import Runtime, Work
 
 _ABSENT = -(2**62)
@@ -73,9 +73,7 @@ def resynchronise(runtime: Runtime, broken: Sequence[tuple[Work, Tile, tuple[int
 
 def replicated(runtime: Runtime, works: Sequence[Work]) -> list[tuple[Work, Tile, tuple[int, ...]]]:
     """Every tile that more than one rank holds, with those ranks."""
-    return [
-        (work, tile, ranks) for work in works for tile, ranks in holders(work.matrix.storage).items() if len(ranks) > 1
-    ]
+    return [(work, tile, ranks) for work in works for tile, ranks in work.matrix.held.items() if len(ranks) > 1]
 
 
 def fingerprint(weight: Tensor) -> Tensor:

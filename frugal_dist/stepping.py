@@ -17,7 +17,7 @@ from frugal_dist.projection.basis import Basis
 from frugal_dist.rounding import round_stochastically_, rounds_stochastically, row_starts
 from frugal_dist.sharding.exchange import all_gather, all_to_all
 from frugal_dist.sharding.route import Route, fill_buckets
-from frugal_dist.sharding.tile import Tile, elements, is_replicated
+from frugal_dist.sharding.tile import Tile
 from frugal_dist.update import (
     add_coordinates_,
     basis_delta,
@@ -201,7 +201,7 @@ def buckets_of(runtime: Runtime, works: Sequence[Work]) -> list[list[Work]]:
 def _fill(runtime: Runtime, works: Sequence[Work]) -> list[list[int]]:
     groups: dict[tuple[str, bool], list[int]] = {}
     for i, work in enumerate(works):
-        groups.setdefault((str(work.dtype), is_replicated(work.matrix.storage)), []).append(i)
+        groups.setdefault((str(work.dtype), work.matrix.replicated), []).append(i)
     buckets = []
     for key in sorted(groups):
         same = groups[key]
@@ -214,7 +214,7 @@ def _fill(runtime: Runtime, works: Sequence[Work]) -> list[list[int]]:
 def _load(runtime: Runtime, work: Work) -> tuple[int, ...]:
     if work.family == "basis":
         return basis_route(runtime, work).load
-    return tuple(elements(tiles) for tiles in work.matrix.storage)
+    return work.matrix.sizes
 
 
 def _step_bucket(runtime: Runtime, works: Sequence[Work], active: set[int]) -> None:
@@ -229,7 +229,7 @@ def _step_bucket(runtime: Runtime, works: Sequence[Work], active: set[int]) -> N
     for work in works:
         prepare = _basis_parcel if work.family == "basis" else _coordinate_parcel
         packing.parcels.append(prepare(runtime, work, gradients, work.matrix.index in active))
-    if is_replicated(works[0].matrix.storage):
+    if works[0].matrix.replicated:
         mine = packing.merged("send")[ranks.rank]
         all_gather(ranks, mine, packing.merged("recv"), like)
     else:
@@ -336,7 +336,7 @@ def _coordinate_parcel(runtime: Runtime, work: Work, gradients: object, active: 
     ranks = runtime.ranks
     pieces = coordinate_cut(runtime, work).pieces
     moments = moments_of(work, [piece.mine for piece in pieces])
-    gathered = is_replicated(work.matrix.storage)
+    gathered = work.matrix.replicated
     send: Lists = [[] for _ in range(ranks.size)]
     recv: Lists = [[] for _ in range(ranks.size)]
     updates = []

@@ -20,10 +20,10 @@ from frugal_dist.projection.shapes import FAMILY, family, resolve_side, selectio
 from frugal_dist.rules import STATE_FULL
 from frugal_dist.sharding.exchange import Ranks
 from frugal_dist.sharding.plan import compute_layout
-from frugal_dist.sharding.route import Route, route
+from frugal_dist.sharding.route import Crossing, Route
 from frugal_dist.sharding.storage import Original, Storage
 from frugal_dist.sharding.table import Matrix, Table
-from frugal_dist.sharding.tile import Layout, Tile, Tiles, holders, split_evenly
+from frugal_dist.sharding.tile import Layout, Tile, Tiles, split_evenly
 from frugal_dist.state import MatrixState, Shape
 
 
@@ -204,7 +204,7 @@ def basis_layout(runtime: Runtime, work: Work, choice: str | None = None) -> Lay
 
 def route_to(runtime: Runtime, work: Work, layout: Layout) -> Route:
     """This rank's route from storage to a compute layout."""
-    return route(work.matrix.storage, layout, runtime.ranks.rank, work.matrix.index)
+    return Crossing(work.matrix.storage, layout).route(runtime.ranks.rank, work.matrix.index)
 
 
 def whole_selection(work: Work, refresh: int, size: int) -> Selection:
@@ -230,10 +230,9 @@ def coordinate_cut(runtime: Runtime, work: Work) -> Cut:
 
 def cut_selection(runtime: Runtime, work: Work, selection: Selection, rank: int) -> list[CoordinatePiece]:
     """The pieces of a selection on ``rank``: one per storage tile, shared evenly among the tile's holders."""
-    held = holders(work.matrix.storage)
     pieces = []
     for tile in work.matrix.storage[rank]:
-        ranks = held[tile] if runtime.shard_replicas else (rank,)
+        ranks = work.matrix.held[tile] if runtime.shard_replicas else (rank,)
         local = selection.local(tile)
         shape = local.shape(tile.height, tile.width)
         bounds = split_evenly(shape[local.free_dim], len(ranks), work.matrix.index)

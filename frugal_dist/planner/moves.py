@@ -9,7 +9,7 @@ from torch import Tensor
 
 from frugal_dist.planner.totals import ITEM
 from frugal_dist.projection.coordinates import Selection
-from frugal_dist.sharding.tile import holders, whole
+from frugal_dist.sharding.tile import whole
 from frugal_dist.work import CoordinatePiece, Runtime, Work, cut_selection, moment_names, whole_selection
 
 
@@ -34,7 +34,7 @@ def moments_sent(runtime: Runtime, work: Work) -> list[int]:
 def _firsts(work: Work, size: int, alone: bool) -> list[int]:
     """For every rank the first one that holds the same: itself if it is ``alone`` with its moments."""
     found = list(range(size))
-    for ranks in () if alone else holders(work.matrix.storage).values():
+    for ranks in () if alone else work.matrix.held.values():
         for rank in ranks:
             found[rank] = ranks[0]
     return found
@@ -43,7 +43,7 @@ def _firsts(work: Work, size: int, alone: bool) -> list[int]:
 def _holder_of_each(runtime: Runtime, work: Work, selection: Selection) -> Tensor:
     """For every entry of R, flat, the rank that holds its moments; the first one of replicas that do not share."""
     matrix = work.matrix
-    (everything,), held = whole(matrix.rows, matrix.cols), holders(matrix.storage)
+    (everything,), held = whole(matrix.rows, matrix.cols), matrix.held
     where = torch.empty(matrix.rows, matrix.cols, dtype=torch.int32, device="cpu")
     for number, tile in enumerate(held):
         where[tile.within(everything)] = number

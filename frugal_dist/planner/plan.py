@@ -7,27 +7,25 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from frugal_dist import stepping
 from frugal_dist.optimizer import BUCKET_BYTES, Frugal
 from frugal_dist.planner.engines import EngineLayout
-from frugal_dist.planner.moves import moments_sent
-from frugal_dist.planner.refreshes import RefreshPlan, away, moves, plan_refresh
+from frugal_dist.planner.refreshes import RefreshPlan, common_refresh, plan_refresh
 from frugal_dist.planner.solver import solver_bytes
+from frugal_dist.planner.steps import plan_step, step_buckets
 from frugal_dist.planner.totals import ITEM, papers_bytes, state_of_ranks
 from frugal_dist.sharding.exchange import Ranks
 from frugal_dist.sharding.plan import assign_owners, refresh_cost
-from frugal_dist.sharding.route import route
+from frugal_dist.sharding.route import Crossing
 from frugal_dist.sharding.storage import Interval, Original, Part
 from frugal_dist.sharding.table import Matrix, Table, number_blocks
-from frugal_dist.sharding.tile import Layout, elements, holders, is_replicated
+from frugal_dist.sharding.tile import Layout, holders
 from frugal_dist.state import MatrixState
-from frugal_dist.work import Runtime, Work, basis_route, coordinate_cut
+from frugal_dist.work import Runtime, Work, basis_route
 from frugal_dist.workload import Load, ensure_state, load_of
 
 
@@ -125,27 +123,35 @@ def make_plan(
     asked = optimizer.shard_state
     share = (asked if isinstance(asked, bool) else engine.shares) and ranks > 1
 
-    layouts: dict[int, Layout] = {}  # of basis matrices, which are the same for all ranks and take long to find
+    crossings: dict[int, Crossing] = {}  # of basis matrices, which are the same for all ranks and take long to find
 
     def begun(rank: int) -> tuple[Runtime, Load]:
         storage = _Storage(originals, groups, parts[rank], _tensors(originals, parts[rank]), engine.shares)
         group = None if ranks == 1 else "planned"
         runtime = Runtime(Ranks(group, rank, ranks), storage, originals, table, share, bucket_bytes)
-        for i, layout in layouts.items():
-            runtime.routes[i] = route(table.matrices[i].storage, layout, rank, i)
+        runtime.routes.update({i: crossing.route(rank, i) for i, crossing in crossings.items()})
         state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
         load = load_of(runtime, state, everything=True)
         ensure_state(runtime, load)
-        layouts.update({i: found.layout for i, found in runtime.routes.items()})
+        if not crossings:
+            crossings.update({i: Crossing(table.matrices[i].storage, r.layout) for i, r in runtime.routes.items()})
+        for work in load.works:
+            if not work.empty:  # as after the first refresh
+                work.state.set_clock("refreshes", 1)
+                work.state.set_clock("size", work.size)
         return runtime, load
 
     plan = Plan(engine.name, ranks)
-    first = begun(0)
-    _plan_all(plan, *first, parts)
-    moved = _moved(*first)
+    runtime, load = begun(0)
+    _plan_all(plan, runtime, load, parts)
+    buckets, common = step_buckets(runtime, load.works), common_refresh(runtime, load.works)
     most = plan.states.index(max(plan.states))
     for rank in sorted({*shown, most}) if shown else range(ranks):
-        plan.ranked.append(_rank_plan(*begun(rank), moved[rank]))
+        runtime, load = begun(rank)
+        found = _rank_plan(runtime, load)
+        found.step_calls, found.step_sent = plan_step(runtime, load.works, buckets)
+        found.refresh = plan_refresh(runtime, load.works, common)
+        plan.ranked.append(found)
     return plan
 
 
@@ -172,12 +178,6 @@ def _note_solver(plan: Plan, work: Work) -> None:
         plan.solver, plan.gradient = max(plan.solver, taken), max(plan.gradient, ITEM * rows * cols)
 
 
-def _moved(runtime: Runtime, load: Load) -> list[int]:
-    """Bytes of moments that each rank sends at a refresh."""
-    sent = [moments_sent(runtime, work) for work in load.works if moves(runtime, work)]
-    return [sum(of_rank) for of_rank in zip(*sent, strict=True)] if sent else [0] * runtime.ranks.size
-
-
 def _table(originals: Sequence[Original], parts: Sequence[Sequence[Part]]) -> Table:
     """As the ranks would build it together."""
     numbers = number_blocks(originals)
@@ -202,8 +202,8 @@ def _tensors(originals: Sequence[Original], parts: Sequence[Part]) -> list[Tenso
     return [torch.empty(shape, device="meta", requires_grad=True) for shape in shapes]
 
 
-def _rank_plan(runtime: Runtime, load: Load, moved: int) -> RankPlan:
-    """``moved``: bytes of moments that the rank sends at a refresh."""
+def _rank_plan(runtime: Runtime, load: Load) -> RankPlan:
+    """What the rank holds."""
     found = RankPlan(runtime.ranks.rank, parameters=sum(runtime.storage.weight(i).numel() for i in load.key))
     for one in load.regular:
         found.regular += sum(size for _, size in _sizes(one.state))
@@ -212,11 +212,6 @@ def _rank_plan(runtime: Runtime, load: Load, moved: int) -> RankPlan:
             kind = "bases" if name.startswith("basis") else "moments" if name.startswith("exp_avg") else "clocks"
             setattr(found, kind, getattr(found, kind) + size)
         found.selected += _selected(work, runtime.ranks.rank)
-        if not work.empty:  # as after the first refresh
-            work.state.set_clock("refreshes", 1)
-            work.state.set_clock("size", work.size)
-    _plan_step(runtime, load.works, found)
-    found.refresh = plan_refresh(runtime, load.works, moved)
     return found
 
 
@@ -226,7 +221,7 @@ def _selected(work: Work, rank: int) -> int:
     total = matrix.rows * matrix.cols
     if work.config.projection != "randk" or work.size in (0, total):
         return 0
-    return round(torch.int32.itemsize * work.size * elements(matrix.storage[rank]) / total)
+    return round(torch.int32.itemsize * work.size * matrix.sizes[rank] / total)
 
 
 def _sizes(state: MatrixState) -> list[tuple[str, int]]:
@@ -237,38 +232,6 @@ def _sizes(state: MatrixState) -> list[tuple[str, int]]:
         for key, tensor in state.store.items()
         if key.startswith(prefix)
     ]
-
-
-def _plan_step(runtime: Runtime, works: Sequence[Work], found: RankPlan) -> None:
-    """What an ordinary step sends, bucket by bucket as the step packs it."""
-    size = runtime.ranks.size
-    for bucket in stepping.buckets_of(runtime, [work for work in works if stepping.travels(runtime, work)]):
-        routes = [basis_route(runtime, work) for work in bucket if work.family == "basis"]
-        if any(route.travels_in for route in routes):
-            found.step_calls["all_to_all"] += 1
-            found.step_sent += ITEM * sum(away(route.gradient_in, runtime.ranks.rank) for route in routes)
-        if is_replicated(bucket[0].matrix.storage):
-            shares = [sum(_share(runtime, work, rank) for work in bucket) for rank in range(size)]
-            found.step_calls["all_gather"] += 1
-            found.step_sent += ITEM * max(shares) * (size - 1)
-        else:
-            found.step_calls["all_to_all"] += 1
-            found.step_sent += ITEM * sum(_sent_back(runtime, work) for work in bucket)
-
-
-def _share(runtime: Runtime, work: Work, rank: int) -> int:
-    """Elements of the update that a replica computes for all."""
-    if work.family == "basis":
-        return elements(basis_route(runtime, work).layout[rank])
-    return sum(prod(piece.share_shape(rank)) for piece in coordinate_cut(runtime, work).pieces)
-
-
-def _sent_back(runtime: Runtime, work: Work) -> int:
-    """Elements of updates that this rank computed for others."""
-    if work.family == "basis":
-        return away(basis_route(runtime, work).update_out, runtime.ranks.rank)
-    pieces = coordinate_cut(runtime, work).pieces
-    return sum(prod(piece.mine) * (len(piece.holders) - 1) for piece in pieces)
 
 
 def _note_layouts(plan: Plan, runtime: Runtime, load: Load) -> None:

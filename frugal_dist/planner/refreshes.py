@@ -9,11 +9,16 @@ from math import prod
 
 from frugal_dist import refresh
 from frugal_dist.moments import moves_between_ranks
+from frugal_dist.planner.moves import moments_sent
+from frugal_dist.planner.steps import away
 from frugal_dist.planner.totals import ITEM
 from frugal_dist.projection.basis import basis_shapes
 from frugal_dist.sharding.plan import Move, moves_for, owner_layout
 from frugal_dist.sharding.tile import owned, whole
 from frugal_dist.work import Runtime, Work
+
+INTEGER = 8
+"""Bytes of what ranks agree on."""
 
 
 @dataclass
@@ -29,23 +34,43 @@ class RefreshPlan:
     gathered: int = 0
 
 
-def plan_refresh(runtime: Runtime, works: Sequence[Work], moved: int) -> RefreshPlan:
-    """A refresh of all matrices, later than their first. ``moved``: bytes of moments that this rank sends."""
-    found = RefreshPlan()
-    if agreed := refresh.numbers_agreed(runtime, works):
-        found.calls["all_reduce"] += 1
-        found.sent += 8 * agreed
-    found.calls["all_to_all"] += sum(moves(runtime, work) for work in works)
-    found.sent += moved
+@dataclass(frozen=True)
+class CommonRefresh:
+    """What is the same on every rank: how many integers all agree on, the bytes of moments that each rank sends, and
+    the matrices with bases that travel together, by position.
+    """
+
+    agreed: int
+    moves: int
+    moved: list[int]
+    buckets: list[list[int]]
+
+
+def common_refresh(runtime: Runtime, works: Sequence[Work]) -> CommonRefresh:
+    """A refresh of all matrices, later than their first."""
+    moving = [work for work in works if moves_between_ranks(runtime, work, (1, work.size))]
+    moved = [sum(sent) for sent in zip(*(moments_sent(runtime, work) for work in moving), strict=True)]
     bases = [work for work in works if work.family == "basis" and not work.empty]
-    for bucket in [] if runtime.ranks.alone else refresh.buckets_of(runtime, bases):
-        _plan_bucket(runtime, bucket, found)
+    position = {work.matrix.index: i for i, work in enumerate(works)}
+    return CommonRefresh(
+        refresh.numbers_agreed(runtime, works),
+        len(moving),
+        moved or [0] * runtime.ranks.size,
+        [[position[work.matrix.index] for work in bucket] for bucket in refresh.buckets_of(runtime, bases)],
+    )
+
+
+def plan_refresh(runtime: Runtime, works: Sequence[Work], common: CommonRefresh) -> RefreshPlan:
+    """That refresh on this rank."""
+    found = RefreshPlan()
+    if runtime.ranks.alone:
+        return found
+    found.calls["all_reduce"] += common.agreed > 0
+    found.calls["all_to_all"] += common.moves
+    found.sent += INTEGER * common.agreed + common.moved[runtime.ranks.rank]
+    for bucket in common.buckets:
+        _plan_bucket(runtime, [works[i] for i in bucket], found)
     return found
-
-
-def moves(runtime: Runtime, work: Work) -> bool:
-    """Whether moments of coordinates move between ranks at a refresh that is not the first."""
-    return moves_between_ranks(runtime, work, (1, work.size))
 
 
 def _plan_bucket(runtime: Runtime, works: Sequence[Work], found: RefreshPlan) -> None:
@@ -61,7 +86,7 @@ def _plan_bucket(runtime: Runtime, works: Sequence[Work], found: RefreshPlan) ->
         if owned(matrix.storage[matrix.owner], whole(matrix.rows, matrix.cols)[0]) is None:
             travels = True
             target = owner_layout(runtime.ranks.size, matrix.owner, matrix.rows, matrix.cols)
-            legs = moves_for(matrix.storage, target, rank, matrix.index)
+            legs = moves_for(matrix.held, target, rank, matrix.index)
             found.sent += ITEM * away(legs, rank)
             gathered += away(legs, rank) + _arriving(legs, rank)
             gathered += matrix.rows * matrix.cols * (rank == matrix.owner)
@@ -71,11 +96,6 @@ def _plan_bucket(runtime: Runtime, works: Sequence[Work], found: RefreshPlan) ->
     found.calls["all_to_all"] += travels
     found.calls["broadcast"] += len({work.matrix.owner for work in works})
     found.gathered = max(found.gathered, ITEM * gathered)
-
-
-def away(legs: Iterable[Move], rank: int) -> int:
-    """Elements that ``rank`` sends to others."""
-    return sum(leg.area.numel for leg in legs if leg.source == rank != leg.target)
 
 
 def _arriving(legs: Iterable[Move], rank: int) -> int:

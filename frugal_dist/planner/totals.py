@@ -9,7 +9,7 @@ from frugal_dist.projection.basis import basis_shapes
 from frugal_dist.projection.coordinates import NOTHING, Selection
 from frugal_dist.projection.numerics import compute_dtype
 from frugal_dist.sharding.storage import Interval, Part
-from frugal_dist.sharding.tile import holders, split_evenly, whole
+from frugal_dist.sharding.tile import split_evenly, whole
 from frugal_dist.state import MatrixState
 from frugal_dist.work import Runtime, Work, basis_route, basis_tile_shapes, moment_names, whole_selection
 from frugal_dist.workload import Load
@@ -72,7 +72,7 @@ def _coordinates(runtime: Runtime, work: Work) -> list[int]:
     """Moments of a matrix on every rank; those that hold the same tile share them, or each has all."""
     found = [0] * runtime.ranks.size
     entry, selection = len(moment_names(work.config)) * work.dtype.itemsize, _selection(work)
-    for tile, ranks in holders(work.matrix.storage).items():
+    for tile, ranks in work.matrix.held.items():
         local = selection.local(tile)
         shape, dim = local.shape(tile.height, tile.width), local.free_dim
         line = prod(shape[:dim]) * prod(shape[dim + 1 :])

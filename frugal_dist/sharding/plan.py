@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from frugal_dist.sharding.tile import (
+    Holders,
     Layout,
     Tile,
     box_tiles,
@@ -127,6 +129,7 @@ class CutCost:
         return self.ranks > FEW_RANKS and self.cut_memory > self.owner_memory + self.owner_exchange
 
 
+@lru_cache(maxsize=16)  # most matrices of a model have the shape and the storage of another
 def compute_cost(storage: Layout, rows: int, cols: int, side: str, r: int, itemsize: int = 4) -> CutCost:
     """The cost rule of a basis projection, in bytes per rank (mean over ranks).
 
@@ -177,13 +180,12 @@ def _contraction_whole(storage: Layout, rows: int, cols: int, side: str) -> bool
     return all((side == "left" or t.width == cols) and (side == "right" or t.height == rows) for t in tiles)
 
 
-def moves_for(source: Layout, target: Layout, rank: int, index: int) -> list[Move]:
-    """All moves this rank takes part in, in an order that sender and receiver agree on.
+def moves_for(held: Holders, target: Layout, rank: int, index: int) -> list[Move]:
+    """All moves this rank takes part in, in an order that sender and receiver agree on. ``held``: of the source.
 
     Each target tile is filled once from holders of the source (itself where it can, else
     spread over the holders). Both layouts' tiles are exact copies of each other or disjoint within a layout.
     """
-    held = holders(source)
     mine = [(piece, ranks) for piece, ranks in held.items() if rank in ranks]
     found: list[Move] = []
     for other, tiles in enumerate(target):

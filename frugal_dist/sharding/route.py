@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from operator import add
 
 from frugal_dist.sharding.plan import Move, moves_for
-from frugal_dist.sharding.tile import Layout, Tile, elements, holders, is_replicated, owned
+from frugal_dist.sharding.tile import Holders, Layout, Tile, elements, holders, is_replicated, owned
 
 
 @dataclass(frozen=True)
@@ -28,34 +30,64 @@ class Route:
     load: tuple[int, ...]
 
 
-def route(storage: Layout, compute: Layout, rank: int, index: int) -> Route:
-    """Pure: a function of the two layouts. ``index`` spreads replicated sources over their holders."""
-    mine = compute[rank]
-    if storage == compute:  # one process, or replicas that compute everything everywhere
-        return Route(compute, mine, mine, (True,) * len(mine), (), (), False, False, False, (0,) * len(storage))
-    held = holders(storage)
-    home = tuple(owned(storage[rank], tile) for tile in mine)
-    in_place = tuple(outer is not None and len(held[outer]) == 1 for outer in home)
-    foreign = {tile for tile, outer in zip(mine, home, strict=True) if outer is None}
-    remote = {tile for tile, place in zip(mine, in_place, strict=True) if not place}
-    gradient_in = [m for m in moves_for(storage, compute, rank, index) if m.target != rank or m.target_tile in foreign]
-    update_out = [m for m in moves_for(compute, storage, rank, index) if m.source != rank or m.source_tile in remote]
-    return Route(
-        layout=compute,
-        tiles=mine,
-        home=home,
-        in_place=in_place,
-        gradient_in=tuple(m for m in gradient_in if m.source != m.target or m.target_tile in foreign),
-        update_out=tuple(update_out),
-        travels_in=any(owned(storage[k], tile) is None for k, tiles in enumerate(compute) for tile in tiles),
-        travels_out=any(
-            (outer := owned(storage[k], tile)) is None or len(held[outer]) > 1
-            for k, tiles in enumerate(compute)
-            for tile in tiles
-        ),
-        gathered=is_replicated(storage),
-        load=tuple(elements(storage[k]) + elements(compute[k]) for k in range(len(storage))),
-    )
+@dataclass(frozen=True)
+class Crossing:
+    """From where a matrix is stored to where it is computed. What is the same on every rank is found once."""
+
+    storage: Layout
+    compute: Layout
+
+    @cached_property
+    def held(self) -> Holders:
+        """Who has each tile of the storage."""
+        return holders(self.storage)
+
+    @cached_property
+    def computed(self) -> Holders:
+        """Who has each tile of the computation."""
+        return holders(self.compute)
+
+    @cached_property
+    def _homes(self) -> list[Tile | None]:
+        return [owned(self.storage[k], tile) for k, tiles in enumerate(self.compute) for tile in tiles]
+
+    @cached_property
+    def travels_in(self) -> bool:
+        return None in self._homes
+
+    @cached_property
+    def travels_out(self) -> bool:
+        return any(home is None or len(self.held[home]) > 1 for home in self._homes)
+
+    @cached_property
+    def load(self) -> tuple[int, ...]:
+        """Elements that every rank stores and computes."""
+        return tuple(elements(mine) + elements(here) for mine, here in zip(self.storage, self.compute, strict=True))
+
+    def route(self, rank: int, index: int) -> Route:
+        """One rank's. ``index`` spreads replicated sources over their holders."""
+        storage, compute, mine = self.storage, self.compute, self.compute[rank]
+        if storage == compute:  # one process, or replicas that compute everything everywhere
+            return Route(compute, mine, mine, (True,) * len(mine), (), (), False, False, False, (0,) * len(storage))
+        home = tuple(owned(storage[rank], tile) for tile in mine)
+        in_place = tuple(outer is not None and len(self.held[outer]) == 1 for outer in home)
+        foreign = {tile for tile, outer in zip(mine, home, strict=True) if outer is None}
+        remote = {tile for tile, place in zip(mine, in_place, strict=True) if not place}
+        inward, outward = moves_for(self.held, compute, rank, index), moves_for(self.computed, storage, rank, index)
+        gradient_in = [m for m in inward if m.target != rank or m.target_tile in foreign]
+        update_out = [m for m in outward if m.source != rank or m.source_tile in remote]
+        return Route(
+            layout=compute,
+            tiles=mine,
+            home=home,
+            in_place=in_place,
+            gradient_in=tuple(m for m in gradient_in if m.source != m.target or m.target_tile in foreign),
+            update_out=tuple(update_out),
+            travels_in=self.travels_in,
+            travels_out=self.travels_out,
+            gathered=is_replicated(storage),
+            load=self.load,
+        )
 
 
 def limit_for_owners(loads: list[tuple[int, ...]], limit: int) -> int:
@@ -76,7 +108,7 @@ def fill_buckets(loads: list[tuple[int, ...]], limit: int) -> list[list[int]]:
     for item in sorted(range(len(loads)), key=lambda i: (-max(loads[i]), i)):
         best: tuple[int, int] | None = None
         for number, (_, total) in enumerate(buckets):
-            peak = max(a + b for a, b in zip(total, loads[item], strict=True))
+            peak = max(map(add, total, loads[item]))
             if peak <= limit and (best is None or peak - max(total) < best[0]):
                 best = (peak - max(total), number)
         if best is None:
@@ -84,5 +116,5 @@ def fill_buckets(loads: list[tuple[int, ...]], limit: int) -> list[list[int]]:
         else:
             members, total = buckets[best[1]]
             members.append(item)
-            buckets[best[1]] = (members, [a + b for a, b in zip(total, loads[item], strict=True)])
+            buckets[best[1]] = (members, list(map(add, total, loads[item])))
     return [sorted(members) for members, _ in buckets]

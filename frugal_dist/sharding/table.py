@@ -10,7 +10,7 @@ from typing import Any
 from frugal_dist.sharding.exchange import Ranks, gather_objects
 from frugal_dist.sharding.plan import assign_owners, refresh_cost
 from frugal_dist.sharding.storage import Original, Storage
-from frugal_dist.sharding.tile import Layout, check_cover, holders
+from frugal_dist.sharding.tile import Holders, Layout, check_cover, elements, holders, is_replicated
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,24 @@ class Matrix:
     owner: int
 
     @cached_property
+    def held(self) -> Holders:
+        """Every tile with the ranks that hold it."""
+        return holders(self.storage)
+
+    @cached_property
     def copies(self) -> int:
         """How many ranks hold each element."""
-        return len(next(iter(holders(self.storage).values()), (0,)))
+        return len(next(iter(self.held.values()), (0,)))
+
+    @cached_property
+    def replicated(self) -> bool:
+        """Whether every rank holds everything."""
+        return is_replicated(self.storage)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """How many elements each rank holds."""
+        return tuple(elements(tiles) for tiles in self.storage)
 
 
 @dataclass(frozen=True)

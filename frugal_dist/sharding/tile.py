@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, order=True)
-class Tile:
+class Tile(NamedTuple):
     """A rectangle of a matrix: half-open ranges of rows and columns, both non-empty in a layout."""
 
     rows: tuple[int, int]
@@ -43,6 +42,8 @@ class Tile:
 Tiles = tuple[Tile, ...]
 Layout = tuple[Tiles, ...]
 """For every rank its tiles of one matrix."""
+Holders = dict[Tile, tuple[int, ...]]
+"""Every distinct tile with the ranks that hold it."""
 
 
 def overlap(a: Tile, b: Tile) -> Tile | None:
@@ -116,7 +117,7 @@ def _copies(tiles: Sequence[Tile], rows: int, cols: int) -> set[int]:
     return found
 
 
-def holders(layout: Layout) -> dict[Tile, tuple[int, ...]]:
+def holders(layout: Layout) -> Holders:
     """Every distinct tile with the ranks that hold it. ValueError if tiles of different ranks overlap in part."""
     found: dict[Tile, list[int]] = {}
     for rank, tiles in enumerate(layout):

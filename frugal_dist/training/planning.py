@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -26,6 +29,19 @@ BASELINES: tuple[Literal["adamw", "galore"], ...] = ("adamw", "galore")
 """Planned beside the recipe's optimizer, with its options as far as their names allow."""
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """A thousand ranks are millions of tiles, none of them garbage: looking for it takes a good part of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_without_collection()
 def plan_recipe(recipe: Recipe, engine: str, ranks: int, gpu: str | None = None) -> str:
     """The report. Raises ValueError for an engine, GPU or number of ranks that makes no sense."""
     check_recipe(recipe)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frugal_dist.sharding.plan import assign_owners, compute_layout, free_cut, owner_layout, refresh_cost
-from frugal_dist.sharding.route import fill_buckets, limit_for_owners, route
+from frugal_dist.sharding.route import Crossing, fill_buckets, limit_for_owners
 from frugal_dist.sharding.tile import (
     Layout,
     Tile,
@@ -51,7 +51,8 @@ def test_what_is_sent_is_what_is_received(rows: int, cols: int, cuts: list[int],
     """Both ends of a message list the same pieces in the same order."""
     storage = flat_shards(rows, cols, cuts)
     layout = free_cut(storage, rows, cols, free_dim, index=0)
-    routes = [route(storage, layout, rank, 0) for rank in range(len(storage))]
+    crossing = Crossing(storage, layout)
+    routes = [crossing.route(rank, 0) for rank in range(len(storage))]
     for sender, mine in enumerate(routes):
         for receiver, theirs in enumerate(routes):
             for which in ("gradient_in", "update_out"):
