@@ -33,16 +33,17 @@ class RefreshFigures:
 
     def add_part(self, grads: Sequence[Tensor], captured: Sequence[Tensor]) -> None:
         """A refreshed matrix or tile: its gradient, and the part of it that is state-full."""
-        self.refreshed += 1
-        self.energy = _added(self.energy, _energy(grads))
-        self.captured = _added(self.captured, _energy(captured))
+        self._add(_energy(grads), _energy(captured))
 
     def add_basis(self, grad: Tensor, basis: Basis, captured: Tensor | None) -> None:
         """A new basis, on the rank that computed it from the whole gradient, and what it catches of it, if known."""
-        self.refreshed += 1
-        self.energy = _added(self.energy, _energy([grad]))
         caught = _energy([down(grad, basis)]) if captured is None else captured.to(grad.device)
-        self.captured = _added(self.captured, caught)
+        self._add(_energy([grad]), caught)
+
+    def _add(self, energy: Number, captured: Number) -> None:
+        self.refreshed += 1
+        self.energy = _added(self.energy, energy)
+        self.captured = _added(self.captured, captured)
 
     def add_turn(self, old: Basis | None, new: Basis) -> None:
         """A basis that takes the place of another; nothing is counted where they cannot be compared."""

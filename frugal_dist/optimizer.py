@@ -39,18 +39,6 @@ from frugal_dist.workload import Load, ensure_state, load_of, step_regular
 BUCKET_BYTES = 64 * 2**20
 """Bound of one packed exchange, over all ranks; peak scratch is up to three times that."""
 
-ONLY_RANK_ZERO = (
-    "Every rank holds a part of the optimizer's state, but checkpoints of Accelerate and of the Trainer keep rank 0's "
-    'only. FSDP2: "state_dict_type": "SHARDED_STATE_DICT". DDP: leave out shard_state=True, or give the Trainer '
-    "callbacks=[FrugalCallback()] from frugal_dist.integrations.transformers. Who saves with frugal_dist.checkpoint "
-    "instead says so after building the optimizer: optimizer.saved_elsewhere = True."
-)
-
-PARTS = (
-    "state_dict(): the ranks share the optimizer's state, so this is only rank 0's part of it. Let every rank save its "
-    "own file, or use torch.distributed.checkpoint or frugal_dist.checkpoint; with shard_state=False each rank has all."
-)
-
 CAPTURED = (
     "Frugal.step() cannot be captured in a CUDA graph: replays would repeat this step's rates, counts and projectors. "
     "Capture forward and backward alone."
@@ -331,7 +319,7 @@ class Frugal(Optimizer):
             saving.refuse_to_lose(packed)
             if not self._parts_told and saving.is_one_of_many(runtime, packed):
                 self._parts_told = True
-                notice(PARTS)
+                notice(saving.PARTS)
         order = [tensor for group in self.param_groups for tensor in group["params"]]
         state = {number: packed[id(tensor)] for number, tensor in enumerate(order) if id(tensor) in packed}
         return {**plain, "state": state}
@@ -367,7 +355,7 @@ class Frugal(Optimizer):
         if self._saving_checked or self.saved_elsewhere or not engines.keeps_rank_zero_only():
             return
         if self.is_divided():
-            raise ValueError(ONLY_RANK_ZERO)
+            raise ValueError(saving.ONLY_RANK_ZERO)
         self._saving_checked = True
 
     @torch.no_grad()

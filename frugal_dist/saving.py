@@ -43,6 +43,18 @@ _PART = re.compile(r"^(?P<key>.*)@rank(?P<rank>\d+)of(?P<size>\d+)$")
 Store = dict[str, Tensor]
 T = TypeVar("T")
 
+ONLY_RANK_ZERO = (
+    "Every rank holds a part of the optimizer's state, but checkpoints of Accelerate and of the Trainer keep rank 0's "
+    'only. FSDP2: "state_dict_type": "SHARDED_STATE_DICT". DDP: leave out shard_state=True, or give the Trainer '
+    "callbacks=[FrugalCallback()] from frugal_dist.integrations.transformers. Who saves with frugal_dist.checkpoint "
+    "instead says so after building the optimizer: optimizer.saved_elsewhere = True."
+)
+
+PARTS = (
+    "state_dict(): the ranks share the optimizer's state, so this is only rank 0's part of it. Let every rank save its "
+    "own file, or use torch.distributed.checkpoint or frugal_dist.checkpoint; with shard_state=False each rank has all."
+)
+
 
 def pack_all(runtime: Runtime, state: MutableMapping[Tensor, Store]) -> dict[int, Store]:
     """The state of every carrier, by its id, in saved form. Tensors that need no change are not copied."""
