@@ -31,6 +31,7 @@ if GPUS:
 sys.path.insert(0, str(Path(__file__).parent))
 
 import tables  # noqa: E402
+from fuzzing import Fuzz  # noqa: E402
 
 FLEETS = ("fleet", "processes")
 """Fixtures that hold living ranks."""
@@ -39,6 +40,13 @@ NUMBER = pytest.StashKey[int]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--heavy", action="store_true", help="also run tests marked heavy")
+    parser.addoption("--fuzz-seed", type=int, default=0, metavar="N", help="the first seed of each fuzzer (default 0)")
+    parser.addoption(
+        "--fuzz-runs",
+        type=int,
+        metavar="N",
+        help="how many seeds each fuzzer tries (default: seconds, --heavy: minutes)",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -92,3 +100,10 @@ def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
 def seeded() -> None:
     """Each test draws the same numbers whether it runs alone or among others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fuzz(request: pytest.FixtureRequest) -> Fuzz:
+    """Random configurations, seeds from the command line."""
+    option = request.config.getoption
+    return Fuzz(option("--fuzz-seed"), option("--fuzz-runs"), option("--heavy"), request.node.nodeid)
