@@ -267,7 +267,9 @@ def _dtensor_optimizer(placements: list[Any], mesh_shape: tuple[int, ...]) -> Fr
 def _sequence_parallel() -> Frugal:
     """A norm's gradient, of this rank's tokens alone, as torch's SequenceParallel leaves it; rank 1 has seen none."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    weight, norm = (nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh, [place])) for place in (Shard(0), Replicate()))
+    weight, norm = (
+        nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh, [place])) for place in (Shard(0), Replicate())
+    )
     weight.grad = torch.ones_like(weight)
     if dist.get_rank() != 1:
         norm.grad = DTensor.from_local(torch.ones(8, 8), mesh, [Partial()])

@@ -2,7 +2,8 @@
 
 Inside ``gpu()`` every tensor made for or moved to "cuda" is such a tensor. It computes on the CPU, but
 
-- an operation that mixes it with a CPU tensor fails, as on a GPU (single numbers may be mixed, indices may lie anywhere);
+- an operation that mixes it with a CPU tensor fails, as on a GPU (single numbers may be mixed, indices may lie
+  anywhere);
 - a collective on a CPU tensor fails, as with NCCL, and so does one in a dtype NCCL does not have;
 - everything that makes the host wait for the device is noted in ``syncs``.
 
@@ -154,7 +155,8 @@ def gpu() -> Iterator[Pretend]:
 
 @contextmanager
 def installed() -> Iterator[None]:
-    """What is global for the time of a test. Objects travel as NCCL's do: torch itself takes them to the GPU and back."""
+    """What is global for the time of a test. Objects travel as NCCL's do: torch itself takes them to the GPU and
+    back."""
     _load_guard()
     gather = dist.all_gather_object
 

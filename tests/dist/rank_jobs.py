@@ -7,8 +7,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from frugal_dist.training import shared
-from frugal_dist.training.rollcall import RollCall, own_name
 from frugal_dist.training.ranks import together
+from frugal_dist.training.rollcall import RollCall, own_name
 
 
 def beginning(failing: dict[int, str]) -> str:
@@ -39,7 +39,9 @@ def sharing(folders: list[str]) -> str:
 def roll_call(silent: int, error: str) -> str:
     """What each rank makes of an error, when one of them says nothing."""
     rank = dist.get_rank()
-    names = [own_name(0).replace("rank 0", f"rank {number}").split(",")[0] + ")" for number in range(dist.get_world_size())]
+    names = [
+        own_name(0).replace("rank 0", f"rank {number}").split(",")[0] + ")" for number in range(dist.get_world_size())
+    ]
     roll = RollCall(dist.distributed_c10d._get_default_store(), rank, names)
     dist.barrier()  # or the silent one may be gone before the others have met it
     if rank == silent:

@@ -55,7 +55,7 @@ def test_uneven_and_empty_shards(fleet: Fleet) -> None:
 
 
 def test_accumulation_equals_one_large_batch() -> None:
-    """1 x 3 equals 3 x 1 on one process, so it does on all engines. A LLaMA has parts in fp32, these layers have none."""
+    """1 x 3 equals 3 x 1 on one process, so on all engines. A LLaMA has parts in fp32, these layers have none."""
 
     def trained(micro_steps: int) -> list[torch.Tensor]:
         torch.manual_seed(0)

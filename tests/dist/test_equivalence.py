@@ -124,9 +124,7 @@ def compare_single(layout: str, ranks: int, dtype: torch.dtype) -> dict[Case, tu
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("layout", "ranks"), PLACES)
-def test_every_layout_gives_the_weights_of_one_process(
-    layout: str, ranks: int, request: pytest.FixtureRequest
-) -> None:
+def test_every_layout_gives_the_weights_of_one_process(layout: str, ranks: int, request: pytest.FixtureRequest) -> None:
     heavy = request.config.getoption("--heavy")
     settings = table_settings(3 if heavy else 1)
     if not heavy and (layout, 2) in PLACES:  # 2 and 4 ranks take every other setting, 3 ranks the rest

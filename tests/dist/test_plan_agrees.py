@@ -26,8 +26,8 @@ ENGINES = {
     "ZeRO-1/2": "zero2",
     "ZeRO-3": "zero3",
 }
-SETTINGS = [("svd", "std"), ("svd subspace", "std"), ("svd exact bf16", "std"), ("svd", "left"), ("random", "right"), ("columns", "std"), ("rows", "std"), ("randk", "std"),
-            ("blockwise", "std")]  # fmt: skip
+SETTINGS = [("svd", "std"), ("svd subspace", "std"), ("svd exact bf16", "std"), ("svd", "left"), ("random", "right"),
+            ("columns", "std"), ("rows", "std"), ("randk", "std"), ("blockwise", "std")]  # fmt: skip
 DRAWN = [("columns", "std"), ("rows", "std"), ("randk", "std"), ("randperm", "full")]
 NAMES = {**SHAPES, "more": (49, 47)}
 

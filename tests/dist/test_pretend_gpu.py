@@ -1,7 +1,7 @@
 """Everything a step does, with all tensors on a pretended GPU and collectives as strict as NCCL's.
 
-The same weights come out, nothing mixes devices, no CPU tensor travels, and a step between refreshes never makes the host
-wait for the device. A wait costs little on an idle machine and everything in a training, where the host runs ahead.
+The same weights come out, nothing mixes devices, no CPU tensor travels, and a step between refreshes never makes the
+host wait for the device. A wait costs little on an idle machine and everything in training, where the host runs ahead.
 """
 
 from __future__ import annotations
@@ -143,5 +143,3 @@ def test_the_pretended_gpu_is_strict() -> None:
 
     for cpu, dtype in run_ranks(2, collectives):
         assert "NCCL refuses it" in cpu and "NCCL does not have it" in dtype
-
-

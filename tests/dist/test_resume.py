@@ -201,7 +201,9 @@ def test_a_file_of_ranks_that_shared_nothing(projection: str) -> None:
     """The hyperparameters are the same: shard_state, or the number of ranks, must come up."""
     case = case_of(projection, "std", "reset")
     full, data = run_ranks(2, lambda rank: resuming.save("replicas", case))[0]
-    for error in run_ranks(2, lambda rank: resuming.load_and_step("replicas, shared state", case, full, from_bytes(data))):
+    for error in run_ranks(
+        2, lambda rank: resuming.load_and_step("replicas, shared state", case, full, from_bytes(data))
+    ):
         assert error.startswith("ValueError: rank 0: ")
         assert "shard_state as it was" in error
         assert "frugal_dist.checkpoint" in error

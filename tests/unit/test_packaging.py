@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+LEFT_BEHIND = ("runs", "data", "outputs", "wandb", "hosts", "frugal_dist_old")
+"""Folders that runs, trackers and users make in a checkout; some are called like test modules or the package."""
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -28,6 +30,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "frugal_dist", source / "frugal_dist", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    for name in LEFT_BEHIND:
+        (source / name).mkdir()
+        (source / name / "mine.py").touch()
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet")
     run(*pip, "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", folder, source, cwd=folder)
     (built,) = folder.glob("*.whl")
@@ -45,6 +50,21 @@ def test_the_wheel_holds_every_module_and_no_tests(wheel: Path) -> None:
         "frugal_dist",
         f"{'-'.join(wheel.name.split('-')[:2])}.dist-info",
     }
+
+
+def test_folders_that_are_left_in_a_checkout_change_nothing_that_ruff_says(tmp_path: Path) -> None:
+    ruff = Path(sys.executable).with_name("ruff")
+    if not ruff.exists():
+        pytest.skip("ruff is not in this environment; the dev extra has it")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in LEFT_BEHIND:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.py").write_text("import sys, os\n")
+    run(ruff, "check", "--no-cache", ".", cwd=tmp_path)
+    checked = run(ruff, "check", "--show-files", ".", cwd=tmp_path).split()
+    ours = {str(path) for path in tmp_path.rglob("*.py") if path.is_relative_to(tmp_path / "tests")}
+    assert set(checked) == {*ours, str(tmp_path / "pyproject.toml")}  # and tests/dist is not taken for a build
 
 
 def test_the_wheel_states_license_dependencies_and_command(wheel: Path) -> None:
