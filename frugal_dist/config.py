@@ -108,6 +108,37 @@ class FrugalConfig:
 
 HYPERPARAMETERS = tuple(field.name for field in dataclasses.fields(FrugalConfig))
 
+NOW, REFRESH, NEVER = "now", "refresh", "never"
+TAKEN_UP: dict[str, str] = {
+    "lr": NOW,
+    "betas": NOW,
+    "eps": NOW,
+    "weight_decay": NOW,
+    "density": REFRESH,
+    "update_gap": NOW,
+    "projection": NEVER,
+    "side": NEVER,
+    "block_order": NEVER,
+    "state_full": NEVER,
+    "state_free": NOW,
+    "momentum": NOW,
+    "lr_scale": NOW,
+    "state_free_lr_scale": NOW,
+    "on_refresh": REFRESH,
+    "svd_method": REFRESH,
+    "basis_dtype": REFRESH,
+    "rounding": NOW,
+    "refresh_schedule": NOW,
+    "compute_layout": NEVER,
+    "residual_threshold": NOW,
+    "seed": NEVER,
+}
+"""When a step takes up a hyperparameter that was changed in ``param_groups`` while training.
+
+NOW: at the next step. REFRESH: at each matrix' next refresh. NEVER: where state depends on it (``changes.depends_on``),
+the step is refused; elsewhere it means nothing, or counts from the next random number (``seed`` of svd and random).
+"""
+
 
 def config_from(options: Mapping[str, Any]) -> FrugalConfig:
     """The checked configuration of a parameter group; keys that are no hyperparameters are ignored."""

@@ -13,6 +13,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from frugal_dist import engines, saving
+from frugal_dist.changes import Seen, as_made, check_sizes, settle
 from frugal_dist.config import HYPERPARAMETERS, FrugalConfig, check_keys, config_from, without_auto
 from frugal_dist.figures import RefreshFigures
 from frugal_dist.groups import arranged, as_groups, check_group_keys, check_unique
@@ -26,9 +27,7 @@ from frugal_dist.parameters import (
     matches,
     report,
 )
-from frugal_dist.projection.blocks import active_count
 from frugal_dist.projection.numerics import full_precision
-from frugal_dist.projection.shapes import family, selection_size
 from frugal_dist.refresh import refresh
 from frugal_dist.sharding.exchange import agree_max
 from frugal_dist.sharding.storage import Original
@@ -117,6 +116,7 @@ class Frugal(Optimizer):
         self._runtime: Runtime | None = None
         self._before: Runtime | None = None  # a group was added to it
         self._started: set[tuple[int, ...]] = set()
+        self._settled: dict[int, Seen] = {}  # what the state of each group was made with
         self._loaded = False
         self.saved_elsewhere = False
         """Whether all ranks' state is saved by other means where a launcher keeps rank 0's ``state_dict`` only."""
@@ -194,13 +194,8 @@ class Frugal(Optimizer):
 
     def _check_shapes(self) -> None:
         for index, group in enumerate(self.param_groups):
-            config = config_from(group)
             mine = [original for original in self._originals if original.group == index and original.projected]
-            if family(config) == "blocks" and mine:
-                active_count(config, sum(original.stack for original in mine))
-                continue
-            for original in mine:
-                selection_size(config, original.name, *original.matrix_shape)
+            check_sizes(config_from(group), mine)
 
     @property
     def originals(self) -> list[Original]:
@@ -273,6 +268,7 @@ class Frugal(Optimizer):
 
     def _bind(self) -> Runtime:
         """Find out, once, how the engine stores the parameters. Collective on more than one rank."""
+        settle(self._groups, self._originals, self._settled)
         if self._runtime is None:
             self._started.clear()
             runtime = engines.bind(
@@ -305,6 +301,10 @@ class Frugal(Optimizer):
 
         Raises ValueError where the engine would keep one rank's part of shared state and lose the others'.
         """
+        with as_made(self._groups, self._settled):
+            return self._packed()
+
+    def _packed(self) -> dict[str, Any]:
         plain, runtime = super().state_dict(), self._runtime or self._before
         if runtime is None:  # nothing yet, or as it was loaded
             return plain
@@ -335,6 +335,8 @@ class Frugal(Optimizer):
         super().load_state_dict({**state_dict, "state": {}})
         loaded = {id(old): new for old, new in zip(before, self.param_groups, strict=True)}
         self._groups = [loaded.get(id(group), group) for group in self._groups]  # DeepSpeed removes empty groups
+        self._settled.clear()
+        settle(self._groups, self._originals, self._settled)
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         order = [tensor for group in self.param_groups for tensor in group["params"]]
         self.state.clear()
@@ -377,11 +379,12 @@ class Frugal(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: everything but what is found out again at the next step; state as it is saved."""
-        kept = ("_originals", "_shard_state", "_no_decay", "_loaded")
+        kept = ("_originals", "_shard_state", "_no_decay", "_loaded", "_settled")
         state = {**super().__getstate__(), **{key: self.__dict__[key] for key in kept}}
         runtime = self._runtime or self._before
         if runtime is not None:
-            packed = saving.pack_all(runtime, self.state)
+            with as_made(self._groups, self._settled):
+                packed = saving.pack_all(runtime, self.state)
             stores = {tensor: packed[id(tensor)] for tensor in self.state if id(tensor) in packed}
             state.update(state=defaultdict(dict, stores), _loaded=True)
         group = self._process_group
@@ -390,6 +393,7 @@ class Frugal(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_loaded", False)
+        self.__dict__.setdefault("_settled", {})
         self.__dict__.setdefault("saved_elsewhere", False)
         if "_originals" in state:  # unpickled or copied: the sources of a DeepSpeed engine do not come along
             self._groups = list(self.param_groups)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from frugal_dist.changes import matrix_options, regular_options
 from frugal_dist.checkpoint.errors import MismatchError
 from frugal_dist.checkpoint.leftovers import leftovers
 from frugal_dist.checkpoint.parts import WEIGHT
 from frugal_dist.checkpoint.reader import Reader
-from frugal_dist.checkpoint.writing import fingerprint_of_draws, matrix_options, regular_options
+from frugal_dist.checkpoint.writing import fingerprint_of_draws
 from frugal_dist.work import Runtime
 from frugal_dist.workload import Load
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from frugal_dist import engines, projection
+from frugal_dist.changes import matrix_options, regular_options
 from frugal_dist.checkpoint.errors import CheckpointError, StorageError, together
 from frugal_dist.checkpoint.files import (
     INDEX,
@@ -38,8 +39,8 @@ from frugal_dist.optimizer import Frugal
 from frugal_dist.sharding.exchange import Ranks, gather_objects
 from frugal_dist.sharding.tile import Tile
 from frugal_dist.state import CLOCKS
-from frugal_dist.work import Runtime, Work
-from frugal_dist.workload import Load, Regular
+from frugal_dist.work import Runtime
+from frugal_dist.workload import Load
 
 PATIENCE = 10.0
 """Seconds that a network file system gets to show rank 0's new folder to the other ranks."""
@@ -168,25 +169,6 @@ def _latest_clocks(everyone: Sequence[Clocks]) -> Clocks:
     """A rank that had no gradient may be behind; the others' counts hold, as they do at a refresh."""
     first = everyone[0]
     return {name: {key: max(each[name][key] for each in everyone) for key in first[name]} for name in first}
-
-
-def matrix_options(work: Work) -> dict[str, Any]:
-    """What must not change if the state of a matrix is to be kept."""
-    config, matrix = work.config, work.matrix
-    found = {"projection": config.projection, "density": config.density, "state_full": config.state_full}
-    if work.family == "basis" or config.projection == "randperm":
-        found["side"] = work.side
-    if work.family == "coordinates":
-        found["seed"] = config.seed
-    if work.family == "blocks":
-        found |= {"block_order": config.block_order, "seed": config.seed}
-        found["position"] = f"{matrix.block} of {matrix.blocks} blocks"
-    return found
-
-
-def regular_options(one: Regular) -> dict[str, Any]:
-    """The same for a regular parameter."""
-    return {"state_full": one.config.state_full}
 
 
 def _groups(runtime: Runtime) -> list[dict[str, Any]]:

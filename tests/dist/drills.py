@@ -238,6 +238,12 @@ def density_to_zero(rank: int, step: int, held: Held) -> None:
         group["density"] = 0.25 if step < 4 else 0.0
 
 
+def structure_changes(rank: int, step: int, held: Held) -> None:
+    """What the state depends on, on all ranks."""
+    if step == 4:
+        held.optimizer.param_groups[0]["side"] = "full"
+
+
 # --- which ones ------------------------------------------------------------------------------------
 
 SVD: dict[str, Any] = {"projection": "svd"}
@@ -318,6 +324,7 @@ def _failing() -> dict[str, Drill]:
             svd = failing_svd(always, error)
             found[f"{what} keeps failing, {layout}"] = Drill(layout, SVD, svd=svd, ranks=_ranks(layout))
         found[f"density goes to 0, {layout}"] = Drill(layout, SVD, before=density_to_zero, ranks=_ranks(layout))
+        found[f"structure changes, {layout}"] = Drill(layout, SVD, before=structure_changes, ranks=_ranks(layout))
     for layout in (*REPLICATED, "Shard(0)", "HSDP 2x2"):
         found[f"a schedule on one rank, {layout}"] = Drill(layout, SVD, before=forget_schedule, ranks=_ranks(layout))
     return found

@@ -26,7 +26,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("parameters", "clock", "state", "update", "figures"),
     ("work",),
     ("moments", "replicas", "workload", "engines", "bases"),
-    ("refresh", "stepping", "groups"),
+    ("refresh", "stepping", "groups", "changes"),
     ("saving",),
     ("optimizer",),
     ("checkpoint", "checkpoint.*"),

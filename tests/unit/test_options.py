@@ -11,6 +11,7 @@ import torch
 from building import PROJECTIONS, build, clocks, parameters_of, set_grads, train, weight, weights
 
 from frugal_dist import Frugal
+from frugal_dist.config import HYPERPARAMETERS, TAKEN_UP
 
 # refusals
 
@@ -332,6 +333,114 @@ def test_a_bad_value_set_between_steps_is_noticed() -> None:
     optimizer.param_groups[0]["density"] = 2.0
     with pytest.raises(ValueError, match="density"):
         train(optimizer, 2, 4)
+
+
+# hyperparameters that change while training
+
+CHANGED: dict[str, Any] = {
+    "lr": 0.02, "betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.3, "density": 0.75, "update_gap": 2,
+    "projection": "columns", "side": "left", "block_order": "descending", "state_full": "lion", "state_free": "sgd",
+    "momentum": 0.5, "lr_scale": 0.5, "state_free_lr_scale": 0.5, "on_refresh": "project", "svd_method": "gram64",
+    "basis_dtype": "bf16", "rounding": "stochastic", "refresh_schedule": "staggered", "compute_layout": "owner",
+    "residual_threshold": 0.4, "seed": 7,
+}  # fmt: skip
+
+
+def fixed_keys(projection: str) -> set[str]:
+    """What the state of a matrix depends on."""
+    fixed = {"projection", "state_full", "compute_layout"}
+    fixed |= {"side"} if projection in ("svd", "random", "randperm") else set()
+    fixed |= {"seed"} if projection not in ("svd", "random") else set()
+    return fixed | ({"block_order"} if projection == "blockwise" else set())
+
+
+def eight(**options: Any) -> Frugal:
+    return build({f"w{i}": weight(12, 8, seed=i) for i in range(4)}, {"norm": weight(5, seed=9)}, **options)
+
+
+def test_for_every_hyperparameter_it_is_said_when_a_change_is_taken_up() -> None:
+    assert list(TAKEN_UP) == list(HYPERPARAMETERS) == list(CHANGED)
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_what_state_depends_on_cannot_change_under_it(projection: str) -> None:
+    """Refused by name before anything moves; saved and copied as it was made; set back, the run goes on as if nothing
+    had been.
+    """
+    optimizer, straight = (eight(projection=projection, density=0.5) for _ in range(2))
+    train(optimizer, 1, 2)
+    train(straight, 1, 4)
+    for key in sorted(fixed_keys(projection)):
+        then, value = optimizer.param_groups[0][key], CHANGED[key]
+        value = "rows" if value == projection else value
+        before, state = weights(optimizer), copy.deepcopy(optimizer.state_dict())
+        optimizer.param_groups[0][key] = value
+        for other in (optimizer, copy.deepcopy(optimizer)):
+            with pytest.raises(ValueError, match=rf"param_groups\[0\]: {key} was changed from {then!r} to {value!r}"):
+                train(other, 3, 3)
+        saved = optimizer.state_dict()
+        assert same_state(saved, state)
+        assert saved["param_groups"] == state["param_groups"]
+        assert all(torch.equal(a, b) for a, b in zip(weights(optimizer), before, strict=True))
+        optimizer.param_groups[0][key] = then
+    train(optimizer, 3, 4)
+    assert all(torch.equal(a, b) for a, b in zip(weights(optimizer), weights(straight), strict=True))
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_what_changes_between_steps_is_the_same_in_the_live_and_in_the_resumed_run(projection: str) -> None:
+    fixed = fixed_keys(projection) | ({"svd_method"} if projection != "svd" else set())
+    for key in CHANGED:
+        if key in fixed or (key == "refresh_schedule" and projection == "blockwise"):
+            continue
+        live, unchanged, resumed = (eight(projection=projection, update_gap=4) for _ in range(3))
+        train(live, 1, 2)
+        train(unchanged, 1, 3)
+        for group in live.param_groups:
+            group[key] = CHANGED[key]
+        with torch.no_grad():
+            for a, b in zip(parameters_of(live), parameters_of(resumed), strict=True):
+                b.copy_(a)
+        resumed.load_state_dict(copy.deepcopy(live.state_dict()))
+        train(live, 3, 3)
+        train(resumed, 3, 3)
+        if TAKEN_UP[key] == "refresh":
+            assert all(torch.equal(a, b) for a, b in zip(weights(live), weights(unchanged), strict=True)), key
+        train(live, 4, 10)
+        train(resumed, 4, 10)
+        assert all(torch.equal(a, b) for a, b in zip(weights(live), weights(resumed), strict=True)), key
+
+
+def test_settings_may_change_until_there_is_state() -> None:
+    optimizer = eight(projection="svd")
+    optimizer.param_groups[0].update(projection="columns", seed=3)
+    straight = eight(projection="columns")
+    straight.param_groups[0]["seed"] = 3
+    train(optimizer, 1, 5)
+    train(straight, 1, 5)
+    assert all(torch.equal(a, b) for a, b in zip(weights(optimizer), weights(straight), strict=True))
+
+
+def test_a_density_that_leaves_nothing_is_refused_before_anything_moves() -> None:
+    optimizer = build({"large": weight(40, 30), "small": weight(3, 2)}, projection="columns", density=0.5)
+    train(optimizer, 1, 3)
+    before = weights(optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.param_groups[0]["density"] = 0.3
+    with pytest.raises(ValueError, match="small is 3x2"):
+        train(optimizer, 4, 4)
+    assert all(torch.equal(a, b) for a, b in zip(weights(optimizer), before, strict=True))
+    assert same_state(optimizer.state_dict(), state)
+
+
+def test_regular_parameters_depend_on_their_rule_alone() -> None:
+    optimizer = eight(projection="svd")
+    train(optimizer, 1, 2)
+    optimizer.param_groups[1].update(projection="columns", side="left", seed=5)
+    train(optimizer, 3, 4)
+    optimizer.param_groups[1]["state_full"] = "sgdm"
+    with pytest.raises(ValueError, match=r"param_groups\[1\]: state_full"):
+        train(optimizer, 5, 5)
 
 
 # the interface of torch.optim.Optimizer
