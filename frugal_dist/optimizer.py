@@ -14,9 +14,26 @@ from torch.optim import Optimizer
 
 from frugal_dist import engines, saving
 from frugal_dist.changes import Seen, as_made, check_sizes, settle
-from frugal_dist.config import HYPERPARAMETERS, FrugalConfig, check_keys, config_from, without_auto
+from frugal_dist.config import (
+    HYPERPARAMETERS,
+    OLD_NAMES,
+    FrugalConfig,
+    check_keys,
+    config_from,
+    renamed,
+    saved_group,
+    without_auto,
+)
 from frugal_dist.figures import RefreshFigures
-from frugal_dist.groups import arranged, as_groups, check_group_keys, check_unique
+from frugal_dist.groups import (
+    arranged,
+    as_groups,
+    check_group_keys,
+    check_unique,
+    follow_cycles,
+    members_of,
+    without_foreign,
+)
 from frugal_dist.notices import notice
 from frugal_dist.parameters import (
     ParameterInfo,
@@ -87,7 +104,7 @@ class Frugal(Optimizer):
         state_full: str = "adamw",
         state_free: str = "sign",
         momentum: float = 0.9,
-        lr_scale: float = 1.0,
+        projected_lr_scale: float = 1.0,
         state_free_lr_scale: float = 1.0,
         on_refresh: str = "reset",
         svd_method: str = "exact",
@@ -104,7 +121,12 @@ class Frugal(Optimizer):
     ) -> None:
         own(self)
         engines.refuse_to_be_given_a_part()
-        given = without_auto({key: value for key, value in locals().items() if key in HYPERPARAMETERS})
+        given = {key: value for key, value in locals().items() if key in HYPERPARAMETERS}
+        unknown = without_foreign(unknown)
+        old = {key: unknown.pop(key) for key in OLD_NAMES if key in unknown}
+        if old and projected_lr_scale != 1.0:
+            old["projected_lr_scale"] = projected_lr_scale
+        given = without_auto({**given, **renamed(old)})
         known = (*HYPERPARAMETERS, "shard_state", "process_group", "no_decay")
         check_keys(unknown, known, "Frugal")
         if not isinstance(shard_state, bool) and shard_state != "auto":
@@ -124,7 +146,9 @@ class Frugal(Optimizer):
         self._saved_elsewhere = False
         self._saving_checked = self._told = self._parts_told = False
         FrugalConfig(**given)
-        super().__init__(arranged(as_groups(params)), given)
+        # Schedulers that cycle momentum look here for what to cycle: betas[0], or without betas "momentum".
+        shown = {key: value for key, value in given.items() if key != "betas" or given["state_full"] != "sgdm"}
+        super().__init__(arranged(as_groups(params)), shown)
         check_patterns([original.name for original in self._originals], self._no_decay, "no_decay")
         check_selection(self.parameter_report_rows())
         self._check_shapes()
@@ -160,9 +184,7 @@ class Frugal(Optimizer):
         """Add a group; its members may be tensors or (name, tensor) tuples."""
         group = dict(param_group)
         check_group_keys(group)
-        members = group["params"]
-        members = [members] if isinstance(members, Tensor) else list(members)
-        named = [member if isinstance(member, tuple) else (None, member) for member in members]
+        named = members_of(group)
         group["params"] = [tensor for _, tensor in named]
         engines.refuse_fsdp1(group["params"])
         index, known = len(self.param_groups), engines.names_of(group["params"])
@@ -171,6 +193,7 @@ class Frugal(Optimizer):
             for position, (name, tensor) in enumerate(named)
         ]
         check_unique([*self._originals, *originals])
+        group["param_names"] = [original.name for original in originals]  # for who builds another optimizer of them
         super().add_param_group(group)
         added = self.param_groups[index]
         try:
@@ -178,7 +201,7 @@ class Frugal(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        if added["betas"] is None:
+        if added.get("betas") is None:
             added["betas"] = betas
         self._groups.append(added)
         self._originals = [*self._originals, *originals]  # the runtime before keeps its own list
@@ -196,8 +219,8 @@ class Frugal(Optimizer):
             if projected is None:
                 raise ValueError(
                     f"Parameter {position} of group {group} (shape {shape}) has no name, so Frugal cannot tell whether "
-                    'to project it. Pass model.named_parameters() or split_parameters(model), or put "projected": True '
-                    "or False into its group."
+                    "to project it. Pass model.named_parameters() or split_parameters(model), or put the names as "
+                    '"param_names", or "projected": True or False, into its group.'
                 )
         if projected and len(shape) not in (2, 3):
             raise ValueError(
@@ -242,6 +265,7 @@ class Frugal(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        follow_cycles(self._groups, self.__dict__["defaults"])
         with full_precision():
             runtime = self._bind()
             load = self._load(runtime)
@@ -328,6 +352,8 @@ class Frugal(Optimizer):
 
     def _packed(self, _: Optimizer, plain: dict[str, Any]) -> dict[str, Any]:
         """Torch's form with the state as it is saved."""
+        for group in plain["param_groups"]:  # torch.distributed.checkpoint would keep the list once per parameter
+            group.pop("param_names", None)
         runtime = self._runtime or self._before
         if runtime is None:  # nothing yet, or as it was loaded
             return plain
@@ -360,7 +386,10 @@ class Frugal(Optimizer):
 
         def take(_: Optimizer, changed: dict[str, Any]) -> dict[str, Any]:
             given.update(changed)
-            return {**changed, "state": {}}  # torch would cast it to the parameter's dtype
+            groups = changed["param_groups"]
+            if len(groups) == len(before):
+                groups = [saved_group(group, present) for group, present in zip(groups, before, strict=True)]
+            return {**changed, "state": {}, "param_groups": groups}  # torch would cast the state to parameters' dtypes
 
         hooks = [
             self.register_load_state_dict_pre_hook(take),  # the last one: what others changed counts

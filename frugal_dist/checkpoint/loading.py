@@ -18,7 +18,7 @@ from frugal_dist.checkpoint.parts import Chunk, regular_state_chunks, state_chun
 from frugal_dist.checkpoint.reader import Reader
 from frugal_dist.checkpoint.rng import check_rng_state, reseed, set_rng_state
 from frugal_dist.checkpoint.schedule import fitted
-from frugal_dist.config import HYPERPARAMETERS
+from frugal_dist.config import HYPERPARAMETERS, saved_group
 from frugal_dist.notices import notice
 from frugal_dist.optimizer import Frugal
 from frugal_dist.sharding.exchange import Ranks, gather_objects
@@ -234,7 +234,7 @@ def _restore_groups(runtime: Runtime, reader: Reader) -> list[str]:
     """Learning rates, and whatever schedulers keep in the groups. Other hyperparameters are the program's; returns what
     to say about those that changed.
     """
-    saved = {name: group["options"] for group in reader.index.groups for name in group["members"]}
+    saved = {name: saved_group(group["options"], {}) for group in reader.index.groups for name in group["members"]}
     groups: dict[int, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
     for i, original in enumerate(runtime.originals):
         options = runtime.storage.options(i)

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from frugal_dist.config import PRESETS, config_from
+from frugal_dist.config import config_from, preset
 from frugal_dist.training import finetune_recipe
 from frugal_dist.training.metrics import METRICS_FILE, of_kind, read_metrics
 
@@ -95,6 +95,6 @@ def _optimizer(record: dict[str, Any]) -> dict[str, Any]:
     if found["name"] in finetune_recipe.WITHOUT_RANK:
         found = {key: value for key, value in found.items() if key not in ("rank", "stateful")}
     plain = finetune_recipe.PRESETS.get(found["name"], found["name"])
-    config = asdict(config_from({**PRESETS[plain], **record["options"]}))
+    config = asdict(config_from(preset(plain, **record["options"])))
     options = {f"options.{key}": value for key, value in config.items() if key not in found}
     return {**found, **json.loads(json.dumps(options))}

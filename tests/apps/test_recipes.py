@@ -72,7 +72,7 @@ def test_the_recipe_for_comparisons_is_sound() -> None:
 def test_contenders_have_rates_of_their_own(text: str, rate: float, scale: float) -> None:
     optimizer = contender(text, read_recipe("reviews_5m")).optimizer
     options = frugal_options(optimizer)
-    assert (optimizer.lr, options["lr_scale"]) == (rate, scale)
+    assert (optimizer.lr, options["projected_lr_scale"]) == (rate, scale)
 
 
 def test_the_papers_shapes_are_there() -> None:
