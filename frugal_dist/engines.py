@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from frugal_dist.config import HYPERPARAMETERS
 from frugal_dist.kernels import kind_for
-from frugal_dist.sharding import accelerate, deepspeed, lightning, redundancy, zero
+from frugal_dist.sharding import accelerate, deepspeed, join, zero
 from frugal_dist.sharding.exchange import Ranks, is_initialized, ranks_of
 from frugal_dist.sharding.plain import PlainStorage
 from frugal_dist.sharding.storage import Original, Part, Storage
@@ -28,9 +29,10 @@ def names_of(tensors: Sequence[Tensor]) -> list[str | None]:
     return deepspeed.names_of(tensors)
 
 
-def announce(optimizer_class: type[Any]) -> None:
-    """Make the optimizer known to engines that keep a list of those they trust."""
-    deepspeed.announce(optimizer_class)
+def announce(optimizer: Optimizer, process_group: Any) -> None:
+    """Make the optimizer known to engines that keep a list of those they trust, and to those it cannot work with."""
+    deepspeed.announce(type(optimizer))
+    join.watch(optimizer, process_group)
 
 
 def cuts_groups_evenly() -> bool:
@@ -48,14 +50,9 @@ def replaces_given_optimizers() -> bool:
     return accelerate.drives_deepspeed()
 
 
-def refuse_to_be_given_a_part() -> None:
-    """ValueError if a wrapper is building one optimizer per rank, each for some of the parameters."""
-    redundancy.refuse()
-
-
-def keeps_rank_zero_only(optimizer: object) -> bool:
-    """Whether a trainer's checkpoints keep no other rank's ``state_dict`` of ``optimizer`` than rank 0's."""
-    return accelerate.keeps_rank_zero_only() or lightning.keeps_rank_zero_only(optimizer)
+def keeps_rank_zero_only() -> bool:
+    """Whether a launcher's checkpoints keep no other rank's ``state_dict`` than rank 0's."""
+    return accelerate.keeps_rank_zero_only()
 
 
 def counts_of(model_or_engine: Any) -> dict[str, Any]:
@@ -153,7 +150,7 @@ def _choose(request: Request, ranks: Ranks) -> tuple[Ranks, Sequence[Original], 
     refuse_fsdp1(held)
     if any(hasattr(tensor, "device_mesh") for tensor in held):
         return _dtensor(request, held)
-    shares = not keeps_rank_zero_only(request.optimizer)
+    shares = not accelerate.keeps_rank_zero_only()
     return ranks, request.originals, PlainStorage(request.groups, request.originals, shares_replicas=shares)
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
+from torch.nn.parallel import DistributedDataParallel
 
+from frugal_dist import Frugal
 from frugal_dist.training import shared
 from frugal_dist.training.ranks import together
 from frugal_dist.training.rollcall import RollCall, own_name
@@ -48,3 +54,36 @@ def roll_call(silent: int, error: str) -> str:
         return ""
     found = roll.explained(RuntimeError(error))
     return f"{type(found).__name__}: {found}"
+
+
+def joining(batches: tuple[int, ...]) -> tuple[list[str], Tensor]:
+    """What join contexts say to ranks that have so many batches, and the weights after one that ends well."""
+    model, told = DistributedDataParallel(nn.Linear(6, 8, bias=False)), []
+    with torch.no_grad():
+        model.module.weight.fill_(0.5)
+    groups = [{"params": [("weight", model.module.weight)], "projected": True}]
+    together = Frugal(groups, density=0.5)
+
+    def train(optimizer: Frugal) -> None:
+        for batch in range(batches[dist.get_rank()]):
+            optimizer.zero_grad()
+            model(torch.full((2, 6), 1.0 + batch)).square().sum().backward()
+            optimizer.step()
+
+    for joined in ([model], [model, together], [together]):
+        try:
+            with Join(joined):
+                train(together)
+        except ValueError as error:
+            told.append(str(error))
+    try:
+        with model.join(throw_on_early_termination=True):
+            train(together)
+    except RuntimeError as error:
+        told.append(str(error))
+    optimizer = Frugal(groups, density=0.5, process_group=None)
+    del together, joined
+    gc.collect()
+    with model.join():
+        train(optimizer)
+    return told, model.module.weight.detach()

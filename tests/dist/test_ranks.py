@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import rank_jobs
+import torch
 from processes import Fleet
 from torch import distributed
 from torch.distributed import HashStore
@@ -39,6 +40,18 @@ def test_the_first_of_those_that_live_names_the_missing(fleet: Fleet) -> None:
 
 def test_other_errors_stay_what_they_are(fleet: Fleet) -> None:
     assert fleet.run(2, rank_jobs.roll_call, 1, "out of memory") == ["RuntimeError: out of memory", ""]
+
+
+@pytest.mark.parametrize("batches", [(3, 1), (0, 2)])
+def test_a_join_context_is_refused_before_it_begins(batches: tuple[int, int], fleet: Fleet) -> None:
+    """On all ranks, also on one that has no batch; not where no rank waits for another."""
+    (first, weights), (second, others) = fleet.run(2, rank_jobs.joining, batches)
+    for told in (first, second):
+        assert len(told) == 4
+        assert all(text.startswith("A join context goes on with the ranks that still have") for text in told[:3])
+        assert "exhausted" in told[3]
+    assert torch.equal(weights, others)
+    assert not torch.equal(weights, torch.full_like(weights, 0.5))
 
 
 def test_a_folder_that_hosts_do_not_share_is_found_before_training(fleet: Fleet, tmp_path: Path) -> None:
