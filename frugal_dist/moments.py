@@ -10,6 +10,7 @@ from torch import Tensor
 
 from frugal_dist.projection.basis import Basis, carry_first, carry_second
 from frugal_dist.projection.coordinates import Selection
+from frugal_dist.projection.shapes import takes_everything
 from frugal_dist.sharding.exchange import all_to_all
 from frugal_dist.sharding.route import Route
 from frugal_dist.sharding.tile import Tile
@@ -55,7 +56,9 @@ def moves_between_ranks(runtime: Runtime, work: Work, old_clocks: tuple[int, int
     if runtime.ranks.alone or work.family != "coordinates" or mode == "reset" or work.size == 0:
         return False
     if mode == "keep":
-        return not (same_slots(work) or work.config.density == 1.0)  # of everything, every slot stays where it is
+        matrix = work.matrix
+        every_slot_stays = takes_everything(work.config, matrix.rows, matrix.cols, work.size)
+        return not (every_slot_stays or same_slots(work))
     shared = runtime.shard_replicas and work.matrix.copies > 1
     cut_along_selection = work.config.projection in ("columns", "rows") or (
         work.config.projection == "randperm" and work.side != "full"

@@ -1,4 +1,4 @@
-"""Optimizer-state bytes from shapes alone: no model, no GPU, no torch.
+"""Optimizer-state bytes from shapes alone: no model, no GPU, no tensors.
 
 The state of AdamW is two fp32 moments, eight bytes per parameter. FRUGAL keeps them only for the regular parameters
 and for the projected part of every Linear weight; a basis projection also stores its basis, in fp32.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from frugal_dist.projection.shapes import floor_of, round_of
 
 MOMENT_BYTES = 8  # two fp32 moments per stateful entry
 BASIS_BYTES = 4  # one fp32 number per basis entry
@@ -96,14 +98,14 @@ def _projected_bytes(rows: int, cols: int, projection: str, density: float, side
     if density == 0:
         return 0
     if projection == "columns":
-        return MOMENT_BYTES * rows * int(density * cols)
+        return MOMENT_BYTES * rows * floor_of(density, cols)
     if projection == "rows":
-        return MOMENT_BYTES * cols * int(density * rows)
+        return MOMENT_BYTES * cols * floor_of(density, rows)
     if projection == "randk":
-        return MOMENT_BYTES * int(density * rows * cols)
+        return MOMENT_BYTES * floor_of(density, rows * cols)
     right = {"right": True, "left": False, "std": rows >= cols, "reverse_std": rows < cols}[side]
     contracted, free = (cols, rows) if right else (rows, cols)
-    rank = round(density * contracted)
+    rank = round_of(density, contracted)
     return MOMENT_BYTES * rank * free + BASIS_BYTES * rank * contracted
 
 
@@ -114,7 +116,7 @@ def _blockwise_bytes(weights: list[Weight], density: float) -> int:
     regular = sum(weight.numel for weight in weights if not weight.projected)
     if not matrices:
         return regular * MOMENT_BYTES
-    active = round(density * matrices) / matrices
+    active = round_of(density, matrices) / matrices
     return round((regular + active * sum(weight.numel for weight in projected)) * MOMENT_BYTES)
 
 

@@ -18,7 +18,9 @@ import frugal_dist.projection.coordinates as coordinates
 class Basis:
     """Orthonormal columns: ``left`` (P, rows x r) and/or ``right`` (Q, cols x r), contiguous.
 
-    They compute in fp32 or fp64, and may be kept in bf16. ``captured``: the sum of squares of what they catch of the
+    Contiguous down to the strides of dims of length 1, which BLAS looks at: the last bits depend on them, and are to be
+    the same on the rank that computed a basis, on those that received it, and on all after a resume. They compute in
+    fp32 or fp64, and may be kept in bf16. ``captured``: the sum of squares of what they catch of the
     matrix they were just found from (fp64, no dimensions), where that cost nothing.
     """
 
@@ -38,8 +40,14 @@ class Basis:
 
     def moved(self, device: torch.device, dtype: torch.dtype) -> Basis:
         """The columns alone, elsewhere and in another dtype."""
-        left, right = (None if part is None else part.to(device, dtype) for part in (self.left, self.right))
+        left, right = (None if part is None else dense(part.to(device, dtype)) for part in (self.left, self.right))
         return Basis(left, right)
+
+
+def dense(part: Tensor) -> Tensor:
+    """Itself or a copy with the strides of a new tensor; ``contiguous()`` lets any strides of a single column pass."""
+    expected = (part.shape[1], 1)
+    return part if part.stride() == expected else part.clone(memory_format=torch.contiguous_format)
 
 
 def basis_shapes(side: str, rows: int, cols: int, r: int) -> dict[str, tuple[int, int]]:
@@ -116,7 +124,7 @@ def random_basis(
     for part, (length, width) in basis_shapes(side, rows, cols, r).items():
         generator = coordinates.seeded_generator(seed, f"{name}|{part}", refresh, length, width)
         gaussian = torch.randn(length, width, generator=generator, dtype=torch.float64, device="cpu")
-        parts[part] = torch.linalg.qr(gaussian).Q.to(dtype).contiguous()
+        parts[part] = dense(torch.linalg.qr(gaussian).Q.to(dtype))
     return Basis(**parts)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import frugal_dist.projection
 from frugal_dist.config import FrugalConfig
+from frugal_dist.projection.shapes import round_of
 
 
 def active_count(config: FrugalConfig, matrices: int) -> int:
     """C = round(density * matrices). ValueError for 0 at density > 0, and for an odd count with order "mirror"."""
-    count = round(config.density * matrices)
+    count = round_of(config.density, matrices)
     if count == 0 and config.density > 0:
         raise ValueError(
             f"projection='blockwise' with density={config.density:g} over {matrices} matrices makes "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from functools import lru_cache
 from typing import Protocol
 
 from frugal_dist.config import FrugalConfig
@@ -43,11 +45,35 @@ def resolve_side(side: str, rows: int, cols: int) -> str:
     return side
 
 
+_LARGEST_DENOMINATOR = 10**6
+
+
+@lru_cache(maxsize=64)
+def as_written(density: float) -> Fraction:
+    """The number that somebody wrote as this float: 29/100 for 0.29, 1/3 for 1 / 3.
+
+    In floating point 0.29 * 100 is 28.999999999999996, and its floor 28. The simplest fraction within two units in the
+    last place is meant; among those of small denominators there is at most one. Else the shortest decimal.
+    """
+    near = Fraction(density).limit_denominator(_LARGEST_DENOMINATOR)
+    return near if abs(near - Fraction(density)) <= 2 * Fraction(math.ulp(density)) else Fraction(repr(density))
+
+
+def floor_of(density: float, length: int) -> int:
+    """floor(density * length), exactly."""
+    return math.floor(as_written(density) * length)
+
+
+def round_of(density: float, length: int) -> int:
+    """round(density * length), exactly; halves to even, as Python rounds."""
+    return round(as_written(density) * length)
+
+
 def basis_columns(config: FrugalConfig, name: str, rows: int, cols: int) -> int:
     """R of a basis projection or of randperm: round(density * dim of the side). ValueError for r = 0 or too large."""
     side = resolve_side(config.side, rows, cols)
     dim = {"right": cols, "left": rows, "full": min(rows, cols)}[side]
-    r = round(config.density * dim)
+    r = round_of(config.density, dim)
     if r == 0:
         raise ValueError(_empty(config, name, rows, cols, f"r = round({config.density:g} * {dim})"))
     if config.projection == "svd" and r > min(rows, cols):
@@ -66,7 +92,7 @@ def coordinate_count(config: FrugalConfig, name: str, rows: int, cols: int) -> i
     if config.projection == "randperm":
         return basis_columns(config, name, rows, cols)
     dim = {"columns": cols, "rows": rows, "randk": rows * cols}[config.projection]
-    count = math.floor(config.density * dim)
+    count = floor_of(config.density, dim)
     if count == 0:
         raise ValueError(_empty(config, name, rows, cols, f"floor({config.density:g} * {dim})"))
     return count
@@ -78,6 +104,18 @@ def selection_size(config: FrugalConfig, name: str, rows: int, cols: int) -> int
         return 0
     size = basis_columns if family(config) == "basis" else coordinate_count
     return size(config, name, rows, cols)
+
+
+def takes_everything(config: FrugalConfig, rows: int, cols: int, size: int) -> bool:
+    """Whether a coordinate selection of this size leaves nothing of a matrix out.
+
+    Not what density says: randperm on both sides selects a square of min(rows, cols).
+    """
+    if config.projection == "randk":
+        return size == rows * cols
+    side = resolve_side(config.side, rows, cols)
+    kind = {"columns": "right", "rows": "left", "randperm": side}[config.projection]
+    return (kind == "left" or size == cols) and (kind == "right" or size == rows)
 
 
 def _empty(config: FrugalConfig, name: str, rows: int, cols: int, formula: str) -> str:

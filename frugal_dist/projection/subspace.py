@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import frugal_dist.projection.coordinates as coordinates
-from frugal_dist.projection.basis import Basis
+from frugal_dist.projection.basis import Basis, dense
 
 # Chosen on the gradients of a small LLaMA (docs/performance.md): more of either costs time, less costs signs.
 OVERSAMPLING = 3 / 16
@@ -41,10 +41,10 @@ def subspace_svd(grad: Tensor, side: str, r: int, warm: Basis | None, *, seed: i
             image_back.addcmul_(vectors, image.square().sum(0).min(), value=-0.5)
         vectors = torch.linalg.qr(image_back).Q
     turn, captured = _leading(matrix @ vectors, r)  # Rayleigh-Ritz
-    inner = (vectors @ turn.to(matrix.dtype)).contiguous()
+    inner = dense(vectors @ turn.to(matrix.dtype))
     if side != "full":
         return Basis(**{side: inner}, captured=captured)
-    return Basis(left=torch.linalg.qr(matrix @ inner).Q.contiguous(), right=inner, captured=captured)
+    return Basis(left=dense(torch.linalg.qr(matrix @ inner).Q), right=inner, captured=captured)
 
 
 def _leading(matrix: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -84,4 +84,4 @@ def gram_svd(grad: Tensor, side: str, r: int) -> Basis:
     if side in (other, "full"):
         found[other] = torch.linalg.qr(matrix @ inner).Q
     wanted = ("left", "right") if side == "full" else (side,)
-    return Basis(**{part: found[part].to(grad.dtype).contiguous() for part in wanted}, captured=captured)
+    return Basis(**{part: dense(found[part].to(grad.dtype)) for part in wanted}, captured=captured)

@@ -79,6 +79,7 @@ VARIANTS = [
     Case("randk", "std", "keep", densities=(0.01, 0.05, 0.2)),
     Case("columns", "std", "reset", densities=(0.0,)),
     Case("columns", "std", "keep", densities=(1.0,)),
+    Case("randperm", "full", "keep", densities=(1.0,)),
 ]
 """Beyond the table: changing densities, forced compute layouts, other rules and schedules, on 4 ranks."""
 

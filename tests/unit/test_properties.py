@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import frugal_dist.projection
-from frugal_dist import Frugal, preset
+from frugal_dist import Frugal, FrugalConfig, preset
+from frugal_dist.planner.shapes import Weight, frugal_bytes
 from frugal_dist.projection import Basis, down, exact_svd, random_basis, select_indices, up
+from frugal_dist.projection.shapes import coordinate_count, floor_of, round_of
 
 SIDES = ("left", "right", "full")
 sizes = st.integers(min_value=1, max_value=12)
@@ -247,6 +249,28 @@ def test_long_selections_have_the_exact_count(length: int, count: int) -> None:
         assert drawn.shape == (count,)
         assert bool((drawn[1:] > drawn[:-1]).all())
         assert count == 0 or (int(drawn[0]) >= 0 and int(drawn[-1]) < length)
+
+
+@pytest.mark.parametrize(
+    ("density", "length", "down", "nearest"),
+    [(0.29, 100, 29, 29), (0.57, 100, 57, 57), (1 / 3, 3, 1, 1), (2 / 13, 13, 2, 2), (0.1 * 3, 10, 3, 3),
+     (0.25, 7, 1, 2), (0.575, 100, 57, 58), (0.285, 100, 28, 28), (0.1234567, 10**7, 1234567, 1234567), (1.0, 9, 9, 9),
+     (0.0, 9, 0, 0), (0.999999999, 1000, 999, 1000), (1e-9, 10**9, 1, 1)],
+)  # fmt: skip
+def test_counts_are_those_of_the_number_that_was_written(density: float, length: int, down: int, nearest: int) -> None:
+    """0.29 * 100 is 28.999999999999996 in floating point."""
+    assert (floor_of(density, length), round_of(density, length)) == (down, nearest)
+    columns = Weight(3, length, 1, projected=True)
+    assert frugal_bytes([columns], projection="columns", density=density) == 8 * 3 * down
+    if length < 1000 and down:
+        config = FrugalConfig(projection="columns", density=density)
+        assert coordinate_count(config, "w", 3, length) == down
+
+
+@pytest.mark.parametrize("length", [7, 96, 100, 1000, 4096])
+def test_every_count_can_be_asked_for(length: int) -> None:
+    for count in range(length + 1):
+        assert floor_of(count / length, length) == round_of(count / length, length) == count
 
 
 def test_an_impossible_selection_is_an_error() -> None:

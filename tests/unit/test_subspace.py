@@ -8,7 +8,7 @@ from torch import Tensor
 
 from frugal_dist import Frugal
 from frugal_dist.config import FrugalConfig
-from frugal_dist.projection import Basis, down, exact_svd, gram_svd, subspace_svd
+from frugal_dist.projection import Basis, down, exact_svd, gram_svd, random_basis, subspace_svd
 from frugal_dist.projection.subspace import COLD_ROUNDS, WARM_ROUNDS
 
 SHAPES = [(48, 32), (32, 48), (40, 40)]
@@ -47,6 +47,20 @@ def test_the_singular_vectors_themselves(rows: int, cols: int, side: str, method
         assert one.shape == other.shape and one.is_contiguous() and one.dtype == grad.dtype
         torch.testing.assert_close(one.T @ one, torch.eye(R, dtype=one.dtype), rtol=0, atol=1e-12)
         assert aligned(one, other) > 1 - 1e-8
+
+
+@pytest.mark.parametrize("method", [*METHODS, "exact", "random"])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(("rows", "cols"), [(48, 32), (1, 9), (9, 1), (1, 1)])
+def test_a_single_column_has_the_strides_of_a_new_tensor(rows: int, cols: int, side: str, method: str) -> None:
+    """They decide which way BLAS goes, so the last bits; who received a basis, or loaded it, has a new one."""
+    grad = matrix(rows, cols)
+    if method == "random":
+        found = random_basis(rows, cols, side, 1, seed=0, name="w", refresh=0, dtype=torch.float64)
+    else:
+        found = METHODS.get(method, exact_svd)(grad, side, 1)
+    for part in (*found.parts, *found.moved(grad.device, torch.float32).parts):
+        assert part.stride() == torch.empty(part.shape).stride()
 
 
 @pytest.mark.parametrize("method", [*METHODS, "exact"])
