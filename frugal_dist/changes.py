@@ -113,6 +113,7 @@ def _refuse(number: int, before: FrugalConfig, now: FrugalConfig, projected: boo
 
 def check_sizes(config: FrugalConfig, projected: Sequence[Original]) -> None:
     """ValueError, naming the parameter, if a group's settings leave nothing of one of its matrices state-full."""
+    projected = [original for original in projected if original.stack]  # an empty stack has no matrices
     if family(config) == "blocks" and projected:
         active_count(config, sum(original.stack for original in projected))
         return

@@ -25,16 +25,19 @@ from frugal_dist.sharding.tile import owned, whole
 from frugal_dist.work import Agreed, Cut, Runtime, Work, basis_route, coordinate_cut, moment_names
 
 NEW, FAILED = 0.0, 1.0
+_FROZEN, _TRAINED, _GRADIENT = 0, 1, 2
+"""What a rank says of a matrix: frozen without a gradient, not frozen but without one, or it has one."""
 ATTEMPTS = 3
 """Consecutive failed refreshes of one matrix after which all ranks raise."""
 
 
 @dataclass
 class Report:
-    """What all ranks agreed on about one matrix in this call."""
+    """What all ranks agreed on about one matrix in this call. ``present``: some rank has a gradient."""
 
     updates: int
     present: bool = False
+    trained: bool = True
     finite: bool = True
     zero: bool = False
 
@@ -63,12 +66,7 @@ def _due(work: Work, updates: int | None = None, refreshed_at: int | None = None
 
 
 def _takes_part(runtime: Runtime, work: Work) -> bool:
-    """Whether a matrix' refresh needs all ranks: bases, replicas that compare their weights, moments that move.
-
-    Freezing (requires_grad) is a decision of the program, the same on all ranks; a missing gradient is not.
-    """
-    if work.frozen:
-        return False
+    """Whether a matrix' refresh needs all ranks: bases, replicas that compare their weights, moments that move."""
     if work.family == "basis":
         return True
     clocks = (work.state.clock("refreshes"), work.state.clock("size"))
@@ -86,7 +84,10 @@ def numbers_agreed(runtime: Runtime, works: Sequence[Work]) -> int:
 def _suspects(runtime: Runtime, works: Sequence[Work]) -> list[Work]:
     """The matrices that may be due, judged from counts that were agreed on: the same list on every rank.
 
-    A missing gradient can only delay a matrix, so counting every call as an update never comes too late.
+    A missing gradient can only delay a matrix, so counting every call as an update never comes too late. As with
+    torch's optimizers a gradient decides whether a parameter is stepped, frozen or not, and ranks may differ in that.
+    They do not differ in freezing (requires_grad), a decision of the program: what is frozen and had no gradient on any
+    rank when it was asked for is left out, so that frozen weights beside adapters cost nothing.
     """
     found = []
     for work in works:
@@ -94,7 +95,9 @@ def _suspects(runtime: Runtime, works: Sequence[Work]) -> list[Work]:
         if runtime.ranks.alone and work.family != "basis":
             continue  # it never takes part
         if runtime.ranks.alone:
-            suspect = _due(work)
+            suspect = work.grads is not None and _due(work)
+        elif known is not None and known.asleep and work.frozen:
+            suspect = False
         else:
             suspect = known is None or _due(work, known.updates + known.calls, known.refreshed_at)
         if suspect and _takes_part(runtime, work):
@@ -110,7 +113,8 @@ def _agree(runtime: Runtime, suspects: Sequence[Work]) -> dict[int, Report]:
     values = [settings, -settings]
     for work, (finite, nonzero) in zip(suspects, _gradient_health(suspects), strict=True):
         updates = work.state.clock("updates")
-        values += [updates, -updates, int(work.grads is not None), int(not finite), int(nonzero)]
+        presence = _GRADIENT if work.grads is not None else _FROZEN if work.frozen else _TRAINED
+        values += [updates, -updates, presence, int(not finite), int(nonzero)]
     compared = [] if runtime.ranks.alone else suspects
     agreed = agree_max(runtime.ranks, [*values, *fingerprints(runtime, compared)], suspects[0].device)
     if agreed[0] != -agreed[1]:
@@ -121,7 +125,7 @@ def _agree(runtime: Runtime, suspects: Sequence[Work]) -> dict[int, Report]:
     agreed = agreed[2:]
     reports = {}
     for position, work in enumerate(suspects):
-        most, negative_least, present, bad, moving = agreed[5 * position : 5 * position + 5]
+        most, negative_least, presence, bad, moving = agreed[5 * position : 5 * position + 5]
         if most != -negative_least:
             _notice(
                 runtime, f"{work.matrix.name}: ranks counted {-negative_least} to {most} updates; all go on with {most}"
@@ -133,7 +137,7 @@ def _agree(runtime: Runtime, suspects: Sequence[Work]) -> dict[int, Report]:
                 f"{work.matrix.name}: its gradient has NaN or infinite entries at a projector refresh. All ranks leave "
                 "the matrix alone on this step and try again on the next.",
             )
-        reports[work.matrix.index] = Report(most, bool(present), not bad, not moving)
+        reports[work.matrix.index] = Report(most, presence == _GRADIENT, presence != _FROZEN, not bad, not moving)
     resynchronise(runtime, mismatched(runtime, compared, agreed[5 * len(suspects) :]))
     return reports
 
@@ -170,7 +174,8 @@ def _remember(runtime: Runtime, suspects: Sequence[Work], reports: dict[int, Rep
     for work in suspects:
         report = reports[work.matrix.index]
         advanced = int(report.present and _can_step(work, reports))
-        runtime.agreed[work.matrix.index] = Agreed(report.updates + advanced, work.state.clock("refreshed_at"))
+        updates, refreshed_at = report.updates + advanced, work.state.clock("refreshed_at")
+        runtime.agreed[work.matrix.index] = Agreed(updates, refreshed_at, asleep=not report.trained)
 
 
 # --- coordinates and blocks: nothing to compute, only to draw --------------------------------------

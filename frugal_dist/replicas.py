@@ -24,22 +24,31 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def fingerprints(runtime: Runtime, works: Sequence[Work]) -> list[int]:
     """Two numbers, h and -h, for every replicated tile of every work: their maxima differ iff the replicas do."""
     entries = replicated(runtime, works)
-    mine = [fingerprint(work.local_weight(tile)) for work, tile, ranks in entries if runtime.ranks.rank in ranks]
+    looked_at = [runtime.ranks.rank in ranks and _moves(work) for work, _, ranks in entries]
+    mine = [
+        fingerprint(work.local_weight(tile)) for (work, tile, _), look in zip(entries, looked_at, strict=True) if look
+    ]
     together = [mark.to(mine[0].device) for mark in mine]  # a process may have a model on several GPUs
     marks = iter((torch.stack(together).cpu() % _MODULUS).tolist() if mine else [])
     values = []
-    for _, _, ranks in entries:
-        mark = next(marks) if runtime.ranks.rank in ranks else None
+    for look in looked_at:
+        mark = next(marks) if look else None
         values += [_ABSENT, _ABSENT] if mark is None else [mark, -mark]
     return values
+
+
+def _moves(work: Work) -> bool:
+    """Frozen weights beside adapters are not worth reading. Who does not look agrees with everybody."""
+    return not work.frozen or work.grads is not None
 
 
 def mismatched(
     runtime: Runtime, works: Sequence[Work], agreed: Sequence[int]
 ) -> list[tuple[Work, Tile, tuple[int, ...]]]:
-    """The replicated tiles whose copies are not equal."""
+    """The replicated tiles whose copies are not equal, as far as anybody looked."""
     entries = replicated(runtime, works)
-    return [entry for i, entry in enumerate(entries) if agreed[2 * i] != -agreed[2 * i + 1]]
+    marks = zip(agreed[::2], agreed[1::2], strict=True)
+    return [entry for entry, (most, less) in zip(entries, marks, strict=True) if most not in (_ABSENT, -less)]
 
 
 def resynchronise(runtime: Runtime, broken: Sequence[tuple[Work, Tile, tuple[int, ...]]]) -> None:

@@ -29,11 +29,15 @@ from frugal_dist.state import MatrixState, Shape
 
 @dataclass
 class Agreed:
-    """Counts of a matrix that all ranks agreed on, and how many calls ago."""
+    """Counts of a matrix that all ranks agreed on, and how many calls ago.
+
+    ``asleep``: it was frozen on all ranks, and none had a gradient; nobody is asked again before it is unfrozen.
+    """
 
     updates: int
     refreshed_at: int
     calls: int = 0
+    asleep: bool = False
 
 
 @dataclass
@@ -56,9 +60,9 @@ class Runtime:
     @cached_property
     def by_original(self) -> dict[int, list[Matrix]]:
         """The matrices of every projected parameter."""
-        found: dict[int, list[Matrix]] = {}
-        for matrix in self.table.matrices:
-            found.setdefault(matrix.original, []).append(matrix)
+        found: dict[int, list[Matrix]] = {i: [] for i, one in enumerate(self.originals) if one.projected}
+        for matrix in self.table.matrices:  # an empty stack has none
+            found[matrix.original].append(matrix)
         return found
 
 

@@ -163,7 +163,7 @@ def ensure_state(runtime: Runtime, load: Load) -> None:
     """
     for work in load.works:
         work.state.ensure_clocks()
-        if not work.state.has_moments() and _moves(work.frozen, work.grads):
+        if not (work.state.has_moments() or work.frozen):  # of those that are frozen the first refresh creates it
             _create(runtime, work)
         _check_density(work)
     for one in load.regular:
@@ -172,13 +172,8 @@ def ensure_state(runtime: Runtime, load: Load) -> None:
             one.state.put("step", torch.tensor(0, device="cpu"))
         elif not step.is_cpu:
             one.state.put("step", step.cpu())  # as with ensure_clocks
-        if not one.state.has_moments() and _moves(one.frozen, one.grad):
+        if not one.state.has_moments() and not (one.frozen and one.grad is None):
             create_moments(one)
-
-
-def _moves(frozen: bool, grad: object) -> bool:
-    """Whether steps may change a parameter. Freezing is a decision of the program, the same on all ranks."""
-    return not frozen or grad is not None
 
 
 def create_moments(one: Regular, device: torch.device | None = None) -> None:

@@ -161,7 +161,11 @@ def compute_layout(
     Replicas with ``shard_replicas`` off compute what they store, as long as that splits no contraction.
     """
     ranks = len(storage)
-    if ranks == 1 or (not shard_replicas and _all_copied(storage) and _contraction_whole(storage, rows, cols, side)):
+    if (
+        ranks == 1
+        or rows * cols == 0
+        or (not shard_replicas and _all_copied(storage) and _contraction_whole(storage, rows, cols, side))
+    ):
         return storage
     free_dim = FREE_DIM[side]
     if free_dim is None or choice == "owner":

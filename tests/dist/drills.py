@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -227,6 +227,17 @@ def touch_weights(at: int) -> Callable[[int, int, Held], None]:
     return touch
 
 
+def freeze(at: Sequence[int]) -> Callable[[int, int, Held], None]:
+    """Everything, on all ranks; what has a gradient all the same is stepped."""
+
+    def change(rank: int, step: int, held: Held) -> None:
+        for group in held.optimizer.param_groups:
+            for param in group["params"]:
+                param.requires_grad_(step not in at)
+
+    return change
+
+
 def forget_schedule(rank: int, step: int, held: Held) -> None:
     """A learning rate that is changed on one rank only."""
     if rank == SPOILED and step == 2:
@@ -281,6 +292,11 @@ def _like_alone() -> dict[str, Drill]:
             found[f"NaN between refreshes, {projection}, {layout}"] = Drill(
                 layout, {"projection": projection}, grads=grads, ranks=_ranks(layout)
             )
+    for layout in (*REPLICATED, "Shard(0)", "HSDP 2x2"):
+        for projection in ("svd", "randk", "columns"):
+            options = {"projection": projection, "on_refresh": "keep"}
+            frozen = Drill(layout, options, before=freeze((0, *range(GAP - 1, STEPS))), ranks=_ranks(layout))
+            found[f"frozen with its gradient, {projection}, {layout}"] = frozen
     for layout in ("replicas, shared state", "Shard(0)", "HSDP 2x2"):
         for projection in ("svd", "randk"):
             grads = missing((VICTIM, "norm"), (0, GAP, GAP + 1), None)
@@ -356,6 +372,11 @@ def _lagging() -> dict[str, Drill]:
                 options = {"projection": projection, "on_refresh": "keep", "density": 0.5}
                 found[f"no gradients on one rank at {at}, {projection}, {layout}"] = Drill(
                     layout, options, grads=grads, ranks=_ranks(layout)
+                )
+            for at in (range(STEPS - 1), range(2, STEPS - 1), (GAP,)):
+                grads = missing(NAMES[:-1], tuple(at), SPOILED)
+                found[f"frozen, no gradients on one rank at {tuple(at)}, {projection}, {layout}"] = Drill(
+                    layout, options, grads=grads, before=freeze(at), ranks=_ranks(layout)
                 )
     return found
 

@@ -62,6 +62,37 @@ def test_an_empty_parameter_is_left_alone(projection: str) -> None:
     assert empty.shape == (0,)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (6, 0), (2, 0, 4), (0, 3, 4)])
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_an_empty_matrix_or_stack_is_left_alone(projection: str, shape: tuple[int, ...]) -> None:
+    """Also where its matrices would be too small for the density, had it any."""
+    empty, w, alone = weight(*shape), weight(6, 4), weight(6, 4)
+    density = 1.0 if projection == "blockwise" else 0.3
+    both, single = (
+        build(matrices, projection=projection, density=density) for matrices in ({"w": w, "e": empty}, {"w": alone})
+    )
+    for optimizer in (both, single):
+        train(optimizer, 1, 3)
+    assert torch.equal(w, alone)
+    both.load_state_dict(both.state_dict())
+    train(both, 4, 5)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_a_gradient_decides_not_requires_grad(projection: str, frozen: bool) -> None:
+    """As with torch's optimizers: outer optimizers give gradients to detached copies, which require none."""
+    w, same = weight(8, 6), weight(8, 6)
+    w.requires_grad_(not frozen)
+    for parameter in (w, same):
+        others = {"bias": weight(3).requires_grad_(not frozen)}
+        optimizer = build(
+            {"w": parameter}, others, projection=projection, density=1.0 if projection == "blockwise" else 0.5
+        )
+        train(optimizer, 1, 7)
+    assert torch.equal(w, same)
+
+
 def test_no_parameters_at_all_is_an_error_like_in_torch() -> None:
     with pytest.raises(ValueError, match="empty"):
         Frugal([])
