@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,9 +22,12 @@ def console() -> NoReturn:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command and return the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
     try:
-        options, rest = _parser().parse_known_args(arguments)
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        parser = _parser()
+        _check_command(parser, words)
+        options, rest = parser.parse_known_args(words)
         if rest and not hasattr(options, "changes"):
-            _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+            parser.error(f"unrecognized arguments: {' '.join(rest)}{_close_options(parser, words, rest)}")
         options.changes = rest
         return int(options.command(options))
     except ValueError as error:
@@ -34,6 +38,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+_OTHER_COMMANDS = {
+    "generate": "frugal-dist export makes a model folder, with which transformers generates: docs/training.md.",
+    "train": "Did you mean 'pretrain' or 'finetune'?",
+    "resume": "The same pretrain command goes on where its run was.",
+    "evaluate": "frugal-dist export makes a model folder, which any evaluation harness reads.",
+}
+
+
+def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The sub-commands of a parser; none of one that has none."""
+    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(actions[0].choices) if actions else {}
+
+
+def _check_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """ValueError for a first word that is no command, with the one that may be meant; so for commands below it."""
+    for word in words:
+        known = _commands(parser)
+        if not known or word.startswith("-"):
+            return
+        if word not in known:
+            close = difflib.get_close_matches(word, known, n=1)
+            hint = _OTHER_COMMANDS.get(word) or (f"Did you mean {close[0]!r}?" if close else "")
+            raise ValueError(f"there is no command {word!r}; choose one of {', '.join(known)}. {hint}".rstrip())
+        parser = known[word]
+
+
+def _close_options(parser: argparse.ArgumentParser, words: Sequence[str], rest: Sequence[str]) -> str:
+    """A sentence with the options that words of a command may mean."""
+    for word in words:
+        parser = _commands(parser).get(word, parser)
+    known = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
+    names = [word.partition("=")[0].replace("_", "-") for word in rest if word.startswith("-")]
+    close = [near[0] for name in names if (near := difflib.get_close_matches("--" + name.lstrip("-"), known, n=1))]
+    return f". Did you mean {' or '.join(close)}?" if close else ""
 
 
 class _Help(argparse.Action):
@@ -66,6 +107,7 @@ def _with_recipe(commands: Any, name: str, about: str) -> argparse.ArgumentParse
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="frugal-dist", description="Training with the FRUGAL optimizer.")
+    parser.add_argument("--version", action="version", version=f"frugal-dist {_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="the quickstart: prepare its data, train its model"))
 
@@ -83,6 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     finetune.add_argument("--seeds", help="of --optimizers, separated by commas (default 0)")
     finetune.set_defaults(command=_finetune, changes=())
+
+    recipes = commands.add_parser("recipes", help="the recipes that come with the package")
+    recipes.set_defaults(command=_recipes)
 
     _add_data(commands.add_parser("data", help="text to token files; reviews to fine-tune on"))
 
@@ -191,19 +236,64 @@ def _demo_train(options: argparse.Namespace) -> int:
     return train_demo(DemoSettings(data=options.data, run=options.run, config=options.config, **given))
 
 
-def _pretrain(options: argparse.Namespace) -> int:
-    from frugal_dist.training.pretrain import pretrain_from
-    from frugal_dist.training.recipe import read_recipe
+def _version() -> str:
+    from importlib import metadata
 
+    try:
+        return metadata.version("frugal_dist")
+    except metadata.PackageNotFoundError:  # a copy of the sources on the path
+        return "(not installed)"
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from frugal_dist.training.recipe import list_recipes
+
+    print(list_recipes())
+    return 0
+
+
+PRINT = "--print_config"
+
+
+def _printed(options: argparse.Namespace, kind: type[Any], checks: Sequence[Callable[[Any], Any]]) -> bool:
+    """Whether the recipe was to be printed and not trained: as it is with all its keys, checked."""
+    from frugal_dist.training.recipe import as_yaml, read_recipe
+
+    changes = [word for word in options.changes if word.partition("=")[0] != PRINT]
+    if len(changes) == len(options.changes):
+        return False
+    recipe = read_recipe(options.recipe, changes, kind)
+    for check in checks:
+        check(recipe)
+    print(as_yaml(recipe), end="")
+    return True
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    from frugal_dist.training.optimizers import check_optimizer
+    from frugal_dist.training.pretrain import pretrain_from
+    from frugal_dist.training.recipe import Recipe, check_recipe, read_recipe
+    from frugal_dist.training.schedule import build_schedule
+
+    checks: list[Callable[[Any], Any]] = [
+        check_recipe,
+        lambda recipe: check_optimizer(recipe.optimizer),
+        lambda recipe: build_schedule(recipe.schedule, recipe.steps),
+    ]
+    if _printed(options, Recipe, checks):
+        return 0
     return pretrain_from(lambda: read_recipe(options.recipe, options.changes))
 
 
 def _finetune(options: argparse.Namespace) -> int:
     from frugal_dist.training.finetune import finetune_from
     from frugal_dist.training.finetune_compare import compare_finetunes
-    from frugal_dist.training.finetune_recipe import FinetuneRecipe
+    from frugal_dist.training.finetune_recipe import FinetuneRecipe, check_finetune
+    from frugal_dist.training.optimizers import check_tuning
     from frugal_dist.training.recipe import read_recipe
 
+    if _printed(options, FinetuneRecipe, [check_finetune, lambda recipe: check_tuning(recipe.optimizer)]):
+        return 0
     if options.optimizers is None:
         if options.seeds is not None:
             raise ValueError("--seeds goes with --optimizers; the seed of a single run is --seed.")

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -29,7 +29,7 @@ DEFAULT_BETAS = {"adamw": (0.9, 0.999), "lion": (0.9, 0.99), "sgdm": (0.9, 0.999
 class FrugalConfig:
     """The hyperparameters of one parameter group (FRUGAL, arXiv 2411.07837, Algorithms 1-5).
 
-    lr                   step size of the regular parameters; projected ones use ``lr * lr_scale``.
+    lr                   step size of the regular parameters; projected ones use ``lr * projected_lr_scale``.
     betas                AdamW's or Lion's; None means the rule's own: (0.9, 0.999), Lion (0.9, 0.99).
     eps                  AdamW's epsilon.
     weight_decay         decoupled, applied first, with the unscaled ``lr``.
@@ -41,7 +41,8 @@ class FrugalConfig:
     state_full           the rule of the state-full part: AdamW, Lion or SGD with momentum.
     state_free           the rule of the rest: sign, plain SGD or none.
     momentum             of ``sgdm``, torch.optim.SGD's rule.
-    lr_scale             s, scales both parts of a projected matrix.
+    projected_lr_scale   s, scales both parts of a projected matrix. ``lr_scale`` is its old name, known to constructors
+                         and JSON. In parameter groups that is a key of timm and BEiT, whose schedules put it into lr.
     state_free_lr_scale  s_free, scales the state-free part once more.
     on_refresh           what becomes of the state at a refresh: reset, keep, or project into the new basis.
     svd_method           how the projector of "svd" is found. "exact": a full SVD in fp32 (fp64 for fp64 gradients);
@@ -70,7 +71,7 @@ class FrugalConfig:
     state_full: str = "adamw"
     state_free: str = "sign"
     momentum: float = 0.9
-    lr_scale: float = 1.0
+    projected_lr_scale: float = 1.0
     state_free_lr_scale: float = 1.0
     on_refresh: str = "reset"
     svd_method: str = "exact"
@@ -80,14 +81,17 @@ class FrugalConfig:
     compute_layout: str = "auto"
     residual_threshold: float = 0.0
     seed: int = 0
+    lr_scale: InitVar[float | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, lr_scale: float | None) -> None:
+        if lr_scale is not None:
+            object.__setattr__(self, "projected_lr_scale", lr_scale)
         for key, allowed in CHOICES.items():
             check_choice(key, getattr(self, key), allowed)
         if self.betas is None:
             object.__setattr__(self, "betas", DEFAULT_BETAS[self.state_full])
         object.__setattr__(self, "betas", _pair_of_betas(self.betas))
-        for key in ("lr", "weight_decay", "lr_scale", "state_free_lr_scale", "eps", "residual_threshold"):
+        for key in ("lr", "weight_decay", "projected_lr_scale", "state_free_lr_scale", "eps", "residual_threshold"):
             object.__setattr__(self, key, _number(key, getattr(self, key), low=0.0))
         object.__setattr__(self, "density", _number("density", self.density, low=0.0, high=1.0))
         object.__setattr__(self, "momentum", _number("momentum", self.momentum, low=0.0, high=1.0))
@@ -122,7 +126,7 @@ TAKEN_UP: dict[str, str] = {
     "state_full": NEVER,
     "state_free": NOW,
     "momentum": NOW,
-    "lr_scale": NOW,
+    "projected_lr_scale": NOW,
     "state_free_lr_scale": NOW,
     "on_refresh": REFRESH,
     "svd_method": REFRESH,
@@ -143,6 +147,28 @@ the step is refused; elsewhere it means nothing, or counts from the next random 
 def config_from(options: Mapping[str, Any]) -> FrugalConfig:
     """The checked configuration of a parameter group; keys that are no hyperparameters are ignored."""
     return FrugalConfig(**{key: options[key] for key in HYPERPARAMETERS if key in options})
+
+
+OLD_NAMES = {"lr_scale": "projected_lr_scale"}
+
+
+def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` of a constructor under their present names. ValueError for one that is given under both."""
+    found = {OLD_NAMES.get(key, key): value for key, value in options.items()}
+    for old, new in OLD_NAMES.items():
+        if old in options and new in options:
+            raise ValueError(f"{old} is the old name of {new}: give one of them.")
+    return found
+
+
+def saved_group(group: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group as an earlier version saved it, under the names of this one.
+
+    ``present``: the same group now. A key of an old name in it is somebody else's, then as now.
+    """
+    ours = "state_free_lr_scale" in group and "projected_lr_scale" not in group
+    names = {key: OLD_NAMES.get(key, key) if ours and key not in present else key for key in group}
+    return {names[key]: value for key, value in group.items() if key != "param_names"}
 
 
 def without_auto(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,7 +225,7 @@ def _pair_of_betas(betas: Any) -> tuple[float, float]:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "frugal": {},
-    "galore": {"projection": "svd", "on_refresh": "keep", "state_free": "none", "lr_scale": 0.25},
+    "galore": {"projection": "svd", "on_refresh": "keep", "state_free": "none", "projected_lr_scale": 0.25},
     "badam": {"projection": "blockwise", "state_free": "none"},
     "signsgd": {"density": 0.0, "projection": "columns"},
     "adamw": {"density": 1.0, "projection": "columns", "on_refresh": "keep"},
@@ -213,4 +239,4 @@ def preset(name: str, **changes: Any) -> dict[str, Any]:
     'none'
     """
     check_choice("preset", name, PRESETS)
-    return {**PRESETS[name], **changes}
+    return {**PRESETS[name], **renamed(changes)}

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from frugal_dist.config import HYPERPARAMETERS
 from frugal_dist.kernels import kind_for
-from frugal_dist.sharding import accelerate, deepspeed, join, zero
+from frugal_dist.sharding import accelerate, deepspeed, join, lightning, redundancy, zero
 from frugal_dist.sharding.exchange import Ranks, is_initialized, ranks_of
 from frugal_dist.sharding.plain import PlainStorage
 from frugal_dist.sharding.storage import Original, Part, Storage
@@ -50,9 +50,14 @@ def replaces_given_optimizers() -> bool:
     return accelerate.drives_deepspeed()
 
 
-def keeps_rank_zero_only() -> bool:
-    """Whether a launcher's checkpoints keep no other rank's ``state_dict`` than rank 0's."""
-    return accelerate.keeps_rank_zero_only()
+def refuse_to_be_given_a_part() -> None:
+    """ValueError if a wrapper is building one optimizer per rank, each for some of the parameters."""
+    redundancy.refuse()
+
+
+def keeps_rank_zero_only(optimizer: object) -> bool:
+    """Whether a trainer's checkpoints keep no other rank's ``state_dict`` of ``optimizer`` than rank 0's."""
+    return accelerate.keeps_rank_zero_only() or lightning.keeps_rank_zero_only(optimizer)
 
 
 def counts_of(model_or_engine: Any) -> dict[str, Any]:
@@ -150,7 +155,7 @@ def _choose(request: Request, ranks: Ranks) -> tuple[Ranks, Sequence[Original], 
     refuse_fsdp1(held)
     if any(hasattr(tensor, "device_mesh") for tensor in held):
         return _dtensor(request, held)
-    shares = not accelerate.keeps_rank_zero_only()
+    shares = not keeps_rank_zero_only(request.optimizer)
     return ranks, request.originals, PlainStorage(request.groups, request.originals, shares_replicas=shares)
 
 

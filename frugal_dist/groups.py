@@ -34,26 +34,111 @@ def arranged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _divided(group: dict[str, Any]) -> list[dict[str, Any]]:
-    members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-    tensors = [member[1] if isinstance(member, tuple) else member for member in members]
-    known = engines.names_of(tensors)
-    names = [m[0] if isinstance(m, tuple) else name for m, name in zip(members, known, strict=True)]
-    if "projected" in group or None in names:
-        return [{**group, "params": members}]
+    members = members_of(group)
+    known = engines.names_of([tensor for _, tensor in members])
+    named = [(name or other, tensor) for (name, tensor), other in zip(members, known, strict=True)]
+    group = {key: value for key, value in group.items() if key != "param_names"}
+    if "projected" in group or any(name is None for name, _ in named):
+        return [{**group, "params": [pair if pair[0] is not None else pair[1] for pair in named]}]
     parts: dict[bool, list[Any]] = {True: [], False: []}
-    for name, tensor in zip(names, tensors, strict=True):
+    for name, tensor in named:
         parts[is_projected_name(clean_name(str(name)), engines.full_shape(tensor))].append((name, tensor))
     return [{**group, "params": part, "projected": kind} for kind, part in parts.items() if part]
 
 
+def members_of(group: dict[str, Any]) -> list[tuple[str | None, Tensor]]:
+    """A group's members with the names that it gives them: in pairs, or in torch's "param_names"."""
+    members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    names = group.get("param_names") or [None] * len(members)
+    if not isinstance(names, list | tuple):
+        raise ValueError(f"Parameter group: param_names={names!r} must be a list of names, one for each parameter.")
+    if len(names) != len(members):
+        raise ValueError(f"Parameter group: param_names has {len(names)} names for {len(members)} parameters.")
+    return [
+        (member[0], member[1]) if isinstance(member, tuple) else (name, member)
+        for member, name in zip(members, names, strict=True)
+    ]
+
+
+# --- other people's keys ----------------------------------------------------------------------------------------------
+
+_KERNELS = "Frugal chooses its kernels itself (FRUGAL_KERNELS=torch turns Triton's off). Leave it out"
+_OF_ADAM = "it belongs to DeepSpeed's Adam; weight decay here is always AdamW's. Leave it out"
+_OF_TORCH = {
+    "foreach": _KERNELS,
+    "fused": _KERNELS,
+    "capturable": "a step of Frugal cannot be captured in a CUDA graph. Leave it out",
+    "differentiable": "a step of Frugal cannot be differentiated. Leave it out",
+    "maximize": "it is not supported; negate the loss instead",
+    "amsgrad": "Frugal keeps no maximum of the second moments. Leave it out",
+    "nesterov": "state_full='sgdm' is torch.optim.SGD without Nesterov's momentum. Leave it out",
+    "dampening": "state_full='sgdm' is torch.optim.SGD without dampening. Leave it out",
+}
+"""Off, these mean nothing here; on, the sentence says why they cannot be."""
+_OF_OTHERS = {
+    "rank": "Frugal has no fixed rank; density is the share of a matrix with state: rank 128 of 512 is density=0.25",
+    "update_proj_gap": "it is called update_gap here",
+    "proj_type": "it is called side here, with the same values",
+    "proj_side": "it is called side here",
+    "adam_w_mode": _OF_ADAM,
+    "torch_adam": _OF_ADAM,
+}
+_AS_ARGUMENTS = {
+    "scale": "it is called projected_lr_scale here",
+    "learning_rate": "it is called lr here",
+    "wd": "it is called weight_decay here",
+    "beta1": "give both as betas=(beta1, beta2)",
+    "beta2": "give both as betas=(beta1, beta2)",
+    "bias_correction": "moments are always corrected for their bias. Leave it out",
+    "correct_bias": "moments are always corrected for their bias. Leave it out",
+}
+"""In a group these may be the program's own notes."""
+
+
+def without_foreign(options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments without those of torch's optimizers that are off. ValueError with a sentence for other optimizers'."""
+    for key, why in {**_OF_TORCH, **_OF_OTHERS, **_AS_ARGUMENTS}.items():
+        if key in options and not (key in _OF_TORCH and not options[key]):
+            raise ValueError(f"Frugal({key}={options[key]!r}): {why}.")
+    return {key: value for key, value in options.items() if key not in _OF_TORCH}
+
+
 def check_group_keys(group: dict[str, Any]) -> None:
-    """Groups may carry keys of their own, but a misspelled hyperparameter must not pass silently."""
-    if group.get("maximize"):
-        raise ValueError("Parameter group: maximize is not supported; negate the loss instead.")
+    """Groups may carry keys of their own (schedulers' ``initial_lr`` and ``max_momentum``, timm's ``lr_scale``), which
+    mean nothing here. What would change the step elsewhere, or looks like a misspelled key, must not pass silently.
+    """
+    for key, why in {**_OF_TORCH, **_OF_OTHERS}.items():
+        if group.get(key) and why != _KERNELS:
+            raise ValueError(f"Parameter group: {key}={group[key]!r}: {why}.")
+    if group.get("decoupled_weight_decay") is False and group.get("weight_decay"):
+        raise ValueError(
+            "Parameter group: decoupled_weight_decay=False is Adam's L2 penalty, but Frugal's weight decay is AdamW's. "
+            "Leave the key out, or set weight_decay=0."
+        )
+    known = (*HYPERPARAMETERS, "projected")
     for key in group:
-        close = difflib.get_close_matches(key, HYPERPARAMETERS, n=1, cutoff=0.8)
-        if key not in HYPERPARAMETERS and close:
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+        if key not in known and close and not _words(key) > _words(close[0]):
             raise ValueError(f"Parameter group: unknown key {key!r}. Did you mean {close[0]!r}?")
+
+
+def _words(key: str) -> set[str]:
+    """With one more of them than a known key it is another name: ``max_momentum``."""
+    return {word for word in key.split("_") if word}
+
+
+def follow_cycles(groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> None:
+    """OneCycleLR and CyclicLR cycle betas or else momentum, as ``defaults`` has them: take it to groups of other rules.
+
+    They leave "base_momentum" in the groups.
+    """
+    for group in groups:
+        if "base_momentum" not in group:
+            continue
+        if group["state_full"] == "sgdm" and "betas" in defaults:
+            group["momentum"] = group["betas"][0]
+        elif group["state_full"] != "sgdm" and "betas" not in defaults:
+            group["betas"] = (group["momentum"], group["betas"][1])
 
 
 def check_unique(originals: Sequence[Original]) -> None:

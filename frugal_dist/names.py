@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 # Wrappers add a component to every name below them: these anywhere in a path, `module` (DDP, DeepSpeed) at its start.
 # A model's own child called `module` deeper in the path is left alone.
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
 _LEADING_WRAPPER = "module"
 
 # Output heads. A head may be a small network (`classifier.dense`, `cls.predictions.transform.dense`): everything below
@@ -50,7 +50,7 @@ _SUGGESTIONS = 4
 
 
 def clean_name(name: str) -> str:
-    """`name` without the components that DDP, FSDP, torch.compile and activation checkpointing put in."""
+    """`name` without the components that DDP, FSDP, Fabric, torch.compile and activation checkpointing put in."""
     kept = [part for part in name.split(".") if part not in _WRAPPERS]
     while len(kept) > 1 and kept[0] == _LEADING_WRAPPER:
         kept = kept[1:]

@@ -14,9 +14,26 @@ from torch.optim import Optimizer
 
 from frugal_dist import engines, saving
 from frugal_dist.changes import Seen, as_made, check_sizes, settle
-from frugal_dist.config import HYPERPARAMETERS, FrugalConfig, check_keys, config_from, without_auto
+from frugal_dist.config import (
+    HYPERPARAMETERS,
+    OLD_NAMES,
+    FrugalConfig,
+    check_keys,
+    config_from,
+    renamed,
+    saved_group,
+    without_auto,
+)
 from frugal_dist.figures import RefreshFigures
-from frugal_dist.groups import arranged, as_groups, check_group_keys, check_unique
+from frugal_dist.groups import (
+    arranged,
+    as_groups,
+    check_group_keys,
+    check_unique,
+    follow_cycles,
+    members_of,
+    without_foreign,
+)
 from frugal_dist.notices import notice
 from frugal_dist.parameters import (
     ParameterInfo,
@@ -34,6 +51,7 @@ from frugal_dist.sharding.storage import Original
 from frugal_dist.stepping import step_matrices
 from frugal_dist.work import Runtime
 from frugal_dist.workload import Load, ensure_state, load_of, step_regular
+from frugal_dist.wrapped import innermost, on_innermost, own
 
 BUCKET_BYTES = 64 * 2**20
 """Bound of one packed exchange, over all ranks; peak scratch is up to three times that."""
@@ -86,7 +104,7 @@ class Frugal(Optimizer):
         state_full: str = "adamw",
         state_free: str = "sign",
         momentum: float = 0.9,
-        lr_scale: float = 1.0,
+        projected_lr_scale: float = 1.0,
         state_free_lr_scale: float = 1.0,
         on_refresh: str = "reset",
         svd_method: str = "exact",
@@ -101,7 +119,14 @@ class Frugal(Optimizer):
         seed: int = 0,
         **unknown: Any,
     ) -> None:
-        given = without_auto({key: value for key, value in locals().items() if key in HYPERPARAMETERS})
+        own(self)
+        engines.refuse_to_be_given_a_part()
+        given = {key: value for key, value in locals().items() if key in HYPERPARAMETERS}
+        unknown = without_foreign(unknown)
+        old = {key: unknown.pop(key) for key in OLD_NAMES if key in unknown}
+        if old and projected_lr_scale != 1.0:
+            old["projected_lr_scale"] = projected_lr_scale
+        given = without_auto({**given, **renamed(old)})
         known = (*HYPERPARAMETERS, "shard_state", "process_group", "no_decay")
         check_keys(unknown, known, "Frugal")
         if not isinstance(shard_state, bool) and shard_state != "auto":
@@ -118,11 +143,12 @@ class Frugal(Optimizer):
         self._started: set[tuple[int, ...]] = set()
         self._settled: dict[int, Seen] = {}  # what the state of each group was made with
         self._loaded = False
-        self.saved_elsewhere = False
-        """Whether all ranks' state is saved by other means where a launcher keeps rank 0's ``state_dict`` only."""
+        self._saved_elsewhere = False
         self._saving_checked = self._told = self._parts_told = False
         FrugalConfig(**given)
-        super().__init__(arranged(as_groups(params)), given)
+        # Schedulers that cycle momentum look here for what to cycle: betas[0], or without betas "momentum".
+        shown = {key: value for key, value in given.items() if key != "betas" or given["state_full"] != "sgdm"}
+        super().__init__(arranged(as_groups(params)), shown)
         check_patterns([original.name for original in self._originals], self._no_decay, "no_decay")
         check_selection(self.parameter_report_rows())
         self._check_shapes()
@@ -132,22 +158,33 @@ class Frugal(Optimizer):
     def defaults(self) -> dict[str, Any]:
         """Torch's attribute. Whoever replaces an optimizer reads it first: that is when ValueError can be raised."""
         engines.refuse_replacement()
-        found: dict[str, Any] = self.__dict__["defaults"]
+        given = innermost(self).__dict__
+        if "defaults" not in given:  # being built, or in a wrapper, which then answers with those of what it wraps
+            raise AttributeError("defaults")
+        found: dict[str, Any] = given["defaults"]
         return found
 
     @defaults.setter
     def defaults(self, value: dict[str, Any]) -> None:
-        self.__dict__["defaults"] = value
+        innermost(self).__dict__["defaults"] = value
+
+    @property
+    def saved_elsewhere(self) -> bool:
+        """Whether all ranks' state is saved by other means where a launcher keeps rank 0's ``state_dict`` only."""
+        return self._saved_elsewhere
+
+    @saved_elsewhere.setter
+    def saved_elsewhere(self, value: bool) -> None:
+        innermost(self)._saved_elsewhere = value
 
     # --- parameters -------------------------------------------------------------------------------------------------
 
+    @on_innermost
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its members may be tensors or (name, tensor) tuples."""
         group = dict(param_group)
         check_group_keys(group)
-        members = group["params"]
-        members = [members] if isinstance(members, Tensor) else list(members)
-        named = [member if isinstance(member, tuple) else (None, member) for member in members]
+        named = members_of(group)
         group["params"] = [tensor for _, tensor in named]
         engines.refuse_fsdp1(group["params"])
         index, known = len(self.param_groups), engines.names_of(group["params"])
@@ -156,6 +193,7 @@ class Frugal(Optimizer):
             for position, (name, tensor) in enumerate(named)
         ]
         check_unique([*self._originals, *originals])
+        group["param_names"] = [original.name for original in originals]  # for who builds another optimizer of them
         super().add_param_group(group)
         added = self.param_groups[index]
         try:
@@ -163,7 +201,7 @@ class Frugal(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        if added["betas"] is None:
+        if added.get("betas") is None:
             added["betas"] = betas
         self._groups.append(added)
         self._originals = [*self._originals, *originals]  # the runtime before keeps its own list
@@ -181,8 +219,8 @@ class Frugal(Optimizer):
             if projected is None:
                 raise ValueError(
                     f"Parameter {position} of group {group} (shape {shape}) has no name, so Frugal cannot tell whether "
-                    'to project it. Pass model.named_parameters() or split_parameters(model), or put "projected": True '
-                    "or False into its group."
+                    "to project it. Pass model.named_parameters() or split_parameters(model), or put the names as "
+                    '"param_names", or "projected": True or False, into its group.'
                 )
         if projected and len(shape) not in (2, 3):
             raise ValueError(
@@ -214,6 +252,7 @@ class Frugal(Optimizer):
 
     @_disable_dynamo  # a compiled training step calls it as it is
     @torch.no_grad()
+    @on_innermost
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update. Collective: every rank calls it equally often, with or without gradients.
 
@@ -226,6 +265,7 @@ class Frugal(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        follow_cycles(self._groups, self.__dict__["defaults"])
         with full_precision():
             runtime = self._bind()
             load = self._load(runtime)
@@ -259,6 +299,7 @@ class Frugal(Optimizer):
             notice(NO_GRADIENTS)
         return not (running or moving)
 
+    @on_innermost
     def take_refresh_figures(self) -> list[float]:
         """This rank's sums over the refreshes since the last call; add them over the ranks, then ``RefreshReport.of``.
 
@@ -295,17 +336,25 @@ class Frugal(Optimizer):
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
+    @on_innermost
     def state_dict(self) -> dict[str, Any]:
         """Torch's form. Keys of tensors of which this rank holds a part end in "@rank1of4": save one file per rank, use
         torch.distributed.checkpoint, or ``frugal_dist.checkpoint``.
 
         Raises ValueError where the engine would keep one rank's part of shared state and lose the others'.
         """
-        with as_made(self._groups, self._settled):
-            return self._packed()
+        handle = self.register_state_dict_post_hook(self._packed, prepend=True)  # other hooks see what is saved
+        try:
+            with as_made(self._groups, self._settled):
+                return super().state_dict()
+        finally:
+            handle.remove()
 
-    def _packed(self) -> dict[str, Any]:
-        plain, runtime = super().state_dict(), self._runtime or self._before
+    def _packed(self, _: Optimizer, plain: dict[str, Any]) -> dict[str, Any]:
+        """Torch's form with the state as it is saved."""
+        for group in plain["param_groups"]:  # torch.distributed.checkpoint would keep the list once per parameter
+            group.pop("param_names", None)
+        runtime = self._runtime or self._before
         if runtime is None:  # nothing yet, or as it was loaded
             return plain
         alone = runtime.shard_replicas and not runtime.storage.shares_replicas
@@ -325,6 +374,7 @@ class Frugal(Optimizer):
         return {**plain, "state": state}
 
     @torch.no_grad()
+    @on_innermost
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue exactly where ``state_dict`` was taken, on the same engine and number of ranks.
 
@@ -332,7 +382,30 @@ class Frugal(Optimizer):
         ranks alike at the next step otherwise.
         """
         before = list(self.param_groups)
-        super().load_state_dict({**state_dict, "state": {}})
+        given: dict[str, Any] = {}
+
+        def take(_: Optimizer, changed: dict[str, Any]) -> dict[str, Any]:
+            given.update(changed)
+            groups = changed["param_groups"]
+            if len(groups) == len(before):
+                groups = [saved_group(group, present) for group, present in zip(groups, before, strict=True)]
+            return {**changed, "state": {}, "param_groups": groups}  # torch would cast the state to parameters' dtypes
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(take),  # the last one: what others changed counts
+            self.register_load_state_dict_post_hook(lambda _: self._restore(given, before), prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if engines.is_settled(self._process_group):  # engines load their masters, or wrap the model, after this
+            with full_precision():
+                self._bind()
+
+    def _restore(self, state_dict: dict[str, Any], before: list[dict[str, Any]]) -> None:
+        """Put the state in its place; torch has done so with the groups, which were those of ``before``."""
         loaded = {id(old): new for old, new in zip(before, self.param_groups, strict=True)}
         self._groups = [loaded.get(id(group), group) for group in self._groups]  # DeepSpeed removes empty groups
         self._settled.clear()
@@ -344,23 +417,22 @@ class Frugal(Optimizer):
             if number in state_dict["state"]:
                 self.state[tensor] = saving.placed(state_dict["state"][number], tensor.device)
         self._runtime, self._before, self._loaded = None, None, True
-        if engines.is_settled(self._process_group):  # engines load their masters, or wrap the model, after this
-            with full_precision():
-                self._bind()
 
+    @on_innermost
     def is_divided(self) -> bool:
         """Whether ranks hold different parts of the state, so that no rank's state_dict is all of it. Collective."""
         return saving.is_divided(*self.everything())
 
     def _check_saving(self) -> None:
         """Once, and on all ranks alike: later only one of them may be asked for its state."""
-        if self._saving_checked or self.saved_elsewhere or not engines.keeps_rank_zero_only():
+        if self._saving_checked or self.saved_elsewhere:
             return
-        if self.is_divided():
+        if engines.keeps_rank_zero_only(self) and self.is_divided():
             raise ValueError(saving.ONLY_RANK_ZERO)
         self._saving_checked = True
 
     @torch.no_grad()
+    @on_innermost
     def everything(self) -> tuple[Runtime, Load]:
         """All matrices and regular parameters with their state, for ``frugal_dist.checkpoint``. Collective at first."""
         with full_precision():
@@ -369,6 +441,7 @@ class Frugal(Optimizer):
             ensure_state(runtime, load)
             return runtime, load
 
+    @on_innermost
     def loaded(self) -> None:
         """Counts were set from outside: agree on them anew at the next step."""
         self._started.clear()
@@ -379,6 +452,8 @@ class Frugal(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: everything but what is found out again at the next step; state as it is saved."""
+        if innermost(self) is not self:  # a wrapper is copied as what it is
+            return dict(self.__dict__)
         kept = ("_originals", "_shard_state", "_no_decay", "_loaded", "_settled")
         state = {**super().__getstate__(), **{key: self.__dict__[key] for key in kept}}
         runtime = self._runtime or self._before
@@ -391,10 +466,14 @@ class Frugal(Optimizer):
         return {**state, "_process_group": group if group is None or isinstance(group, str) else "auto"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "param_groups" not in state:  # a wrapper
+            self.__dict__.update(state)
+            return
+        own(self)
         super().__setstate__(state)
         self.__dict__.setdefault("_loaded", False)
         self.__dict__.setdefault("_settled", {})
-        self.__dict__.setdefault("saved_elsewhere", False)
+        self.__dict__.setdefault("_saved_elsewhere", False)
         if "_originals" in state:  # unpickled or copied: the sources of a DeepSpeed engine do not come along
             self._groups = list(self.param_groups)
             self._sources = [lambda: None for _ in self._originals]

@@ -39,7 +39,7 @@ def state_full_(params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequ
 def state_free_(weight: Tensor, grad: Tensor, config: FrugalConfig, decay: float = 0.0) -> None:
     """W <- W (1 - lr decay) - lr s s_free free(G)."""
     direction = STATE_FREE[config.state_free]
-    size = config.lr * config.lr_scale * config.state_free_lr_scale
+    size = config.lr * config.projected_lr_scale * config.state_free_lr_scale
     fused = fused_for(weight)
     keep = 1.0 - config.lr * decay
     if fused is not None and config.state_free == "sign" and fused.sign_step_(weight, grad, size, keep):
@@ -106,7 +106,7 @@ def _step_complete(jobs: Sequence[Job]) -> None:
     if jobs[0].decay != 0.0:
         torch._foreach_mul_(weights, 1.0 - config.lr * jobs[0].decay)
     state_full_(weights, [job.grad for job in jobs], [job.moments for job in jobs], jobs[0].step,
-                config.lr * config.lr_scale, 0.0, config)  # fmt: skip
+                config.lr * config.projected_lr_scale, 0.0, config)  # fmt: skip
 
 
 def _step_tile(job: Job) -> None:
@@ -120,7 +120,7 @@ def _step_tile(job: Job) -> None:
     decay_(weight, config.lr, job.decay)
     low = _dense(selection.take(job.grad))
     moved = _dense(weight) if selection.complete else torch.zeros_like(low)
-    state_full_([moved], [low], [job.moments], job.step, config.lr * config.lr_scale, 0.0, config)
+    state_full_([moved], [low], [job.moments], job.step, config.lr * config.projected_lr_scale, 0.0, config)
     if selection.complete:
         selection.put_(weight, moved)
     else:
@@ -140,7 +140,7 @@ def add_coordinates_(weight: Tensor, grad: Tensor, selection: Selection, moved: 
     else:
         wide = _wide(grad)
         free = direction(wide)
-        scale = -config.lr * config.lr_scale * config.state_free_lr_scale
+        scale = -config.lr * config.projected_lr_scale * config.state_free_lr_scale
         delta = free.mul(scale) if free is grad else free.mul_(scale)
         selection.put_(delta, moved)
         weight.add_(delta)
@@ -177,7 +177,7 @@ def _free_rows_(weight: Tensor, rest: Tensor, grad: Tensor, side: str, config: F
     if config.residual_threshold == 0.0 or side == "left" or config.state_free != "sign":
         return False
     fused = fused_for(weight)
-    size, keep = config.lr * config.lr_scale * config.state_free_lr_scale, 1.0 - config.lr * decay
+    size, keep = config.lr * config.projected_lr_scale * config.state_free_lr_scale, 1.0 - config.lr * decay
     return fused is not None and fused.sign_step_above_(weight, rest, grad, size, keep, config.residual_threshold)
 
 
@@ -190,14 +190,14 @@ def basis_delta(grad: Tensor, basis: Basis, side: str, moments: Moments, step: i
         delta = torch.zeros_like(grad, memory_format=torch.contiguous_format)
     else:
         rest = silence_noise_(residual(grad, low, basis), grad, side, config.residual_threshold)
-        delta = direction(rest).mul_(-config.lr * config.lr_scale * config.state_free_lr_scale)
+        delta = direction(rest).mul_(-config.lr * config.projected_lr_scale * config.state_free_lr_scale)
     return add_up_(delta, _step_from_zero(low, moments, step, config), basis)
 
 
 def _step_from_zero(low: Tensor, moments: Moments, step: int, config: FrugalConfig) -> Tensor:
     """-lr s U(low), by moving zeros: the fused rules only know how to move parameters."""
     moved = torch.zeros_like(low, memory_format=torch.contiguous_format)
-    state_full_([moved], [low], [moments], step, config.lr * config.lr_scale, 0.0, config)
+    state_full_([moved], [low], [moments], step, config.lr * config.projected_lr_scale, 0.0, config)
     return moved
 
 

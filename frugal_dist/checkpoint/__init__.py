@@ -11,6 +11,7 @@ from frugal_dist.checkpoint.errors import CheckpointError, DamagedError, Mismatc
 from frugal_dist.checkpoint.folder import latest_step, read_latest, step_folder, write_step
 from frugal_dist.checkpoint.loading import read_checkpoint
 from frugal_dist.checkpoint.schedule import load_schedule
+from frugal_dist.checkpoint.unwrapping import unwrap
 from frugal_dist.checkpoint.weights import SavedWeights
 from frugal_dist.checkpoint.writing import write_checkpoint
 from frugal_dist.config import check_choice
@@ -29,6 +30,7 @@ __all__ = [
     "load_schedule",
     "save",
     "save_step",
+    "unwrap",
 ]
 
 
@@ -139,13 +141,3 @@ def _tolerant(frugal: Frugal, on_error: str, write: Callable[[], None]) -> bool:
             notice(f"The checkpoint was not written, training goes on. {error}")
         return False
     return True
-
-
-def unwrap(optimizer: Any) -> Frugal:
-    """The Frugal inside DeepSpeed's or Accelerate's wrappers."""
-    inner = optimizer
-    while inner is not None and not isinstance(inner, Frugal):
-        inner = getattr(inner, "optimizer", None)
-    if inner is None:
-        raise ValueError(f"{type(optimizer).__name__} does not contain a Frugal optimizer.")
-    return inner

@@ -48,7 +48,7 @@ def together(ranks: Ranks, action: Callable[[], T]) -> T:
 
 def _described(error: Exception) -> tuple[str, str]:
     if isinstance(error, CheckpointError):
-        return type(error).__name__, str(error)
+        return next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _KINDS), str(error)
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         return StorageError.__name__, f"{place}{error.strerror or error}"

@@ -11,9 +11,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from frugal_dist.checkpoint.errors import DamagedError, together
-from frugal_dist.checkpoint.files import INDEX, clear_stale, complete_folder, flush_folder, remove, write_bytes
+from frugal_dist.checkpoint.errors import CheckpointError, DamagedError, together
+from frugal_dist.checkpoint.files import clear_stale, complete_folder, flush_folder, remove, write_bytes
+from frugal_dist.checkpoint.index import INDEX
 from frugal_dist.checkpoint.loading import read_checkpoint
+from frugal_dist.checkpoint.opening import read_bytes
 from frugal_dist.checkpoint.writing import write_checkpoint
 from frugal_dist.notices import notice
 from frugal_dist.optimizer import Frugal
@@ -39,8 +41,8 @@ def steps_in(root: Path) -> list[int]:
 def latest_step(root: Path) -> int | None:
     """The step that ``latest`` names, or the newest there is if it names none; None if there is no checkpoint."""
     try:
-        named = _step_of((root / LATEST).read_text(encoding="utf-8").strip())
-    except (OSError, UnicodeDecodeError):
+        named = _step_of(read_bytes(root / LATEST).decode("utf-8").strip())
+    except (CheckpointError, UnicodeDecodeError):
         named = None
     return max(steps_in(root), default=None) if named is None else named
 

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from frugal_dist import engines
 from frugal_dist.checkpoint.compare import Anew, compare, summary
-from frugal_dist.checkpoint.errors import DamagedError, together
+from frugal_dist.checkpoint.errors import DamagedError, MismatchError, together
 from frugal_dist.checkpoint.leftovers import leftovers
 from frugal_dist.checkpoint.parts import Chunk, regular_state_chunks, state_chunks, weight_chunks
 from frugal_dist.checkpoint.reader import Reader
-from frugal_dist.checkpoint.rng import reseed, set_rng_state
+from frugal_dist.checkpoint.rng import check_rng_state, reseed, set_rng_state
 from frugal_dist.checkpoint.schedule import fitted
-from frugal_dist.config import HYPERPARAMETERS
+from frugal_dist.config import HYPERPARAMETERS, saved_group
 from frugal_dist.notices import notice
 from frugal_dist.optimizer import Frugal
 from frugal_dist.sharding.exchange import Ranks, gather_objects
@@ -42,7 +42,7 @@ def read_checkpoint(
     ranks = runtime.ranks
     reader = _open(ranks, path, verify)
     fresh = together(ranks, lambda: compare(runtime, now, reader, model_or_engine, on_mismatch == "refresh"))
-    record, own = together(ranks, lambda: reader.record(ranks.rank))
+    record, own = together(ranks, lambda: _record(reader, ranks.rank))
     counts = together(ranks, lambda: _fitted_counts(record["engine"], model_or_engine))
     restoring = Restoring(runtime, now, reader, model_or_engine, fresh)
     together(ranks, restoring.check)
@@ -66,11 +66,22 @@ def _open(ranks: Ranks, path: Path, verify: bool) -> Reader:
     for rank, (identity, _) in enumerate(seen):
         if identity != seen[0][0]:
             raise DamagedError(
-                f"rank 0 and rank {rank} see different checkpoints at {seen[0][1]}. All ranks must share the folder."
+                f"rank 0 and rank {rank} see different checkpoints at {seen[0][1]}. All ranks must share the folder, "
+                "and no other job may save to it meanwhile."
             )
     # Together the ranks look at every file once.
     together(ranks, lambda: reader.check_files(ranks.rank, ranks.size, contents=verify))
     return reader
+
+
+def _record(reader: Reader, rank: int) -> tuple[dict[str, Any], bool]:
+    """What the rank wrote beside its tensors, see ``Reader.record``, with generators that can be set."""
+    record, own = reader.record(rank)
+    try:
+        check_rng_state(record["rng"])
+    except Exception as error:  # generators raise many kinds
+        raise DamagedError(f"{reader.extra_path(rank)} is damaged: its generators cannot be set ({error}).") from error
+    return record, own
 
 
 def _fitted_counts(counts: dict[str, Any], engine: Any) -> dict[str, Any]:
@@ -93,10 +104,21 @@ class Restoring:
         """Whether everything this rank needs can be read; changes nothing."""
         for chunk in self._kept_in_place([self._with_room(one, META) for one in self.now.regular]):
             self.reader.find(chunk.name, chunk.shape, chunk.area)
+            if chunk.repeats:
+                self._check_room(chunk)
         for work in self.now.works:
             if not self._starts_anew(work.matrix.name):
                 for chunk in state_chunks(self.runtime, self._rebuilt(work, META)):
                     self.reader.find(chunk.name, chunk.shape, chunk.area)
+
+    def _check_room(self, chunk: Chunk) -> None:
+        values = torch.empty_like(chunk.data)
+        self.reader.fill(chunk.name, chunk.shape, chunk.area, values)
+        if not chunk.has_room_for(values):
+            raise MismatchError(
+                f"{self.reader.folder}: {chunk.name} was saved with different values where it is an expanded view now, "
+                "whose elements share memory. Give it memory of its own: .contiguous()."
+            )
 
     def carry_out(self) -> None:
         """Overwrite weights, state and counts."""
@@ -212,7 +234,7 @@ def _restore_groups(runtime: Runtime, reader: Reader) -> list[str]:
     """Learning rates, and whatever schedulers keep in the groups. Other hyperparameters are the program's; returns what
     to say about those that changed.
     """
-    saved = {name: group["options"] for group in reader.index.groups for name in group["members"]}
+    saved = {name: saved_group(group["options"], {}) for group in reader.index.groups for name in group["members"]}
     groups: dict[int, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
     for i, original in enumerate(runtime.originals):
         options = runtime.storage.options(i)

@@ -37,8 +37,8 @@ WEIGHT = "weight/"
 class Chunk:
     """A rectangle of a named 2-D tensor, and the live memory that holds it on this rank.
 
-    ``data`` is a view of that memory. Where no 2-D view of it exists (channels-last weights), it is a copy, and
-    ``owner`` is what has to be overwritten with it.
+    ``data`` is a view of that memory. Where no 2-D view of it exists (channels-last weights), or not every element has
+    memory of its own (expanded buffers), it is a copy, and ``owner`` is what has to be overwritten with it.
     """
 
     name: str
@@ -50,7 +50,32 @@ class Chunk:
     def settle(self) -> None:
         """After ``data`` was filled: bring it where it belongs."""
         if self.owner is not None:
-            self.owner.copy_(self.data.view(self.owner.shape))
+            _once(self.owner).copy_(_once(self.owner, self.data.view(self.owner.shape)))
+
+    @property
+    def repeats(self) -> bool:
+        """Whether some elements share their memory."""
+        return self.owner is not None and _repeats(self.owner)
+
+    def has_room_for(self, values: Tensor) -> bool:
+        """Whether elements that share their memory get the same value."""
+        assert self.owner is not None
+        whole = values.view(self.owner.shape)
+        return torch.equal(_once(self.owner, whole).expand_as(whole), whole)
+
+
+def _repeats(tensor: Tensor) -> bool:
+    """Whether one element of memory stands for several, as in an expanded view."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def _once(owner: Tensor, values: Tensor | None = None) -> Tensor:
+    """The part of ``values``, or of ``owner`` itself, in which every element of ``owner``'s memory is named once."""
+    found = owner if values is None else values
+    for dim, (stride, size) in enumerate(zip(owner.stride(), owner.shape, strict=True)):
+        if stride == 0 and size > 1:
+            found = found.narrow(dim, 0, 1)
+    return found
 
 
 def weight_chunks(runtime: Runtime, load: Load) -> Iterator[Chunk]:
@@ -176,6 +201,8 @@ def _box_chunks(name: str, shape: Sequence[int], part: Box, local: Tensor) -> It
             raise ValueError(f"{name}: a {len(shape)}-D parameter that is not sharded on dim 0 cannot be saved.")
         area = Tile(part.spans[0], inner[0] if len(inner) == 1 else (0, whole[1]))
     flat = local.reshape(area.height, area.width)
+    if _repeats(local):
+        flat = flat.clone(memory_format=torch.contiguous_format)
     yield Chunk(name, whole, area, flat, None if _is_view(flat, local) else local)
 
 

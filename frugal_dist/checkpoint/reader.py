@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,26 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frugal_dist.checkpoint.errors import DamagedError, MismatchError
-from frugal_dist.checkpoint.files import (
-    INDEX,
-    Index,
-    complete_folder,
-    extra_file,
-    piece_key,
-    read_extra,
-    read_index,
-)
-from frugal_dist.checkpoint.tensors import TensorFile, checksum
+from frugal_dist.checkpoint.errors import CheckpointError, DamagedError, MismatchError
+from frugal_dist.checkpoint.files import complete_folder, read_extra, read_index
+from frugal_dist.checkpoint.index import INDEX, Index, extra_file, piece_key
+from frugal_dist.checkpoint.opening import MissingError, opened
+from frugal_dist.checkpoint.tensors import TensorFile, checksum_of
 from frugal_dist.sharding.tile import Tile, overlap
+
+LOOKS = 3
+"""How often an index is looked for: between the two renames of a save it is under neither name for a moment."""
 
 
 class Reader:
-    """An open checkpoint. DamagedError, naming the file, if it is none."""
+    """An open checkpoint. DamagedError, naming the file, if it is none.
+
+    Files are known by the checkpoint's id, and what was opened is kept: a checkpoint that takes this one's place
+    meanwhile is not mixed with it.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.folder = complete_folder(path)
-        self.index: Index = read_index(self.folder)
+        self._path = path
+        self.folder, self.index = _find_index(path)
         self._open: dict[str, TensorFile] = {}
 
     def check_files(self, share: int = 0, shares: int = 1, contents: bool = True) -> None:
@@ -37,14 +41,15 @@ class Reader:
         by_size = sorted(self.index.files.items(), key=lambda entry: (-entry[1].bytes, entry[0]))
         for name, written in by_size[share::shares]:
             path = self.folder / name
-            if not path.exists():
-                raise DamagedError(f"{path} is missing.")
-            size = path.stat().st_size
-            if size != written.bytes:
-                raise DamagedError(f"{path} is damaged: it has {size} bytes, {written.bytes} were written.")
-            if contents and checksum(path) != written.crc32:
+            with self._unless_replaced():
+                with opened(path) as file:
+                    size = os.fstat(file.fileno()).st_size
+                    if size != written.bytes:
+                        raise DamagedError(f"{path} is damaged: it has {size} bytes, {written.bytes} were written.")
+                    changed = contents and checksum_of(file) != written.crc32
                 self._check_identity(name)
-                raise DamagedError(f"{path} is damaged: its bytes are not those that were written.")
+                if changed:
+                    raise DamagedError(f"{path} is damaged: its bytes are not those that were written.")
 
     def _check_identity(self, name: str) -> None:
         """Tell a file of another checkpoint from a broken one."""
@@ -52,6 +57,18 @@ class Reader:
             read_extra(self.folder / name, self.index.identity)
         else:
             self._file(name)
+
+    @contextmanager
+    def _unless_replaced(self) -> Iterator[None]:
+        """A file that is not this checkpoint's is no damage if the whole checkpoint has gone from its place."""
+        try:
+            yield
+        except DamagedError as error:
+            if _identity_at(self._path) == self.index.identity:
+                raise
+            raise CheckpointError(
+                f"{self.folder} was replaced or removed by another process while it was being read. Load it again."
+            ) from error
 
     def shape(self, name: str) -> tuple[int, int] | None:
         """The saved shape of a tensor as two dims, None if it is not in the checkpoint."""
@@ -74,7 +91,7 @@ class Reader:
                 self._check_piece(name, held, file)
                 found.append((held, file))
                 missing -= common.numel
-        if missing:
+        if missing > 0:
             raise DamagedError(f"{self.folder / INDEX}: {missing} elements of {name} are in no file.")
         return found
 
@@ -100,8 +117,13 @@ class Reader:
 
     def record(self, rank: int) -> tuple[dict[str, Any], bool]:
         """What this rank wrote beside its tensors, or rank 0 if there were fewer; and whether it is its own."""
-        own = extra_file(rank) in self.index.files
-        return read_extra(self.folder / extra_file(rank if own else 0), self.index.identity), own
+        with self._unless_replaced():
+            return read_extra(self.extra_path(rank), self.index.identity), extra_file(rank) in self.index.files
+
+    def extra_path(self, rank: int) -> Path:
+        """The file that this rank wrote beside its tensors, or rank 0's if there were fewer."""
+        own = extra_file(rank)
+        return self.folder / (own if own in self.index.files else extra_file(0))
 
     @cached_property
     def _where(self) -> dict[str, list[tuple[Tile, str]]]:
@@ -129,8 +151,28 @@ class Reader:
 
     def _file(self, name: str) -> TensorFile:
         if name not in self._open:
-            found = TensorFile(self.folder / name)
-            if found.metadata.get("checkpoint") != self.index.identity:
-                raise DamagedError(f"{found.path} belongs to another checkpoint than {self.folder / INDEX}.")
+            with self._unless_replaced():
+                found = TensorFile(self.folder / name)
+                if found.metadata.get("checkpoint") != self.index.identity:
+                    raise DamagedError(f"{found.path} belongs to another checkpoint than {self.folder / INDEX}.")
             self._open[name] = found
         return self._open[name]
+
+
+def _find_index(path: Path) -> tuple[Path, Index]:
+    for look in range(LOOKS):
+        folder = complete_folder(path)
+        try:
+            return folder, read_index(folder)
+        except MissingError:
+            if look == LOOKS - 1:
+                raise
+    raise AssertionError
+
+
+def _identity_at(path: Path) -> str | None:
+    """The id of the checkpoint that lies there now; None if it is none."""
+    try:
+        return _find_index(path)[1].identity
+    except CheckpointError:
+        return None

@@ -36,6 +36,18 @@ def set_rng_state(state: State) -> None:
         numpy.random.set_state(tuple(state["numpy"]))
 
 
+def check_rng_state(state: State) -> None:
+    """Whether generators take it, tried on others than the program's. Raises whatever they raise."""
+    torch.Generator().set_state(state["torch"])
+    version, numbers, gauss = state["python"]
+    random.Random().setstate((version, tuple(numbers), gauss))
+    if "cuda" in state and not (isinstance(state["cuda"], torch.Tensor) and state["cuda"].dtype == torch.uint8):
+        raise TypeError("cuda is no state of a generator")
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None and "numpy" in state:
+        numpy.random.RandomState().set_state(tuple(state["numpy"]))
+
+
 def reseed(state: State, rank: int) -> None:
     """For a rank that the checkpoint has no state of: streams of its own, the same whenever it is loaded."""
     digest = hashlib.sha256(state["torch"].numpy().tobytes() + rank.to_bytes(8, "little")).digest()

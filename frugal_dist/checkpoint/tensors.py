@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from frugal_dist.checkpoint.errors import CheckpointError, DamagedError
+from frugal_dist.checkpoint.opening import opened
 
 CODES = {
     torch.float64: "F64",
@@ -126,32 +127,39 @@ def _bytes_of(host: Tensor) -> memoryview:
 
 def checksum(path: Path) -> int:
     """CRC-32 of a whole file."""
+    with opened(path) as file:
+        return checksum_of(file)
+
+
+def checksum_of(file: BinaryIO) -> int:
+    """CRC-32 of what is left to be read of a file."""
     crc = 0
-    for block in _blocks(path):
+    while block := file.read(BLOCK):
         crc = zlib.crc32(block, crc)
     return crc
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            yield block
-
-
 class TensorFile:
-    """A file of named tensors, opened for reading. DamagedError, naming it, if it is not one."""
+    """A file of named tensors, opened for reading. DamagedError, naming it, if it is not one.
+
+    Header and bytes are of one file, also if another one takes its name meanwhile.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._start, self._header = self._read_header()
-            metadata = self._header.pop("__metadata__", {})
-            self.metadata: dict[str, str] = {str(key): str(value) for key, value in metadata.items()}
-            for entry in self._header.values():
-                self._check(entry)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise DamagedError(f"{path} is damaged: its header cannot be read ({error}).") from error
-        self._memory: Tensor | None = None
+        with opened(path) as file:
+            self._size = os.fstat(file.fileno()).st_size
+            try:
+                self._start, self._header = self._read_header(file)
+                metadata = self._header.pop("__metadata__", {})
+                self.metadata: dict[str, str] = {str(key): str(value) for key, value in metadata.items()}
+                for entry in self._header.values():
+                    self._check(entry)
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+                raise DamagedError(f"{path} is damaged: its header cannot be read ({error}).") from error
+            # By its open handle: by name it may be another one by now. Of mmap objects each would keep a handle open.
+            handle = f"/dev/fd/{file.fileno()}"
+            self._memory = torch.from_file(handle, shared=False, size=self._size, dtype=torch.uint8)
 
     def __contains__(self, key: str) -> bool:
         return key in self._header
@@ -166,27 +174,24 @@ class TensorFile:
 
     def tensor(self, key: str) -> Tensor:
         """A view of the mapped file, read when it is used. Writing to it does not change the file."""
-        if self._memory is None:
-            self._memory = torch.from_file(str(self.path), shared=False, size=self._size(), dtype=torch.uint8)
         start, stop = (self._start + offset for offset in self._header[key]["data_offsets"])
         return self._memory[start:stop].view(self.dtype(key)).view(self.shape(key))
 
-    def _size(self) -> int:
-        return self.path.stat().st_size
-
-    def _read_header(self) -> tuple[int, dict[str, Any]]:
-        with self.path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= self._size() - 8:
-                raise ValueError(f"a header of {length} bytes in a file of {self._size()}")
-            header = json.loads(file.read(length))
+    def _read_header(self, file: BinaryIO) -> tuple[int, dict[str, Any]]:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= self._size - 8:
+            raise ValueError(f"a header of {length} bytes in a file of {self._size}")
+        header = json.loads(file.read(length))
         if not isinstance(header, dict):
             raise ValueError("not a table")
         return 8 + length, header
 
     def _check(self, entry: dict[str, Any]) -> None:
+        numbers = [*entry["shape"], *entry["data_offsets"]]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"an entry of shape {entry['shape']} at {entry['data_offsets']}")
         start, stop = entry["data_offsets"]
         item = DTYPES[entry["dtype"]].itemsize
-        fits = 0 <= start <= stop <= self._size() - self._start and (self._start + start) % item == 0
+        fits = start <= stop <= self._size - self._start and (self._start + start) % item == 0
         if not fits or stop - start != prod(entry["shape"]) * item:
             raise ValueError(f"an entry of shape {entry['shape']} at {start}-{stop}")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shutil
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,8 @@ from torch import Tensor
 from frugal_dist import engines, projection
 from frugal_dist.changes import matrix_options, regular_options
 from frugal_dist.checkpoint.errors import CheckpointError, StorageError, together
-from frugal_dist.checkpoint.files import (
-    INDEX,
-    Index,
-    extra_file,
-    piece_key,
-    prepare,
-    publish,
-    serialized,
-    tensor_file,
-    working_folder,
-    write_bytes,
-)
+from frugal_dist.checkpoint.files import place_of, prepare, publish, serialized, working_folder, write_bytes
+from frugal_dist.checkpoint.index import INDEX, Index, extra_file, piece_key, tensor_file
 from frugal_dist.checkpoint.leftovers import BUFFER, leftovers, module_of
 from frugal_dist.checkpoint.parts import WEIGHT, Chunk, regular_state_chunks, state_chunks, weight_chunks
 from frugal_dist.checkpoint.rng import rng_state
@@ -51,7 +40,7 @@ Shapes = dict[str, tuple[int, int]]
 def write_checkpoint(path: Path, model_or_engine: Any, frugal: Frugal, extra: dict[str, Any] | None) -> None:
     """Write everything to ``path``. Collective. Raises a CheckpointError on all ranks alike; nothing is left then."""
     runtime, now = frugal.everything()
-    ranks, final = runtime.ranks, Path(os.path.abspath(path))
+    ranks, final = runtime.ranks, place_of(path)
     first = ranks.rank == 0
     token = str(gather_objects(ranks, secrets.token_hex(8))[0])
     chunks = together(ranks, lambda: _all_chunks(runtime, now, model_or_engine))
@@ -66,7 +55,7 @@ def write_checkpoint(path: Path, model_or_engine: Any, frugal: Frugal, extra: di
 
         def finish() -> None:
             index = _index(runtime, now, model_or_engine, token, shapes, everyone)
-            write_bytes(working / INDEX, index.to_json().encode())
+            write_bytes(working / INDEX, index.to_bytes())
             publish(working, final)
 
         together(ranks, lambda: finish() if first else None)
@@ -83,6 +72,8 @@ def _all_chunks(runtime: Runtime, now: Load, model_or_engine: Any) -> list[Chunk
 
 
 def _record(model_or_engine: Any, extra: dict[str, Any] | None, token: str) -> dict[str, Any]:
+    if extra is not None and not isinstance(extra, Mapping):
+        raise CheckpointError(f'extra must be a dict, not {type(extra).__name__}: pass {{"NAME": ...}}.')
     return {
         "checkpoint": token,
         "extra": dict(extra or {}),

@@ -135,7 +135,7 @@ class FrugalCallback(TrainerCallback):
         frugal = _frugal_in(kwargs["optimizer"])
         sharded = any(hasattr(tensor, "device_mesh") for group in frugal.param_groups for tensor in group["params"])
         self._divided = False
-        if sharded or not engines.keeps_rank_zero_only():
+        if sharded or not engines.keeps_rank_zero_only(frugal):
             return
         frugal.saved_elsewhere = True
         if state.global_step:

@@ -213,7 +213,7 @@ def _start(group: _Group) -> None:
 
 
 def _scalars(kind: Kind, step: int, decay: float, config: FrugalConfig) -> Sequence[float]:
-    rate = float(config.lr * config.lr_scale)
+    rate = float(config.lr * config.projected_lr_scale)
     free = (1.0 - config.lr * decay, rate * config.state_free_lr_scale)
     if kind is _SIGN:
         return free

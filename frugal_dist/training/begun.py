@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from frugal_dist.config import PRESETS, config_from
+from frugal_dist.config import config_from, preset
 from frugal_dist.training import finetune_recipe
 from frugal_dist.training.metrics import METRICS_FILE, of_kind, read_metrics
 
@@ -39,12 +39,36 @@ def check_begun(run: Path, recipe: dict[str, Any], free: Collection[str]) -> Non
     now = _flat(json.loads(json.dumps(recipe)))
     for record in of_kind(records_of(run), "run"):
         before = _flat(record)
-        changed = [key for key in now if key in before and before[key] != now[key] and not _fits(key, free)]
+        changed = [
+            key
+            for key in now
+            if key in before
+            and before[key] != now[key]
+            and not _fits(key, free)
+            and not (_fits(key, _PATHS) and _same_place(before[key], now[key]))
+        ]
         if changed == ["optimizer.name"] and not {before[changed[0]], now[changed[0]]} & set(finetune_recipe.PRESETS):
             continue  # two names of the same settings
         if changed:
             said = ", ".join(f"{key} {before[key]!r} (now {now[key]!r})" for key in changed)
             raise ValueError(f"{run} holds a run with {said}. Set that back, or begin in another --folder.")
+
+
+_PATHS = ("model.path", "data.path", "data.tokenizer", "data.validation_path", "data.train", "data.validation")
+
+
+def _same_place(before: object, now: object) -> bool:
+    """Whether two paths are one, said from different folders: recipes find what lies beside them from anywhere.
+
+    Of a path that was relative to another folder only its end is known: it counts if nothing else is there under it.
+    """
+    if not (isinstance(before, str) and isinstance(now, str)):
+        return False
+    old, new = Path(before), Path(now)
+    if old.exists() and new.exists():
+        return old.samefile(new)
+    shorter, longer = sorted((old.parts, new.parts), key=len)
+    return not old.exists() and not old.is_absolute() and bool(shorter) and longer[-len(shorter) :] == shorter
 
 
 def _fits(key: str, patterns: Collection[str]) -> bool:
@@ -71,6 +95,6 @@ def _optimizer(record: dict[str, Any]) -> dict[str, Any]:
     if found["name"] in finetune_recipe.WITHOUT_RANK:
         found = {key: value for key, value in found.items() if key not in ("rank", "stateful")}
     plain = finetune_recipe.PRESETS.get(found["name"], found["name"])
-    config = asdict(config_from({**PRESETS[plain], **record["options"]}))
+    config = asdict(config_from(preset(plain, **record["options"])))
     options = {f"options.{key}": value for key, value in config.items() if key not in found}
     return {**found, **json.loads(json.dumps(options))}

@@ -12,8 +12,8 @@ from torch import nn
 from frugal_dist.names import check_patterns, matches
 from frugal_dist.optimizer import Frugal
 from frugal_dist.parameters import split_parameters
-from frugal_dist.training.encoding import OFFLINE
 from frugal_dist.training.finetune_recipe import WITHOUT_RANK, FinetuneRecipe, Lora, Model
+from frugal_dist.training.hub import OFFLINE, settle_source
 from frugal_dist.training.optimizers import frugal_options
 
 PACKAGE = "package:"
@@ -24,8 +24,12 @@ _HEAD_DROPOUTS = ("classifier_dropout", "seq_classif_dropout")
 
 
 def find_path(path: str) -> str:
-    """A folder or hub name as it is; "package:NAME/FOLDER" as the folder inside an installed Python package."""
+    """A folder or hub name as it is; "package:NAME/FOLDER" as the folder inside an installed Python package.
+
+    Raises ValueError for a folder that is not there, and for a package that is not installed.
+    """
     if not path.startswith(PACKAGE):
+        settle_source(path, "model.path")
         return path
     name, _, folder = path.removeprefix(PACKAGE).partition("/")
     spec = importlib.util.find_spec(name)

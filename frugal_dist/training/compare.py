@@ -57,7 +57,7 @@ class Kind(Generic[R]):
 def contender(text: str, recipe: R, known: Contenders = CONTENDERS) -> R:
     """The recipe with the optimizer "galore" or, with rates of its own, "galore@0.01" or "galore@0.01x0.25".
 
-    The second number is ``lr_scale``: what the projected matrices are updated with, relative to the others.
+    The second number is ``projected_lr_scale``: what the projected matrices are updated with, relative to the others.
     """
     found = re.fullmatch(r"([\w-]+?)(?:@([\d.eE+-]+)(?:x([\d.eE+-]+))?)?", text)
     name = found.group(1) if found else text
@@ -69,7 +69,8 @@ def contender(text: str, recipe: R, known: Contenders = CONTENDERS) -> R:
         options.pop("svd_method", None)
     rate = float(found.group(2)) if found and found.group(2) else recipe.optimizer.lr
     if found and found.group(3):
-        options["lr_scale"] = float(found.group(3))
+        options = {key: value for key, value in options.items() if key not in ("lr_scale", "projected_lr_scale")}
+        options["lr_scale"] = float(found.group(3))  # as runs are recorded since the first
     changes: dict[str, Any] = {"name": preset, "lr": rate, "options": {**options, **fixed}}
     optimizer: Any = settled(replace(recipe.optimizer, **changes))
     return replace(recipe, optimizer=optimizer)

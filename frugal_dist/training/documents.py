@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from frugal_dist.training.damage import find_damage, no_text
-from frugal_dist.training.encoding import OFFLINE
+from frugal_dist.training.hub import OFFLINE, settle_source
 from frugal_dist.training.local import check_files, common_kind, find_files
 from frugal_dist.training.recipe import Data
 
@@ -174,6 +174,7 @@ def hub_dataset(place: str, name: str | None, split: str, key: str) -> Opened:
 
     Raises ValueError, naming the recipe's ``key``, if it cannot be had.
     """
+    settle_source(place, key)
     files: list[Path] = []
     if Path(place).is_dir():
         base = Path(place) / name if name and (Path(place) / name).is_dir() else Path(place)

@@ -6,16 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from frugal_dist.training.hub import OFFLINE, settle_source
 from frugal_dist.training.tokenizer import SEPARATOR
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _SEPARATORS = (SEPARATOR, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
-OFFLINE = (
-    "Where there is no network: fetch it on a machine that has one (`hf download`), then name the local folder, or set "
-    "HF_HOME to the cache with it"
-)
 
 
 class Encoder:
@@ -74,6 +71,7 @@ def _separator_of_file(tokenizer: Tokenizer, file: Path) -> int:
 
 
 def _from_transformers(name: str) -> Encoder:
+    settle_source(name, "data.tokenizer")
     from transformers import AutoTokenizer
 
     try:

@@ -67,6 +67,7 @@ def _materials(recipe: FinetuneRecipe, place: Place) -> Materials:
     from frugal_dist.training.classifiers import build_classifier, read_config, read_tokenizer
     from frugal_dist.training.engines import check_engine
     from frugal_dist.training.examples import read_examples
+    from frugal_dist.training.models import check_positions
     from frugal_dist.training.schedule import build_schedule
 
     data = read_examples(recipe.data)
@@ -79,6 +80,7 @@ def _materials(recipe: FinetuneRecipe, place: Place) -> Materials:
     schedule = build_schedule(run.schedule, run.steps)
     torch.manual_seed(recipe.seed)
     model = build_classifier(recipe, config)
+    check_positions(model, int(max(train.sizes.max(), held_back.sizes.max())))
     classifier = Classifier(tokenizer.pad_token_id, "token_type_ids" in tokenizer.model_input_names, not data.classes)
     return Materials(run, schedule, train, held_back, data.metrics, tokenizer, config, model, classifier)
 

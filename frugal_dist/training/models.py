@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from frugal_dist.planner import LLAMA_SHAPES
+from frugal_dist.training.hub import settle_source
 from frugal_dist.training.recipe import Model
 from frugal_dist.training.rows import IGNORED
 
@@ -39,7 +40,10 @@ def build_model(recipe: Model, vocab_size: int, length: int, separator: int | No
     auto: Any = AutoModelForCausalLM  # transformers' own hints are incomplete
     model: Any
     if recipe.pretrained:
-        model = auto.from_pretrained(recipe.path, config=config, dtype="float32")
+        try:
+            model = auto.from_pretrained(recipe.path, config=config, dtype="float32")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model.pretrained: no weights can be read from {recipe.path!r}: {error}") from error
     elif recipe.llama is not None:
         model = LlamaForCausalLM(config)
     else:
@@ -52,8 +56,57 @@ def build_model(recipe: Model, vocab_size: int, length: int, separator: int | No
     return found
 
 
+_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_target_positions")
+"""What configurations call the number of their positions."""
+_ROTARY = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_dim", "rotary_pct", "partial_rotary_factor")
+
+
+def check_positions(model: nn.Module, tokens: int, key: str = "length") -> str:
+    """Whether the model can read so many tokens at once; a sentence for the user if it can, but was not made for it.
+
+    Raises ValueError, naming the recipe's ``key``, if it has no positions for them: a learned table ends where it ends.
+    Rotary positions can be computed for any place.
+    """
+    config: Any = getattr(model, "config", None)
+    name, limit = next(((one, getattr(config, one)) for one in _LIMITS if getattr(config, one, None)), ("", None))
+    name = getattr(config, "attribute_map", {}).get(name, name)
+    table = _table_of_positions(model)
+    if table is not None and (limit is None or table < limit):
+        name, limit = "its table of positions", table
+    if not isinstance(limit, int) or not 0 < limit < tokens or getattr(config, "alibi", None):
+        return ""
+    computed = any(getattr(config, one, None) is not None for one in _ROTARY) or _grows(model)
+    if table is None and computed:
+        return f"{key} asks for {tokens:,} tokens at once; the model's configuration says {name} {limit:,}."
+    raise ValueError(
+        f"{key} asks for {tokens:,} tokens at once, but the model has positions for {limit:,} ({name}). Lower {key}; a "
+        "model with fresh weights may get a larger number in its config.json."
+    )
+
+
+def _grows(model: nn.Module) -> bool:
+    """Whether it computes a longer table of sines where it needs one, as XGLM does."""
+    return any("position" in name and hasattr(module, "make_weights") for name, module in model.named_modules())
+
+
+def _table_of_positions(model: nn.Module) -> int | None:
+    """Rows of the learned or stored table of positions that tokens can use; None if there is none."""
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        counts = (last == "wpe" or "position" in last) and "relative" not in name
+        if counts and isinstance(module, nn.Embedding) and not hasattr(module, "make_weights"):
+            padding = module.padding_idx  # RoBERTa counts from the place after it
+            own = getattr(module, "offset", 0)  # of OPT and its kin
+            return module.num_embeddings - (own or (0 if padding is None else padding + 1))
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] == "embed_positions" and buffer.dim() == 2:  # of GPT-J and CodeGen
+            return buffer.shape[0]
+    return None
+
+
 def read_causal_config(path: str) -> Any:
     """The configuration of a model. ValueError if there is none."""
+    settle_source(path, "model.path")
     from transformers import AutoConfig
 
     try:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from frugal_dist.config import HYPERPARAMETERS, check_keys, config_from, preset
+from frugal_dist.config import HYPERPARAMETERS, OLD_NAMES, check_keys, config_from, preset
 from frugal_dist.optimizer import Frugal
 from frugal_dist.parameters import split_parameters
 from frugal_dist.training.finetune_recipe import Tuning
@@ -19,7 +19,7 @@ _WIDE = 1 << 20
 """A hidden size for any rank."""
 OWN = ("lr", "weight_decay", "no_decay")
 """Keys that a recipe has of its own."""
-KNOWN = tuple(key for key in (*HYPERPARAMETERS, "shard_state") if key not in OWN)
+KNOWN = tuple(key for key in (*HYPERPARAMETERS, *OLD_NAMES, "shard_state") if key not in OWN)
 DEFINED: dict[str, tuple[str, ...]] = {
     "frugal": (),
     "galore": ("projection", "on_refresh", "state_free"),

@@ -47,7 +47,7 @@ def _prepare(recipe: Recipe, place: Place, stack: ExitStack) -> Job:
     from frugal_dist.training.flops import flops_per_token
     from frugal_dist.training.optimizers import settled
 
-    schedule, data, model = together(partial(_materials, recipe, place))
+    schedule, data, model, longer = together(partial(_materials, recipe, place))
     if has_dropout(model):
         seed_masks(recipe.seed, place.rank)
     flops = flops_per_token(model, recipe.length)
@@ -57,16 +57,16 @@ def _prepare(recipe: Recipe, place: Place, stack: ExitStack) -> Job:
     tokens = data.validation.tokens
     record = {**replace(recipe, optimizer=settled(recipe.optimizer)).record(), "validation_tokens": tokens}
     less = f"There are only {tokens:,} tokens for validation; evaluation_tokens is {recipe.evaluation_tokens:,}."
-    note = less if data.validation.short else ""
+    note = "\n".join(filter(None, [longer, less if data.validation.short else ""]))
     return Job(recipe, record, parameters, engine, data.batches, data.validation, _summary, flops, note=note)
 
 
-def _materials(recipe: Recipe, place: Place) -> tuple[Schedule, OpenData, nn.Module]:
-    """What each rank makes for itself: most of what can be wrong shows here."""
+def _materials(recipe: Recipe, place: Place) -> tuple[Schedule, OpenData, nn.Module, str]:
+    """What each rank makes for itself, and a remark on it: most of what can be wrong shows here."""
     import torch
 
     from frugal_dist.training.engines import check_engine
-    from frugal_dist.training.models import build_model
+    from frugal_dist.training.models import build_model, check_positions
     from frugal_dist.training.schedule import build_schedule
     from frugal_dist.training.sources import open_data
 
@@ -74,7 +74,10 @@ def _materials(recipe: Recipe, place: Place) -> tuple[Schedule, OpenData, nn.Mod
     schedule = build_schedule(recipe.schedule, recipe.steps)
     data = open_data(recipe, place.world)
     torch.manual_seed(recipe.seed)
-    return schedule, data, build_model(recipe.model, data.vocab_size, recipe.length, data.separator)
+    model = build_model(recipe.model, data.vocab_size, recipe.length, data.separator)
+    # Of a row per document the model reads all tokens but the last.
+    longer = check_positions(model, recipe.length - (recipe.data.rows == "truncated"))
+    return schedule, data, model, longer
 
 
 def _summary(outcome: Outcome) -> tuple[dict[str, Any], str]:

@@ -7,13 +7,28 @@ single keys. Unknown keys and values of the wrong type are errors that name the 
 from __future__ import annotations
 
 import difflib
+import json
+import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from glob import glob
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from frugal_dist.training.hub import nearby
+from frugal_dist.training.spelling import (
+    NAMED,
+    OPTIONS,
+    ZERO,
+    Keys,
+    as_words,
+    check_keys_of,
+    fitted_file,
+    keys_of,
+    read_changes,
+)
 from frugal_dist.training.trackers import check_trackers
 
 Number = bool | int | float | str | list[float] | list[str] | None
@@ -25,7 +40,7 @@ class Model:
     """The model.
 
     Args:
-        llama: a LLaMA shape of the papers by name, see ``frugal-dist memory``; or use ``path``.
+        llama: a LLaMA shape of the papers: 9M, 20M, 60M, 130M, 350M, 1B, 3B, 7B, or quick; or use ``path``.
         path: folder or hub name with a ``config.json``, for any AutoModelForCausalLM.
         pretrained: start from the weights in ``path`` instead of fresh ones.
         vocab_size: rows of the embedding of a ``llama`` shape; null takes the tokenizer's.
@@ -93,7 +108,11 @@ class Optimizer:
         lr: learning rate.
         weight_decay: decoupled.
         no_decay: name patterns of parameters without weight decay.
-        options: any other hyperparameter of FrugalConfig, such as density, update_gap, projection.
+        options: any other hyperparameter of FrugalConfig, each as --optimizer.options.NAME: density, update_gap,
+            projection (svd, random, randperm, columns, rows, randk, blockwise), side, block_order, state_full (adamw,
+            lion, sgdm), state_free (sign, sgd, none), betas, eps, momentum, lr_scale, state_free_lr_scale, on_refresh
+            (reset, keep, project), svd_method, basis_dtype, rounding, refresh_schedule, compute_layout,
+            residual_threshold, seed, shard_state.
     """
 
     name: Literal["frugal", "galore", "badam", "signsgd", "adamw"] = "frugal"
@@ -257,43 +276,156 @@ T = TypeVar("T")
 
 FOLDERS = {"Recipe": "recipes", "FinetuneRecipe": "recipes/finetune"}
 """Where shipped recipes of a kind lie."""
-COMMANDS = {"recipes": "pretrain or compare", "recipes/finetune": "finetune"}
+COMMANDS = {"recipes": "pretrain, compare or plan", "recipes/finetune": "finetune"}
 
 
 def shipped(kind: type[Any] = Recipe) -> dict[str, Path]:
     """The recipes that come with the package, by name."""
-    folder = Path(str(resources.files("frugal_dist.training"))) / FOLDERS[kind.__name__]
+    return _shipped(kind.__name__)
+
+
+def _shipped(kind: str) -> dict[str, Path]:
+    folder = Path(str(resources.files("frugal_dist.training"))) / FOLDERS[kind]
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def read_recipe(name: str, changes: Sequence[str] = (), kind: type[T] = Recipe) -> T:  # type: ignore[assignment]
+def read_recipe(
+    name: str,
+    changes: Sequence[str] = (),
+    kind: type[T] = Recipe,  # type: ignore[assignment]
+) -> T:
     """The recipe of this name or file with ``--key value`` changes; ``--help`` among them prints all keys and exits.
 
     Raises ValueError that names the key and what is allowed.
     """
-    parser, path = recipe_parser(kind), _path_of(name, kind)
+    from frugal_dist.training.yaml_file import read_yaml
+
+    path, keys = _path_of(name, kind), keys_of(kind)
     try:
-        found = parser.parse_args(["--config", str(path), *changes])
+        written = _without_short_names(fitted_file(_checked(read_yaml(path), keys), keys))
+    except ValueError as error:
+        raise ValueError(f"recipe {name}: {error}") from error
+    command = COMMANDS[FOLDERS[kind.__name__]].partition(",")[0]
+    parser = recipe_parser(kind, f"frugal-dist {command} {name}")
+    stage = written.pop(_STAGE, None)
+    words = ["--config", json.dumps(written)]
+    if {"--help", "-h"} & set(changes):
+        parser.set_defaults(_flat(written, keys))
+        parser.parse_args(["--help"])
+    for key, value in read_changes(changes, keys):
+        words += as_words(key, value, keys)
+        stage = ZERO.get(value) if key == "engine" else stage
+    try:
+        found = parser.parse_args(words)
     except Exception as error:  # the library has several kinds of errors
         raise ValueError(f"recipe {name}: {_explained(str(error), parser)}") from error
     values = parser.instantiate(found)
-    keys = {key: getattr(values, key) for key in kind.__dataclass_fields__}  # type: ignore[attr-defined]
-    keys["deepspeed"] = _beside(path, keys["deepspeed"])
-    return kind(**keys)
+    typed = {key: getattr(values, key) for key in kind.__dataclass_fields__}  # type: ignore[attr-defined]
+    typed = _beside(path, typed)
+    typed["deepspeed"] = _staged(typed["deepspeed"], stage)
+    return kind(**typed)
 
 
-def _beside(recipe: Path, name: str | None) -> str | None:
-    """A file as it is named or, where there is none, beside the recipe: those that are shipped work anywhere."""
-    if name is None or Path(name).exists() or not (recipe.parent / name).is_file():
-        return name
-    return str(recipe.parent / name)
+_STAGE = "zero stage"
 
 
-def recipe_parser(kind: type[Any]) -> Any:
+def as_yaml(recipe: Any) -> str:
+    """A recipe with all its keys, as a file."""
+    import yaml
+
+    return str(yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True))
+
+
+def list_recipes() -> str:
+    """The shipped recipes, by the commands that take them, with what each says of itself."""
+    lines = []
+    for folder, commands in COMMANDS.items():
+        kind = next(name for name, place in FOLDERS.items() if place == folder)
+        lines += [f"for frugal-dist {commands}:"]
+        for name, path in _shipped(kind).items():
+            first = path.read_text(encoding="utf-8").partition("\n")[0]
+            lines.append(f"  {name:<20} {first.lstrip('# ')}")
+    return "\n".join(lines)
+
+
+def _checked(values: dict[str, Any], keys: Keys) -> dict[str, Any]:
+    check_keys_of(values, keys)
+    return values
+
+
+def _without_short_names(values: dict[str, Any]) -> dict[str, Any]:
+    """An engine "zero3" as "deepspeed" and its stage; an optimizer "frugal-columns" as "frugal" and its projection."""
+    values = dict(values)
+    if values.get("engine") in ZERO:
+        values |= {"engine": "deepspeed", _STAGE: ZERO[values["engine"]]}
+    optimizer = values.get("optimizer")
+    if isinstance(optimizer, dict) and optimizer.get("name") in NAMED:
+        name, fixed = NAMED[optimizer["name"]]
+        options = optimizer.get("options") or {}
+        for key, value in fixed.items():
+            if options.get(key, value) != value:
+                raise ValueError(f"optimizer.name is {optimizer['name']!r}, but {OPTIONS}.{key} is {options[key]!r}.")
+        values["optimizer"] = {**optimizer, "name": name, "options": {**options, **fixed}}
+    return values
+
+
+def _staged(named: str | None, stage: int | None) -> str | None:
+    """The DeepSpeed JSON; where the engine is named by its stage and there is none, "zeroN".
+
+    Raises ValueError for a JSON of another stage.
+    """
+    if stage is None or named is None:
+        return named if stage is None else f"zero{stage}"
+    try:
+        own = json.loads(Path(named).read_text(encoding="utf-8"))["zero_optimization"]["stage"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return named  # who reads it for training says what is wrong with it
+    if own != stage:
+        raise ValueError(
+            f"engine is 'zero{stage}', but {named} says stage {own}. Set engine: deepspeed, or change one."
+        )
+    return named
+
+
+def _flat(values: dict[str, Any], keys: Keys, above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        section = isinstance(value, dict) and is_dataclass(keys.get(f"{above}{name}"))
+        found |= _flat(value, keys, f"{above}{name}.") if section else {f"{above}{name}": value}
+    return found
+
+
+def _beside(recipe: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Paths as they are named or, where nothing is there, beside the recipe: it then works from any folder."""
+    return {
+        key: replace(value, **_beside(recipe, {one.name: getattr(value, one.name) for one in fields(value)}))
+        if is_dataclass(value) and not isinstance(value, type)
+        else _near(recipe.parent, value)
+        if key in _PATHS and isinstance(value, str)
+        else value
+        for key, value in values.items()
+    }
+
+
+_PATHS = ("deepspeed", "path", "tokenizer", "validation_path", "source", "train", "validation")
+"""Keys, in whatever section, that name files, folders or patterns of them."""
+
+
+def _near(folder: Path, name: str) -> str:
+    given = os.path.expanduser(name)
+    beside = str(folder / given)
+    return beside if not _is_there(given) and _is_there(beside) else given
+
+
+def _is_there(name: str) -> bool:
+    return bool(name) and (Path(name).exists() or bool(glob(name, recursive=True)))
+
+
+def recipe_parser(kind: type[Any], command: str = "frugal-dist ... RECIPE") -> Any:
     """The command line of a recipe: one option per key."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="frugal-dist ... RECIPE", exit_on_error=False)
+    parser = ArgumentParser(prog=command, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file with any of the keys below")
     parser.add_class_arguments(kind, as_group=False)
     return parser
@@ -307,7 +439,7 @@ def _path_of(name: str, kind: type[Any]) -> Path:
     if path.is_file():
         return path
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = f" Did you mean {close[0]!r}?" if close else nearby(name)
     for folder, commands in COMMANDS.items():
         if (Path(str(resources.files("frugal_dist.training"))) / folder / f"{name}.yaml").is_file():
             hint = f" That one is for frugal-dist {commands}."

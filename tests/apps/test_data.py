@@ -26,11 +26,13 @@ pytest.importorskip("transformers")
 import corpora
 
 from frugal_dist.cli import main
-from frugal_dist.training.documents import open_documents
+from frugal_dist.training.classifiers import read_tokenizer
+from frugal_dist.training.documents import hub_dataset, open_documents
 from frugal_dist.training.encoding import read_encoder
+from frugal_dist.training.hub import nearby
 from frugal_dist.training.loop import Training
 from frugal_dist.training.metrics import of_kind, read_metrics
-from frugal_dist.training.models import token_losses
+from frugal_dist.training.models import read_causal_config, token_losses
 from frugal_dist.training.prepare import open_prepared
 from frugal_dist.training.preparing import Preparation, prepare
 from frugal_dist.training.pretrain import pretrain
@@ -644,3 +646,57 @@ def test_what_one_rank_cannot_read_stops_all(folder: Path, tmp_path: Path) -> No
         rows_on(alone, stream)
     assert alone.told == [[1.0, 0.0]]
     stream.close()
+
+
+# --- what is neither here nor on the hub
+
+
+@pytest.mark.parametrize(
+    "name", ["no/such/folder", "./tok", "no_such.jsonl", "texts/*.jsonl", "/data/model", "~/tok", "a\\b", "tok/"]
+)
+def test_what_can_only_be_a_path_is_not_asked_for_at_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever a name may be either: it would take the hub's libraries a minute to give up."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")  # must not be asked: it would be said
+    monkeypatch.chdir(tmp_path)
+    asks = (
+        lambda: read_encoder(name),
+        lambda: read_causal_config(name),
+        lambda: read_tokenizer(name),
+        lambda: hub_dataset(name, None, "train", "data.path"),
+        lambda: open_documents(Data(kind="hub", path=name)),
+    )
+    for ask in asks:
+        with pytest.raises(ValueError, match=r"(data.tokenizer|model.path|data.path) is .* no such file or folder"):
+            ask()
+
+
+def test_names_nearby_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "texts.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    assert nearby("text.jsonl") == " Did you mean 'texts.jsonl'?"
+    assert nearby("gone/text.jsonl") == " Nor is 'gone'."
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After that the libraries look into their cache, and say at once that it is not there."""
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    with pytest.raises(ValueError, match=r"data.tokenizer is 'no-such-tokenizer'.*Where there is no network"):
+        read_encoder("no-such-tokenizer")
+    with pytest.raises(ValueError, match=r"data.path: nobody/nothing .*Where there is no network"):
+        open_documents(Data(kind="hub", path="nobody/nothing"))
+    assert constants.HF_HUB_OFFLINE
+    assert datasets.config.HF_HUB_OFFLINE
+    assert capsys.readouterr().err.count("http://127.0.0.1:1 does not answer") == 1

@@ -13,7 +13,7 @@ pytest.importorskip("jsonargparse")
 pytest.importorskip("transformers")
 
 from frugal_dist.training.metrics import of_kind, read_metrics
-from frugal_dist.training.models import build_model
+from frugal_dist.training.models import build_model, check_positions
 from frugal_dist.training.prepare import prepare_demo
 from frugal_dist.training.pretrain import pretrain
 from frugal_dist.training.recipe import Model, read_recipe
@@ -124,3 +124,55 @@ def test_a_fresh_llama_ends_its_texts_with_the_separator() -> None:
     ends = {(config.bos_token_id, config.eos_token_id) for config in (model.config, model.generation_config)}
     assert ends == {(7, 7)}
     assert model.model.embed_tokens.padding_idx is None
+
+
+def _tiny(kind: str, **more: Any) -> Any:
+    """A decoder with 32 positions, if it counts them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    small = {"vocab_size": 64, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(kind, **small, **more)
+    if getattr(config, "max_position_embeddings", 0) > 0:
+        config.max_position_embeddings = 32
+    auto: Any = AutoModelForCausalLM
+    return auto.from_config(config).eval()
+
+
+POSITIONS: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "opt": {"ffn_dim": 8, "word_embed_proj_dim": 8},
+    "gptj": {"rotary_dim": 4},
+    "mpt": {"max_seq_len": 32},
+    "roberta": {"is_decoder": True, "intermediate_size": 8},
+    "llama": {"intermediate_size": 8},
+    "gpt_neox": {"intermediate_size": 8},
+    "falcon": {"alibi": True},
+    "xglm": {"ffn_dim": 8},
+    "xlnet": {"d_inner": 8, "d_head": 4},
+    "mamba": {},
+}
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_a_model_is_given_no_more_tokens_than_it_has_positions_for(kind: str) -> None:
+    """Refused exactly where the model itself would fail, on a GPU with all that ran there; rotary ones are told."""
+    model = _tiny(kind, **POSITIONS[kind])
+    limit = 30 if kind == "roberta" else 32  # which counts from 2
+    for tokens in (limit, limit + 1):
+        try:
+            model(input_ids=torch.full((1, tokens), 5))
+        except (IndexError, RuntimeError):
+            with pytest.raises(ValueError, match=rf"length asks for {limit + 1} tokens .* positions for {limit} "):
+                check_positions(model, tokens)
+        else:
+            assert bool(check_positions(model, tokens)) == (tokens > 32 and kind in ("llama", "gpt_neox", "xglm"))
+
+
+def test_pretraining_beyond_the_positions_ends_before_it_begins(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = {"model_type": "gpt2", "vocab_size": VOCABULARY, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    (tmp_path / "config.json").write_text(json.dumps(short))
+    changes = [f"--model.path={tmp_path}", f"--folder={tmp_path / 'run'}", "--model.attention=eager", "--length=33"]
+    assert pretrain(read_recipe(str(folder / "recipe.yaml"), changes)) != 0
+    assert "positions for 32 (n_positions). Lower length" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,15 @@ import torch
 pytest.importorskip("jsonargparse")
 
 from frugal_dist.cli import main
+from frugal_dist.config import HYPERPARAMETERS
 from frugal_dist.optimizer import Frugal
+from frugal_dist.planner import LLAMA_SHAPES
+from frugal_dist.training.begun import GOING_ON, check_begun
 from frugal_dist.training.compare import contender
 from frugal_dist.training.engines import check_engine
-from frugal_dist.training.optimizers import frugal_options
+from frugal_dist.training.engines.deepspeed import recipe_json
+from frugal_dist.training.finetune_recipe import FinetuneRecipe
+from frugal_dist.training.optimizers import OWN, frugal_options
 from frugal_dist.training.place import find_place, first_host
 from frugal_dist.training.recipe import Data, Optimizer, Recipe, Saving, Schedule, check_recipe, read_recipe, shipped
 from frugal_dist.training.schedule import build_schedule
@@ -66,7 +72,7 @@ def test_the_recipe_for_comparisons_is_sound() -> None:
 def test_contenders_have_rates_of_their_own(text: str, rate: float, scale: float) -> None:
     optimizer = contender(text, read_recipe("reviews_5m")).optimizer
     options = frugal_options(optimizer)
-    assert (optimizer.lr, options["lr_scale"]) == (rate, scale)
+    assert (optimizer.lr, options["projected_lr_scale"]) == (rate, scale)
 
 
 def test_the_papers_shapes_are_there() -> None:
@@ -121,6 +127,175 @@ def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "cannot be written: Not a directory. Choose another --folder." in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["memory", "--stesp", "3"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--density 0.5", "Did you mean 'optimizer.options.density'?"),
+        ("--optimizer.density 0.5", "Did you mean 'optimizer.options.density'?"),
+        ("--optimizer.update-gap 5", "Did you mean 'optimizer.options.update_gap'?"),
+        ("--lr 1e-3", "Did you mean 'optimizer.lr'?"),
+        ("--batch-size 8", "Did you mean 'batch'?"),
+        ("--path x", "Did you mean 'model.path' or 'data.path'?"),
+        ("--device cpu", "CUDA_VISIBLE_DEVICES chooses"),
+        ("--resume", "The same command goes on"),
+        ("-steps 3", "write --steps VALUE"),
+        ("folder=x", "write --folder x"),
+        ("frugal-svd", "a value with blanks in quotes"),
+        ("--steps", "--steps needs a value"),
+        ("--engine fsdp", "Did you mean 'fsdp2'?"),
+        ("--optimizer.name frugal-svdd", "Did you mean 'frugal-svd'?"),
+    ],
+)
+def test_words_that_are_no_keys_are_told_which_is_meant(words: str, said: str) -> None:
+    with pytest.raises(ValueError) as error:
+        read_recipe("llama_60m", words.split())
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("density: 0.5", "Did you mean 'optimizer.options.density'?"),
+        ("optimizer: {density: 0.5}", "no key 'density' in 'optimizer'. Did you mean 'optimizer.options.density'?"),
+        ("lr: 1", "Did you mean 'optimizer.lr'?"),
+        ("steps: 4\nbatch: 8\nsteps: 5", "'steps' stands twice, in lines 1 and 3"),
+        ("data:\n  kind: c4\n  kind: hub", "'data.kind' stands twice, in lines 2 and 3"),
+        ("model:\n\tpath: x", "line 2 begins with a tab"),
+        ("", "is empty"),
+        ("- a\n- b", "holds a list"),
+        ("engine: zero2\ndeepspeed: three.json", "engine is 'zero2', but {beside}/three.json says stage 3"),
+        ("optimizer: {name: frugal-rows, options: {projection: svd}}", "optimizer.name is 'frugal-rows', but"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_told_why(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "three.json").write_text('{"zero_optimization": {"stage": 3}}')
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError) as error:
+        read_recipe(str(tmp_path / "mine.yaml"))
+    assert said.format(beside=tmp_path) in str(error.value)
+
+
+def test_recipes_of_other_encodings(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes("steps: 3".encode("utf-16"))
+    with pytest.raises(ValueError, match="UTF-16"):
+        read_recipe(str(path))
+    path.write_bytes(b"steps: 3\nfolder: caf\xe9")
+    with pytest.raises(ValueError, match="line 2 is no UTF-8"):
+        read_recipe(str(path))
+    path.write_bytes(b"\xef\xbb\xbfsteps: 3\r\nfolder: 2024-01-01\r\n")
+    recipe = read_recipe(str(path))
+    assert (recipe.steps, recipe.folder) == (3, "2024-01-01")
+
+
+def test_values_are_taken_as_people_write_them(tmp_path: Path) -> None:
+    """A word for a list of one, 1e3 for a whole number, short names for what is two keys."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("trackers: wandb\nsteps: 1e3\noptimizer: {lr: '1e-3', no_decay: '*norm*'}\nengine: zero1\n")
+    recipe = read_recipe(str(path))
+    assert (recipe.trackers, recipe.steps, recipe.optimizer.lr) == (["wandb"], 1000, 1e-3)
+    assert recipe.optimizer.no_decay == ["*norm*"]
+    assert (recipe.engine, recipe.deepspeed, recipe_json(recipe)["zero_optimization"]) == (*ZERO1, {"stage": 1})
+    changes = ["--trackers", "wandb,tensorboard", "--batch=1e2", "--engine", "ddp", "--optimizer.name", "frugal-rows"]
+    recipe = read_recipe(str(path), changes)
+    assert (recipe.trackers, recipe.batch, recipe.engine) == (["wandb", "tensorboard"], 100, "ddp")
+    assert (recipe.deepspeed, recipe.optimizer.options) == (None, {"projection": "rows"})
+    assert read_recipe(str(path), ["--optimizer.name", "frugal-rho0"]).optimizer.name == "signsgd"
+
+
+ZERO1 = ("deepspeed", "zero1")
+
+
+def test_paths_of_a_recipe_are_found_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From any folder; what is there where the command is started goes first. Names of the hub stay names."""
+    home, away = tmp_path / "home", tmp_path / "away"
+    for folder in (home / "model", home / "texts", away / "texts"):
+        folder.mkdir(parents=True)
+    (home / "texts" / "a.jsonl").touch()
+    (home / "held.jsonl").touch()
+    (home / "mine.yaml").write_text(
+        "model: {path: model}\n"
+        "data: {path: 'texts/*.jsonl', tokenizer: t5-base, validation_path: held.jsonl}\ndeepspeed: ds.json\n"
+    )
+    (home / "tune.yaml").write_text("model: {path: model}\ndata: {train: held.jsonl, validation: gone.jsonl}\n")
+    monkeypatch.chdir(away)
+    recipe = read_recipe(str(home / "mine.yaml"))
+    assert recipe.model.path == str(home / "model")
+    assert (recipe.data.path, recipe.data.tokenizer) == (str(home / "texts" / "*.jsonl"), "t5-base")
+    assert (recipe.data.validation_path, recipe.deepspeed) == (str(home / "held.jsonl"), "ds.json")
+    tune = read_recipe(str(home / "tune.yaml"), (), FinetuneRecipe)
+    assert (tune.data.train, tune.data.validation) == (str(home / "held.jsonl"), "gone.jsonl")
+    (away / "texts" / "b.jsonl").touch()
+    assert read_recipe(str(home / "mine.yaml")).data.path == "texts/*.jsonl"
+
+
+def test_a_run_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its recipe found beside itself has another path there; other data have another content."""
+    for folder in ("home/data", "home/other", "run"):
+        (tmp_path / folder).mkdir(parents=True)
+    record = read_recipe("reviews_5m").record()
+
+    def begun(before: str, now: str) -> None:
+        line = {"kind": "run", **record, "data": {**record["data"], "path": before}}
+        (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        check_begun(tmp_path / "run", {**record, "data": {**record["data"], "path": now}}, GOING_ON)
+
+    monkeypatch.chdir(tmp_path)
+    begun("data", "home/data")
+    begun("home/data", str(tmp_path / "home" / "data"))
+    with pytest.raises(ValueError, match=r"data\.path 'home/data' \(now 'home/other'\)"):
+        begun("home/data", "home/other")
+    monkeypatch.chdir(tmp_path / "home")
+    begun("home/data", "data")
+    with pytest.raises(ValueError, match=r"data\.path"):
+        begun("home/data", "other")
+
+
+def test_what_a_recipe_says_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """--help with the recipe's values, --print_config checked, and a list of what there is."""
+    with pytest.raises(SystemExit):
+        main(["pretrain", "reviews_5m", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "default: runs/reviews_5m" in text
+    assert "frugal-dist pretrain reviews_5m" in text
+    for name in (*HYPERPARAMETERS, *LLAMA_SHAPES):
+        if name not in OWN:
+            assert re.search(rf"\b{name}\b", text), name
+    assert main(["pretrain", "reviews_5m", "--print_config", "--steps", "7"]) == 0
+    printed = capsys.readouterr().out
+    assert "\nsteps: 7\n" in printed
+    for changes in (["--optimizer.options.density", "1.5"], ["--schedule.floor", "2"], ["--batch", "0"]):
+        assert main(["pretrain", "reviews_5m", "--print_config", *changes]) == 2
+    assert main(["finetune", "minilm_reviews", "--print_config", "--epochs", "0"]) == 2
+    capsys.readouterr()
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in (*shipped(), *shipped(FinetuneRecipe)))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("pretain llama_60m", "Did you mean 'pretrain'?"),
+        ("data prepar x", "Did you mean 'prepare'?"),
+        ("generate", "export makes a model folder"),
+        ("plot runs/a --ot x", "Did you mean --out?"),
+    ],
+)
+def test_misspelt_commands_and_options(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(words.split())
+    except SystemExit as ended:
+        code = int(str(ended.code))
+    assert (code, said in capsys.readouterr().err) == (2, True)
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert re.fullmatch(r"frugal-dist [\w.()+ ]+\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

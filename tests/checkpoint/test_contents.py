@@ -301,6 +301,40 @@ def test_a_buffer_that_was_not_there(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "saved", other, theirs)
 
 
+class Expanded(nn.Module):
+    """Buffers and a frozen parameter of which one element of memory stands for several."""
+
+    def __init__(self, value: float, own_memory: bool = False) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        mask, grid = torch.full((1, 3), value).expand(2, 3), torch.arange(3.0).add(value).view(3, 1, 1).expand(3, 2, 2)
+        self.register_buffer("mask", mask.clone() if own_memory else mask)
+        self.register_buffer("grid", grid.clone() if own_memory else grid)
+        self.bias = nn.Parameter(torch.full((1,), value).expand(5), requires_grad=False)
+
+    def optimizer(self) -> Frugal:
+        return Frugal(self.linear.named_parameters(prefix="linear"), density=0.5, projection="columns")
+
+
+@pytest.mark.parametrize("then", [True, False])
+@pytest.mark.parametrize("now", [True, False])
+def test_expanded_buffers(then: bool, now: bool, tmp_path: Path) -> None:
+    """They stay what they are, and take no values that they have no memory for."""
+    model, other = Expanded(1.0, then), Expanded(2.0, now)
+    checkpoint.save(tmp_path / "saved", model, model.optimizer())
+    checkpoint.load(tmp_path / "saved", other, other.optimizer())
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in other.state_dict().items())
+    assert 0 in other.bias.stride() and (0 in other.mask.stride()) is not now
+    if then and not now:
+        model.mask[0, 0] = 7.0  # type: ignore[operator]
+        checkpoint.save(tmp_path / "saved", model, model.optimizer())
+        other = Expanded(2.0)
+        before = {key: value.clone() for key, value in other.state_dict().items()}
+        with pytest.raises(MismatchError, match=r"buffer/mask was saved with different values"):
+            checkpoint.load(tmp_path / "saved", other, other.optimizer())
+        assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+
+
 @pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, torch.compile, lambda model: model])
 @pytest.mark.parametrize("again", [nn.parallel.DistributedDataParallel, torch.compile, lambda model: model])
 def test_wrappers_come_and_go(wrap: Any, again: Any, tmp_path: Path) -> None:

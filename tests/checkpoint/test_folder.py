@@ -110,6 +110,19 @@ def test_what_killed_jobs_left_goes_too(tmp_path: Path) -> None:
     assert folders(tmp_path) == [".other.partial-00aa", "step_000003"]
 
 
+def test_folders_and_checkpoints_may_be_links(tmp_path: Path) -> None:
+    """A checkpoint that was moved to a larger disk is loaded there, and goes from there when its time has come."""
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "scratch")
+    save(tmp_path / "run", 1, 2)
+    (tmp_path / "scratch" / "step_000002").rename(tmp_path / "moved")
+    (tmp_path / "run" / "step_000002").symlink_to(tmp_path / "moved")
+    assert checkpoint.load_latest(tmp_path / "run", MODEL, alone().optimizer) == (2, {"step": 2})
+    save(tmp_path / "run", 3, keep_last=1)
+    assert folders(tmp_path / "run") == ["step_000003"]
+    assert folders(tmp_path) == ["run", "scratch"]
+
+
 @pytest.mark.parametrize("options", [{"keep_last": 0}, {"keep_every": 0}, {"keep_last": -1}])
 def test_numbers_that_make_no_sense(options: dict[str, int], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))}=.* must be at least 1"):
@@ -135,13 +148,14 @@ def test_latest_is_followed_even_if_there_are_newer_ones(tmp_path: Path) -> None
     assert checkpoint.load_latest(tmp_path, MODEL, alone().optimizer) == (2, {"step": 2})
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"step_two\n"])
-def test_without_a_readable_latest_the_newest_is_taken(content: bytes | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [None, "a pipe", b"", b"\xff\xfe", b"step_two\n"])
+def test_without_a_readable_latest_the_newest_is_taken(content: bytes | str | None, tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
-    if content is None:
-        (tmp_path / "latest").unlink()
-    else:
+    (tmp_path / "latest").unlink()
+    if isinstance(content, bytes):
         (tmp_path / "latest").write_bytes(content)
+    elif content is not None:
+        os.mkfifo(tmp_path / "latest")
     assert checkpoint.load_latest(tmp_path, MODEL, alone().optimizer) == (2, {"step": 2})
 
 
@@ -150,13 +164,18 @@ def damage(folder: Path, how: str) -> None:
         os.truncate(folder / "rank00000.safetensors", 1000)
     elif how == "the index missing":
         (folder / "index.json").unlink()
+    elif how == "a digit of the index":
+        text = (folder / "index.json").read_text()
+        (folder / "index.json").write_text(text.replace('"updates": 1', '"updates": 2'))
     else:
         for file in folder.iterdir():
             file.unlink()
         folder.rmdir()
 
 
-@pytest.mark.parametrize("how", ["a file cut off", "the index missing", "the whole folder missing"])
+@pytest.mark.parametrize(
+    "how", ["a file cut off", "the index missing", "the whole folder missing", "a digit of the index"]
+)
 def test_a_damaged_latest_is_reported_and_the_one_before_is_named(how: str, tmp_path: Path) -> None:
     save(tmp_path, 1, 2, 3)
     damage(tmp_path / "step_000003", how)
@@ -171,7 +190,7 @@ def test_a_damaged_latest_is_reported_and_the_one_before_is_named(how: str, tmp_
 
 def test_the_one_before_is_taken_if_that_is_wanted(tmp_path: Path) -> None:
     save(tmp_path, 1, 2, 3)
-    damage(tmp_path / "step_000003", "a file cut off")
+    damage(tmp_path / "step_000003", "a digit of the index")
     damage(tmp_path / "step_000002", "the index missing")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

@@ -120,6 +120,13 @@ def test_extra_that_could_not_be_read_back_is_refused_at_once(value: object, tmp
     assert names_in(tmp_path) == []
 
 
+@pytest.mark.parametrize("extra", [[1, 2], [], "text", 7, [("a", 1)]], ids=repr)
+def test_extra_is_a_dict(extra: Any, tmp_path: Path) -> None:
+    (error, *_) = refused(lambda held: checkpoint.save(tmp_path / "saved", MODEL, held.optimizer, extra))
+    assert f"extra must be a dict, not {type(extra).__name__}" in str(error)
+    assert names_in(tmp_path) == []
+
+
 @pytest.mark.parametrize("rank", [0, 1, 2])
 @pytest.mark.parametrize("error", [RuntimeError("of CUDA"), MemoryError(), KeyError("x"), OSError(5, "I/O", "a/file")])
 def test_a_rank_that_fails_takes_all_along(
@@ -170,6 +177,38 @@ def test_what_is_no_checkpoint_is_never_replaced(what: str, tmp_path: Path) -> N
     assert str(path) in str(error)
     assert (path if what == "a file" else path / "thesis.tex").read_text() == "thesis"
     assert names_in(tmp_path) == ["precious"]
+
+
+# --- links ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["an empty folder", "a checkpoint", "nothing yet"])
+def test_a_link_is_written_through(target: str, tmp_path: Path) -> None:
+    """The checkpoint lies on a larger disk, again and again; a job that was killed half-way left its old one there."""
+    real, link = tmp_path / "scratch" / "saved", tmp_path / "here" / "saved"
+    link.parent.mkdir()
+    link.symlink_to(real)
+    if target != "nothing yet":
+        real.mkdir(parents=True)
+    if target == "a checkpoint":
+        saved(real, steps=2)
+    for _ in range(2):
+        saved(link)
+        assert link.is_symlink()
+        assert names_in(link.parent) == names_in(real.parent) == ["saved"]
+        assert sound(link)
+    shutil.move(real, real.parent / ".saved.old")
+    assert sound(link)
+    assert checkpoint.SavedWeights(link).shapes
+
+
+def test_what_a_link_leads_to_is_never_replaced_if_it_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("thesis")
+    (tmp_path / "saved").symlink_to(tmp_path / "home")
+    (error, *_) = refused(lambda held: checkpoint.save(tmp_path / "saved", MODEL, held.optimizer))
+    assert "is no checkpoint" in str(error)
+    assert names_in(tmp_path / "home") == ["thesis.tex"]
 
 
 def test_an_empty_folder_and_a_damaged_checkpoint_are_replaced(tmp_path: Path) -> None:

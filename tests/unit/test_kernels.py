@@ -114,7 +114,7 @@ def test_a_start_takes_so_many_matrices_and_entries(starts: list[Any], monkeypat
     monkeypatch.setattr(launch, "RUN", 6)
     step(5)
     assert [len(group.jobs) for group in starts] == [128, 2, 2, 2, 1]
-    size = CONFIG.lr * CONFIG.lr_scale * CONFIG.state_free_lr_scale
+    size = CONFIG.lr * CONFIG.projected_lr_scale * CONFIG.state_free_lr_scale
     torch.testing.assert_close(weights, torch.tensor([-2 * size] * 5 + [-size] * 125).view(-1, 1).expand(130, 3))
 
 

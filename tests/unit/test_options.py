@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from building import PROJECTIONS, build, clocks, parameters_of, set_grads, train, weight, weights
 
-from frugal_dist import Frugal
+from frugal_dist import Frugal, FrugalConfig, preset
 from frugal_dist.config import HYPERPARAMETERS, TAKEN_UP
 
 # refusals
@@ -74,7 +75,7 @@ def test_an_unknown_choice_is_told_all_that_are_allowed(key: str, allowed: list[
         ("update_gap", 2.5),
         ("update_gap", "200"),
         ("momentum", -0.9),
-        ("lr_scale", -1.0),
+        ("projected_lr_scale", -1.0),
         ("state_free_lr_scale", -1.0),
         ("seed", -1),
         ("seed", 0.5),
@@ -99,6 +100,125 @@ def test_maximize_is_not_offered() -> None:
         build({"w": weight(8, 6)}, maximize=True)
     with pytest.raises(ValueError, match="maximize"):
         Frugal([{"params": [("w", weight(8, 6))], "projected": True, "maximize": True}])
+
+
+FOREIGN_ARGUMENTS = {
+    "fused": "kernels", "foreach": "kernels", "capturable": "CUDA graph", "differentiable": "differentiated",
+    "maximize": "negate the loss", "amsgrad": "maximum", "nesterov": "Nesterov", "rank": "density", "scale": "lr_scale",
+    "update_proj_gap": "update_gap", "proj_type": "side", "adam_w_mode": "AdamW", "beta1": "betas",
+    "wd": "weight_decay",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "word"), FOREIGN_ARGUMENTS.items())
+def test_arguments_of_other_optimizers_get_a_sentence(key: str, word: str) -> None:
+    with pytest.raises(ValueError, match=rf"Frugal\({key}=8\): .*{word}"):
+        build({"w": weight(8, 6)}, **{key: 8})
+
+
+def test_arguments_of_torch_that_are_off_mean_nothing() -> None:
+    off = {"fused": False, "foreach": None, "amsgrad": False, "maximize": False, "capturable": False, "nesterov": False}
+    optimizer = build({"w": weight(8, 6)}, **off)
+    assert not set(off) & set(optimizer.param_groups[0])
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "lr_scale", "lr_mult", "rho", "name",
+     "no_weight_decay", "use_muon", "scale", "layer", "fused", "foreach"],
+)  # fmt: skip
+def test_keys_of_schedulers_and_programs_in_a_group_are_theirs(key: str) -> None:
+    plain, marked = (build({"w": weight(8, 6)}) for _ in range(2))
+    marked = Frugal([{**marked.param_groups[0], key: 0.5}])
+    train(plain, 1, 4)
+    train(marked, 1, 4)
+    assert marked.param_groups[0][key] == 0.5
+    assert torch.equal(weights(plain)[0], weights(marked)[0])
+
+
+@pytest.mark.parametrize(
+    "key", ["amsgrad", "maximize", "capturable", "differentiable", "nesterov", "dampening", "rank"]
+)
+def test_keys_in_a_group_that_would_change_the_step_are_refused(key: str) -> None:
+    group = {"params": [("w", weight(8, 6))], "projected": True}
+    with pytest.raises(ValueError, match=f"Parameter group: {key}=1"):
+        Frugal([{**group, key: 1}])
+    with pytest.raises(ValueError, match="L2"):
+        Frugal([{**group, "decoupled_weight_decay": False, "weight_decay": 0.1}])
+
+
+def layer_decay(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """What the schedules of BEiT, MAE, Swin and timm do."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def test_lr_scale_in_a_group_is_timm_s_and_counts_once() -> None:
+    """microsoft/Swin-Transformer#248: it is in "lr" already."""
+
+    def groups() -> list[dict[str, Any]]:
+        return [
+            {"params": [("a.weight", weight(8, 6))], "lr_scale": 0.25, "weight_decay": 0.05},
+            {"params": [("b.weight", weight(6, 8, seed=1)), ("b.bias", weight(5))], "lr_scale": 0.5},
+        ]
+
+    ours = Frugal(groups(), **preset("adamw"))
+    theirs = torch.optim.AdamW(groups(), weight_decay=0.0)
+    for step in range(1, 6):
+        for optimizer in (ours, theirs):
+            layer_decay(optimizer, 0.01 / step)
+            train(optimizer, step, step)
+    for a, b in zip(weights(ours), weights(theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert [group["lr_scale"] for group in ours.state_dict()["param_groups"]] == [0.25, 0.5]
+
+
+def test_the_old_name_of_projected_lr_scale() -> None:
+    """As an argument, in a preset and in what an earlier version saved."""
+    want = build({"w": weight(8, 6)}, projected_lr_scale=0.25)
+    for optimizer in (build({"w": weight(8, 6)}, lr_scale=0.25), build({"w": weight(8, 6)}, **preset("galore"))):
+        assert optimizer.param_groups[0]["projected_lr_scale"] == 0.25
+    assert preset("galore", lr_scale=0.5)["projected_lr_scale"] == 0.5
+    assert FrugalConfig(lr_scale=0.5) == FrugalConfig(projected_lr_scale=0.5)
+    assert dataclasses.replace(FrugalConfig(lr_scale=0.5), lr=1.0).projected_lr_scale == 0.5
+    with pytest.raises(ValueError, match="one of them"):
+        build({"w": weight(8, 6)}, lr_scale=0.5, projected_lr_scale=0.25)
+    train(want, 1, 2)
+    saved = copy.deepcopy(want.state_dict())
+    (group,) = saved["param_groups"]
+    group["lr_scale"] = group.pop("projected_lr_scale")
+    loaded = build({"w": weight(8, 6)})
+    loaded.load_state_dict(saved)
+    assert loaded.param_groups[0]["projected_lr_scale"] == 0.25
+    assert "lr_scale" not in loaded.param_groups[0]
+
+
+# names in groups
+
+
+def named_model() -> torch.nn.ModuleDict:
+    torch.manual_seed(0)
+    return torch.nn.ModuleDict({"q_proj": torch.nn.Linear(6, 8), "norm": torch.nn.LayerNorm(8)}).double()
+
+
+def test_names_in_torch_s_param_names_are_names() -> None:
+    """As SAM and others hand on the groups that torch made of named_parameters()."""
+    want = Frugal(named_model().named_parameters(), density=0.5)
+    torch_s = torch.optim.AdamW(named_model().named_parameters())
+    found = Frugal(torch_s.param_groups, density=0.5, lr=1e-3)
+    assert found.parameter_report() == want.parameter_report()
+    later = Frugal(want.param_groups, density=0.5)  # a second stage, made of the first one's groups
+    assert later.parameter_report() == want.parameter_report()
+    later.add_param_group({"params": [weight(3)], "projected": False})
+    assert later.originals[-1].name == "group1.0"
+    assert "param_names" not in want.state_dict()["param_groups"][0]
+    with pytest.raises(ValueError, match="param_names has 1 names for 2"):
+        Frugal([{"params": [weight(2, 2), weight(2)], "param_names": ["a"]}])
+
+
+def test_a_group_whose_projected_is_misspelled_is_refused() -> None:
+    with pytest.raises(ValueError, match="Did you mean 'projected'"):
+        Frugal([{"params": [("w", weight(8, 6))], "project": True}])
 
 
 def test_parameters_without_names_need_to_be_told_whether_they_are_projected() -> None:
@@ -175,7 +295,7 @@ def test_a_group_has_its_own_hyperparameters(other: str) -> None:
     }
     second: dict[str, Any] = {
         "projection": other, "state_full": "lion", "state_free": "sgd", "betas": (0.8, 0.9), "weight_decay": 0.1,
-        "density": 1.0, "lr_scale": 0.5, "state_free_lr_scale": 0.1,
+        "density": 1.0, "projected_lr_scale": 0.5, "state_free_lr_scale": 0.1,
     }  # fmt: skip
     together = Frugal(
         [
@@ -294,6 +414,49 @@ def test_a_learning_rate_schedule() -> None:
         assert torch.equal(a, b), "lr = 0 moves nothing"
 
 
+def one_cycle(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=8)
+
+
+def cyclic(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.CyclicLR(optimizer, base_lr=0.01, max_lr=0.1, step_size_up=2)
+
+
+@pytest.mark.parametrize("schedule", [one_cycle, cyclic])
+def test_schedules_that_cycle_momentum_cycle_what_the_rule_has(schedule: Any) -> None:
+    """pytorch#73910: betas for AdamW, momentum for SGD, also where groups have different rules."""
+    rules = {
+        "sgdm": torch.optim.SGD([weight(8, 6)], momentum=0.9),
+        "adamw": torch.optim.AdamW([weight(8, 6)], eps=1e-8),
+    }
+    for theirs in rules.values():
+        theirs.param_groups[0]["weight_decay"] = 0.0
+    plain = {"projection": "columns", "density": 1.0, "on_refresh": "keep"}
+    ours = {rule: build({"w": weight(8, 6)}, state_full=rule, **plain) for rule in rules}
+    mixed = [
+        Frugal(
+            [{"params": [(rule, weight(8, 6))], "projected": True, "state_full": rule} for rule in rules],
+            state_full=first,
+            **plain,
+        )
+        for first in rules
+    ]
+    optimizers = [*rules.values(), *ours.values(), *mixed]
+    schedules = [schedule(optimizer) for optimizer in optimizers]
+    for step in range(1, 8):
+        set_grads(ours["sgdm"], step)
+        for optimizer in optimizers:
+            for parameter in parameters_of(optimizer):
+                parameter.grad = parameters_of(ours["sgdm"])[0].grad
+            optimizer.step()
+        for one in schedules:
+            one.step()
+    want = [weights(optimizer)[0] for optimizer in rules.values()]
+    for found in (weights(ours["sgdm"]) + weights(ours["adamw"]), *map(weights, mixed)):
+        for a, b in zip(found, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
 def test_a_learning_rate_that_is_a_tensor() -> None:
     """torch allows it (compiled schedules do it)."""
     number, tensor = (build({"w": weight(8, 6)}, {"b": weight(5)}) for _ in range(2))
@@ -340,7 +503,8 @@ def test_a_bad_value_set_between_steps_is_noticed() -> None:
 CHANGED: dict[str, Any] = {
     "lr": 0.02, "betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.3, "density": 0.75, "update_gap": 2,
     "projection": "columns", "side": "left", "block_order": "descending", "state_full": "lion", "state_free": "sgd",
-    "momentum": 0.5, "lr_scale": 0.5, "state_free_lr_scale": 0.5, "on_refresh": "project", "svd_method": "gram64",
+    "momentum": 0.5, "projected_lr_scale": 0.5, "state_free_lr_scale": 0.5, "on_refresh": "project",
+    "svd_method": "gram64",
     "basis_dtype": "bf16", "rounding": "stochastic", "refresh_schedule": "staggered", "compute_layout": "owner",
     "residual_threshold": 0.4, "seed": 7,
 }  # fmt: skip

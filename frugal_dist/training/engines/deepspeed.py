@@ -30,6 +30,7 @@ from frugal_dist.training.models import token_losses
 from frugal_dist.training.optimizers import frugal_options
 from frugal_dist.training.recipe import Recipe
 from frugal_dist.training.schedule import jump
+from frugal_dist.training.spelling import ZERO
 from frugal_dist.training.waiting import waiting
 
 
@@ -231,8 +232,12 @@ def deepspeed_config(recipe: Recipe, world: int) -> dict[str, Any]:
 
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
-    """The DeepSpeed JSON that a recipe names, as it is; ZeRO-2 if it names none. ValueError if it cannot be read."""
-    return {"zero_optimization": {"stage": 2}} if recipe.deepspeed is None else _read(Path(recipe.deepspeed))
+    """The DeepSpeed JSON that a recipe names, as it is. ValueError if it cannot be read.
+
+    Where it names none, its engine may have been named by the stage ("zero3"); otherwise it is ZeRO-2.
+    """
+    named = recipe.deepspeed or "zero2"
+    return {"zero_optimization": {"stage": ZERO[named]}} if named in ZERO else _read(Path(named))
 
 
 def data_types(config: dict[str, Any], precision: str) -> dict[str, Any]:
