@@ -195,8 +195,16 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument("--column", default="text", help="column with the text (default text)")
     prepare.add_argument("--split", default="train", help="split of a hub dataset (default train)")
     prepare.add_argument("--validation-split", help="take validation from this split instead of holding some back")
+    prepare.add_argument(
+        "--validation-path", metavar="SOURCE", help="take validation from these files instead of holding some back"
+    )
     prepare.add_argument("--validation-share", type=float, default=0.01, help="of documents held back (default 0.01)")
     prepare.add_argument("--documents", choices=("line", "paragraph", "file"), default="line", help="in text files")
+    prepare.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out lines that are no JSON and documents without text; counts them",
+    )
     prepare.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     prepare.add_argument("--part-documents", type=int, default=10_000, help="documents per part (default 10000)")
     prepare.set_defaults(command=_data_prepare)

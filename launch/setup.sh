@@ -174,30 +174,15 @@ install_project() {
 
 # --- DeepSpeed's C++ operation for CPU ----------------------------------------------------------------------
 
-# held FILE: does a process of this machine have FILE open?
-held() {
-    local fd
-    for fd in /proc/[0-9]*/fd/*; do
-        [[ $fd -ef $1 ]] && return 0
-    done
-    return 1
-}
-
 # A build that was killed leaves its lock behind, and every later build would wait for it for ever, in silence.
 clear_stale_lock() {
-    local lock=$TORCH_EXTENSIONS_DIR/$OP/lock start=$SECONDS next=0
-    while [[ -e $lock ]]; do
-        if held "$lock"; then
-            if ((SECONDS - start >= next)); then
-                say "another process is building $OP; waiting, $((SECONDS - start)) s"
-                next=$((next + 15))
-            fi
-            sleep 1
-        else
-            say "removing the lock of a build that was killed ($lock)"
-            rm -f "$lock"
-        fi
-    done
+    [[ -e $TORCH_EXTENSIONS_DIR/$OP/lock ]] || return 0
+    set -m
+    "$VENV/bin/python" -I "$ROOT/frugal_dist/integrations/build_locks.py" </dev/null &
+    CHILD=$!
+    set +m
+    wait "$CHILD" || true
+    CHILD=
 }
 
 build_op() {

@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 
+from frugal_dist.integrations.build_locks import clear_stale_locks
+
 
 def register(optimizer_class: type[Any]) -> None:
-    """Make ``"optimizer": {"type": "Frugal"}`` work in DeepSpeed JSON configs and in the HF Trainer's."""
+    """Make ``"optimizer": {"type": "Frugal"}`` work in DeepSpeed JSON configs and in the HF Trainer's.
+
+    And keep DeepSpeed from waiting for a build that was killed: it builds its operation before it calls anything of
+    ours, in the HF Trainer as soon as the arguments are made.
+    """
     setattr(torch.optim, optimizer_class.__name__, optimizer_class)
+    clear_stale_locks()

@@ -18,7 +18,7 @@ from frugal_dist.training.optimizers import check_optimizer, settled
 from frugal_dist.training.place import Place, find_place
 from frugal_dist.training.ranks import joined, together
 from frugal_dist.training.recipe import Number, Recipe, check_recipe
-from frugal_dist.training.rollcall import OthersFailed
+from frugal_dist.training.rollcall import OthersFailed, is_mistake
 from frugal_dist.training.run import environment, has_begun
 from frugal_dist.training.signals import DIVERGED
 
@@ -108,8 +108,8 @@ def train_all(
         with environment(place), joined(place):
             root, runs = together(lambda: _all_runs(kind, read(), optimizers, seeds))
             ended = _agreed_ends(kind, runs, place)
-    except OthersFailed:
-        return 1  # what is to be said, another rank says
+    except OthersFailed as error:
+        return 2 if is_mistake(error) else 1  # what is to be said, another rank says
     codes = []
     for one in runs:
         codes.append(ended[one.folder] if one.folder in ended else kind.train(one))

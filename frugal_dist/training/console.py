@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TextIO
 
 LOG_FILE = "output.txt"
+_terminals: list[TextIO] = []
+"""Of the quiet consoles that are open, the last is the one to speak on."""
 
 
 def log_file(rank: int) -> str:
@@ -32,9 +34,11 @@ def quiet_console(log: Path) -> Iterator[TextIO]:
     os.dup2(target, 2)
     os.close(target)
     terminal = os.fdopen(os.dup(saved[1]), "w", buffering=1, encoding="utf-8", errors="replace")
+    _terminals.append(terminal)
     try:
         yield terminal
     finally:
+        _terminals.remove(terminal)
         with suppress(OSError):  # a full disk
             sys.stdout.flush()
             sys.stderr.flush()
@@ -43,6 +47,11 @@ def quiet_console(log: Path) -> Iterator[TextIO]:
             os.close(descriptor)
         with suppress(OSError):
             terminal.close()
+
+
+def tell(text: str) -> None:
+    """A line for the user from wherever it comes, also from other threads: past the log, if there is one."""
+    say(_terminals[-1] if _terminals else sys.stderr, text)
 
 
 def say(terminal: TextIO, text: str) -> None:

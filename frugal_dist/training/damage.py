@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -13,36 +15,57 @@ from frugal_dist.training.local import kind_of
 
 LOOKED_AT = 2 << 30
 """Bytes that are looked at; other ranks wait meanwhile."""
+_FIRST = 10
+MEND = (
+    "Remove that document or mend it, or name the column that holds the text in data.column; `frugal-dist data prepare "
+    "--skip-bad` leaves such documents out"
+)
+FETCH = "Fetch the file again, or leave it out"
+NAMED = 3
+"""Damaged places that are named."""
 Found = Iterator[tuple[int, str, int]]
 """Of every line or row: its number, what is wrong with it ("" if nothing), bytes read."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """Where, such as "a.jsonl, line 7", and what is wrong there."""
+    """Where, such as "a.jsonl, line 7", and what is wrong there; ``cut``: the file cannot be read beyond it."""
 
     place: str
     trouble: str
+    cut: bool = False
 
 
-def find_damage(files: Sequence[Path], column: str) -> Damage | None:
-    """The first damaged place; None if none is found.
+def find_damage(files: Sequence[Path], column: str) -> str:
+    """Every damaged place, the first ones named and the others counted, and what to do; "" if none is found.
 
     ``column``: where rows must have text. Packed files other than .gz are not looked into.
     """
+    named, count, cut = [], 0, False
+    for damage in _damages(files, column):
+        count += 1
+        cut = cut or damage.cut
+        if count <= NAMED:
+            named.append(f"{damage.place}: {damage.trouble}")
+    more = f"; and {count - NAMED:,} more" if count > NAMED else ""
+    advice = [MEND, FETCH][cut]
+    return f"{'; '.join(named)}{more}. {advice}." if named else ""
+
+
+def _damages(files: Sequence[Path], column: str) -> Iterator[Damage]:
     left = LOOKED_AT
     for file in files:
+        name = file.name if len(files) == 1 else file  # of a single file the message says where it is
         number, (look, what) = 0, _LOOKS.get(kind_of(file) or "", (_nothing, ""))
         try:
             for number, trouble, size in look(file, column):
                 if trouble:
-                    return Damage(f"{file}, {what} {number}", trouble)
+                    yield Damage(f"{name}, {what} {number}", trouble)
                 left -= size
                 if left < 0:
-                    return None
+                    return
         except Exception as error:  # of gzip and pyarrow
-            return Damage(f"{file}, after {what} {number}", str(error).rstrip("."))
-    return None
+            yield Damage(f"{name}, after {what} {number}", str(error).rstrip("."), cut=True)
 
 
 def _lines(file: Path) -> Iterator[bytes]:
@@ -61,16 +84,40 @@ def _text(file: Path, column: str) -> Found:
 
 def _json(file: Path, column: str) -> Found:
     """Of files with an object a line."""
-    for number, line in enumerate(_lines(file) if _unpacked(file) else (), start=1):
-        if number == 1 and not _is_ours(line, column):
-            return
-        yield number, _not_utf8(line) or _no_row(line, column), len(line)
+    if not _unpacked(file) or not _is_ours(file, column):
+        return
+    for number, line in enumerate(_lines(file), start=1):
+        plain = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        yield number, _not_utf8(plain) or _no_row(plain, column), len(line)
 
 
-def _is_ours(line: bytes, column: str) -> bool:
-    """By its first line: a folder may hold files of other columns, or with one object or list over many lines."""
+def texts_of(files: Sequence[str], column: str) -> Iterator[dict[str, str | None]]:
+    """The text of every line of files with an object a line, None for what is damaged or none."""
+    for file in files:
+        for number, line in enumerate(_lines(Path(file)), start=1):
+            plain = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if not plain.strip():
+                continue
+            bad = _not_utf8(plain) or _no_row(plain, column)
+            yield {column: None if bad else json.loads(plain)[column]}
+
+
+def is_lines(file: Path) -> bool:
+    """Whether ``texts_of`` can read it: no list over the whole file, and packed by gzip at most."""
+    if not _unpacked(file):
+        return False
+    first = next((line for line in _lines(file) if line.strip()), b"")
+    return first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{")
+
+
+def _is_ours(file: Path, column: str) -> bool:
+    """By one of its first lines: a folder may hold files of other columns, or one object or list over many lines."""
+    return any(_has(line, column) for line in islice(_lines(file), _FIRST))
+
+
+def _has(line: bytes, column: str) -> bool:
     try:
-        row = json.loads(line)
+        row = json.loads(line.removeprefix(codecs.BOM_UTF8))
     except ValueError:
         return False
     return isinstance(row, dict) and column in row
@@ -88,7 +135,7 @@ def _no_row(line: bytes, column: str) -> str:
     if not line.strip():
         return ""
     try:
-        row = json.loads(line)
+        row = json.loads(line.rstrip())
     except ValueError as error:
         return f"no JSON: {error}"
     return no_text(row.get(column), column) if isinstance(row, dict) else "no JSON object"

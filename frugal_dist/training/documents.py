@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from frugal_dist.training.damage import find_damage, no_text
+from frugal_dist.training.damage import MEND, find_damage, is_lines, no_text, texts_of
 from frugal_dist.training.hub import OFFLINE, settle_source
-from frugal_dist.training.local import check_files, common_kind, find_files
+from frugal_dist.training.local import check_files, common_kind, find_files, kind_of
 from frugal_dist.training.recipe import Data
 
 C4 = "allenai/c4"
@@ -63,31 +62,42 @@ class Documents:
         Raises ValueError that names the file and the line or row, for local files, if one holds no text or reading
         fails.
         """
+        return self._took(examples, count, skip=False)[0]
+
+    def take_good(self, examples: Iterator[dict[str, Any]], count: int) -> tuple[list[str], int]:
+        """As ``take``, without the examples that hold no text, and how many those were."""
+        return self._took(examples, count, skip=True)
+
+    def _took(self, examples: Iterator[dict[str, Any]], count: int, skip: bool) -> tuple[list[str], int]:
+        texts: list[str] = []
+        skipped = 0
         try:
-            return [self._text(example) for example in islice(examples, count)]
+            while len(texts) < count and (example := next(examples, None)) is not None:
+                text = example[self.column]
+                if isinstance(text, str):
+                    texts.append(text)
+                elif skip:
+                    skipped += 1
+                else:
+                    raise NoText(no_text(text, self.column))
         except NoText as error:
-            damage = find_damage(self.files, self.column)
-            raise ValueError(f"{damage.place if damage else self.label}: {error}") from error
+            raise ValueError(f"{self.label}: {find_damage(self.files, self.column) or f'{error}. {MEND}.'}") from error
         except Exception as error:  # of datasets, pyarrow, the unpacker, the network; many of them are ValueErrors
-            cause = _cause(error, self.files, self.column)
-            raise ValueError(f"{self.label} cannot be read any further: {cause}.") from error
-
-    def _text(self, example: dict[str, Any]) -> str:
-        found = example[self.column]
-        if not isinstance(found, str):
-            advice = "Remove that document" if found is None else "Name the column that holds the text in data.column"
-            raise NoText(f"{no_text(found, self.column)}. {advice}.")
-        return found
+            raise ValueError(_unreadable(error, self.label, self.files, self.column, " any further")) from error
+        return texts, skipped
 
 
-def open_documents(data: Data, validation: bool = False) -> Documents:
+def open_documents(data: Data, validation: bool = False, skip: bool = False) -> Documents:
     """The training or validation text that a recipe's ``data`` names.
+
+    ``skip``: lines of JSONL files that cannot be read are examples without a text, for ``Documents.take_good``.
 
     Raises ValueError, naming the key, if it cannot be had, is empty or damaged, or lacks the split or the column.
     """
     key = "data.validation_path" if validation and data.validation_path else "data.path"
     path = data.validation_path if key == "data.validation_path" else data.path
-    dataset, label, files = _OPENERS[data.kind](data, path, validation, key)
+    opened = _lines_of(data, path, key) if skip and data.kind == "files" else None
+    dataset, label, files = opened or _OPENERS[data.kind](data, path, validation, key)
     first = _first(dataset, label, files, data.column)
     if data.column not in first:
         raise ValueError(
@@ -96,21 +106,35 @@ def open_documents(data: Data, validation: bool = False) -> Documents:
     return Documents(dataset.select_columns([data.column]), data.column, label, tuple(files))
 
 
+def _lines_of(data: Data, path: str | None, key: str) -> Opened | None:
+    """The lines of JSONL files as a stream, whatever is in them; None for files of other kinds."""
+    from datasets import Features, IterableDataset, Value
+
+    files = [file for file in find_files(str(path), key) if file.stat().st_size]
+    if not files or not all(kind_of(file) == "json" and is_lines(file) for file in files):
+        return None
+    stream = IterableDataset.from_generator(
+        texts_of,
+        gen_kwargs={"files": list(map(str, files)), "column": data.column},
+        features=Features({data.column: Value("string")}),
+    )
+    return stream, _label(files), files
+
+
 def _first(dataset: Any, label: str, files: Sequence[Path], column: str) -> dict[str, Any]:
     """The first example: whether the data can be read at all shows now, not at the first step."""
     try:
         found: dict[str, Any] | None = next(iter(dataset), None)
     except Exception as error:  # of datasets, pyarrow, the unpacker, the network
-        raise ValueError(f"{label} cannot be read: {_cause(error, files, column)}.") from error
+        raise ValueError(_unreadable(error, label, files, column)) from error
     if found is None:
         raise ValueError(f"{label} is empty.")
     return found
 
 
-def _cause(error: Exception, files: Sequence[Path], column: str) -> str:
+def _unreadable(error: Exception, label: str, files: Sequence[Path], column: str, further: str = "") -> str:
     """Where reading failed, if that can be found, and why."""
-    damage = find_damage(files, column)
-    return f"{damage.place}: {damage.trouble}" if damage else short(error)
+    return f"{label} cannot be read{further}: {find_damage(files, column) or short(error) + '.'}"
 
 
 def short(error: BaseException) -> str:
@@ -123,6 +147,11 @@ def short(error: BaseException) -> str:
 def _speaks_of_no_lost_buffer(record: logging.LogRecord) -> bool:
     """`datasets` warns that the content of a shuffle buffer is lost, even of one that never holds any."""
     return "shuffle buffer" not in record.getMessage()
+
+
+def _speaks_of_no_row(record: logging.LogRecord) -> bool:
+    """`datasets` logs a row, counted from 0 within a piece of the file, before it raises: the line is told instead."""
+    return "Failed to load JSON" not in record.getMessage()
 
 
 # --- kinds ------------------------------------------------------------------------------------------------------------
@@ -162,11 +191,18 @@ def _split(data: Data, validation: bool) -> str:
     return data.validation_split if validation else data.split
 
 
+def _label(files: Sequence[Path]) -> str:
+    return f"{files[0]}" if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files"
+
+
 def _local(builder: str, files: list[Path], key: str, data: Data) -> Opened:
     check_files(files)
     options = {"sample_by": data.documents.replace("file", "document")} if builder == "text" else {}
-    label = f"{files[0]}" if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files"
-    return _loaded(key, label, builder, data_files=list(map(str, files)), split="train", **options), label, files
+    label = _label(files)
+    try:
+        return _load(builder, data_files=list(map(str, files)), split="train", **options), label, files
+    except Exception as error:  # of datasets and pyarrow
+        raise ValueError(_unreadable(error, label, files, data.column)) from error
 
 
 def hub_dataset(place: str, name: str | None, split: str, key: str) -> Opened:
@@ -191,11 +227,16 @@ _ADVICE = {
 """What to do, by a sign in the words of `datasets`."""
 
 
-def _loaded(key: str, label: str, *arguments: Any, **options: Any) -> Any:
+def _load(*arguments: Any, **options: Any) -> Any:
     import datasets
 
+    logging.getLogger("datasets.packaged_modules.json.json").addFilter(_speaks_of_no_row)
+    return datasets.load_dataset(*arguments, streaming=True, **options)
+
+
+def _loaded(key: str, label: str, *arguments: Any, **options: Any) -> Any:
     try:
-        return datasets.load_dataset(*arguments, streaming=True, **options)
+        return _load(*arguments, **options)
     except Exception as error:  # of datasets, the hub's library, the network
         advice = next((words for sign, words in _ADVICE.items() if sign in str(error)), None)
         if advice:

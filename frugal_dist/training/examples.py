@@ -106,14 +106,37 @@ def _file(data: Data, name: str | None, key: str) -> Examples:
     check_files([path])
     try:
         rows = list(_READERS[path.suffix](path))
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is damaged or not what its name says: {error}.") from error
     return _examples(rows, str(path), data.text, data.text_pair, data.label)
 
 
 def _csv(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets begin with a byte order mark
-        yield from csv.DictReader(file, dialect="excel-tab" if path.suffix == ".tsv" else "excel")
+        dialect = "excel-tab" if path.suffix == ".tsv" else "excel"
+        # Not strict, a quote that is not closed would swallow the rows up to the next one in silence.
+        rows, begins = csv.reader(file, dialect, strict=True), 1
+        header: list[str] = []
+        while True:
+            try:
+                row = next(rows, None)
+            except csv.Error as error:
+                raise ValueError(
+                    f"{path}, line {begins}: a quote is not closed, or stands inside of a quoted text ({error}). Close "
+                    'it; quotes inside of a text are doubled: "a ""word"" of it".'
+                ) from error
+            if row is None:
+                return
+            if row and not header:
+                header = [name.strip() for name in row]
+            elif row:
+                if len(row) != len(header):
+                    raise ValueError(
+                        f"{path}, line {begins} has {len(row)} columns, its header has {len(header)}. A text with the "
+                        "separator in it needs quotes around it."
+                    )
+                yield dict(zip(header, row, strict=True))
+            begins = rows.line_num + 1
 
 
 def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -149,10 +172,11 @@ def _examples(rows: Sequence[dict[str, Any]], where: str, text: str, pair: str |
         for column in (text, *(() if pair is None else (pair,))):
             if not isinstance(row.get(column), str):
                 raise ValueError(f"{where}, example {number}: {column!r} is {row.get(column)!r}, no text.")
-        if row.get(label) is None or row[label] == "":
+        if row.get(label) is None or str(row[label]).strip() == "":
             raise ValueError(f"{where}, example {number}: {label!r} is empty, there must be a label.")
     pairs = None if pair is None else [row[pair] for row in rows]
-    return Examples(where, [row[text] for row in rows], pairs, [row[label] for row in rows])
+    labels = [row[label].strip() if isinstance(row[label], str) else row[label] for row in rows]
+    return Examples(where, [row[text] for row in rows], pairs, labels)
 
 
 def _numbers(examples: Examples) -> Examples:

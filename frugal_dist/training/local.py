@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 from collections.abc import Callable, Sequence
@@ -46,10 +47,17 @@ def check_files(files: Sequence[Path]) -> None:
     for file in files:
         if file.stat().st_size == 0:
             raise ValueError(f"{file} is empty; remove it or fetch it again.")
+        if file.suffix not in _PACKED and _starts(file).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError(f"{file} is UTF-16, as some programs save; convert it to UTF-8: iconv -f UTF-16 -t UTF-8.")
         try:
             _CHECKS.get(kind_of(file) or "", _readable)(file)
         except Exception as error:  # gzip, json, UTF-8 and pyarrow each have their own
             raise ValueError(f"{file} is damaged or not what its name says: {error}; fetch it again.") from error
+
+
+def _starts(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(4)
 
 
 def _readable(file: Path) -> None:
@@ -59,7 +67,10 @@ def _readable(file: Path) -> None:
 def _json_line(file: Path) -> None:
     line = _first_line(file)
     if line is not None and line.strip().startswith(b"{") and kind_of(file) == "json" and line.endswith(b"\n"):
-        json.loads(line)
+        try:
+            json.loads(line.rstrip())
+        except ValueError as error:
+            raise ValueError(f"line 1: no JSON: {error}") from error
 
 
 def _first_line(file: Path) -> bytes | None:

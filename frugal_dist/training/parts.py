@@ -32,24 +32,29 @@ _TOGETHER = 64  # documents encoded at once
 
 @dataclass(frozen=True)
 class Job:
-    """What every process must know. ``share``: of documents that are held back for validation."""
+    """What every process must know. ``share``: of documents that are held back for validation.
+
+    ``skip``: documents without a text are left out and counted.
+    """
 
     folder: Path
     tokenizer: Path
     separator: int
     dtype: str
     share: float
+    skip: bool = False
 
 
 @dataclass(frozen=True)
 class Part:
-    """A finished part. ``after``: the stream's position after it; ``size``: bytes of text."""
+    """A finished part. ``after``: the stream's position after it; ``size``: bytes of text; ``skipped``: left out."""
 
     number: int
     documents: int
     size: int
     tokens: dict[str, int]
     after: dict[str, Any]
+    skipped: int = 0
 
 
 def encode_parts(
@@ -66,20 +71,23 @@ def encode_parts(
     stream = documents.part(None, 0, 0, 1)
     if parts:
         stream.load_state_dict(parts[-1].after)
-    chunks = _chunks(documents, stream, per_part, len(parts))
+    chunks = _chunks(documents, stream, per_part, len(parts), job.skip)
     for part in _in_processes(job, chunks, workers) if workers > 1 else _in_this_one(job, chunks):
         parts.append(part)
         done(part)
     return parts
 
 
-Chunk = tuple[int, list[str], dict[str, Any]]
+Chunk = tuple[int, list[str], dict[str, Any], int]
 
 
-def _chunks(documents: Documents, stream: Any, per_part: int, first: int) -> Iterator[Chunk]:
+def _chunks(documents: Documents, stream: Any, per_part: int, first: int, skip: bool) -> Iterator[Chunk]:
     examples, number = iter(stream), first
-    while texts := documents.take(examples, per_part):
-        yield number, texts, stream.state_dict()
+    while True:
+        texts, skipped = documents.take_good(examples, per_part) if skip else (documents.take(examples, per_part), 0)
+        if not texts and not skipped:
+            return
+        yield number, texts, stream.state_dict(), skipped
         number += 1
 
 
@@ -123,8 +131,8 @@ def _begin(job: Job) -> None:
     _HERE[:] = [_encoder(job)]
 
 
-def _encode_here(job: Job, number: int, texts: list[str], after: dict[str, Any]) -> Part:
-    return _encode(job, _HERE[0], number, texts, after)
+def _encode_here(job: Job, *chunk: Any) -> Part:
+    return _encode(job, _HERE[0], *chunk)
 
 
 def _encoder(job: Job) -> Encoder:
@@ -133,7 +141,7 @@ def _encoder(job: Job) -> Encoder:
     return Encoder(Tokenizer.from_file(str(job.tokenizer)), job.separator)
 
 
-def _encode(job: Job, encoder: Encoder, number: int, texts: list[str], after: dict[str, Any]) -> Part:
+def _encode(job: Job, encoder: Encoder, number: int, texts: list[str], after: dict[str, Any], skipped: int) -> Part:
     """Write the files of a part."""
     dtype = TOKEN_TYPES[job.dtype]
     halves: dict[str, list[str]] = {half: [] for half in HALVES}
@@ -150,7 +158,7 @@ def _encode(job: Job, encoder: Encoder, number: int, texts: list[str], after: di
         tokens[half] = sum(map(len, ids))
         write_whole(job.folder / f"{number:05d}.{half}", b"".join(array.tobytes() for array in ids))
     size = sum(len(text.encode()) for text in texts)
-    part = Part(number, len(texts), size, tokens, after)
+    part = Part(number, len(texts), size, tokens, after, skipped)
     write_whole(job.folder / f"{number:05d}.json", json.dumps(asdict(part)).encode())
     return part
 

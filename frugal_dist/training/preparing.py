@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from glob import glob
 from pathlib import Path
 from typing import Literal
 
 from tqdm import tqdm
 
+from frugal_dist.training.damage import MEND, find_damage
 from frugal_dist.training.data import token_type
 from frugal_dist.training.documents import Documents, open_documents
 from frugal_dist.training.encoding import Encoder, read_encoder
+from frugal_dist.training.hub import settle_source
 from frugal_dist.training.parts import HALVES, TOKENIZER, Job, Part, encode_parts, write_whole
 from frugal_dist.training.prepare import FORMAT, PreparedData, read_description, write_description
 from frugal_dist.training.recipe import Data
@@ -40,6 +43,8 @@ class Preparation:
     documents: Literal["line", "paragraph", "file"] = "line"
     workers: int = 1
     part_documents: int = 10_000
+    validation_path: str | None = field(default=None, repr=False)  # the fingerprint knows the repr of those above
+    skip_bad: bool = field(default=False, repr=False)
 
 
 def prepare(wanted: Preparation) -> PreparedData:
@@ -47,6 +52,25 @@ def prepare(wanted: Preparation) -> PreparedData:
 
     Raises ValueError, naming what is missing, damaged or contradictory; finished parts stay for the next time.
     """
+    try:
+        return _prepare(wanted)
+    except ValueError as error:
+        raise ValueError(_with_flags(str(error))) from error
+
+
+_FLAGS = {
+    "path": "SOURCE", "column": "--column", "tokenizer": "--tokenizer", "validation_path": "--validation-path",
+    "split": "--split", "validation_split": "--validation-split", "name": "--name", "documents": "--documents",
+}  # fmt: skip
+
+
+def _with_flags(text: str) -> str:
+    """What is said of a recipe's keys, of this command's flags."""
+    flagged = re.sub(r"\bdata\.(\w+)", lambda key: _FLAGS.get(key.group(1), key.group(0)), text)
+    return flagged.replace("`frugal-dist data prepare --skip-bad`", "--skip-bad")
+
+
+def _prepare(wanted: Preparation) -> PreparedData:
     _check(wanted)
     encoder = read_encoder(wanted.tokenizer)
     texts = _open(wanted)
@@ -73,25 +97,41 @@ def _check(wanted: Preparation) -> None:
     for key in ("workers", "part_documents"):
         if getattr(wanted, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} is {getattr(wanted, key)}; it must be at least 1.")
-    if wanted.validation_split is None and not 0 < wanted.validation_share < 1:
+    if wanted.validation_split is not None and wanted.validation_path is not None:
+        raise ValueError("--validation-split and --validation-path: give one of them.")
+    existing = next(path for path in (wanted.out, *wanted.out.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--out {wanted.out}: {existing} is a file; name a folder, which will be made.")
+    if wanted.validation_split is None and wanted.validation_path is None and not 0 < wanted.validation_share < 1:
         raise ValueError(f"--validation-share is {wanted.validation_share}; it must be between 0 and 1.")
 
 
 def _open(wanted: Preparation) -> dict[str, Documents]:
     """The text to read by the name of its parts' folder."""
-    like_the_hub = (Path(wanted.source) / "README.md").is_file()
     data = Data(
-        kind="files" if glob(wanted.source) and not like_the_hub else "hub",
+        kind=_kind_of(wanted.source),
         path=wanted.source,
         name=wanted.name,
         column=wanted.column,
         split=wanted.split,
         documents=wanted.documents,
     )
-    found = {"train": open_documents(data)}
+    found = {"train": open_documents(data, skip=wanted.skip_bad)}
     if wanted.validation_split is not None:
-        found["validation"] = open_documents(replace(data, split=wanted.validation_split))
+        found["validation"] = open_documents(replace(data, split=wanted.validation_split), skip=wanted.skip_bad)
+    if wanted.validation_path is not None:
+        held_back = replace(data, kind=_kind_of(wanted.validation_path), validation_path=wanted.validation_path)
+        validation = held_back.kind == "files"
+        if not validation:  # a dataset of its own, of which the same split is meant
+            settle_source(wanted.validation_path, "data.validation_path")
+            held_back = replace(held_back, path=wanted.validation_path)
+        found["validation"] = open_documents(held_back, validation, skip=wanted.skip_bad)
     return found
+
+
+def _kind_of(source: str) -> Literal["files", "hub"]:
+    like_the_hub = (Path(source) / "README.md").is_file()
+    return "files" if glob(source) and not like_the_hub else "hub"
 
 
 def _fingerprint(wanted: Preparation, encoder: Encoder, texts: dict[str, Documents]) -> str:
@@ -100,7 +140,8 @@ def _fingerprint(wanted: Preparation, encoder: Encoder, texts: dict[str, Documen
         (str(file), file.stat().st_size, file.stat().st_mtime_ns) for text in texts.values() for file in text.files
     ]
     settings = replace(wanted, out=Path(), workers=1, tokenizer="")
-    content = json.dumps([FORMAT, repr(settings), encoder.tokenizer.to_str(), encoder.separator, files])
+    more = [[wanted.validation_path, wanted.skip_bad]] if wanted.validation_path or wanted.skip_bad else []
+    content = json.dumps([FORMAT, repr(settings), encoder.tokenizer.to_str(), encoder.separator, files, *more])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -110,17 +151,20 @@ def _make(wanted: Preparation, encoder: Encoder, texts: dict[str, Documents], re
     dtype = token_type(encoder.vocab_size)
     parts: list[tuple[Path, Part]] = []
     for name, documents in texts.items():
-        share = wanted.validation_share if wanted.validation_split is None else float(name == "validation")
-        job = Job(folder / name, folder / TOKENIZER, encoder.separator, dtype, share)
+        share = float(name == "validation") if "validation" in texts else wanted.validation_share
+        job = Job(folder / name, folder / TOKENIZER, encoder.separator, dtype, share, wanted.skip_bad)
         with _bar(name, documents) as bar:
             found = encode_parts(job, documents, wanted.part_documents, wanted.workers, bar.show)
         parts += [(job.folder, part) for part in found]
+        if skipped := sum(part.skipped for part in found):
+            where = find_damage(documents.files, wanted.column).removesuffix(f" {MEND}.")
+            print(f"Left out {skipped:,} document{'s' * (skipped > 1)} of {documents.label}. {where}")
     counts = {half: sum(part.tokens[half] for _, part in parts) for half in HALVES}
     for half, count in counts.items():
         if not count:
             raise ValueError(
-                f"{texts['train'].label} has too few documents: none is left for {half}. Change --validation-share "
-                f"({wanted.validation_share}) or add text."
+                f"{texts.get(half, texts['train']).label} has too few documents: none is left for {half}. "
+                f"Change --validation-share ({wanted.validation_share}) or add text."
             )
         _join([place / f"{part.number:05d}.{half}" for place, part in parts], wanted.out / f"{half}.bin")
     shutil.copyfile(folder / TOKENIZER, wanted.out / TOKENIZER)

@@ -10,7 +10,8 @@ from itertools import count
 from typing import Any, TypeVar, cast
 
 from frugal_dist.training.place import Place
-from frugal_dist.training.rollcall import OthersFailed, RollCall, own_name
+from frugal_dist.training.rollcall import OthersFailed, RollCall, is_mistake, own_name
+from frugal_dist.training.waiting import waiting
 
 # torch is imported inside the functions: once the terminal is protected from its output.
 
@@ -70,11 +71,10 @@ def _backends() -> set[str]:
 def _join(place: Place) -> RollCall:
     import torch
     from torch import distributed
-    from torch.distributed.rendezvous import rendezvous
 
     from frugal_dist.training.engines.collectives import gathered
 
-    first, rank, world = next(rendezvous("env://"))
+    first, rank, world = _met(place)
     # A name of its own each time: who trains twice in a process must not meet the addresses of the time before.
     store = distributed.PrefixStore(f"training{next(_JOINED)}", first)  # type: ignore[attr-defined]
     index = _agreed_gpu(place, torch.cuda.device_count() if torch.cuda.is_available() else 0, store)
@@ -86,6 +86,24 @@ def _join(place: Place) -> RollCall:
         "gloo" if device is None else "cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=world, device_id=device
     )
     return RollCall(store, place.rank, gathered(own_name(place.rank)))
+
+
+def _met(place: Place) -> tuple[Any, int, int]:
+    """The store where ranks meet, this rank, their number: torch's rendezvous. ValueError if its port is taken."""
+    from torch import distributed
+    from torch.distributed.rendezvous import rendezvous
+
+    where = f"{place.address}:{place.port} (MASTER_ADDR, MASTER_PORT)"
+    speaks = place.local_rank == 0 or place.rank == 1
+    try:
+        with waiting(f"all {place.world} ranks to meet at {where}, where rank 0 listens", speaks):
+            met: tuple[Any, int, int] = next(rendezvous("env://"))
+            return met
+    except distributed.DistNetworkError as error:
+        if place.rank == 0 and "EADDRINUSE" in str(error):
+            text = f"MASTER_PORT={place.port} is taken on this host by another process: give a free one to all ranks."
+            raise ValueError(text) from error
+        raise
 
 
 def _agreed_gpu(place: Place, count: int, store: Any) -> int | None:
@@ -150,10 +168,13 @@ def agree(trouble: Exception | None) -> None:
 
     from frugal_dist.training.engines.collectives import gathered
 
-    told = gathered(None if trouble is None else f"{type(trouble).__name__}: {trouble}")
     rank = distributed.get_rank() if distributed.is_initialized() else 0
-    failed = {number: text for number, text in enumerate(told) if text is not None}
+    own = None if trouble is None else (f"{type(trouble).__name__}: {trouble}", is_mistake(trouble))
+    with waiting("other ranks, which still do what this one has done; see their output.rank*.txt", speaks=rank < 2):
+        told = gathered(own)
+    failed = {number: one for number, one in enumerate(told) if one is not None}
     if trouble is not None and told.index(told[rank]) == rank:
         raise trouble
     if failed:
-        raise OthersFailed("; ".join(f"rank {number} failed: {text}" for number, text in failed.items()))
+        text = "; ".join(f"rank {number} failed: {text}" for number, (text, _) in failed.items())
+        raise OthersFailed(text, all(mistake for _, mistake in failed.values()))

@@ -19,7 +19,21 @@ class RankLost(RuntimeError):
 
 
 class OthersFailed(RuntimeError):
-    """This rank could go on, but another could not; what is to be said, another one says."""
+    """This rank could go on, but another could not; what is to be said, another one says.
+
+    ``mistake``: what the other met was the user's to mend, see ``is_mistake``.
+    """
+
+    def __init__(self, text: str, mistake: bool = False) -> None:
+        super().__init__(text)
+        self.mistake = mistake
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Whether the user is to change something before the same command can work: exit code 2, not 1."""
+    if isinstance(error, OthersFailed):
+        return error.mistake
+    return isinstance(error, ValueError | ImportError | FileNotFoundError | NotADirectoryError | PermissionError)
 
 
 @dataclass(frozen=True)

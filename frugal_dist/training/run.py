@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from frugal_dist import checkpoint
 from frugal_dist.training.begun import GOING_ON, check_begun
-from frugal_dist.training.console import LOG_FILE, log_file, quiet_console, say
+from frugal_dist.training.console import LOG_FILE, log_file, quiet_console, say, tell
 from frugal_dist.training.place import Place, find_place
 from frugal_dist.training.ranks import agree, joined, together
 from frugal_dist.training.recipe import Recipe
-from frugal_dist.training.rollcall import OthersFailed
+from frugal_dist.training.rollcall import OthersFailed, is_mistake
+from frugal_dist.training.run_lock import held
 from frugal_dist.training.shared import check_shared
-from frugal_dist.training.signals import DIVERGED, STOPPED, StopRequest, stop_requests
+from frugal_dist.training.signals import DIVERGED, STOPPED, StoppedEarly, StopRequest, stop_requests
+from frugal_dist.training.waiting import waiting
 
 # Heavy and noisy libraries are imported inside the functions: once the terminal is protected from their output.
 if TYPE_CHECKING:
@@ -80,24 +82,45 @@ def run_begun(begin: Callable[[], Start]) -> int:
     """Train, as one rank of whatever launcher started this process, what ``begin`` returns; return the exit code.
 
     0 when all steps are done, 75 after a signal to stop (a checkpoint is saved; the same command goes on), 65 if it
-    diverged, 1 after a failure. If ``begin`` raises, no rank starts; a process alone raises the same.
+    diverged, 2 for what the user is to mend before it can begin, 130 after Ctrl-C before it began, 1 after another
+    failure. If ``begin`` raises, no rank starts; a process alone raises the same.
     """
     place = find_place()
     log, prepare = _begun(begin, place)
     with environment(place), quiet_console(log) as terminal, stop_requests() as request:
+        request.speaks = place.rank == 0
         try:
             with joined(place), ExitStack() as stack:
+                request.at_once = place.world == 1
                 build = together(prepare)
                 if place.world > 1:
                     check_shared(log.parent, place.rank)
-                code = _train(build(place, stack), terminal, request)
+                together(lambda: _hold(log.parent, stack) if place.rank == 0 else None)
+                with waiting("the data and the model, which are read or fetched", request.speaks):
+                    job = build(place, stack)
+                code = _train(job, terminal, request)
+        except StoppedEarly as stop:
+            say(terminal, f"Stopped before training began ({stop.name}); the same command starts it.")
+            return stop.code
         except Exception as error:
             traceback.print_exc(file=sys.stderr)
+            mistake = is_mistake(error) and not request.training
             if not isinstance(error, OthersFailed):
-                say(terminal, f"\nRank {place.rank} failed: {type(error).__name__}: {error}")
-            return 1
+                say(terminal, f"\n{failure_text(error, mistake, place, log)}")
+            return 2 if mistake else 1
         request.obeyed = code == STOPPED
     return code
+
+
+def failure_text(error: Exception, mistake: bool, place: Place, log: Path) -> str:
+    """What went wrong, on which rank if there are several, and where there is more about it."""
+    what = str(error) if place.world == 1 and mistake else f"{type(error).__name__}: {error}"
+    who = f"Rank {place.rank} failed" if place.world > 1 else "Failed"
+    return f"{who}: {what}" + (f"\nDetails: {log}" if log != Path(os.devnull) else "")
+
+
+def _hold(run: Path, stack: ExitStack) -> None:
+    stack.enter_context(held(run, tell))
 
 
 def _begun(begin: Callable[[], Start], place: Place) -> tuple[Path, Callable[[], Prepare]]:
@@ -155,6 +178,7 @@ def _train(job: Job, terminal: TextIO, request: StopRequest) -> int:
             job.recall(found[1])
     if engine.rank == 0:
         say(terminal, "\n".join([_headline(job, start), *filter(None, [job.note])]))
+    request.at_once, request.training = False, True
     try:
         outcome = _run(job, start, 0.0 if found is None else float(found[1].get(SECONDS, 0.0)), terminal, request)
     except Diverged as error:  # on all ranks: they leave together, and a comparison goes on with its next run

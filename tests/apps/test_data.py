@@ -451,6 +451,58 @@ def test_prepared_data_is_made_once(
         prepare(preparation(folder, tmp_path, validation_share=1e-6))
 
 
+BAD_LINES = ['{"text": "cut off', '{"text": null}', '{"content": "a"}', "[1]", '{"text": 5}', '{"text": "caf\xe9"}']
+
+
+def test_bad_documents_are_left_out_and_counted(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also by an interrupted preparation that goes on; the texts held back are those of a file of one's own."""
+    good = corpora.topics()[0][:12]
+    lines = [json.dumps({"text": text}) for text in good]
+    for number, bad in enumerate(BAD_LINES):
+        lines.insert(2 * number + 1, bad)
+    source, held_back = tmp_path / "texts.jsonl", corpora.write_jsonl(tmp_path / "held.jsonl", corpora.topics()[1][:3])
+    source.write_bytes("\r\n".join(lines).encode("latin-1", "replace") + b"\n")
+    wanted = Preparation(source=str(source), out=tmp_path / "out", tokenizer=str(folder / "t5"), part_documents=2)
+    with pytest.raises(ValueError, match=r"texts.jsonl, line 2: no JSON: .*; and 3 more.*; --skip-bad leaves such"):
+        prepare(wanted)
+    wanted = replace(wanted, skip_bad=True, validation_path=str(held_back))
+    made = prepare(wanted)
+    said = capsys.readouterr().out
+    assert f"Left out {len(BAD_LINES)} documents of {source}. texts.jsonl, line 2: no JSON" in said
+    counts = [int((tokens == made.separator).sum()) for tokens in open_prepared(tmp_path / "out")[1:]]
+    assert counts == [len(good), 3]
+    documents = open_documents(Data(kind="files", path=str(source)), skip=True)
+    stream = documents.part(None, 0, 0, 1)
+    texts, skipped = documents.take_good(iter(stream), 5)
+    again = documents.part(None, 0, 0, 1)
+    again.load_state_dict(stream.state_dict())
+    rest, left = documents.take_good(iter(again), 100)
+    assert (texts + rest, skipped + left) == (good, len(BAD_LINES))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"source": "no_such.jsonl"}, r"SOURCE is 'no_such.jsonl': there is no such file"),
+        ({"tokenizer": "no/such/folder"}, r"--tokenizer is 'no/such/folder': there is no such file"),
+        ({"column": "txt"}, r"Set --column to one"),
+        ({"validation_path": "gone.jsonl"}, r"--validation-path is 'gone.jsonl': there is no such file"),
+        ({"validation_path": "a", "validation_split": "b"}, r"--validation-split and --validation-path: give one"),
+        ({"out": "{here}/file/out"}, r"file is a file; name a folder"),
+    ],
+)
+def test_what_is_wrong_is_said_with_the_flag(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], said: str, prepared: Path
+) -> None:
+    (tmp_path / "file").touch()
+    if "out" in changes:
+        changes = {"out": Path(changes["out"].format(here=tmp_path))}
+    with pytest.raises(ValueError, match=said):
+        prepare(replace(preparation(folder, tmp_path / "out"), **changes))
+
+
 def test_uint32_and_a_validation_split(folder: Path, tmp_path: Path) -> None:
     """A vocabulary beyond 65,536 ids; validation from a split of its own."""
     tokenizer = corpora.write_words(tmp_path / "words.json", 70_000)

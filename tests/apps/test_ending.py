@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
+
+import pytest
+
+from frugal_dist.training.signals import TOGETHER
 
 LATE = """
 import atexit, sys, threading, time
@@ -42,3 +49,50 @@ def test_a_rank_ends_while_gloo_is_still_letting_go(tmp_path: Path) -> None:
     """With the interpreter's own end instead, about every second such rank dies by SIGABRT."""
     expected = "done\na thread\nat exit\n"
     assert end(tmp_path, LATE + ORDERLY) == [(3, expected), (4, expected)]
+
+
+SIGNALLED = """
+import ctypes, sys, time
+from frugal_dist.training.signals import StoppedEarly, stop_requests
+
+with stop_requests() as request:
+    request.at_once = sys.argv[1] == "preparing"
+    try:
+        print("ready", flush=True)
+        while sys.argv[2] == "Python":
+            time.sleep(0.01)
+        mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+        lock(mutex)
+        lock(mutex)  # as in a collective, no handler of Python's is called any more
+    except StoppedEarly as stop:
+        sys.exit(stop.code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("phase", "where", "number", "code"),
+    [
+        ("preparing", "Python", signal.SIGTERM, 75),
+        ("preparing", "C", signal.SIGINT, 130),
+        ("training", "Python", signal.SIGINT, 130),
+        ("training", "C", signal.SIGTERM, 143),
+    ],
+)
+def test_the_first_signal_ends_what_has_nothing_to_save_and_the_second_ends_all(
+    phase: str, where: str, number: signal.Signals, code: int
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SIGNALLED, phase, where],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    if phase == "training":
+        assert f"{number.name} once more ends it at once" in process.stderr.readline()
+        time.sleep(TOGETHER)
+        process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert ("ended at once, without saving" in errors) == (phase == "training")

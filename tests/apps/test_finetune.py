@@ -339,6 +339,31 @@ def test_wrong_files_are_named(name: str, tmp_path: Path) -> None:
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["w1 w2, pos", '"w3", neg ', "w4,pos"], ""),
+        (["w1, w2,pos", "w3,neg"], "line 2 has 3 columns, its header has 2"),
+        (["w3,neg", "w1"], "line 3 has 1 columns, its header has 2"),
+        (['"w1 w2,pos', '"w3 w4",neg', "w5,pos"], "line 2: a quote is not closed"),
+        (["w0,neg", '"w1\nw2",pos', '"w1 w2,pos', "w5,neg"], "line 5: a quote is not closed"),
+        (['"a ""word"" of\nit",pos', "", "5'' w,neg"], ""),
+    ],
+)
+@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+def test_a_row_that_is_none_is_no_class(lines: list[str], said: str, ending: str, tmp_path: Path) -> None:
+    """Blanks around a label do not count; a text with the separator, or a quote left open, is not read in silence."""
+    path = tmp_path / f"a{ending}"
+    text = "\n".join(["text, label", *lines]) + "\n"
+    path.write_text(text if ending == ".csv" else text.replace(",", "\t"))
+    data = Data(train=str(path), validation=str(path))
+    if said:
+        with pytest.raises(ValueError, match=said):
+            read_examples(data)
+    else:
+        assert read_examples(data).classes == ("neg", "pos")
+
+
 def test_files_are_read_as_they_are(tmp_path: Path) -> None:
     """Words that other readers take for missing values, numbers in order, a table with a header only."""
     path = write_csv(
@@ -386,7 +411,7 @@ def test_what_shows_only_with_the_data_is_said_before_training(folder: Path, cap
         (["--optimizer.name", "lora", "--lora.targets", "[queries]"], "lora.targets is ['queries']"),
         (["--optimizer.stateful", "[queries]"], "optimizer.stateful"),
     ):
-        assert finetune(recipe(folder, "wrong", *changes)) == 1
+        assert finetune(recipe(folder, "wrong", *changes)) == 2
         assert words in capfd.readouterr().err
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from frugal_dist.cli import main
 from frugal_dist.training.metrics import of_kind, read_metrics
 from frugal_dist.training.pretrain import pretrain
 from frugal_dist.training.recipe import Recipe, read_recipe
+from frugal_dist.training.run_lock import LOCK_FILE, check_free
 from frugal_dist.training.signals import STOPPED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,14 +115,28 @@ LAUNCHES = {
 }
 
 
+def with_stale_locks(folder: Path) -> Path:
+    """A copy of the built operations of DeepSpeed, if there are any, each with a lock that nobody holds."""
+    built = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "none"))
+    if built.is_dir():
+        shutil.copytree(built, folder)
+    (folder / "deepspeed_shm_comm").mkdir(parents=True, exist_ok=True)
+    (folder / "deepspeed_shm_comm" / "lock").touch()
+    return folder
+
+
 @pytest.mark.parametrize("engine", LAUNCHES)
 def test_every_engine_has_the_same_curve(
-    engine: str, folder: Path, uninterrupted: dict[tuple[str, int], float]
+    engine: str, folder: Path, uninterrupted: dict[tuple[str, int], float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Real launchers, two ranks. Smooth rules in fp32: what differs is the order of sums."""
+    """Real launchers, two ranks. Smooth rules in fp32: what differs is the order of sums.
+
+    DeepSpeed finds the lock of a build that was killed, for which torch would wait in silence and without end.
+    """
     launch = LAUNCHES[engine]
     if engine == "deepspeed":
         launch = [launch[0], f"--master_port={20_000 + os.getpid() % 20_000}", *launch[1:]]
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(with_stale_locks(folder / "extensions")))
     launch = [str(Path(sys.executable).parent / launch[0]), *launch[1:]]
     process = start([*launch, "frugal_dist.cli", *command(folder, engine, "--engine", engine)])
     output, _ = process.communicate(timeout=300)
@@ -148,7 +164,7 @@ def test_refreshes_and_validation_are_written_down(folder: Path, uninterrupted: 
     assert of_kind(read_metrics(folder / "runs" / "single"), "run")[0]["validation_tokens"] == 640
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_stopped_run_goes_on_exactly(
     number: signal.Signals, folder: Path, uninterrupted: dict[tuple[str, int], float]
 ) -> None:
@@ -164,6 +180,9 @@ def test_a_stopped_run_goes_on_exactly(
     while process.poll() is None and (not metrics.is_file() or '"train", "step": 4' not in metrics.read_text()):
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()[0]
+    if number == signal.SIGTERM:  # while it trains: nobody else may, and is told by whom
+        with pytest.raises(ValueError, match=rf"is in use by process {process.pid} on .* since 2"):
+            check_free(folder / "runs" / name, print)
     process.send_signal(number)
     if process.stdout.closed:
         process.stdout = None  # communicate would read it
@@ -177,6 +196,7 @@ def test_a_stopped_run_goes_on_exactly(
     assert found == {key: value for key, value in uninterrupted.items() if key in found}
     assert ("train", 10) in found
     assert len(of_kind(read_metrics(folder / "runs" / name), "run")) == 2
+    assert not (folder / "runs" / name / LOCK_FILE).exists()
 
 
 def test_fewer_steps_than_are_done_are_refused(
@@ -190,7 +210,7 @@ def test_fewer_steps_than_are_done_are_refused(
 
     saved = sorted(path.name for path in (folder / "runs" / "single" / "checkpoints").iterdir())
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
-    assert pretrain(recipe(folder, "single", "--steps", "5")) == 1
+    assert pretrain(recipe(folder, "single", "--steps", "5")) == 2
     torch.distributed.destroy_process_group()
     assert "has done 10: raise it or change folder" in capfd.readouterr().err
     assert sorted(path.name for path in (folder / "runs" / "single" / "checkpoints").iterdir()) == saved
@@ -204,7 +224,7 @@ def test_a_run_of_another_setting_is_not_continued(
         ("--optimizer.lr", "2e-3", "optimizer.lr 0.001 (now 0.002)"),
         ("--seed", "1", "seed 0 (now 1)"),  # of the data's order, which a checkpoint of token files does not hold
     ):
-        assert pretrain(recipe(folder, "single", key, value)) == 1
+        assert pretrain(recipe(folder, "single", key, value)) == 2
         assert words in capfd.readouterr().err
     assert (folder / "runs" / "single" / "metrics.jsonl").read_bytes() == saved
 
@@ -214,9 +234,9 @@ def test_a_comparison_that_one_rank_cannot_begin_is_begun_by_none(folder: Path, 
     arguments = ["--optimizers", "adamw", "--engine", "ddp", "--folder", str(tmp_path), "--batch", "4"]
     known = str(folder / "recipe.yaml")
     begun = read_recipe(known, ["--optimizer.name", "adamw"], Recipe).record()
-    for recipes, codes, words in (
-        ((known, "missing.yaml"), [1, 2], (1, "there is no recipe 'missing.yaml'")),
-        ((known, known), [2, 1], (0, "holds a run with batch 8 (now 4)")),
+    for recipes, words in (
+        ((known, "missing.yaml"), (1, "there is no recipe 'missing.yaml'")),
+        ((known, known), (0, "holds a run with batch 8 (now 4)")),
     ):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -231,11 +251,11 @@ def test_a_comparison_that_one_rank_cannot_begin_is_begun_by_none(folder: Path, 
             for rank, name in enumerate(recipes)
         ]  # fmt: skip
         outputs = [process.communicate(timeout=200)[0] for process in ranks]
-        assert [process.returncode for process in ranks] == codes, outputs
+        assert [process.returncode for process in ranks] == [2, 2], outputs
         assert words[1] in outputs[words[0]]
         assert words[1] not in outputs[1 - words[0]]
         run = tmp_path / "adamw-seed0"
-        assert run.exists() == (codes == [2, 1])
+        assert run.exists() == (recipes[1] == known)
         run.mkdir(exist_ok=True)
         (run / "metrics.jsonl").write_text(json.dumps({"kind": "run", **begun}) + '\n{"kind": "summary"}\n')
 
@@ -259,7 +279,7 @@ def test_a_run_goes_on_on_another_engine(folder: Path, uninterrupted: dict[tuple
 
 
 def test_too_little_text_is_an_error_before_training(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert pretrain(recipe(folder, "short", "--data.epochs", "0.01")) == 1
+    assert pretrain(recipe(folder, "short", "--data.epochs", "0.01")) == 2
     assert "data.epochs is 0.01" in capfd.readouterr().err
 
 

@@ -108,7 +108,7 @@ def test_what_one_rank_cannot_read_ends_all(host: Host, workshop: Workshop) -> N
         meeting = {"MASTER_ADDR": "node1", "MASTER_PORT": "29555"}
         processes.append(host.start(command, logs[rank], **place, **meeting))
     for process in processes:
-        run.end(process, 1)
+        run.end(process, 2)
     assert "Rank 1 failed: ValueError: there is no recipe 'nowhere.yaml'" in logs[1].read_text()
     assert "failed" not in logs[0].read_text()  # said once, by the rank that it happened to
     assert "rank 1 failed: ValueError: there is no recipe" in (run.folder / "output.txt").read_text()

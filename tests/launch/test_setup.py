@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from frugal_dist.integrations import build_locks
+
 ROOT = Path(__file__).parents[2]
 CPU_TORCH = "install --no-input torch==2.13.0+cpu"
 
@@ -28,6 +30,8 @@ class Checkout:
         (root / "bin").mkdir()
         shutil.copy(ROOT / "launch/setup.sh", root / "launch")
         shutil.copy(ROOT / "pyproject.toml", root)
+        (root / "frugal_dist/integrations").mkdir(parents=True)
+        shutil.copy(ROOT / "frugal_dist/integrations/build_locks.py", root / "frugal_dist/integrations")
         self.tool("nvidia-smi", "exit 9")
         self.tool("c++", "exit 0")
         self.started: list[subprocess.Popen[str]] = []
@@ -190,11 +194,47 @@ def test_the_lock_of_a_running_build_is_waited_for(checkout: Checkout) -> None:
         process = checkout.start("deepspeed")
         assert process.stdout is not None
         lines = iter(process.stdout.readline, "")
-        assert any("another process is building deepspeed_shm_comm; waiting" in line for line in lines)
+        word = f"waiting for deepspeed_shm_comm, which process {os.getpid()} is building: 0 s"
+        assert any(word in line for line in lines)
         assert checkout.lock.exists()
         checkout.lock.unlink()
     shown, _ = process.communicate(timeout=60)
     assert process.returncode == 0, shown
+
+
+def test_what_cannot_be_seen_to_be_dead_is_left_until_it_is_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a build on another host, or another user's: only the age of its files tells."""
+    lock = tmp_path / "fused_adam" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    said: list[str] = []
+    for name, unseen in (("_is_local", lambda path: False), ("_holder", lambda status: (None, False))):
+        with monkeypatch.context() as patch:
+            patch.setattr(build_locks, name, unseen)
+            build_locks.clear_stale_locks(said.append)
+            assert lock.exists() and not said
+            assert "another machine or user" in str(build_locks._clear(lock, said.append))
+    monkeypatch.setattr(build_locks, "_is_local", lambda path: False)
+    long_ago = time.time() - build_locks.SILENCE - 1
+    for path in (lock, lock.parent):
+        os.utime(path, (long_ago, long_ago))
+    build_locks.wait_for_builds(said.append)
+    assert not lock.exists() and said == [f"removing the lock of a build that was killed ({lock})"]
+
+
+def test_the_default_folder_of_extensions_is_looked_into_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    locks = [tmp_path / "torch_extensions" / kind / "cpu_adam" / "lock" for kind in ("py311_cpu", "py312_cu130")]
+    for lock in locks:
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    with locks[0].open():
+        build_locks.clear_stale_locks(lambda text: None)
+        assert [lock.exists() for lock in locks] == [True, False]
 
 
 def test_a_build_that_fails_shows_its_log_and_is_tried_again(checkout: Checkout) -> None:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, distributed, nn
 
 from frugal_dist import checkpoint
+from frugal_dist.integrations.build_locks import wait_for_builds
 from frugal_dist.optimizer import Frugal
 from frugal_dist.planner.zero import offloads
 from frugal_dist.training.accelerator import settle_accelerator
+from frugal_dist.training.console import tell
 from frugal_dist.training.engines import collectives
 from frugal_dist.training.engines.protocol import (
     Losses,
@@ -29,6 +31,7 @@ from frugal_dist.training.optimizers import frugal_options
 from frugal_dist.training.recipe import Recipe
 from frugal_dist.training.schedule import jump
 from frugal_dist.training.spelling import ZERO
+from frugal_dist.training.waiting import waiting
 
 
 class DeepSpeedEngine:
@@ -46,9 +49,12 @@ class DeepSpeedEngine:
         optimizer: Callable[[nn.Module], Frugal] | None = None,
     ) -> None:
         settle_accelerator()
+        wait_for_builds(tell)
         import deepspeed
 
-        deepspeed.init_distributed()
+        # On a CPU this builds or loads DeepSpeed's operation.
+        with waiting("DeepSpeed to compile or load its C++ operation, or for other ranks in it"):
+            deepspeed.init_distributed()
         self.world = distributed.get_world_size()
         self.rank = distributed.get_rank()
         self.batch_size = _batch_size(config, self.world)
@@ -61,9 +67,10 @@ class DeepSpeedEngine:
             config = {key: value for key, value in config.items() if key != "optimizer"}
         if _can_partition(config.get("zero_optimization", {})):
             _partition(model, config)
-        self._engine, _, _, scheduler = deepspeed.initialize(
-            model=model, model_parameters=parameters, config=config, lr_scheduler=ours, **built
-        )
+        with waiting("DeepSpeed to build its engine, or for other ranks in it", speaks=self.rank == 0):
+            self._engine, _, _, scheduler = deepspeed.initialize(
+                model=model, model_parameters=parameters, config=config, lr_scheduler=ours, **built
+            )
         self._function = losses
         self._schedule = scheduler if ours is not None else None
         self.optimizer_name = type(self._engine.basic_optimizer).__name__
