@@ -343,10 +343,10 @@ def _plot(options: argparse.Namespace) -> int:
 
 
 def _add_export(export: argparse.ArgumentParser) -> None:
-    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a folder of them")
+    export.add_argument("checkpoint", type=Path, metavar="RUN", help="a run, its checkpoints, or one of them")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to be written")
     export.add_argument("--config", type=Path, metavar="PATH", help="of the model, if the checkpoint holds none")
-    export.add_argument("--tokenizer", type=Path, metavar="DIR", help="is copied along")
+    export.add_argument("--tokenizer", type=Path, metavar="DIR", help="is copied along (default: the run's)")
     export.add_argument("--dtype", help="fp32, bf16 or fp16 (default: as saved)")
     export.set_defaults(command=_export)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from frugal_dist import engines
 from frugal_dist.checkpoint.compare import Anew, compare, summary
 from frugal_dist.checkpoint.errors import DamagedError, MismatchError, together
+from frugal_dist.checkpoint.index import INDEX
 from frugal_dist.checkpoint.leftovers import leftovers
 from frugal_dist.checkpoint.parts import Chunk, regular_state_chunks, state_chunks, weight_chunks
 from frugal_dist.checkpoint.reader import Reader
@@ -108,8 +109,17 @@ class Restoring:
                 self._check_room(chunk)
         for work in self.now.works:
             if not self._starts_anew(work.matrix.name):
-                for chunk in state_chunks(self.runtime, self._rebuilt(work, META)):
+                for chunk in self._state_then(work):
                     self.reader.find(chunk.name, chunk.shape, chunk.area)
+
+    def _state_then(self, work: Work) -> list[Chunk]:
+        """What there must be of a matrix, by its counts. DamagedError if these are not of this matrix."""
+        try:
+            return list(state_chunks(self.runtime, self._rebuilt(work, META)))
+        except (ValueError, RuntimeError, OverflowError) as error:
+            raise DamagedError(
+                f"{self.reader.folder / INDEX} is damaged: the counts of {work.matrix.name} are impossible ({error})."
+            ) from error
 
     def _check_room(self, chunk: Chunk) -> None:
         values = torch.empty_like(chunk.data)

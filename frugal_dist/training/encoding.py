@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 _SEPARATORS = (SEPARATOR, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
 
 
+_NAMES = {
+    "pad_token": ("<pad>", "[PAD]", "<|pad|>"),
+    "unk_token": ("<unk>", "[UNK]", "<|unk|>"),
+    "bos_token": ("<s>", "<bos>", "<|begin_of_text|>", "[CLS]"),
+}
+"""What special tokens are usually called; a tokenizer.json does not say what they are for."""
+
+
 class Encoder:
     """Documents to ids, each with the separator at its end.
 
@@ -29,13 +37,32 @@ class Encoder:
         tokenizer.no_padding()
         # Text that looks like a special token is text: neither ids beyond the vocabulary nor false ends of documents.
         tokenizer.encode_special_tokens = True
-        special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self.vocab_size = 1 + max({*tokenizer.get_vocab().values()} - special | {separator})
+        self.vocab_size = ids_in_text(tokenizer, separator)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, followed by the separator."""
         found = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [[*encoding.ids, self.separator] for encoding in found]
+
+
+def ids_in_text(tokenizer: Tokenizer, separator: int | None) -> int:
+    """One more than the largest id of text and of the end of documents."""
+    special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    kept = set() if separator is None else {separator}
+    return 1 + max({*tokenizer.get_vocab().values()} - special | kept, default=-1)
+
+
+def special_tokens(tokenizer: Tokenizer, separator: int | None = None) -> dict[str, str]:
+    """Names of the special tokens of a tokenizer.json, for transformers. ``separator``: what ends documents, if known.
+
+    The rest goes by the names that such tokens usually have.
+    """
+    end = None if separator is None else tokenizer.id_to_token(separator)
+    found = {} if end is None else {"eos_token": end}
+    for key, names in _NAMES.items() if found else {"eos_token": _SEPARATORS, **_NAMES}.items():
+        known = [name for name in names if tokenizer.token_to_id(name) is not None]
+        found |= {key: known[0]} if known else {}
+    return found
 
 
 def read_encoder(name: str | None) -> Encoder:

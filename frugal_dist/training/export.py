@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +15,7 @@ import torch
 from torch import nn
 
 from frugal_dist.checkpoint import SavedWeights
+from frugal_dist.training.folders import checkpoint_in, give_ordinary_permissions, run_of, tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -29,13 +33,17 @@ class Exported:
     model: str
     parameters: int
     dtype: str
-    tokenizer: bool
+    tokenizer: str | None
+    trouble: str = ""
 
     def report(self) -> str:
-        """For the terminal."""
+        """For the terminal: what was written, with which tokenizer, or why without."""
         lines = [f"{self.source} -> {self.folder}: {self.model}, {self.parameters:,} parameters, {self.dtype}"]
-        if not self.tokenizer:
-            lines.append("Without a tokenizer; add one with --tokenizer DIR.")
+        if self.tokenizer is not None:
+            lines.append(f"Tokenizer: {self.tokenizer}")
+        else:
+            why = f": {self.trouble}" if self.trouble else ""
+            lines.append(f"Without a tokenizer{why or ';'} {'Add' if why else 'add'} one with --tokenizer DIR.")
         return "\n".join(lines)
 
 
@@ -50,33 +58,72 @@ def export(
     """Write safetensors, config and tokenizer to ``out``, for ``AutoModelForCausalLM.from_pretrained``, or
     ``AutoModelForSequenceClassification`` where such a model was saved.
 
-    ``checkpoint``: a checkpoint or a folder of them. ``config``: of the model, a folder or a JSON file; not needed if a
-    Hugging Face model was saved. ``dtype``: fp32, bf16, fp16, or None for the dtype of the saved weights.
-    Raises ValueError, naming what differs, if checkpoint, config and tokenizer do not fit together; nothing is written.
+    ``checkpoint``: a checkpoint, a folder of them or a run, of which the latest is taken. ``config``: of the model, a
+    folder or a JSON file; not needed if a Hugging Face model was saved. ``tokenizer``: a folder, a tokenizer.json or a
+    hub name; None takes the run's, if there is one. ``dtype``: fp32, bf16, fp16, or None for the dtype of the saved
+    weights. Raises ValueError, naming what differs, if checkpoint, config and tokenizer do not fit together or ``out``
+    cannot be written; nothing is written then.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already; choose another name.")
-    weights = SavedWeights(checkpoint, verify)
-    model = _empty_model(_config(weights, config))
-    _check_names(weights, model)
-    _fill(weights, model, None if dtype is None else DTYPES[dtype])
-    found = _dtype_name(model)
-    model.config.dtype = found
+    weights = SavedWeights(checkpoint_in(checkpoint), verify)
+    with _without_deepspeeds_search():
+        model = _empty_model(_config(weights, config))
+        _check_names(weights, model)
+        _fill(weights, model, None if dtype is None else DTYPES[dtype])
+        found = _dtype_name(model)
+        model.config.dtype = found
+        words, source, trouble = _tokenizer(tokenizer, weights.folder, model)
+        with _told_of_disks(out):
+            _write(Path(os.path.realpath(out)), model, words)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return Exported(out, weights.folder, type(model).__name__, count, found, source, trouble)
+
+
+def _write(out: Path, model: PreTrainedModel, tokenizer: Any) -> None:
+    """Under another name until all is there. ``out`` does not exist, or is empty."""
     working = out.with_name(f".{out.name}.partial")
     shutil.rmtree(working, ignore_errors=True)
     try:
+        working.mkdir(parents=True)
         model.save_pretrained(working)
         if tokenizer is not None:
-            _save_tokenizer(tokenizer, working, model)
+            tokenizer.save_pretrained(working)
+        give_ordinary_permissions(working)
         if out.exists():
             out.rmdir()
         working.rename(out)
     finally:
         shutil.rmtree(working, ignore_errors=True)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return Exported(out, weights.folder, type(model).__name__, count, found, tokenizer is not None)
+
+
+@contextmanager
+def _told_of_disks(out: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"--out {out} cannot be written: {why}. Nothing is left there; choose another place."
+        ) from error
+
+
+@contextmanager
+def _without_deepspeeds_search() -> Iterator[None]:
+    """Transformers may import DeepSpeed, which looks for an accelerator and warns if there is none; none is needed."""
+    key = "DS_ACCELERATOR"
+    if key in os.environ or torch.cuda.is_available():
+        yield
+        return
+    os.environ[key] = "cpu"
+    try:
+        yield
+    finally:
+        del os.environ[key]
 
 
 def _config(weights: SavedWeights, path: Path | None) -> PreTrainedConfig:
@@ -189,24 +236,64 @@ def _dtype_name(model: nn.Module) -> str:
     return str(max(counts, key=lambda dtype: counts[dtype])).removeprefix("torch.")
 
 
-def _save_tokenizer(source: Path, out: Path, model: PreTrainedModel) -> None:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    fast: Any = PreTrainedTokenizerFast
-    if not source.exists():
-        raise ValueError(f"the tokenizer {source} does not exist.")
-    file = source / "tokenizer.json" if source.is_dir() else source
+def _tokenizer(given: Path | None, checkpoint: Path, model: PreTrainedModel) -> tuple[Any, str | None, str]:
+    """The tokenizer, where it is from, and why there is none: only one that was asked for has to be there."""
+    if given is not None:
+        return _read_tokenizer(str(given), model), str(given), ""
+    run = run_of(checkpoint)
+    source = None if run is None else tokenizer_of(run)
+    if source is None:
+        return None, None, ""
     try:
-        if source.is_dir() and (source / "tokenizer_config.json").exists():
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        elif file.exists():
-            tokenizer = fast(tokenizer_file=str(file))
-        else:
-            raise ValueError("neither tokenizer_config.json nor tokenizer.json is there")
+        return _read_tokenizer(source, model), source, ""
+    except ValueError as error:
+        return None, None, f"the run's cannot be taken: {error}"
+
+
+def _read_tokenizer(source: str, model: PreTrainedModel) -> Any:
+    """ValueError if there is none, or it does not fit the model."""
+    from frugal_dist.training.encoding import ids_in_text
+    from frugal_dist.training.hub import looks_local
+
+    path = Path(source)
+    if not path.exists() and looks_local(source):
+        raise ValueError(f"the tokenizer {source} does not exist.")
+    try:
+        whole = not path.exists() or (path / "tokenizer_config.json").exists()
+        found: Any = _by_transformers(source) if whole else _of_a_file(path)
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise ValueError(f"cannot read the tokenizer {source}: {error}.") from error
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise ValueError(f"cannot read the tokenizer {source}: {reason}.") from error
     embeddings: Any = model.get_input_embeddings()
     rows = embeddings.weight.shape[0]
-    if len(tokenizer) > rows:
-        raise ValueError(f"the tokenizer {source} has {len(tokenizer)} tokens, the model's vocabulary {rows}.")
-    tokenizer.save_pretrained(out)
+    fast = getattr(found, "backend_tokenizer", None)
+    size = len(found) if fast is None else ids_in_text(fast, found.eos_token_id)
+    if size > rows:
+        raise ValueError(f"the tokenizer {source} has {size} tokens, the model's vocabulary {rows}.")
+    return found
+
+
+def _by_transformers(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    from frugal_dist.training.hub import settle_source
+
+    settle_source(source, "--tokenizer")
+    return AutoTokenizer.from_pretrained(source)
+
+
+def _of_a_file(path: Path) -> Any:
+    """A tokenizer.json alone, as folders of prepared data have it, with what its special tokens are for."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    from frugal_dist.training.encoding import special_tokens
+    from frugal_dist.training.prepare import read_description
+
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.exists():
+        raise ValueError("neither tokenizer_config.json nor tokenizer.json is there")
+    data = read_description(file.parent) if file.name == "tokenizer.json" else None
+    fast: Any = PreTrainedTokenizerFast
+    names = special_tokens(Tokenizer.from_file(str(file)), None if data is None else data.separator)
+    return fast(tokenizer_file=str(file), **names)

@@ -279,10 +279,16 @@ def _training(
 
     def save(step: int, seconds: float) -> bool:
         saving = recipe.saving
-        options = {"keep_last": saving.keep_last, "keep_every": saving.keep_every, "on_error": saving.on_error}
+        options = {"keep_last": saving.keep_last, "keep_every": saving.keep_every}
         position = job.batches.state_dict()
         extra = {SECONDS: seconds, **({"data": gathered(position)} if position else {})}
-        return job.engine.save(Path(recipe.folder) / CHECKPOINTS, step, {**extra, **job.remember()}, **options)
+        try:
+            return job.engine.save(Path(recipe.folder) / CHECKPOINTS, step, {**extra, **job.remember()}, **options)
+        except checkpoint.StorageError as error:  # on all ranks alike
+            if saving.on_error == "raise":
+                raise
+            progress.say(f"Training goes on without this checkpoint: {error}")
+            return False
 
     return Training(
         job.engine,

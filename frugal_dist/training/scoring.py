@@ -21,6 +21,7 @@ from frugal_dist.training.classification import Classifier, ExampleRows
 from frugal_dist.training.engines import Engine
 from frugal_dist.training.engines.collectives import gathered
 from frugal_dist.training.evaluate import Finding
+from frugal_dist.training.folders import give_ordinary_permissions
 from frugal_dist.training.glue import measure
 from frugal_dist.training.ranks import agree
 
@@ -130,6 +131,7 @@ class Best:
         model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
         model.save_pretrained(partial)
         self.tokenizer.save_pretrained(partial)
+        give_ordinary_permissions(partial)
         (partial / EVALUATION).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():

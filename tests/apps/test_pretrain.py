@@ -86,6 +86,16 @@ def uninterrupted(folder: Path) -> dict[tuple[str, int], float]:
     return losses(folder, "single")
 
 
+def test_why_a_checkpoint_could_not_be_saved_is_said(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Where the user looks, and while there is time to make room."""
+    (folder / "runs" / "full").mkdir(parents=True)
+    (folder / "runs" / "full" / "checkpoints").touch()
+    assert pretrain(recipe(folder, "full", "--steps", "4")) == 1
+    said = capfd.readouterr().err
+    assert f"Training goes on without this checkpoint: {folder / 'runs' / 'full' / 'checkpoints'}: File exists" in said
+    assert "step     3/4: the checkpoint could not be saved" in said
+
+
 def command(folder: Path, name: str, *changes: str) -> list[str]:
     return ["pretrain", str(folder / "recipe.yaml"), "--folder", str(folder / "runs" / name), *changes]
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import legs
+import pytest
 import torch
 from deepspeed_cases import batch, small_llama
 from torch import nn
@@ -64,6 +68,68 @@ def tied_weights_of_the_latest(root: Path) -> None:
     assert found.lm_head.weight is found.model.embed_tokens.weight
     for (name, mine), theirs in zip(model.named_parameters(), found.parameters(), strict=True):
         assert torch.equal(mine, theirs), name
+
+
+def _tokenizer(folder: Path) -> Path:
+    """A tokenizer.json alone, as prepared data has it; what ends documents stands in the description of the data."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from frugal_dist.training.prepare import PreparedData, write_description
+
+    words = {word: number for number, word in enumerate(("<pad>", "<end>", "<unk>", "a", "b", "c"))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<pad>", "<end>", "<unk>"])
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_description(folder, PreparedData(2, "", "", 6, "uint16", words["<end>"], 9, 9))
+    return folder
+
+
+def what_is_found_of_a_run(root: Path) -> None:
+    """Its latest checkpoint and its tokenizer, from whatever part of it is named; a run without a tokenizer; links."""
+    from transformers import AutoTokenizer
+
+    model = small_llama()
+    optimizer = Frugal(split_parameters(model), projection="columns", density=0.25)
+    run = root / "runs" / "a"
+    for step in (1, 2):
+        checkpoint.save_step(run / "checkpoints", step, model, optimizer)
+    data = {"kind": "tokens", "path": str(_tokenizer(root / "data"))}
+    write_record(run, data=data)
+    os.umask(0o027)
+    for number, named in enumerate((run, run / "checkpoints", run / "checkpoints" / "step_000002")):
+        out = root / f"out{number}"
+        if number == 1:
+            (root / "disk").mkdir()
+            out.symlink_to(root / "disk")
+        done = export_by_command(named, out)
+        assert "step_000002" in done
+        assert f"Tokenizer: {root / 'data'}" in done
+        found = AutoTokenizer.from_pretrained(out)
+        assert (found.eos_token, found.pad_token, found.unk_token) == ("<end>", "<pad>", "<unk>")
+        assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {0o640}
+    assert (root / "out1").is_symlink()
+    assert (root / "disk" / "model.safetensors").exists()
+    write_record(run, data={"kind": "files", "path": "x.txt", "tokenizer": str(root / "gone" / "tokenizer.json")})
+    assert "Without a tokenizer: the run's cannot be taken: the tokenizer" in export_by_command(run, root / "without")
+    (root / "a file").touch()
+    for source, out, words in (
+        (root / "runs", root / "x", "holds the runs a; name one of them"),
+        (run, root / "a file" / "x", "cannot be written: Not a directory"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            export(source, out)
+
+
+def write_record(run: Path, **values: object) -> None:
+    (run / "metrics.jsonl").write_text(json.dumps({"kind": "run", **values}) + "\n")
+
+
+def export_by_command(source: Path, out: Path) -> str:
+    with redirect_stdout(io.StringIO()) as said:
+        assert cli.main(["export", str(source), "--out", str(out)]) == 0
+    return said.getvalue()
 
 
 def refusals(folder: Path, root: Path) -> dict[str, str]:

@@ -29,6 +29,8 @@ from torch import nn
 from frugal_dist import checkpoint
 from frugal_dist.checkpoint import CheckpointError
 
+pytestmark = pytest.mark.timeout(3600)  # of thousands of runs
+
 PROJECTIONS = ("svd", "columns", "randk", "blockwise")
 NAMES_A_FILE = r"/(index\.json|rank\d+\.(safetensors|extra\.pt)|latest)"
 Everything = dict[str, Any]

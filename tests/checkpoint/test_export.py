@@ -45,6 +45,11 @@ def test_tied_weights_and_a_folder_of_checkpoints(processes: Forks, tmp_path: Pa
     processes.run(1, exporting.tied_weights_of_the_latest, tmp_path)
 
 
+def test_a_run_is_exported_with_its_tokenizer(processes: Forks, tmp_path: Path) -> None:
+    """Also from its folder of checkpoints or from one of them, with the permissions that files have here."""
+    processes.run(1, exporting.what_is_found_of_a_run, tmp_path)
+
+
 def test_what_does_not_fit_is_named(processes: Forks, tmp_path: Path) -> None:
     saved(processes, "one process", 1, tmp_path / "saved")
     (found,) = processes.run(1, exporting.refusals, tmp_path / "saved", tmp_path)
