@@ -171,7 +171,7 @@ class Frugal(Optimizer):
     @property
     def saved_elsewhere(self) -> bool:
         """Whether all ranks' state is saved by other means where a launcher keeps rank 0's ``state_dict`` only."""
-        return self._saved_elsewhere
+        return innermost(self)._saved_elsewhere
 
     @saved_elsewhere.setter
     def saved_elsewhere(self, value: bool) -> None:
@@ -238,11 +238,11 @@ class Frugal(Optimizer):
     @property
     def originals(self) -> list[Original]:
         """The parameters as the user's model has them, in order."""
-        return list(self._originals)
+        return list(innermost(self)._originals)
 
     def parameter_report_rows(self) -> list[ParameterInfo]:
         """How every parameter is treated, in order."""
-        return [ParameterInfo(o.name, o.shape, o.projected, o.decay) for o in self._originals]
+        return [ParameterInfo(o.name, o.shape, o.projected, o.decay) for o in self.originals]
 
     def parameter_report(self) -> str:
         """A readable table of every parameter and its treatment."""
@@ -332,7 +332,7 @@ class Frugal(Optimizer):
     @property
     def shard_state(self) -> bool | str:
         """Whether replicas share the low-rank state, as it was asked for; "auto": as the engine's default is."""
-        return self._shard_state
+        return innermost(self)._shard_state
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
