@@ -22,7 +22,7 @@ def console() -> NoReturn:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command and return the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
     try:
-        words = list(sys.argv[1:] if arguments is None else arguments)
+        words = _joined(sys.argv[1:] if arguments is None else arguments)
         parser = _parser()
         _check_command(parser, words)
         options, rest = parser.parse_known_args(words)
@@ -121,7 +121,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     finetune.add_argument(
         "--optimizers",
-        help="train each of these and end in a table: NAME or NAME@LR[xLR_SCALE], such as adamw,frugal-svd,lora@1e-3",
+        help="train each of these and end in a table: NAME[@LR[xLR_SCALE]][:KEY=VALUE...], such as "
+        "adamw,frugal-svd:rank=4,lora@1e-3",
     )
     finetune.add_argument("--seeds", help="of --optimizers, separated by commas (default 0)")
     finetune.set_defaults(command=_finetune, changes=())
@@ -135,7 +136,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--optimizers",
         required=True,
-        help="NAME, NAME@LR or NAME@LRxLR_SCALE, separated by commas, such as adamw,frugal-svd@4e-3,galore@1e-2x0.25",
+        help="NAME[@LR[xLR_SCALE]][:KEY=VALUE...], separated by commas, such as "
+        "adamw,frugal-svd@4e-3:density=0.5,galore@1e-2x0.25",
     )
     compare.add_argument("--seeds", default="0", help="separated by commas (default 0)")
     compare.set_defaults(command=_compare, changes=())
@@ -307,7 +309,29 @@ def _finetune(options: argparse.Namespace) -> int:
             raise ValueError("--seeds goes with --optimizers; the seed of a single run is --seed.")
         return finetune_from(lambda: read_recipe(options.recipe, options.changes, FinetuneRecipe))
     read = partial(read_recipe, options.recipe, options.changes, FinetuneRecipe)
-    return compare_finetunes(read, options.optimizers.split(","), _seeds(options.seeds or "0"))
+    return compare_finetunes(read, _names(options.optimizers), _seeds(options.seeds or "0"))
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.strip(" ,").split(",")]
+    if not all(names):
+        raise ValueError(f"--optimizers {text!r}: names, separated by commas, are needed.")
+    return names
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """Lists with a blank after the comma, which a shell takes apart: ``--optimizers adamw, badam`` is one list."""
+    found: list[str] = []
+    for word in words:
+        if (
+            found
+            and found[-1].endswith(",")
+            and {"--optimizers", "--seeds"} & {found[-2:][0], *found[-1].split("=")[:1]}
+        ):
+            found[-1] += word
+        else:
+            found.append(word)
+    return found
 
 
 def _seeds(text: str) -> list[int]:
@@ -322,7 +346,7 @@ def _compare(options: argparse.Namespace) -> int:
     from frugal_dist.training.recipe import Recipe, read_recipe
 
     read = partial(read_recipe, options.recipe, options.changes, Recipe)
-    return compare(read, options.optimizers.split(","), _seeds(options.seeds))
+    return compare(read, _names(options.optimizers), _seeds(options.seeds))
 
 
 def _plan(options: argparse.Namespace) -> int:

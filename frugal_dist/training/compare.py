@@ -4,37 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import nan
 from pathlib import Path
 from statistics import mean
+from time import monotonic
 from typing import Any, Generic, TypeVar
 
-from frugal_dist.config import check_choice
+from frugal_dist.config import check_choice, config_from, preset
 from frugal_dist.training.begun import FREE, check_begun, records_of
 from frugal_dist.training.finetune_recipe import FinetuneRecipe
 from frugal_dist.training.metrics import end_of, of_kind, read_metrics
-from frugal_dist.training.optimizers import check_optimizer, settled
+from frugal_dist.training.optimizers import DEFINED, check_optimizer, settled
 from frugal_dist.training.place import Place, find_place
 from frugal_dist.training.ranks import joined, together
 from frugal_dist.training.recipe import Number, Recipe, check_recipe
 from frugal_dist.training.rollcall import OthersFailed, is_mistake
 from frugal_dist.training.run import environment, has_begun
 from frugal_dist.training.signals import DIVERGED
+from frugal_dist.training.spelling import NAMED, value_of
 
 R = TypeVar("R", Recipe, FinetuneRecipe)
 
 Contenders = Mapping[str, tuple[str, dict[str, Number]]]
 CONTENDERS: Contenders = {
-    "adamw": ("adamw", {}),
-    "frugal-svd": ("frugal", {"projection": "svd"}),
-    "frugal-random": ("frugal", {"projection": "random"}),
-    "frugal-columns": ("frugal", {"projection": "columns"}),
-    "frugal-randk": ("frugal", {"projection": "randk"}),
-    "frugal-blockwise": ("frugal", {"projection": "blockwise"}),
-    "frugal-rho0": ("signsgd", {}),
-    "galore": ("galore", {}),
-    "badam": ("badam", {}),
+    **{name: (name, {}) for name in ("adamw", "galore", "badam")},
+    **{name: (preset, dict(fixed)) for name, (preset, fixed) in NAMED.items()},
 }
 """By name: the optimizer, and what is fixed beside what that name means. The rest, such as update_gap, is the recipe's.
 """
@@ -54,26 +49,58 @@ class Kind(Generic[R]):
     free: Collection[str]
 
 
+RECIPES_NAMES: Contenders = {"frugal": ("frugal", {}), "signsgd": ("signsgd", {})}
+"""Names of a recipe's optimizer that are known here, too: "frugal" with whatever projection the recipe has."""
+_RATES = re.compile(r"@([\d.]+(?:[eE][+-]?\d+)?)(?:x([\d.]+(?:[eE][+-]?\d+)?))?(?=:|$)")
+
+
 def contender(text: str, recipe: R, known: Contenders = CONTENDERS) -> R:
     """The recipe with the optimizer "galore" or, with rates of its own, "galore@0.01" or "galore@0.01x0.25".
 
     The second number is ``projected_lr_scale``: what the projected matrices are updated with, relative to the others.
+    Any hyperparameter may follow: "frugal-svd:density=0.5:update_gap=50".
+
+    Raises ValueError for what is not known, or contradicts the name.
     """
-    found = re.fullmatch(r"([\w-]+?)(?:@([\d.eE+-]+)(?:x([\d.eE+-]+))?)?", text)
-    name = found.group(1) if found else text
+    rates = _RATES.search(text)
+    name, *words = _RATES.sub("", text, count=1).split(":")
+    known = {**known, **RECIPES_NAMES}
     check_choice("optimizers", name, known)
-    preset: str = known[name][0]
-    fixed: dict[str, Number] = known[name][1]
+    chosen, fixed = known[name]
+    asked = _settings(text, words)
+    for key in asked:
+        if key in fixed or key in DEFINED[chosen]:
+            raise ValueError(f"--optimizers {text}: the name {name!r} decides about {key}; leave it out.")
     options = {key: value for key, value in recipe.optimizer.options.items() if key not in fixed}
-    if fixed.get("projection", "svd") != "svd":
+    own = {one.name for one in fields(recipe.optimizer)} - {"name", "options", "no_decay", "stateful"}
+    changes: dict[str, Any] = {key: value for key, value in asked.items() if key in own}
+    if {**fixed, **asked}.get("projection", "svd") != "svd" and "svd_method" not in asked:
         options.pop("svd_method", None)
-    rate = float(found.group(2)) if found and found.group(2) else recipe.optimizer.lr
-    if found and found.group(3):
-        options = {key: value for key, value in options.items() if key not in ("lr_scale", "projected_lr_scale")}
-        options["lr_scale"] = float(found.group(3))  # as runs are recorded since the first
-    changes: dict[str, Any] = {"name": preset, "lr": rate, "options": {**options, **fixed}}
+    scales = {"lr_scale", "projected_lr_scale"}
+    if (rates and rates.group(2)) or scales & set(asked):
+        options = {key: value for key, value in options.items() if key not in scales}
+    if rates:
+        changes["lr"] = float(rates.group(1))
+    if rates and rates.group(2):
+        options["lr_scale"] = float(rates.group(2))  # as runs are recorded since the first
+    if "rank" in own and "density" in asked:
+        changes["rank"] = None
+    if changes.get("rank") is not None:
+        options.pop("density", None)
+    more = {key: value for key, value in asked.items() if key not in own}
+    changes |= {"name": chosen, "options": {**options, **fixed, **more}}
     optimizer: Any = settled(replace(recipe.optimizer, **changes))
     return replace(recipe, optimizer=optimizer)
+
+
+def _settings(text: str, words: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key or not value or key in found:
+            raise ValueError(f"--optimizers {text}: {word!r} is no KEY=VALUE such as density=0.5, or stands twice.")
+        found[key] = value_of(value)
+    return found
 
 
 def compare(read: Callable[[], Recipe], optimizers: Sequence[str], seeds: Sequence[int]) -> int:
@@ -110,15 +137,30 @@ def train_all(
             ended = _agreed_ends(kind, runs, place)
     except OthersFailed as error:
         return 2 if is_mistake(error) else 1  # what is to be said, another rank says
-    codes = []
-    for one in runs:
-        codes.append(ended[one.folder] if one.folder in ended else kind.train(one))
+    codes, begun, trained = [], monotonic(), 0
+    wanted = sum(one.folder not in ended for one in runs)
+    for number, one in enumerate(runs, start=1):
+        if one.folder in ended:
+            codes.append(ended[one.folder])
+            continue
+        if place.rank == 0:
+            print(f"Run {number} of {len(runs)}{_remaining(monotonic() - begun, trained, wanted)}", flush=True)
+        codes.append(kind.train(one))
+        trained += 1
         if codes[-1] not in (0, DIVERGED):
             return codes[-1]
     if place.rank:
         return 0  # a launcher would end the first rank for another's bad end while it still draws
     conclude(root)
     return 1 if any(codes) else 0
+
+
+def _remaining(seconds: float, trained: int, wanted: int) -> str:
+    """How many runs there are to train, then what those that are left will take, as those before did."""
+    if not trained:
+        return f", {wanted} to train" if wanted > 1 else ""
+    minutes = seconds / trained * (wanted - trained) / 60
+    return f", about {minutes:,.0f} min left" if minutes >= 1 else ", less than a minute left"
 
 
 def _all_runs(kind: Kind[R], recipe: R, optimizers: Sequence[str], seeds: Sequence[int]) -> tuple[Path, list[R]]:
@@ -159,8 +201,8 @@ def _agreed_ends(kind: Kind[R], runs: Sequence[R], place: Place) -> dict[str, in
 
 
 def run_folder(root: Path, name: str, seed: int) -> Path:
-    """Where the run of an optimizer and a seed lies."""
-    return root / f"{name}-seed{seed}"
+    """Where the run of an optimizer and a seed lies. Not every file system takes a colon."""
+    return root / f"{name.replace(':', '+')}-seed{seed}"
 
 
 def _conclude(root: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
@@ -176,17 +218,25 @@ def _conclude(root: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
 
 
 def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
-    """One line per optimizer: mean and spread of the final perplexity, state, and speed."""
-    lines = [
-        "| optimizer | perplexity | spread over seeds | state on the rank with most, MB | tokens/s |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
+    """One line per optimizer: mean and spread of the final perplexity, state, speed, and what was asked for."""
+    head = ["perplexity", f"largest - smallest of {len(seeds)} seed{'s' * (len(seeds) > 1)}"]
+    head += ["state on the rank with most, MB", "tokens/s", "lr", "lr_scale", "steps", "validation tokens"]
+    lines = [f"| optimizer | {' | '.join(head)} |", "| --- |" + " ---: |" * len(head)]
     for name in names:
         runs = [read_metrics(run_folder(root, name, seed)) for seed in seeds]
         ends = [end_of(records) or {} for records in runs]
         speeds = [record["tokens_per_second"] for records in runs for record in of_kind(records, "train")]
         found = [end.get("perplexity") or nan for end in ends]  # none, or null: it diverged
         state = max(max(end["state_bytes"]) for end in ends) / 1e6
-        spread = max(found) - min(found)
-        lines.append(f"| {name} | {mean(found):,.2f} | {spread:,.2f} | {state:,.2f} | {mean(speeds or [nan]):,.0f} |")
+        spread = f"{max(found) - min(found):,.2f}" if len(found) > 1 else "-"
+        cells = [f"{mean(found):,.2f}", spread, f"{state:,.2f}", f"{mean(speeds or [nan]):,.0f}"]
+        lines.append(f"| {name} | {' | '.join([*cells, *_asked(runs[0])])} |")
     return lines
+
+
+def _asked(records: list[dict[str, Any]]) -> list[str]:
+    """What a run was told: rate, scale of the projected matrices' rate, steps, tokens of an evaluation."""
+    begun = of_kind(records, "run")[-1]
+    optimizer = begun["optimizer"]
+    scale = config_from(preset(optimizer["name"], **optimizer["options"])).projected_lr_scale
+    return [f"{optimizer['lr']:g}", f"{scale:g}", f"{begun['steps']:,}", f"{begun.get('validation_tokens', 0):,}"]

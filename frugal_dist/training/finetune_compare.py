@@ -30,6 +30,8 @@ def compare_finetunes(read: Callable[[], FinetuneRecipe], optimizers: Sequence[s
         text = "\n".join(table(root, optimizers, seeds))
         (root / "comparison.md").write_text(text + "\n", encoding="utf-8")
         print(text)
+        if len(seeds) > 1:
+            print(f"± is the standard deviation over {len(seeds)} seeds.")
 
     return train_all(kind, read, optimizers, seeds, conclude)
 

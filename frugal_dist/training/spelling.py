@@ -129,6 +129,17 @@ def fitted(key: str, value: Any, keys: Keys) -> Any:
     return value
 
 
+def value_of(text: str) -> bool | int | float | str | None:
+    """A value as a file would have it: a number, true or false, null, or a word."""
+    words: dict[str, bool | None] = {"true": True, "false": False, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    number = _number(text)
+    if number is None:
+        return text
+    return int(text) if text.lstrip("+-").isdecimal() else number
+
+
 def _more_names(key: str) -> Sequence[str]:
     return {"engine": tuple(ZERO), "optimizer.name": tuple(NAMED)}.get(key, ())
 

@@ -20,6 +20,7 @@ pytest.importorskip("jsonargparse")
 pytest.importorskip("transformers")
 
 from frugal_dist.cli import main
+from frugal_dist.training.compare import run_folder
 from frugal_dist.training.metrics import of_kind, read_metrics
 from frugal_dist.training.pretrain import pretrain
 from frugal_dist.training.recipe import Recipe, read_recipe
@@ -298,25 +299,30 @@ def test_optimizers_are_compared_and_finished_runs_are_not_repeated(
 ) -> None:
     """One of them diverges: it counts as finished, and the next follow."""
     root = folder / "runs" / "comparison"
-    names = ["adamw", "adamw@1e30", "frugal-columns", "galore@4e-3", "frugal-rho0"]
-    arguments = ["compare", str(folder / "recipe.yaml"), "--optimizers", ",".join(names), "--bad_steps", "1"]
+    names = ["adamw", "adamw@1e30", "frugal-columns", "galore@4e-3", "frugal-rho0", "frugal-columns:density=0.5"]
+    arguments = ["compare", str(folder / "recipe.yaml"), "--optimizers", ", ".join(names), "--bad_steps", "1"]
     arguments += ["--folder", str(root), "--steps", "2", "--evaluate_every", "0", "--saving.every", "0"]
     assert main(arguments) == 1
+    out = capfd.readouterr().out
+    assert "Run 1 of 6, 6 to train" in out
+    assert "Run 6 of 6, " in out
     lines = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in (root / "comparison.md").read_text().splitlines()
     ]
     assert [line[0] for line in lines[2:]] == names
     assert [line[0] for line in lines[2:] if line[1] == "nan"] == ["adamw@1e30"]
     state = {line[0]: float(line[3]) for line in lines[2:]}
-    assert state["adamw"] > state["frugal-columns"] > state["frugal-rho0"]
+    assert state["adamw"] > state[names[-1]] > state["frugal-columns"] > state["frugal-rho0"]
+    assert [line[5:] for line in lines[2:] if line[0].startswith("galore")] == [["0.004", "0.25", "2", lines[2][8]]]
+    assert lines[0][1:3] == ["perplexity", "largest - smallest of 1 seed"]
     assert (root / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    before = [(root / f"{name}-seed0" / "metrics.jsonl").read_bytes() for name in names]
+    before = [(run_folder(root, name, 0) / "metrics.jsonl").read_bytes() for name in names]
     assert main(arguments) == 1
-    assert [(root / f"{name}-seed0" / "metrics.jsonl").read_bytes() for name in names] == before
+    assert [(run_folder(root, name, 0) / "metrics.jsonl").read_bytes() for name in names] == before
     for change, words in ((["--steps", "3"], "steps 2 (now 3)"), (["--batch", "4"], "batch 8 (now 4)")):
         assert main([*arguments, *change]) == 2
         assert words in capfd.readouterr().err
-    assert [(root / f"{name}-seed0" / "metrics.jsonl").read_bytes() for name in names] == before
+    assert [(run_folder(root, name, 0) / "metrics.jsonl").read_bytes() for name in names] == before
     # What only a later contender would refuse is said before the first is trained.
     assert main([*arguments, "--folder", f"{root}2", "--optimizer.options.svd_method", "gram"]) == 2
     assert "svd_method='gram' is not known" in capfd.readouterr().err
