@@ -140,7 +140,8 @@ class Frugal(Optimizer):
         self._groups: list[dict[str, Any]] = []  # all groups, also while DeepSpeed shows one of them only
         self._runtime: Runtime | None = None
         self._before: Runtime | None = None  # a group was added to it
-        self._started: set[tuple[int, ...]] = set()
+        self._started = False  # any gradient was not zero, or any state has moved
+        self._checked: set[tuple[int, ...]] = set()  # calls whose gradients all ranks have looked at together
         self._settled: dict[int, Seen] = {}  # what the state of each group was made with
         self._loaded = False
         self._saved_elsewhere = False
@@ -281,23 +282,29 @@ class Frugal(Optimizer):
         """This call's tensors. ValueError for gradients that cannot be used; at the first call on all ranks alike, also
         on those without a gradient.
         """
-        if tuple(runtime.storage.call()) in self._started:
+        if tuple(runtime.storage.call()) in self._checked:
             return load_of(runtime, self.state)
         return saving.together(runtime, lambda: load_of(runtime, self.state))
 
     def _starts(self, runtime: Runtime, load: Load) -> bool:
-        """Whether this is the all-zero call by which engines create the state: it leaves weights and clocks alone."""
+        """Whether this is the all-zero call by which engines create the state: it leaves weights and clocks alone.
+
+        Only before anything has moved. ZeRO calls once for each group or sub-group, of which some may have zeros first.
+        """
         ensure_state(runtime, load)
-        if load.key in self._started:
-            return False
-        device = load.device
-        running, moving = agree_max(runtime.ranks, [int(load.has_run()), int(load.has_gradient())], device)
-        if running or moving:
-            self._started.add(load.key)
+        if not self._started:
+            moving = load.has_run() or load.has_gradient() or runtime.storage.moves_elsewhere()
+            self._started = bool(agree_max(runtime.ranks, [int(moving)], load.device)[0])
+        if self._started:
+            self._checked.add(load.key)
         elif load.lacks_gradients() and not self._told:
             self._told = True
             notice(NO_GRADIENTS)
-        return not (running or moving)
+        return not self._started
+
+    def _forget_start(self) -> None:
+        self._started = False
+        self._checked.clear()
 
     @on_innermost
     def take_refresh_figures(self) -> list[float]:
@@ -311,7 +318,7 @@ class Frugal(Optimizer):
         """Find out, once, how the engine stores the parameters. Collective on more than one rank."""
         settle(self._groups, self._originals, self._settled)
         if self._runtime is None:
-            self._started.clear()
+            self._forget_start()
             runtime = engines.bind(
                 engines.Request(
                     optimizer=self,
@@ -444,7 +451,7 @@ class Frugal(Optimizer):
     @on_innermost
     def loaded(self) -> None:
         """Counts were set from outside: agree on them anew at the next step."""
-        self._started.clear()
+        self._forget_start()
         if self._runtime is not None:
             self._runtime.agreed.clear()
             self._runtime.cuts.clear()
@@ -477,6 +484,6 @@ class Frugal(Optimizer):
         if "_originals" in state:  # unpickled or copied: the sources of a DeepSpeed engine do not come along
             self._groups = list(self.param_groups)
             self._sources = [lambda: None for _ in self._originals]
-        self.__dict__.update(_runtime=None, _before=None, _started=set())
+        self.__dict__.update(_runtime=None, _before=None, _started=False, _checked=set())
         engines.announce(self, self._process_group)
         self.__dict__.update(_saving_checked=False, _told=False, _parts_told=False)

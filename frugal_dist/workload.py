@@ -112,7 +112,7 @@ def load_of(runtime: Runtime, state: State, everything: bool = False) -> Load:
                     weight,
                     grad,
                     runtime.storage.part(i),
-                    frozen=not runtime.storage.carrier(i).requires_grad,
+                    frozen=runtime.storage.frozen(i),
                 )
             )
     return Load(call, works, regular, device)
@@ -133,7 +133,7 @@ def _work(runtime: Runtime, i: int, matrix: Matrix, config: FrugalConfig, decay:
         grads=None if grad is None else part.views(grad, original, matrix.member, tiles),
         device=weight.device,
         weight_dtype=weight.dtype,
-        frozen=not runtime.storage.carrier(i).requires_grad,
+        frozen=runtime.storage.frozen(i),
     )
 
 

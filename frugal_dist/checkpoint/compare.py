@@ -63,9 +63,7 @@ def _some(title: str, names: list[str], describe: Callable[[str], str]) -> str:
 
 def _changed(runtime: Runtime, now: Load, reader: Reader) -> Anew:
     same_draws = reader.index.draws == fingerprint_of_draws()
-    frozen = {
-        original.name for i, original in enumerate(runtime.originals) if not runtime.storage.carrier(i).requires_grad
-    }
+    frozen = {original.name for i, original in enumerate(runtime.originals) if runtime.storage.frozen(i)}
     found: Anew = {}
     for work in now.works:
         name = work.matrix.name

@@ -12,8 +12,12 @@ from frugal_dist.integrations.build_locks import clear_stale_locks
 def register(optimizer_class: type[Any]) -> None:
     """Make ``"optimizer": {"type": "Frugal"}`` work in DeepSpeed JSON configs and in the HF Trainer's.
 
+    DeepSpeed's own names may be written in any case ("adamw"), so ours is there in the cases that people write.
+
     And keep DeepSpeed from waiting for a build that was killed: it builds its operation before it calls anything of
     ours, in the HF Trainer as soon as the arguments are made.
     """
-    setattr(torch.optim, optimizer_class.__name__, optimizer_class)
+    name = optimizer_class.__name__
+    for spelling in (name, name.lower(), name.upper()):
+        setattr(torch.optim, spelling, optimizer_class)
     clear_stale_locks()

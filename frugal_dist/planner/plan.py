@@ -93,8 +93,14 @@ class _Storage:
     def call(self) -> Sequence[int]:
         return range(len(self.originals))
 
+    def moves_elsewhere(self) -> bool:
+        return False
+
     def part(self, i: int) -> Part:
         return self.parts[i]
+
+    def frozen(self, i: int) -> bool:
+        return not self.weights[i].requires_grad
 
     def carrier(self, i: int) -> Tensor:
         return self.weights[i]

@@ -5,7 +5,6 @@ Nothing here imports DeepSpeed: what is not loaded is not used.
 
 from __future__ import annotations
 
-import functools
 import gc
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from frugal_dist.sharding.deepspeed_hooks import ANY_RANKS, install
 
 COUNTS = ("global_steps", "global_samples", "skipped_steps")
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -43,34 +44,10 @@ def announce(optimizer_class: type[Any]) -> None:
     utils = sys.modules.get("deepspeed.runtime.zero.utils")
     if utils is not None and optimizer_class not in utils.ZERO_SUPPORTED_OPTIMIZERS:
         utils.ZERO_SUPPORTED_OPTIMIZERS.append(optimizer_class)
-        _explain_other_world_sizes(utils.ZeRORuntimeException, optimizer_class)
+        install(optimizer_class)
     engine = engine_in_construction()
     if engine is not None:
         check_supported(engine)
-
-
-def _explain_other_world_sizes(refusal: type[Exception], optimizer_class: type[Any]) -> None:
-    """DeepSpeed does not load ZeRO state of another number of ranks; for our optimizer its errors shall say what does.
-
-    It calls nothing of ours before it refuses, and at stage 3 a rank without a file of its own fails with a bare
-    assertion: hence the wrapper.
-    """
-    module = sys.modules.get("deepspeed.runtime.engine")
-    if module is None:
-        return
-    inner = module.DeepSpeedEngine.load_checkpoint
-
-    @functools.wraps(inner)
-    def load_checkpoint(engine: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return inner(engine, *args, **kwargs)
-        except (refusal, AssertionError) as error:
-            if not isinstance(engine.basic_optimizer, optimizer_class):
-                raise
-            told = str(error) or "The checkpoint has no file for this rank."
-            raise type(error)(f"{told} If another number of ranks saved it: {ANY_RANKS}.") from error
-
-    module.DeepSpeedEngine.load_checkpoint = load_checkpoint
 
 
 def engine_in_construction() -> Any | None:
@@ -156,7 +133,6 @@ def _unsupported(engine: Any) -> dict[str, tuple[bool, str]]:
     }
 
 
-ANY_RANKS = "frugal_dist.checkpoint saves on any engine and number of ranks and loads on any other"
 CHECKPOINT = f"they keep nothing but AdamW's moments. {ANY_RANKS}"
 
 

@@ -25,6 +25,9 @@ class DTensorStorage:
     def call(self) -> Sequence[int]:
         return range(len(self.originals))
 
+    def moves_elsewhere(self) -> bool:
+        return False
+
     def part(self, i: int) -> Part:
         if i not in self.parts:
             carrier, original = self.carrier(i), self.originals[i]
@@ -36,6 +39,9 @@ class DTensorStorage:
         original = self.originals[i]
         param: Tensor = self.groups[original.group]["params"][original.position]
         return param
+
+    def frozen(self, i: int) -> bool:
+        return not self.carrier(i).requires_grad
 
     def options(self, i: int) -> dict[str, Any]:
         return self.groups[self.originals[i].group]

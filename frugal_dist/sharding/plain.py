@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,25 @@ from frugal_dist.sharding.storage import Box, Original, Part
 
 @dataclass(frozen=True)
 class PlainStorage:
-    """Looks parameters up in the optimizer's groups by position: engines replace the objects."""
+    """Looks parameters up in the optimizer's groups by position: engines replace the objects.
+
+    Where the groups hold copies (DeepSpeed's stage 0 in bf16), ``models`` are the model's own parameters, one per
+    original. ``check`` runs at every call.
+    """
 
     groups: Sequence[dict[str, Any]]
     originals: Sequence[Original]
     shares_replicas: bool = True
+    models: Sequence[Tensor] = ()
+    check: Callable[[], None] | None = None
 
     def call(self) -> Sequence[int]:
+        if self.check is not None:
+            self.check()
         return range(len(self.originals))
+
+    def moves_elsewhere(self) -> bool:
+        return False
 
     def part(self, i: int) -> Part:
         return Box(tuple((0, size) for size in self.originals[i].shape))
@@ -30,6 +41,9 @@ class PlainStorage:
         param: Tensor = self.groups[original.group]["params"][original.position]
         return param
 
+    def frozen(self, i: int) -> bool:
+        return not (self.models[i] if self.models else self.carrier(i)).requires_grad
+
     def options(self, i: int) -> dict[str, Any]:
         return self.groups[self.originals[i].group]
 
@@ -37,4 +51,6 @@ class PlainStorage:
         return self.carrier(i).detach()
 
     def grad(self, i: int) -> Tensor | None:
+        if self.models and self.frozen(i):
+            return None  # the engine makes zeros of it
         return self.carrier(i).grad

@@ -99,8 +99,14 @@ class Storage(Protocol):
     def part(self, i: int) -> Part:
         """Which part of parameter i this rank holds."""
 
+    def moves_elsewhere(self) -> bool:
+        """Whether another call of the same training step has, or may have, gradients that are not zero. Agreed."""
+
     def carrier(self, i: int) -> Tensor:
         """The tensor in ``param_groups`` that parameter i lives in: the key of its state."""
+
+    def frozen(self, i: int) -> bool:
+        """Whether the program has frozen parameter i (``requires_grad``); it is the same program on every rank."""
 
     def options(self, i: int) -> dict[str, Any]:
         """The parameter group, with the hyperparameters of this moment."""

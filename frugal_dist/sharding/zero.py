@@ -6,6 +6,7 @@ what DeepSpeed keeps on the original parameters, and checked against the weights
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -30,7 +31,8 @@ def _belongs(source: Tensor) -> bool:
 class Place:
     """Where this rank's part of a parameter lies: an interval of it, at ``offset`` of the flat tensor ``flat()``.
 
-    ``low`` is the same part of the model's own (low-precision) weights, None if it cannot be looked at.
+    ``low`` is the same part of the model's own (low-precision) weights, None if it cannot be looked at. ``source`` is
+    the model's own parameter: the only one that tells whether it is frozen.
     """
 
     start: int
@@ -38,21 +40,36 @@ class Place:
     offset: int
     flat: Callable[[], Tensor]
     low: Callable[[], Tensor | None]
+    source: Tensor
+
+
+Left = Sequence[tuple[Original, Tensor]]
+"""Parameters that were frozen when the engine was built: DeepSpeed has no place for them, and hooks no gradients."""
 
 
 @dataclass
 class ZeroStorage:
-    """``places`` has one entry per original; ``active`` gives the flat tensors that the running call is about."""
+    """``places`` has one entry per original; ``active`` gives the flat tensors that the running call is about.
+
+    ``norm`` gives the norm of the whole gradient of this training step, None where DeepSpeed does not compute it.
+    """
 
     originals: Sequence[Original]
     groups: Sequence[Group]
     places: Sequence[Place]
     active: Callable[[], list[Tensor]]
+    norm: Callable[[], float | None]
+    left: Left
     shares_replicas: bool = True
 
     def call(self) -> Sequence[int]:
+        refuse_unfrozen(self.left)
         flats = {id(flat) for flat in self.active()}
         return [i for i, place in enumerate(self.places) if id(place.flat()) in flats]
+
+    def moves_elsewhere(self) -> bool:
+        norm = self.norm()
+        return norm is None or norm != 0.0
 
     def part(self, i: int) -> Part:
         place = self.places[i]
@@ -61,6 +78,9 @@ class ZeroStorage:
     def carrier(self, i: int) -> Tensor:
         return self.places[i].flat()
 
+    def frozen(self, i: int) -> bool:
+        return not self.places[i].source.requires_grad
+
     def options(self, i: int) -> Group:
         return self.groups[self.originals[i].group]
 
@@ -68,6 +88,8 @@ class ZeroStorage:
         return _slice(self.places[i], self.carrier(i).detach())
 
     def grad(self, i: int) -> Tensor | None:
+        if self.frozen(i):
+            return None  # what DeepSpeed hands over are zeros, or the gradient of an earlier step
         grad = self.carrier(i).grad
         return None if grad is None else _slice(self.places[i], grad)
 
@@ -93,24 +115,59 @@ def storage_under_deepspeed(
         raise ValueError(
             "The model's parameters were replaced after the optimizer was built; build it after the model."
         )
+    wrapper = None if engine is None else engine.optimizer
     if any(hasattr(source, "_z3_optimizer") for source in present):
-        return _zero3(originals, present, groups, active)
+        return _zero3(originals, present, groups, active, wrapper)
     if any(hasattr(source, "_hp_mapping") for source in present):
-        return _zero12(originals, present, groups, active)
-    return _stage0(originals, present, groups)
+        return _zero12(originals, present, groups, active, wrapper)
+    return _stage0(originals, present, groups, wrapper)
+
+
+def refuse_unfrozen(left: Left) -> None:
+    """ValueError if a parameter that DeepSpeed left out is trainable now. The program decides that, on all ranks."""
+    names = [original.name for original, source in left if source.requires_grad]
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise ValueError(
+            f"{names[0]}{more} was frozen (requires_grad=False) when deepspeed.initialize was called and is trainable "
+            "now. DeepSpeed computes no gradient for it, so it would never move. Let it be trainable when you call "
+            "deepspeed.initialize and freeze it afterwards (freezing and unfreezing then act as on one process), or "
+            "save with frugal_dist.checkpoint, unfreeze, build a new engine and load."
+        )
 
 
 def _zero3(originals: Sequence[Original], sources: Sequence[Tensor], groups: Sequence[Group],
-           active: Callable[[], list[Tensor]]) -> tuple[Any, Sequence[Original], Storage]:  # fmt: skip
+           active: Callable[[], list[Tensor]], wrapper: Any) -> tuple[Any, Sequence[Original], Storage]:  # fmt: skip
     zero: Any = next(source for source in sources if hasattr(source, "_z3_optimizer"))._z3_optimizer
-    kept = [
-        (original, source)
-        for original, source in zip(originals, sources, strict=True)
-        if zero.get_param_id(source) in zero.grad_position  # frozen parameters are not
-    ]
+    kept, left = _parted(originals, sources, lambda source: zero.get_param_id(source) in zero.grad_position)
     _check_one_family([cast("Any", source).ds_process_group for _, source in kept] + [zero.dp_process_group])
-    places = [_zero3_place(zero, source) for _, source in kept]
-    return _checked(zero.dp_process_group, [original for original, _ in kept], groups, places, active)
+    storage = ZeroStorage(
+        [original for original, _ in kept],
+        groups,
+        [_zero3_place(zero, source) for _, source in kept],
+        active,
+        _norm_of(wrapper),
+        left,
+    )
+    return _checked(zero.dp_process_group, storage)
+
+
+def _parted(
+    originals: Sequence[Original], sources: Sequence[Tensor], is_kept: Callable[[Any], bool]
+) -> tuple[Left, Left]:
+    """The parameters that DeepSpeed optimizes, and those that it left out: they were frozen when it was built."""
+    pairs = list(zip(originals, sources, strict=True))
+    return [pair for pair in pairs if is_kept(pair[1])], [pair for pair in pairs if not is_kept(pair[1])]
+
+
+def _norm_of(wrapper: Any) -> Callable[[], float | None]:
+    """DeepSpeed computes it, over all ranks, before it calls step() for the first group or sub-group."""
+
+    def norm() -> float | None:
+        value = getattr(wrapper, "_global_grad_norm", None)
+        return None if value is None else float(value)
+
+    return norm
 
 
 def _zero3_place(zero: Any, source: Any) -> Place:
@@ -123,16 +180,24 @@ def _zero3_place(zero: Any, source: Any) -> Place:
         offset=offset,
         flat=lambda: zero.fp32_partitioned_groups_flat[subgroup],
         low=lambda: source.ds_tensor.flatten()[:numel] if source.ds_tensor.numel() >= numel else None,
+        source=source,
     )
 
 
 def _zero12(originals: Sequence[Original], sources: Sequence[Tensor], groups: Sequence[Group],
-            active: Callable[[], list[Tensor]]) -> tuple[Any, Sequence[Original], Storage]:  # fmt: skip
-    kept = [(o, s) for o, s in zip(originals, sources, strict=True) if hasattr(s, "_hp_mapping")]
+            active: Callable[[], list[Tensor]], wrapper: Any) -> tuple[Any, Sequence[Original], Storage]:  # fmt: skip
+    kept, left = _parted(originals, sources, lambda source: hasattr(source, "_hp_mapping"))
     process_groups: list[Any] = [getattr(source, "_dp_group", None) for _, source in kept]
     _check_one_family(process_groups)
-    places = [_zero12_place(groups[original.group], source) for original, source in kept]
-    return _checked(process_groups[0], [original for original, _ in kept], groups, places, active)
+    storage = ZeroStorage(
+        [original for original, _ in kept],
+        groups,
+        [_zero12_place(groups[original.group], source) for original, source in kept],
+        active,
+        _norm_of(wrapper),
+        left,
+    )
+    return _checked(process_groups[0], storage)
 
 
 def _check_one_family(process_groups: Sequence[Any]) -> None:
@@ -147,7 +212,7 @@ def _check_one_family(process_groups: Sequence[Any]) -> None:
 def _zero12_place(group: Group, source: Any) -> Place:
     mapping = source._hp_mapping
     if mapping is None:  # nothing of it on this rank
-        return Place(0, 0, 0, lambda: _flat_of(group), lambda: None)
+        return Place(0, 0, 0, lambda: _flat_of(group), lambda: None, source)
     here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
     return Place(
         start=here.start,
@@ -155,6 +220,7 @@ def _zero12_place(group: Group, source: Any) -> Place:
         offset=there.start,
         flat=lambda: _flat_of(group),
         low=lambda: source.detach().flatten()[here.start : here.start + here.numel],
+        source=source,
     )
 
 
@@ -164,7 +230,7 @@ def _flat_of(group: Group) -> Tensor:
 
 
 def _stage0(
-    originals: Sequence[Original], sources: Sequence[Tensor], groups: Sequence[Group]
+    originals: Sequence[Original], sources: Sequence[Tensor], groups: Sequence[Group], wrapper: Any
 ) -> tuple[Any, Sequence[Original], Storage]:
     """No ZeRO: the parameters themselves (fp32), or fp32 clones of the trainable ones, in order (bf16)."""
     from deepspeed.utils import groups as deepspeed_groups
@@ -178,16 +244,27 @@ def _stage0(
             "DeepSpeed stage 0 with fp16 divides the gradients by the loss scale once too often (seen in 0.19). Use "
             '"zero_optimization": {"stage": 1} or bf16.'
         )
-    kept, counts = [], [0] * len(groups)
-    for original, source in zip(originals, sources, strict=True):
-        if source.requires_grad:
-            kept.append(replace(original, position=counts[original.group]))
-            counts[original.group] += 1
+    cloned = _cloned(sources, wrapper)
+    kept, left = _parted(originals, sources, lambda source: id(source) in cloned)
+    counts, placed = [0] * len(groups), []
+    for original, _ in kept:
+        placed.append(replace(original, position=counts[original.group]))
+        counts[original.group] += 1
     if counts != [len(group["params"]) for group in groups]:
         raise ValueError(
             "DeepSpeed's fp32 copies do not match the trainable parameters one to one; nothing was updated."
         )
-    return process_group, kept, PlainStorage(groups, kept, shares_replicas=False)
+    models = [source for _, source in kept]
+    check = functools.partial(refuse_unfrozen, left)
+    return process_group, placed, PlainStorage(groups, placed, shares_replicas=False, models=models, check=check)
+
+
+def _cloned(sources: Sequence[Tensor], wrapper: Any) -> set[int]:
+    """The ids of the parameters of which DeepSpeed has clones: those that were trainable when it was built."""
+    groups = getattr(wrapper, "fp16_groups", None)
+    if groups is None:  # it is being built
+        return {id(source) for source in sources if source.requires_grad}
+    return {id(param) for group in groups for param in group}
 
 
 # --- around portable checkpoints --------------------------------------------------------------------------------------
@@ -208,11 +285,9 @@ def stored_part(tensor: Tensor) -> tuple[Part, Tensor]:
 # --- trust, but verify --------------------------------------------------------------------------------------------
 
 
-def _checked(process_group: Any, originals: Sequence[Original], groups: Sequence[Group], places: Sequence[Place],
-             active: Callable[[], list[Tensor]]) -> tuple[Any, Sequence[Original], Storage]:  # fmt: skip
+def _checked(process_group: Any, storage: ZeroStorage) -> tuple[Any, Sequence[Original], Storage]:
     """Compare every mapped piece with the model's weights: a wrong mapping would train garbage in silence."""
-    storage = ZeroStorage(originals, groups, places, active)
-    for i, (original, place) in enumerate(zip(originals, places, strict=True)):
+    for i, (original, place) in enumerate(zip(storage.originals, storage.places, strict=True)):
         flat = place.flat()
         if flat.dtype != torch.float32:
             raise ValueError(
@@ -226,7 +301,7 @@ def _checked(process_group: Any, originals: Sequence[Original], groups: Sequence
                 "they are in its flat partition. This combination of options is not supported (round_robin_gradients "
                 "is known to cause it: set it to false); nothing was updated."
             )
-    return process_group, originals, storage
+    return process_group, storage.originals, storage
 
 
 def _slice(place: Place, flat: Tensor) -> Tensor:

@@ -140,6 +140,17 @@ def zeros(at: int) -> Callable[[int, int, dict[str, Any]], None]:
     return change
 
 
+def only_the_victim_moves(at: int) -> Callable[[int, int, dict[str, Any]], None]:
+    """Before step ``at`` all other gradients are zeros, as behind gates that start at zero."""
+
+    def change(rank: int, step: int, grads: dict[str, Any]) -> None:
+        for name in grads:
+            if step < at and name != VICTIM:
+                grads[name].zero_()
+
+    return change
+
+
 def mostly_zeros(at: int) -> Callable[[int, int, dict[str, Any]], None]:
     """Only the first row of the gradient is not zero: most ranks see zeros, and yet it is a gradient."""
 
@@ -297,6 +308,11 @@ def _like_alone() -> dict[str, Drill]:
             options = {"projection": projection, "on_refresh": "keep"}
             frozen = Drill(layout, options, before=freeze((0, *range(GAP - 1, STEPS))), ranks=_ranks(layout))
             found[f"frozen with its gradient, {projection}, {layout}"] = frozen
+    for layout in ("ZeRO-1/2, 3 sub-groups", "ZeRO-3, 4 sub-groups"):
+        for projection in ("svd", "columns", "blockwise"):
+            found[f"zeros but for one matrix, {projection}, {layout}"] = Drill(
+                layout, {"projection": projection, "density": 0.5}, grads=only_the_victim_moves(2), ranks=2
+            )
     for layout in ("replicas, shared state", "Shard(0)", "HSDP 2x2"):
         for projection in ("svd", "randk"):
             grads = missing((VICTIM, "norm"), (0, GAP, GAP + 1), None)

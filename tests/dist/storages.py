@@ -125,7 +125,7 @@ class FlatStorage:
         self.members: list[list[int]] = [list(range(len(originals)))[k::subgroups] for k in range(subgroups)]
         self.parts: dict[int, tuple[int, Interval, int]] = {}
         self.flats = [nn.Parameter(self._cut(k, weights)) for k in range(subgroups)]
-        self.current = 0
+        self.current, self.moves = 0, False
         self.options_of: Callable[[int], dict[str, Any]] = lambda i: {}
 
     def _spans(self, members: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -154,6 +154,12 @@ class FlatStorage:
 
     def call(self) -> Sequence[int]:
         return self.members[self.current]
+
+    def moves_elsewhere(self) -> bool:
+        return self.moves
+
+    def frozen(self, i: int) -> bool:
+        return False
 
     def part(self, i: int) -> Part:
         return self.parts[i][1]
@@ -189,6 +195,7 @@ def flats(weights: Named, groups: Groups, options: dict[str, Any], subgroups: in
         group["params"] = storage.flats if k == 0 else []
 
     def step(grads: Named) -> None:
+        storage.moves = any(bool(grad.any()) for grad in grads.values())
         for k in range(subgroups):
             gradients = {storage.originals[i].name: grads[storage.originals[i].name] for i in storage.members[k]}
             storage.flats[k].grad = _flat_grad(storage, k, gradients)

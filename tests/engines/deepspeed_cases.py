@@ -110,11 +110,13 @@ def reference(
     model: Callable[[], nn.Module] = small_llama,
     groups: Callable[[nn.Module], Any] | None = None,
     schedule: Callable[[Any], Any] | None = None,
+    before: Callable[[nn.Module, int], None] | None = None,
 ) -> Weights:
     """Plain PyTorch. ``parts``: in how many micro-batches a step's gradient is computed, as ranks do.
 
     ``half``: forward and backward in half precision on copies of fp32 weights, whose gradients are added up in
     ``accumulated_in``. ``groups``: the parameter groups of a model, ``schedule``: the scheduler of an optimizer.
+    ``before`` is called before each step, with the model and the step.
     """
     from frugal_dist import Frugal, split_parameters
 
@@ -126,6 +128,8 @@ def reference(
     scheduler = schedule(optimizer) if schedule else None
     pairs = list(zip(master.parameters(), worker.parameters(), strict=True))
     for step in range(STEPS):
+        for one in {worker, master} if before else ():
+            before(one, step)
         sums = _gradients(worker, batch(step).chunk(parts), accumulated_in)
         for (high, _), grad in zip(pairs, sums, strict=True):
             high.grad = None if grad is None else grad.float()

@@ -166,3 +166,24 @@ def refused_to_save(setting: str, options: dict[str, Any], folder: Path) -> str:
     finally:
         engine.destroy()
     return ""
+
+
+def moved_away_and_back(setting: str, options: dict[str, Any]) -> list[str]:
+    """What differs between a run and one whose states are offloaded and reloaded after steps 1 to 3. Collective."""
+    from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as Kinds
+
+    runs = []
+    for moved in (False, True):
+        engine = start(setting, options)
+        for step in range(5):
+            cases.train(engine, [step])
+            if moved and step in (1, 2, 3):
+                include = {1: None, 2: [Kinds.optim_states], 3: [Kinds.hp_params, Kinds.lp_params]}[step]
+                engine.offload_states(include=include, pin_memory=False)
+                away = set(engine.optimizer.offloaded_states)
+                assert away >= set(include or Kinds) - {Kinds.contiguous_grad_buffer}
+                engine.reload_states()
+                assert not engine.optimizer.offloaded_states
+        runs.append(everything(engine))
+        engine.destroy()
+    return different(*runs)

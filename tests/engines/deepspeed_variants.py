@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ class Variant:
     accumulate: int = 1
     schedule: Callable[[Any], Any] | None = None
     layout: Callable[[Layout], bool] | None = None
+    before: Callable[[nn.Module, int], None] | None = None
 
 
 class Odd(nn.Module):
@@ -74,6 +76,52 @@ def frozen() -> nn.Module:
     for name, param in model.named_parameters():
         param.requires_grad = not ("layers.0.mlp" in name or "embed" in name or name.endswith("input_layernorm.weight"))
     return model
+
+
+def only_matrices() -> nn.Module:
+    """As beside adapters: all regular parameters are frozen."""
+    model = cases.small_llama()
+    for name, param in model.named_parameters():
+        param.requires_grad = "proj" in name
+    return model
+
+
+def only_regular() -> nn.Module:
+    model = cases.small_llama()
+    for name, param in model.named_parameters():
+        param.requires_grad = "proj" not in name
+    return model
+
+
+def freeze_for_a_while(model: nn.Module, step: int) -> None:
+    """Layer 0 is frozen in the first step and in steps 2 and 3, of which 3 refreshes; the head in step 5."""
+    for name, param in model.named_parameters():
+        if "layers.0." in name:
+            param.requires_grad_(step not in (0, 2, 3))
+        if "lm_head" in name:
+            param.requires_grad_(step != 5)
+
+
+class Gated(nn.Module):
+    """Blocks whose branch starts at zero (ReZero, LayerScale): in the first step only the gates have a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed_tokens = nn.Embedding(VOCAB, 9)
+        self.up_proj = nn.Linear(9, 13, bias=False)
+        self.down_proj = nn.Linear(13, 9, bias=False)
+        self.gate = nn.Parameter(torch.zeros(1))
+        self.lm_head = nn.Linear(9, VOCAB, bias=False)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        from transformers.modeling_outputs import CausalLMOutput
+
+        hidden = self.embed_tokens(input_ids)
+        hidden = hidden + self.gate * self.down_proj(torch.tanh(self.up_proj(hidden)))
+        logits = self.lm_head(hidden)
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss)
 
 
 def split(model: nn.Module) -> list[dict[str, Any]]:
@@ -121,6 +169,21 @@ VARIANTS = {
     "optimizer callable": Variant(path="callable"),
     "frozen parameters": Variant(build=frozen),
     "frozen parameters, blockwise": Variant(build=frozen, options={"projection": "blockwise"}),
+    "only matrices are trained": Variant(build=only_matrices),
+    "only matrices are trained, groups": Variant(build=only_matrices, groups=split),
+    "only matrices are trained, object": Variant(build=only_matrices, groups=split, path="object"),
+    "only regular parameters are trained": Variant(build=only_regular),
+    "only regular parameters are trained, callable": Variant(build=only_regular, path="callable"),
+    "gates": Variant(build=Gated, options={"weight_decay": 0.5}, zero={"sub_group_size": 40}),
+    "gates, columns": Variant(
+        build=Gated, options={"projection": "columns", "weight_decay": 0.5}, zero={"sub_group_size": 40}
+    ),
+    "gates, blockwise": Variant(build=Gated, options={"projection": "blockwise", "density": 0.5, "weight_decay": 0.5}),
+    "frozen for a while, accumulation": Variant(before=freeze_for_a_while, accumulate=3),
+    "frozen for a while, clipping": Variant(before=freeze_for_a_while, clip=0.1, more={"gradient_clipping": 0.1}),
+    "frozen for a while, clipping, offload": Variant(
+        before=freeze_for_a_while, clip=0.1, more={"gradient_clipping": 0.1}, zero=cases.CPU
+    ),
     "accumulation": Variant(accumulate=3),
     "accumulation, overlap": Variant(accumulate=3, zero={"overlap_comm": True}),
     "clipping": Variant(clip=0.1, more={"gradient_clipping": 0.1}),
@@ -165,16 +228,66 @@ def run(name: str, stage: int) -> Difference:
     config["gradient_accumulation_steps"] = variant.accumulate
     config["train_micro_batch_size_per_gpu"] = cases.ROWS // ranks // variant.accumulate
     engine = cases.start(config, model, **_given(variant, model, options, config))
-    cases.train(engine, range(cases.STEPS))
+    train(engine, variant.before)
     found = cases.full_weights(engine)
     if variant.layout is not None and stage > 0:
         runtime, _ = engine.basic_optimizer.everything()
         assert variant.layout(runtime.table.matrices[0].storage), runtime.table.matrices[0].storage
     engine.destroy()
     want = cases.reference(
-        options, clip=variant.clip, model=variant.build, groups=variant.groups or _by_name, schedule=variant.schedule
+        options,
+        clip=variant.clip,
+        model=variant.build,
+        groups=variant.groups or _by_name,
+        schedule=variant.schedule,
+        before=variant.before,
     )
     return cases.difference_to(found, want, float(options["lr"]))
+
+
+def train(engine: Any, before: Callable[[nn.Module, int], None] | None) -> None:
+    """All steps; ``before`` each of them as for ``cases.reference``."""
+    for step in range(cases.STEPS):
+        if before is not None:
+            before(engine.module, step)
+        cases.train(engine, [step])
+
+
+def frozen_for_a_while(setting: str, options: dict[str, Any]) -> tuple[Difference, bool]:
+    """A job: layers are frozen and unfrozen under a setting. How far from one process, and did frozen weights stay?"""
+    ranks, chosen = torch.distributed.get_world_size(), cases.SETTINGS[setting]
+    options = {**SMOOTH, **options}
+    engine = cases.start(cases.config_of(options, chosen.zero, ranks, **chosen.more), zero_init=chosen.zero_init)
+    seen = []
+
+    def before(model: nn.Module, step: int) -> None:
+        freeze_for_a_while(model, step)
+        seen.append(cases.model_weights(engine)["model.layers.0.mlp.up_proj.weight"])
+
+    train(engine, before)
+    found = cases.full_weights(engine)
+    engine.destroy()
+    half = {"half": chosen.half, "accumulated_in": chosen.accumulated_in}
+    want = cases.reference(options, ranks if chosen.half else 1, **half, before=freeze_for_a_while)
+    moved = [not torch.equal(one, other) for one, other in itertools.pairwise(seen)]
+    return cases.difference_to(found, want), moved == [False, True, False, False, True, True]
+
+
+def told_when_unfrozen(setting: str) -> str:
+    """What the user reads whose parameters were frozen when the engine was built."""
+    ranks, chosen = torch.distributed.get_world_size(), cases.SETTINGS[setting]
+    model = frozen()
+    engine = cases.start(cases.config_of(SMOOTH, chosen.zero, ranks, **chosen.more), model)
+    cases.train(engine, range(2))
+    for param in model.model.layers[0].mlp.parameters():
+        param.requires_grad_(True)
+    try:
+        cases.train(engine, [2])
+    except ValueError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return ""
 
 
 def _by_name(model: nn.Module) -> Any:

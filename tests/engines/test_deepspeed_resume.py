@@ -111,3 +111,12 @@ def test_stage_0_does_not_save_one_part_of_shared_state(setting: str, fleet: Fle
     for text in fleet(2).run(resume.refused_to_save, setting, options, tmp_path):
         assert "rank 0 only" in text
         assert "frugal_dist.checkpoint" in text
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["1", "3, sub-groups", *(pytest.param(one, marks=pytest.mark.heavy) for one in ("2, bf16", "3", "3, bf16"))],
+)
+def test_states_that_were_moved_away_and_back(setting: str, fleet: Fleets) -> None:
+    """At ZeRO-3 with a part of our own: DeepSpeed moves the state of its FusedAdam only."""
+    assert fleet(2).run(resume.moved_away_and_back, setting, PROJECTIONS["svd std"]) == [[], []]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import deepspeed_cases as cases
 import deepspeed_variants as variants
 import pytest
 import tables
@@ -12,7 +13,12 @@ from fleet import Fleet
 Fleets = Callable[[int], Fleet]
 LIMIT = 2e-5
 FOUR_RANKS = ("all padding", "rows over three ranks")
-STAGES = {"parameter_alignment": (1, 2), "small buckets": (1, 2), "several groups, offload": (1, 2, 3)}
+STAGES = {
+    "parameter_alignment": (1, 2),
+    "small buckets": (1, 2),
+    "several groups, offload": (1, 2, 3),
+    "frozen for a while, clipping, offload": (1, 2, 3),
+}
 """Where not 0 to 3."""
 
 QUICK = {
@@ -31,6 +37,11 @@ QUICK = {
     "rows over three ranks, right": (2, 3),
     "rows over three ranks, left": (1, 3),
     "an empty group": (1, 3),
+    "only matrices are trained": (1,),
+    "only matrices are trained, object": (2,),
+    "only regular parameters are trained, callable": (1,),
+    "gates, columns": (2, 3),
+    "frozen for a while, clipping, offload": (3,),
 }
 
 
@@ -49,3 +60,26 @@ def test_variants_give_the_weights_of_one_process(name: str, stage: int, fleet: 
     assert len(set(found)) == 1, f"ranks hold different weights: {found}"
     tables.put("DeepSpeed, variants: largest difference by stage", name, str(stage), f"{found[0].largest:.1e}")
     assert found[0].largest <= LIMIT
+
+
+QUICK_TO_FREEZE = {("0, bf16", "columns"), ("1", "blockwise"), ("2", "svd std"), ("3", "columns")}
+FREEZING = [
+    pytest.param(setting, projection, marks=[] if (setting, projection) in QUICK_TO_FREEZE else [pytest.mark.heavy])
+    for setting in cases.SETTINGS
+    for projection in ("svd std", "columns", "blockwise")
+]
+
+
+@pytest.mark.parametrize(("setting", "projection"), FREEZING)
+def test_freezing_in_mid_run_acts_as_on_one_process(setting: str, projection: str, fleet: Fleets) -> None:
+    (first, first_stays), second = fleet(2).run(variants.frozen_for_a_while, setting, cases.PROJECTIONS[projection])
+    assert second == (first, first_stays)
+    assert first_stays, "frozen weights moved, or others did not"
+    assert first.largest <= (1e-2 if cases.SETTINGS[setting].half else LIMIT)
+
+
+@pytest.mark.parametrize("setting", ["0, bf16", "2", "3", pytest.param("BF16_Optimizer", marks=pytest.mark.heavy)])
+def test_what_deepspeed_left_out_cannot_be_unfrozen(setting: str, fleet: Fleets) -> None:
+    for text in fleet(2).run(variants.told_when_unfrozen, setting):
+        assert text.startswith("model.layers.0.mlp.gate_proj.weight and 2 more was frozen")
+        assert "frugal_dist.checkpoint" in text

@@ -23,6 +23,7 @@ LAYERS: list[tuple[str, ...]] = [
     (
         "sharding.plan",
         "sharding.deepspeed",
+        "sharding.deepspeed_hooks",
         "sharding.accelerate",
         "sharding.lightning",
         "sharding.redundancy",
@@ -58,7 +59,7 @@ KNOWS = {
         "integrations.*",
         *APPLICATIONS,
     ),
-    "deepspeed": ("sharding.zero", "sharding.deepspeed", "integrations.deepspeed", *APPLICATIONS),
+    "deepspeed": ("sharding.zero", "sharding.deepspeed*", "integrations.deepspeed", *APPLICATIONS),
     "transformers": ("integrations.transformers", *APPLICATIONS),
     "triton": ("kernels.fused",),
 }
