@@ -40,8 +40,7 @@ QUICK = {
     "only matrices are trained": (1,),
     "only matrices are trained, object": (2,),
     "only regular parameters are trained, callable": (1,),
-    "gates, columns": (2, 3),
-    "frozen for a while, clipping, offload": (3,),
+    "gates, columns": (1, 3),
 }
 
 
@@ -62,7 +61,7 @@ def test_variants_give_the_weights_of_one_process(name: str, stage: int, fleet: 
     assert found[0].largest <= LIMIT
 
 
-QUICK_TO_FREEZE = {("0, bf16", "columns"), ("1", "blockwise"), ("2", "svd std"), ("3", "columns")}
+QUICK_TO_FREEZE = {("0, bf16", "columns"), ("2", "svd std"), ("3", "columns")}
 FREEZING = [
     pytest.param(setting, projection, marks=[] if (setting, projection) in QUICK_TO_FREEZE else [pytest.mark.heavy])
     for setting in cases.SETTINGS
@@ -78,7 +77,9 @@ def test_freezing_in_mid_run_acts_as_on_one_process(setting: str, projection: st
     assert first.largest <= (1e-2 if cases.SETTINGS[setting].half else LIMIT)
 
 
-@pytest.mark.parametrize("setting", ["0, bf16", "2", "3", pytest.param("BF16_Optimizer", marks=pytest.mark.heavy)])
+@pytest.mark.parametrize(
+    "setting", ["0, bf16", "3", *(pytest.param(one, marks=pytest.mark.heavy) for one in ("1", "2", "BF16_Optimizer"))]
+)
 def test_what_deepspeed_left_out_cannot_be_unfrozen(setting: str, fleet: Fleets) -> None:
     for text in fleet(2).run(variants.told_when_unfrozen, setting):
         assert text.startswith("model.layers.0.mlp.gate_proj.weight and 2 more was frozen")
