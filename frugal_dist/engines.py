@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,30 @@ def refuse_replacement() -> None:
 def replaces_given_optimizers() -> bool:
     """Whether the Trainer would drop a finished optimizer: it does so under DeepSpeed."""
     return accelerate.drives_deepspeed()
+
+
+def is_driven(optimizer: object) -> bool:
+    """Whether the user's script leaves the training to DeepSpeed, Accelerate or the Trainer."""
+    return accelerate.in_use() or deepspeed.engine_of(optimizer) is not None
+
+
+def unheard_wishes(given: Mapping[str, Any]) -> str:
+    """What to say about arguments of the Trainer or of DummyOptim that do not count, since the JSON leaves them out."""
+    options = deepspeed.json_options()
+    if options is None:
+        return ""
+    where, wishes = accelerate.wishes()
+    keys = [key for key in wishes if key not in options and wishes[key] != given[key]]
+    if given["state_full"] != "adamw":
+        keys = [key for key in keys if key in ("lr", "weight_decay")]
+    if not keys:
+        return ""
+    said = ", ".join(f"{key}={given[key]} and not {wishes[key]}" for key in keys)
+    auto = ", ".join(f'"{key}": "auto"' for key in keys)
+    return (
+        f"The optimizer in DeepSpeed's config leaves out {', '.join(keys)}, so Frugal has its defaults: {said}, as "
+        f"{where} says. Write {auto} to take that over, or the value that is meant."
+    )
 
 
 def refuse_to_be_given_a_part() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from frugal_dist import engines
 from frugal_dist.config import HYPERPARAMETERS
-from frugal_dist.names import clean_name, is_projected_name
+from frugal_dist.names import Choice, clean_name, is_table_name
 from frugal_dist.sharding.storage import Original
 
 
@@ -24,26 +24,37 @@ def as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
     return members if isinstance(members[0], dict) else [{"params": members}]
 
 
-def arranged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def tables_in(groups: list[dict[str, Any]]) -> frozenset[tuple[int, ...]]:
+    """The shapes of all embeddings, judged by names."""
+    shapes = [(name, engines.full_shape(tensor)) for group in groups for name, tensor in _named(group)]
+    return frozenset(shape for name, shape in shapes if name is not None and is_table_name(name, shape))
+
+
+def arranged(groups: list[dict[str, Any]], choice: Choice) -> list[dict[str, Any]]:
     """ZeRO-1/2 give every rank an equal part of each group. Projected and regular parameters have unequal state, so a
     group that does not say which it holds becomes two, and the state is spread evenly.
     """
     if not engines.cuts_groups_evenly():
         return groups
-    return [part for group in groups for part in _divided(group)]
+    return [part for group in groups for part in _divided(group, choice)]
 
 
-def _divided(group: dict[str, Any]) -> list[dict[str, Any]]:
-    members = members_of(group)
-    known = engines.names_of([tensor for _, tensor in members])
-    named = [(name or other, tensor) for (name, tensor), other in zip(members, known, strict=True)]
+def _divided(group: dict[str, Any], choice: Choice) -> list[dict[str, Any]]:
+    named = _named(group)
     group = {key: value for key, value in group.items() if key != "param_names"}
     if "projected" in group or any(name is None for name, _ in named):
         return [{**group, "params": [pair if pair[0] is not None else pair[1] for pair in named]}]
     parts: dict[bool, list[Any]] = {True: [], False: []}
     for name, tensor in named:
-        parts[is_projected_name(clean_name(str(name)), engines.full_shape(tensor))].append((name, tensor))
+        parts[choice(clean_name(str(name)), engines.full_shape(tensor))].append((name, tensor))
     return [{**group, "params": part, "projected": kind} for kind, part in parts.items() if part]
+
+
+def _named(group: dict[str, Any]) -> list[tuple[str | None, Tensor]]:
+    """Members with the names that the group or else the engine gives them."""
+    members = members_of(group)
+    known = engines.names_of([tensor for _, tensor in members])
+    return [(name or other, tensor) for (name, tensor), other in zip(members, known, strict=True)]
 
 
 def members_of(group: dict[str, Any]) -> list[tuple[str | None, Tensor]]:

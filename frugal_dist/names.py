@@ -7,7 +7,8 @@ bare tensors), and by `frugal_dist.parameters`, which looks at modules and asks 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 # Wrappers add a component to every name below them: these anywhere in a path, `module` (DDP, DeepSpeed) at its start.
@@ -20,15 +21,12 @@ _LEADING_WRAPPER = "module"
 # `blocks.0.score`), so a number earlier in the path rules a head out, except for names that never mean anything else.
 _HEADS = frozenset(
     {
-        "classification_head",
         "classifier",
         "cls",
-        "codec_head",
-        "ctc_head",
         "head",
         "heads",
         "lm_loss",
-        "mlm_head",
+        "output_layer",
         "output_projection",
         "pred_layer",
         "proj_out",
@@ -37,9 +35,20 @@ _HEADS = frozenset(
         "vocab_projector",
     }
 )
+_HEAD_ENDINGS = ("*_head", "*_heads", "*logits", "*_logits_*", "logits_*")
+_NO_HEADS = ("multi_head*", "attn_head*", "attention_head*")
 _HEADS_EVERYWHERE = ("*lm_head", "embed_out")
 # Heads only as the last module of the path: elsewhere they name whole sub-models (T5's `decoder.block.0`).
-_HEADS_AT_THE_END = frozenset({"output", "decoder", "logits", "unembed", "unembedding"})
+_HEADS_AT_THE_END = frozenset({"output", "decoder", "projection", "unembed", "unembedding"})
+# `feature_projection.projection`: a part of a module that maps something else than the model's output.
+_MAPS = ("*projection*", "*embed*")
+
+# A head of any name: a matrix of the shape of the largest embedding, outside numbered blocks. MLPs are four times as
+# wide as the model, vocabularies more than three times; at exactly four it is not told.
+_VOCABULARY = 3
+_MLP = 4
+
+_ADAPTERS = ("lora_*",)
 
 _EMBEDDINGS = ("*embed*", "wte", "wpe", "emb", "*_emb", "shared", "relative_attention_bias")
 # Linear layers that map an embedding to the model's width carry its name (`embed_proj`, `embeddings_project`).
@@ -81,19 +90,50 @@ def check_patterns(names: Sequence[str], patterns: Sequence[str] | None, key: st
             raise ValueError(f'{key}: the pattern "{pattern}" matches no parameter. {_advice(names, pattern)}')
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Which parameters are projected, where only names and shapes are known.
+
+    `project`: these patterns instead of `is_projected_name`; `skip`: never these; `tables`: shapes of embeddings.
+    """
+
+    project: Sequence[str] | None = None
+    skip: Sequence[str] | None = None
+    tables: frozenset[tuple[int, ...]] = frozenset()
+
+    @property
+    def asked(self) -> bool:
+        """Whether there are patterns."""
+        return self.project is not None or self.skip is not None
+
+    def __call__(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether this one is projected."""
+        if matches(name, self.skip):
+            return False
+        if self.project is not None:
+            return matches(name, self.project)
+        return is_projected_name(name, shape) and not is_vocabulary_sized(name, shape, self.tables)
+
+
 def is_projected_name(name: str, shape: Sequence[int]) -> bool:
     """Whether a parameter is projected, judged by its name and shape (rows, columns) or (experts, rows, columns).
 
-    Every 2-D `...weight` is, except embeddings, output heads and routers, and so is every 3-D stack of expert matrices.
-    Agrees with `split_parameters` on LLaMA, Mistral, Qwen, GPT-2, GPT-NeoX, OPT, BLOOM, BERT, RoBERTa, T5, Mixtral and
-    Qwen-MoE; for models with unusual names pass the groups of `split_parameters` instead, which looks at the modules.
+    Every 2-D `...weight` is, except embeddings, output heads, routers and LoRA's adapters, and so is every 3-D stack of
+    expert matrices. Agrees with `split_parameters` on LLaMA, Mistral, Qwen, GPT-2, GPT-NeoX, OPT, BLOOM, BERT, RoBERTa,
+    T5, Mixtral and Qwen-MoE; for models with unusual names pass the groups of `split_parameters` instead, which looks
+    at the modules.
     """
     name = clean_name(name)
-    if min(shape, default=0) < 2 or is_head(name) or is_router(name, shape):
+    if min(shape, default=0) < 2 or is_head(name) or is_router(name, shape) or is_adapter(name):
         return False
     if len(shape) == 3:
         return is_expert_stack(name)
     return len(shape) == 2 and _is_weight(name) and not _is_embedding(name)
+
+
+def is_table_name(name: str, shape: Sequence[int]) -> bool:
+    """Whether a parameter is the matrix of an embedding, judged by its name."""
+    return len(shape) == 2 and _is_weight(name) and _is_embedding(clean_name(name))
 
 
 def is_head(name: str) -> bool:
@@ -101,10 +141,35 @@ def is_head(name: str) -> bool:
     path = clean_name(name).split(".")[:-1]
     if any(_fits(part, _HEADS_EVERYWHERE) for part in path):
         return True
-    outside_blocks = path[: next((i for i, part in enumerate(path) if part.isdigit()), len(path))]
-    if _HEADS.intersection(outside_blocks):
+    outside_blocks = _outside_blocks(path)
+    if any(part in _HEADS or _is_head_name(part) for part in outside_blocks):
         return True
-    return bool(path) and outside_blocks == path and path[-1] in _HEADS_AT_THE_END
+    if not path or outside_blocks != path or path[-1] not in _HEADS_AT_THE_END:
+        return False
+    return len(path) == 1 or not _fits(path[-2], _MAPS)
+
+
+def is_vocabulary_sized(name: str, shape: Sequence[int], tables: Iterable[tuple[int, ...]]) -> bool:
+    """Whether a matrix outside numbered blocks has the shape of the largest of the embeddings: an output head."""
+    path = clean_name(name).split(".")[:-1]
+    largest = max(tables, default=None)
+    if largest is None or tuple(shape) != largest or _outside_blocks(path) != path:
+        return False
+    return shape[0] > _VOCABULARY * shape[1] and shape[0] != _MLP * shape[1]
+
+
+def is_adapter(name: str) -> bool:
+    """Whether the parameter is LoRA's, of peft, torchtune or kohya: a few rows or columns, which need no projection."""
+    return any(_fits(part.lower(), _ADAPTERS) for part in clean_name(name).split("."))
+
+
+def _is_head_name(part: str) -> bool:
+    return _fits(part, _HEAD_ENDINGS) and not _fits(part, _NO_HEADS)
+
+
+def _outside_blocks(path: list[str]) -> list[str]:
+    """The components before the first number."""
+    return path[: next((i for i, part in enumerate(path) if part.isdigit()), len(path))]
 
 
 def is_router(name: str, shape: Sequence[int]) -> bool:

@@ -32,21 +32,23 @@ from frugal_dist.groups import (
     check_unique,
     follow_cycles,
     members_of,
+    tables_in,
     without_foreign,
 )
-from frugal_dist.notices import notice
+from frugal_dist.holdings import StateBytes, bytes_by_name, state_bytes, summary
+from frugal_dist.names import Choice
+from frugal_dist.notices import notice, tell
 from frugal_dist.parameters import (
     ParameterInfo,
     check_patterns,
-    check_selection,
     clean_name,
-    is_projected_name,
     matches,
     report,
+    selection_advice,
 )
 from frugal_dist.projection.numerics import full_precision
 from frugal_dist.refresh import refresh
-from frugal_dist.sharding.exchange import agree_max
+from frugal_dist.sharding.exchange import agree_max, speaks
 from frugal_dist.sharding.storage import Original
 from frugal_dist.stepping import step_matrices
 from frugal_dist.work import Runtime
@@ -68,6 +70,13 @@ NO_GRADIENTS = (
 )
 
 
+def _patterns(given: Sequence[str] | str | None) -> Sequence[str] | None:
+    """Name patterns as a list; JSON configs say "auto" for none."""
+    if isinstance(given, str):
+        return None if given == "auto" else [given]
+    return given
+
+
 class Frugal(Optimizer):
     """FRUGAL (Zmushko et al., ICML 2025, arXiv 2411.07837), the same on every engine and number of ranks.
 
@@ -81,7 +90,8 @@ class Frugal(Optimizer):
     ``process_group``: the ranks that hold replicas of ordinary tensors. "auto": the default group if there is one.
     None: this process is alone, no collectives ever. ``shard_state``: whether replicas share the low-rank state;
     "auto": yes, except where checkpoints keep rank 0's state only: under DeepSpeed stage 0, and under DDP of Accelerate
-    or the Trainer. ``no_decay``: name patterns without weight decay. A hyperparameter that is "auto" has its default:
+    or the Trainer. ``project``, ``skip``: name patterns as in ``split_parameters``, for groups that do not say
+    ``"projected"``. ``no_decay``: name patterns without weight decay. A hyperparameter that is "auto" has its default:
     JSON configs say so.
 
     Raises ValueError, naming the parameter or key, for unknown or bad hyperparameters, unnamed parameters without
@@ -115,6 +125,8 @@ class Frugal(Optimizer):
         residual_threshold: float = 0.0,
         shard_state: bool | str = "auto",
         process_group: Any = "auto",
+        project: Sequence[str] | None = None,
+        skip: Sequence[str] | None = None,
         no_decay: Sequence[str] | None = None,
         seed: int = 0,
         **unknown: Any,
@@ -127,14 +139,13 @@ class Frugal(Optimizer):
         if old and projected_lr_scale != 1.0:
             old["projected_lr_scale"] = projected_lr_scale
         given = without_auto({**given, **renamed(old)})
-        known = (*HYPERPARAMETERS, "shard_state", "process_group", "no_decay")
+        known = (*HYPERPARAMETERS, "shard_state", "process_group", "project", "skip", "no_decay")
         check_keys(unknown, known, "Frugal")
         if not isinstance(shard_state, bool) and shard_state != "auto":
             raise ValueError(f"shard_state={shard_state!r} is not known. Use one of auto, true, false.")
         self._shard_state = shard_state
         self._process_group = process_group
-        no_decay = None if no_decay == "auto" else no_decay
-        self._no_decay = [no_decay] if isinstance(no_decay, str) else no_decay
+        self._no_decay = _patterns(no_decay)
         self._originals: list[Original] = []
         self._sources: list[Callable[[], Tensor | None]] = []  # weak: engines replace parameters, ZeRO asks for them
         self._groups: list[dict[str, Any]] = []  # all groups, also while DeepSpeed shows one of them only
@@ -145,15 +156,26 @@ class Frugal(Optimizer):
         self._settled: dict[int, Seen] = {}  # what the state of each group was made with
         self._loaded = False
         self._saved_elsewhere = False
-        self._saving_checked = self._told = self._parts_told = False
+        self._saving_checked = self._told = self._parts_told = self._summarised = False
         FrugalConfig(**given)
+        groups = as_groups(params)
+        self._choice = Choice(_patterns(project), _patterns(skip), tables_in(groups))
         # Schedulers that cycle momentum look here for what to cycle: betas[0], or without betas "momentum".
         shown = {key: value for key, value in given.items() if key != "betas" or given["state_full"] != "sgdm"}
-        super().__init__(arranged(as_groups(params)), shown)
-        check_patterns([original.name for original in self._originals], self._no_decay, "no_decay")
-        check_selection(self.parameter_report_rows())
+        super().__init__(arranged(groups, self._choice), shown)
+        names = [original.name for original in self._originals]
+        for key, patterns in (
+            ("project", self._choice.project),
+            ("skip", self._choice.skip),
+            ("no_decay", self._no_decay),
+        ):
+            check_patterns(names, patterns, key)
+        advice = [selection_advice(self.parameter_report_rows()), engines.unheard_wishes(given)]
         self._check_shapes()
         engines.announce(self, process_group)
+        for text in advice if speaks() else ():
+            if text:
+                notice(text)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -214,6 +236,7 @@ class Frugal(Optimizer):
         self, name: str | None, tensor: Tensor, projected: bool | None, group: int, position: int
     ) -> Original:
         shape = engines.full_shape(tensor)
+        named = name is not None
         name = None if name is None else clean_name(name)  # the same seeds and state names with and without wrappers
         if name is None:
             name = f"group{group}.{position}"
@@ -223,12 +246,17 @@ class Frugal(Optimizer):
                     "to project it. Pass model.named_parameters() or split_parameters(model), or put the names as "
                     '"param_names", or "projected": True or False, into its group.'
                 )
-        if projected and len(shape) not in (2, 3):
+        decided = bool(projected) if projected is not None else self._choice(name, shape)
+        if decided and len(shape) not in (2, 3):
             raise ValueError(
                 f"{name} has shape {shape}: only matrices (2-D) and stacks of them (3-D) can be projected. "
-                'Put it into a group with "projected": False.'
+                'Put it into a group with "projected": False, or name it in skip.'
             )
-        decided = is_projected_name(name, shape) if projected is None else bool(projected)
+        if projected is not None and self._choice.asked and named and self._choice(name, shape) is not decided:
+            raise ValueError(
+                f'{name}: its group says "projected": {decided}, but project and skip of Frugal say otherwise. '
+                "Leave out one of the two; split_parameters takes the same patterns."
+            )
         return Original(name, shape, decided, not matches(name, self._no_decay), group, position)
 
     def _check_shapes(self) -> None:
@@ -243,11 +271,42 @@ class Frugal(Optimizer):
 
     def parameter_report_rows(self) -> list[ParameterInfo]:
         """How every parameter is treated, in order."""
-        return [ParameterInfo(o.name, o.shape, o.projected, o.decay) for o in self.originals]
+        me = innermost(self)
+        sources = [source() for source in me._sources]
+        frozen = [source is not None and not source.requires_grad for source in sources]
+        sizes = {} if me._runtime is None else bytes_by_name(me._runtime, me.state)
+        return [
+            ParameterInfo(o.name, o.shape, o.projected, o.decay, still, sizes.get(o.name))
+            for o, still in zip(me._originals, frozen, strict=True)
+        ]
 
     def parameter_report(self) -> str:
         """A readable table of every parameter and its treatment."""
         return report(self.parameter_report_rows())
+
+    def state_bytes(self) -> StateBytes:
+        """Bytes of state on this rank, and AdamW's. Nothing (0 of 0) before the first step. No collective."""
+        me = innermost(self)
+        runtime = me._runtime
+        return StateBytes(0, 0) if runtime is None else state_bytes(runtime, me.state)
+
+    def summary(self) -> str:
+        """One line: projected, regular and frozen parameters, and the state on this rank against AdamW's.
+
+        After the first step the logger "frugal_dist" gets it on rank 0; under DeepSpeed, Accelerate and the Trainer it
+        goes to stderr if that logger has no level.
+        """
+        me = innermost(self)
+        return summary(me.parameter_report_rows(), me._originals, me._groups, me.state_bytes())
+
+    def _summarise(self, runtime: Runtime) -> None:
+        """Once, when every parameter has had its first step."""
+        stepped = {i for call in self._checked for i in call}
+        if self._summarised or len(stepped) < len(runtime.originals):
+            return
+        self._summarised = True
+        if runtime.ranks.rank == 0:
+            tell(self.summary(), aloud=engines.is_driven(self))
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
@@ -276,6 +335,8 @@ class Frugal(Optimizer):
             stepped = refresh(runtime, load.works)
             step_matrices(runtime, load.works, stepped)
             step_regular(load)
+            if not self._summarised:
+                self._summarise(runtime)
         return loss
 
     def _load(self, runtime: Runtime) -> Load:
@@ -461,7 +522,7 @@ class Frugal(Optimizer):
         """For pickle and deepcopy: everything but what is found out again at the next step; state as it is saved."""
         if innermost(self) is not self:  # a wrapper is copied as what it is
             return dict(self.__dict__)
-        kept = ("_originals", "_shard_state", "_no_decay", "_loaded", "_settled")
+        kept = ("_originals", "_shard_state", "_no_decay", "_choice", "_loaded", "_settled")
         state = {**super().__getstate__(), **{key: self.__dict__[key] for key in kept}}
         runtime = self._runtime or self._before
         if runtime is not None:
@@ -480,10 +541,11 @@ class Frugal(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_loaded", False)
         self.__dict__.setdefault("_settled", {})
+        self.__dict__.setdefault("_choice", Choice())
         self.__dict__.setdefault("_saved_elsewhere", False)
         if "_originals" in state:  # unpickled or copied: the sources of a DeepSpeed engine do not come along
             self._groups = list(self.param_groups)
             self._sources = [lambda: None for _ in self._originals]
         self.__dict__.update(_runtime=None, _before=None, _started=False, _checked=set())
         engines.announce(self, self._process_group)
-        self.__dict__.update(_saving_checked=False, _told=False, _parts_told=False)
+        self.__dict__.update(_saving_checked=False, _told=False, _parts_told=False, _summarised=True)

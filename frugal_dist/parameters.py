@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from frugal_dist.names import (
     check_patterns,
     clean_name,
+    is_adapter,
     is_expert_stack,
     is_head,
     is_projected_name,
     is_router,
+    is_vocabulary_sized,
     matches,
 )
 
@@ -44,12 +46,17 @@ _NOTHING_PROJECTED = (
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """How one parameter is treated: projected or regular, with weight decay or never."""
+    """How one parameter is treated: projected or regular, with weight decay or never, frozen or trained.
+
+    ``state_bytes``: what its state takes on this rank, None where that is not known yet.
+    """
 
     name: str
     shape: tuple[int, ...]
     projected: bool
     decay: bool
+    frozen: bool = False
+    state_bytes: int | None = None
 
     @property
     def numel(self) -> int:
@@ -64,7 +71,8 @@ class _Entry:
     tensor: Tensor
     names: list[str]
     eligible: bool = False  # somewhere used as a Linear weight or an expert stack
-    excluded: bool = False  # somewhere used as an embedding, an output head or a router
+    excluded: bool = False  # somewhere used as an embedding, an output head, a router or an adapter
+    table: bool = False  # somewhere used as an embedding
 
     def matches(self, patterns: Sequence[str] | None) -> bool:
         return any(matches(name, patterns) for name in self.names)
@@ -79,9 +87,9 @@ def split_parameters(
     """Split a model's parameters into groups for `Frugal`.
 
     Projected by default: weights of nn.Linear, of GPT-2's Conv1D and of nn.MultiheadAttention, and 3-D stacks of expert
-    matrices. Everything else is regular: embeddings (also when tied to a head), output heads, routers, norms, biases,
-    matrices of a single row or column. Frozen parameters are included; a few counts are all their state until they are
-    unfrozen.
+    matrices. Everything else is regular: embeddings (also when tied to a head), output heads (by name, by what the
+    model says, or of the shape of its largest embedding), routers, LoRA's adapters, norms, biases, matrices of a single
+    row or column. Frozen parameters are included; a few counts are all their state until they are unfrozen.
 
     Patterns are globs on parameter names or dotted suffixes of them (see `frugal_dist.names.matches`); a tied tensor is
     found under each of its names.
@@ -121,49 +129,73 @@ def split_parameters(
 def describe(groups: Iterable[dict[str, Any]]) -> list[ParameterInfo]:
     """The groups of `split_parameters` as a list for `report` and `check_selection`."""
     return [
-        ParameterInfo(name, _shape(tensor), group["projected"], group.get("weight_decay") != 0.0)
+        ParameterInfo(
+            name, _shape(tensor), group["projected"], group.get("weight_decay") != 0.0, not tensor.requires_grad
+        )
         for group in groups
         for name, tensor in group["params"]
     ]
 
 
 def check_selection(infos: Sequence[ParameterInfo]) -> None:
-    """Raise ValueError if nothing is projected; warn if fewer than half of the elements are."""
+    """Raise ValueError if nothing is projected; warn if less than half of what is trained is."""
+    advice = selection_advice(infos)
+    if advice:
+        warnings.warn(advice, stacklevel=2)
+
+
+def selection_advice(infos: Sequence[ParameterInfo]) -> str:
+    """What to say about a selection of which less than half is projected, or "". ValueError if nothing is.
+
+    Frozen parameters do not count: they have no state.
+    """
     if not any(info.projected for info in infos):
         raise ValueError(_NOTHING_PROJECTED)
-    total = sum(info.numel for info in infos)
-    projected = sum(info.numel for info in infos if info.projected)
-    if projected < total / 2:
-        largest = max((info for info in infos if not info.projected), key=lambda info: info.numel)
-        warnings.warn(
-            f"Only {projected / total:.0%} of the parameters are projected; FRUGAL saves memory on those alone. "
-            f"The largest regular one is {largest.name} with {largest.numel:,} elements. If it should be projected, "
-            "name it in split_parameters(model, project=[...]).",
-            stacklevel=2,
-        )
+    trained = [info for info in infos if not info.frozen]
+    total = sum(info.numel for info in trained)
+    projected = sum(info.numel for info in trained if info.projected)
+    if projected >= total / 2:
+        return ""
+    largest = max((info for info in trained if not info.projected), key=lambda info: info.numel)
+    share = f"Only {projected / total:.0%}" if projected else "None"
+    return (
+        f"{share} of the parameters are projected{_beside_frozen(infos)}; FRUGAL saves memory on those alone. "
+        f"The largest regular one is {largest.name} with {largest.numel:,} elements. To choose yourself, name all that "
+        'shall be projected: project=["*_proj.weight", ...] in split_parameters or Frugal, "project" in DeepSpeed\'s '
+        "JSON, optimizer.project in a recipe."
+    )
+
+
+def _beside_frozen(infos: Sequence[ParameterInfo]) -> str:
+    frozen = sum(info.frozen for info in infos)
+    return f" (not counting {frozen} that are frozen)" if frozen else ""
 
 
 def report(infos: Sequence[ParameterInfo], collapse: bool = True) -> str:
     """A table of every parameter and its treatment, with totals.
 
-    With `collapse`, equal parameters of numbered layers share a line: `layers.{0-11}.mlp.up_proj.weight`.
+    With `collapse`, equal parameters of numbered layers share a line: `layers.{0-11}.mlp.up_proj.weight`. Columns for
+    frozen ones and for the bytes of their state are there if there are any.
     """
-    head = ("parameter", "shape", "number", "elements", "treatment", "decay")
+    head, aligns = ["parameter", "shape", "number", "elements", "treatment", "decay"], ["<", ">", ">", ">", "<", "<"]
+    frozen, counted = any(info.frozen for info in infos), any(info.state_bytes is not None for info in infos)
+    head, aligns = head + ["frozen"] * frozen + ["state bytes"] * counted, aligns + ["<"] * frozen + [">"] * counted
     lines = _collapsed(infos) if collapse else [(info.name, [info]) for info in infos]
     rows = [
-        (
+        [
             name,
             "×".join(map(str, members[0].shape)) or "scalar",
             str(len(members)),
             f"{sum(info.numel for info in members):,}",
             "projected" if members[0].projected else "regular",
             "yes" if members[0].decay else "no",
-        )
+            *(["yes" if members[0].frozen else "no"] * frozen),
+            *([f"{sum(info.state_bytes or 0 for info in members):,}"] * counted),
+        ]
         for name, members in lines
     ]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    aligns = ("<", ">", ">", ">", "<", "<")
-    table = [_align(row, widths, aligns) for row in (head, tuple("-" * width for width in widths), *rows)]
+    table = [_align(row, widths, aligns) for row in (head, ["-" * width for width in widths], *rows)]
     return "\n".join([*table, "", *_totals(infos)])
 
 
@@ -181,7 +213,12 @@ def _collect(model: nn.Module) -> list[_Entry]:
             entry.eligible |= (
                 tensor.is_floating_point() and min(shape, default=0) > 1 and _is_matrix(module, name, shape)
             )
-            entry.excluded |= _is_embedding(module) or id(tensor) in heads or is_head(name) or is_router(name, shape)
+            entry.table |= _is_embedding(module)
+            entry.excluded |= id(tensor) in heads or is_head(name) or is_router(name, shape) or is_adapter(name)
+    tables = {_shape(entry.tensor) for entry in entries.values() if entry.table}
+    for entry in entries.values():
+        sized = any(is_vocabulary_sized(name, _shape(entry.tensor), tables) for name in entry.names)
+        entry.excluded |= entry.table or sized
     return list(entries.values())
 
 
@@ -244,10 +281,10 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 def _collapsed(infos: Sequence[ParameterInfo]) -> list[tuple[str, list[ParameterInfo]]]:
     """Lines of the table: numbers in names become ranges where all combinations exist and are treated alike."""
-    alike: dict[tuple[str, tuple[int, ...], bool, bool], list[ParameterInfo]] = {}
+    alike: dict[tuple[str, tuple[int, ...], bool, bool, bool], list[ParameterInfo]] = {}
     for info in infos:
         template = re.sub(r"(?<![^.])\d+(?![^.])", "{}", info.name)
-        alike.setdefault((template, info.shape, info.projected, info.decay), []).append(info)
+        alike.setdefault((template, info.shape, info.projected, info.decay, info.frozen), []).append(info)
     lines: list[tuple[str, list[ParameterInfo]]] = []
     for (template, *_), members in alike.items():
         numbers = [tuple(map(int, re.findall(r"(?<![^.])\d+(?![^.])", info.name))) for info in members]
@@ -277,9 +314,14 @@ def _align(row: Sequence[str], widths: Sequence[int], aligns: Sequence[str]) -> 
 
 def _totals(infos: Sequence[ParameterInfo]) -> list[str]:
     total = sum(info.numel for info in infos)
+    kinds = {
+        "projected": [info for info in infos if info.projected and not info.frozen],
+        "regular": [info for info in infos if not info.projected and not info.frozen],
+        "frozen": [info for info in infos if info.frozen],
+    }
     lines = []
-    for word, wanted in (("projected", True), ("regular", False)):
-        members = [info for info in infos if info.projected is wanted]
+    for word, members in kinds.items():
         elements = sum(info.numel for info in members)
-        lines.append(f"{word}: {len(members)} parameters, {elements:,} elements ({elements / max(total, 1):.1%})")
+        if members or word != "frozen":
+            lines.append(f"{word}: {len(members)} parameters, {elements:,} elements ({elements / max(total, 1):.1%})")
     return [*lines, f"total: {len(infos)} parameters, {total:,} elements"]

@@ -65,6 +65,15 @@ def engine_in_construction() -> Any | None:
     return None
 
 
+def json_options() -> dict[str, Any] | None:
+    """The "params" of the JSON from which DeepSpeed is building an optimizer right now; None if it is not."""
+    engine = engine_in_construction()
+    if engine is None or engine.client_optimizer is not None or not engine.optimizer_name():
+        return None
+    found: dict[str, Any] = engine.optimizer_params() or {}
+    return found
+
+
 def engine_of(optimizer: object) -> Any | None:
     """The engine that drives ``optimizer``, if any. DeepSpeed gives the optimizer no link to it: look for it."""
     module = sys.modules.get("deepspeed.runtime.engine")

@@ -5,6 +5,7 @@ Every function is a no-op on one process. Calls go through ``torch.distributed``
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,13 @@ ALONE = Ranks(group=None, rank=0, size=1)
 def is_initialized() -> bool:
     """Whether there is a default process group."""
     return dist.is_available() and dist.is_initialized()
+
+
+def speaks() -> bool:
+    """Whether this process says what concerns all ranks: the first one, also before the process group is made."""
+    if is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 def ranks_of(process_group: Any) -> Ranks:

@@ -142,3 +142,14 @@ def test_ranks_with_other_kernels_are_refused_together(monkeypatch: pytest.Monke
 
     for text in run_ranks(2, told):
         assert "kernels (FRUGAL_KERNELS=torch makes them equal): 'triton' against 'torch'" in text
+
+
+def test_the_advice_is_given_by_one_rank() -> None:
+    def told(rank: int) -> None:
+        shapes = {"embed.weight": (50, 8), "q_proj.weight": (8, 8)}
+        Frugal([(name, torch.nn.Parameter(torch.zeros(shape))) for name, shape in shapes.items()])
+
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        run_ranks(2, told)
+    assert sum("Only 14% of the parameters" in str(one.message) for one in found) == 1

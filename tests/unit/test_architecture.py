@@ -34,7 +34,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("parameters", "clock", "state", "update", "figures"),
     ("work",),
     ("moments", "replicas", "workload", "engines", "bases"),
-    ("refresh", "stepping", "groups", "changes"),
+    ("refresh", "stepping", "groups", "changes", "holdings"),
     ("saving",),
     ("optimizer",),
     ("checkpoint", "checkpoint.*"),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from model_zoo import ZOO, build
 from torch import nn
 
+from frugal_dist import Frugal
+from frugal_dist.holdings import StateBytes
 from frugal_dist.names import is_head
 from frugal_dist.parameters import (
     ParameterInfo,
@@ -200,6 +204,20 @@ def test_a_model_that_cannot_name_its_head_is_fine() -> None:
     ("name", "shape", "expected"),
     [
         (Q_PROJ, (8, 8), True),
+        *(
+            (f"{head}.weight", (90, 8), False)
+            for head in ("projection", "to_logits", "output_layer", "out_head", "word_head")
+        ),
+        ("transformer.output_layer.weight", (90, 8), False),
+        ("model.prediction_head.dense.weight", (8, 8), False),
+        ("encoder.multi_head.q.weight", (8, 8), True),
+        ("encoder.layers.0.projection.weight", (8, 8), True),
+        ("wav2vec2.feature_projection.projection.weight", (8, 16), True),
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight", (2, 8), False),
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight", (8, 2), False),
+        ("base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight", (8, 8), True),
+        ("layers.0.attn.q_proj.lora_a.weight", (2, 8), False),
+        ("lora_unet_mid.lora_down.weight", (2, 8), False),
         ("module." + Q_PROJ, (8, 8), True),
         ("_orig_mod.module.lm_head.weight", (90, 8), False),
         ("layers.0._fsdp_wrapped_module._checkpoint_wrapped_module.mlp.gate.weight", (4, 8), False),
@@ -233,6 +251,127 @@ def test_clean_name_keeps_a_model_s_own_child_called_module() -> None:
 def test_a_bare_parameter_is_no_head() -> None:
     assert not is_head("head")
     assert not is_head("output")
+
+
+# --- heads by shape, adapters, frozen weights ---------------------------------------------------------------
+
+
+class Vocabulary(nn.Module):
+    """A head of a name of its own, an MLP of the width of four, and a byte table of that width."""
+
+    def __init__(self, words: int = 100) -> None:
+        super().__init__()
+        self.embed, self.embed_positions = nn.Embedding(words, 8), nn.Embedding(32, 8)
+        self.up, self.down = nn.Linear(8, 32, bias=False), nn.Linear(32, 8, bias=False)
+        self.layers = nn.ModuleList([nn.Linear(8, words, bias=False)])
+        self.to_words = nn.Linear(8, words, bias=False)
+
+
+@pytest.mark.parametrize("how", ["by module", "by name"])
+def test_a_head_has_the_shape_of_the_largest_embedding(how: str) -> None:
+    def found(model: nn.Module) -> list[str]:
+        given: Any = split_parameters(model) if how == "by module" else model.named_parameters()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return [row.name for row in Frugal(given).parameter_report_rows() if row.projected]
+
+    assert found(Vocabulary()) == ["up.weight", "down.weight", "layers.0.weight"]
+    assert found(Vocabulary(32)) == ["up.weight", "down.weight", "layers.0.weight", "to_words.weight"], "it is not told"
+
+
+def adapted() -> nn.Module:
+    """As peft does it: a frozen base, trained adapters."""
+    model = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in ("base_layer", "k_proj")}).requires_grad_(
+        False
+    )
+    model["lora_A"] = nn.ModuleDict({"default": nn.Linear(8, 2, bias=False)})
+    model["lora_B"] = nn.ModuleDict({"default": nn.Linear(2, 8, bias=False)})
+    return nn.ModuleDict({"q_proj": model})
+
+
+def test_adapters_are_regular_unless_asked_and_frozen_weights_do_not_count() -> None:
+    model = adapted()
+    with pytest.warns(UserWarning, match=r"None of the parameters are projected \(not counting 2 that are frozen\)"):
+        optimizer = Frugal(split_parameters(model))
+    lines = optimizer.parameter_report().splitlines()
+    assert lines[0].split()[-2:] == ["decay", "frozen"]
+    assert lines[-4:] == [
+        "projected: 0 parameters, 0 elements (0.0%)",
+        "regular: 2 parameters, 32 elements (20.0%)",
+        "frozen: 2 parameters, 128 elements (80.0%)",
+        "total: 4 parameters, 160 elements",
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        asked = Frugal(split_parameters(model, project=["*lora_?.*"]), density=0.5, side="right", projection="columns")
+    assert [row.projected for row in asked.parameter_report_rows() if not row.frozen] == [True, True]
+
+
+# --- patterns given to the optimizer ------------------------------------------------------------------------
+
+
+def test_patterns_of_the_optimizer_are_those_of_split_parameters() -> None:
+    patterns: dict[str, Any] = {"project": ["layers.*.weight", "tokens.weight"], "skip": ["*norm*", "*.score.weight"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        by_name = Frugal(Toy().named_parameters(), density=0.5, **patterns)
+        by_module = Frugal(split_parameters(Toy(), **patterns), density=0.5)
+        plain = Frugal(Toy().named_parameters(), project="auto", skip="auto")
+    assert treatment_of(by_name) == treatment_of(by_module)
+    assert treatment_of(plain) == treatment_of(Frugal(Toy().named_parameters()))
+    assert treatment_of(pickle.loads(pickle.dumps(by_name))) == treatment_of(by_name)
+
+
+def treatment_of(optimizer: Frugal) -> dict[str, bool]:
+    return {row.name: row.projected for row in optimizer.parameter_report_rows()}
+
+
+def test_patterns_that_cannot_hold_are_refused() -> None:
+    for key in ("project", "skip"):
+        with pytest.raises(ValueError, match=f'{key}: the pattern "nothing" matches no parameter'):
+            Frugal(Toy().named_parameters(), **{key: ["nothing"]})
+    with pytest.raises(ValueError, match=r"layers.0.output.bias has shape \(8,\).*skip"):
+        Frugal(Toy().named_parameters(), project=["layers.*"])
+    with pytest.raises(ValueError, match='its group says "projected": True, but project and skip'):
+        Frugal(split_parameters(Toy()), skip=["layers.0.gate.weight"])
+
+
+# --- what it saves ------------------------------------------------------------------------------------------
+
+
+def test_the_first_step_tells_what_is_projected_and_saved(caplog: pytest.LogCaptureFixture) -> None:
+    weights = {"q_proj.weight": (16, 8), "experts.up": (3, 16, 8), "k_proj.weight": (8, 8), "norm.weight": (8,)}
+    params = {name: nn.Parameter(torch.zeros(shape)) for name, shape in weights.items()}
+    params["k_proj.weight"].requires_grad_(False)
+    optimizer = Frugal(params.items(), projection="columns", density=0.5)
+    assert optimizer.state_bytes() == StateBytes(0, 0)
+    with caplog.at_level("INFO", "frugal_dist"):
+        for _ in range(2):
+            for param in params.values():
+                param.grad = torch.ones_like(param) if param.requires_grad else None
+            optimizer.step()
+    clocks, moments = 8 * 5, 4 * 2
+    sizes = {row.name: row.state_bytes for row in optimizer.parameter_report_rows()}
+    assert sizes == {
+        "q_proj.weight": moments * 64 + clocks,
+        "experts.up": moments * 192 + 3 * clocks,
+        "k_proj.weight": clocks,
+        "norm.weight": moments * 8 + 8,
+    }
+    held, adamw = sum(size or 0 for size in sizes.values()), moments * (128 + 384 + 8)
+    assert optimizer.state_bytes() == StateBytes(held, adamw)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Frugal (columns, density 0.5): 512 elements projected, 8 regular, 64 frozen. Optimizer state 0.00 MB on this "
+        f"rank, AdamW's would be 0.00 MB ({held / adamw:.0%} of it)."
+    ]
+
+
+def test_in_a_loop_of_one_s_own_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    weight = nn.Parameter(torch.zeros(8, 8))
+    optimizer = Frugal([("q_proj.weight", weight)])
+    weight.grad = torch.ones(8, 8)
+    optimizer.step()
+    assert capsys.readouterr() == ("", "")
 
 
 # --- patterns -----------------------------------------------------------------------------------------------
