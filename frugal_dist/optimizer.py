@@ -352,6 +352,7 @@ class Frugal(Optimizer):
 
         Only before anything has moved. ZeRO calls once for each group or sub-group, of which some may have zeros first.
         """
+        load.follow_weights()
         ensure_state(runtime, load)
         if not self._started:
             moving = load.has_run() or load.has_gradient() or runtime.storage.moves_elsewhere()

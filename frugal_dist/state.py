@@ -16,6 +16,7 @@ CLOCKS = ("step", "updates", "refreshes", "refreshed_at", "size")
 size: r, or the number of selected columns, rows, entries or blocks, at the last refresh."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BASES = ("basis", "basis_left", "basis_right")
 Shape = tuple[int, ...]
 
 
@@ -27,15 +28,17 @@ class MatrixState:
     prefix: str = ""
 
     def ensure_clocks(self) -> None:
-        """Create what is missing, on the CPU; engines that offload states bring clocks back to the GPU, where every
-        look at one would make the host wait.
-        """
+        """Create what is missing, on the CPU."""
         for key in (self.prefix + name for name in CLOCKS):
-            clock = self.store.get(key)
-            if clock is None:
+            if key not in self.store:
                 self.store[key] = torch.tensor(-1 if key.endswith("refreshed_at") else 0, device="cpu")
-            elif not clock.is_cpu:
-                self.store[key] = clock.cpu()
+
+    def follow(self, device: torch.device) -> None:
+        """Take moments and bases to where the weights are now. People keep state on the CPU between two phases."""
+        for key in (self.prefix + name for name in (*MOMENTS, *BASES)):
+            value = self.store.get(key)
+            if value is not None and value.device != device:
+                self.store[key] = value.to(device)
 
     def clock(self, name: str) -> int:
         value: int = self.store[self.prefix + name].item()  # type: ignore[assignment]  # integers, twice as fast as int()
@@ -114,3 +117,19 @@ class MatrixState:
             self.put("basis_right", basis.right)
         else:
             self.put("basis", basis.parts[0])
+
+
+def bring_clocks_home(states: Sequence[MatrixState]) -> None:
+    """Clocks lie on the CPU: on a GPU every look at one would make the host wait. Who moves all state there and back
+    takes them along; they return in one transfer.
+    """
+    astray = [
+        (state, name, clock)
+        for state in states
+        for name in CLOCKS
+        if (clock := state.get(name)) is not None and not clock.is_cpu
+    ]
+    if astray:
+        values = torch.stack([clock.to(astray[0][2].device) for _, _, clock in astray]).cpu()
+        for (state, name, _), value in zip(astray, values, strict=True):
+            state.put(name, value.clone())

@@ -179,7 +179,7 @@ class CoordinatePiece:
 class Cut:
     """A selection on this rank. ``nothing``: no rank has a state-full entry."""
 
-    key: tuple[int, int]
+    key: tuple[int, int, torch.device]
     pieces: list[CoordinatePiece]
     nothing: bool
 
@@ -224,10 +224,11 @@ def coordinate_cut(runtime: Runtime, work: Work) -> Cut:
     """The selection of a coordinate or block projection since its last refresh, cut for this rank; drawn once."""
     refreshes, size = work.state.clock("refreshes"), work.state.clock("size")
     known = runtime.cuts.get(work.matrix.index)
-    if known is None or known.key != (refreshes, size):
+    key = (refreshes, size, work.device)
+    if known is None or known.key != key:
         selection = whole_selection(work, refreshes - 1, size) if refreshes else NOTHING
         pieces = cut_selection(runtime, work, selection, runtime.ranks.rank)
-        known = Cut((refreshes, size), pieces, selection is NOTHING)
+        known = Cut(key, pieces, selection is NOTHING)
         runtime.cuts[work.matrix.index] = known
     return known
 

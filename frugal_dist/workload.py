@@ -15,7 +15,7 @@ from frugal_dist.rounding import round_stochastically_, rounds_stochastically, r
 from frugal_dist.sharding.route import fill_buckets
 from frugal_dist.sharding.storage import Box, Original, Part
 from frugal_dist.sharding.table import Matrix
-from frugal_dist.state import MatrixState
+from frugal_dist.state import MatrixState, bring_clocks_home
 from frugal_dist.update import update_regular
 from frugal_dist.work import (
     Runtime,
@@ -55,6 +55,18 @@ class Load:
     works: list[Work]
     regular: list[Regular]
     device: torch.device
+
+    @property
+    def states(self) -> list[MatrixState]:
+        """Of its matrices and regular parameters."""
+        return [work.state for work in self.works] + [one.state for one in self.regular]
+
+    def follow_weights(self) -> None:
+        """Take state that was moved elsewhere to where the weights are: a kernel would read at a wrong address."""
+        for work in self.works:
+            work.state.follow(work.device)
+        for one in self.regular:
+            one.state.follow(one.weight.device)
 
     def has_run(self) -> bool:
         """Whether any state has ever moved."""
@@ -161,17 +173,15 @@ def ensure_state(runtime: Runtime, load: Load) -> None:
 
     Frozen parameters have counts and nothing else until they are unfrozen: beside adapters they are most of a model.
     """
+    bring_clocks_home(load.states)
     for work in load.works:
         work.state.ensure_clocks()
         if not (work.state.has_moments() or work.frozen):  # of those that are frozen the first refresh creates it
             _create(runtime, work)
         _check_density(work)
     for one in load.regular:
-        step = one.state.get("step")
-        if step is None:
+        if one.state.get("step") is None:
             one.state.put("step", torch.tensor(0, device="cpu"))
-        elif not step.is_cpu:
-            one.state.put("step", step.cpu())  # as with ensure_clocks
         if not one.state.has_moments() and not (one.frozen and one.grad is None):
             create_moments(one)
 

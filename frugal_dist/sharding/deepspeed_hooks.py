@@ -101,13 +101,13 @@ def _offload_states(inner: Callable[..., Any], optimizer_class: type[Any]) -> Ca
         wanted = set(engine._refine_include_states(asked["include"]))
         ours = {Kinds.hp_params, Kinds.optim_states} & wanted
         result = inner(engine, list(wanted - ours), asked["device"], asked["pin_memory"], asked["non_blocking"])
-        to_host = functools.partial(_to_host, pin=asked["pin_memory"], non_blocking=asked["non_blocking"])
+        away = functools.partial(to_host, pin=asked["pin_memory"], non_blocking=asked["non_blocking"])
         zero, anew = engine.optimizer, ours - engine.optimizer.offloaded_states
         if Kinds.hp_params in anew:
             for flat in zero.fp32_partitioned_groups_flat:
-                flat.data = to_host(flat.data)
+                flat.data = away(flat.data)
         if Kinds.optim_states in anew:
-            _move_state(engine.basic_optimizer, lambda value, carrier: to_host(value))
+            move_state(engine.basic_optimizer, lambda value, carrier: away(value))
         zero.offloaded_states |= anew  # its reload_states brings the masters back
         return result
 
@@ -121,7 +121,7 @@ def _reload_states(inner: Callable[..., Any], optimizer_class: type[Any]) -> Cal
     def reload_states(engine: Any, *args: Any, **kwargs: Any) -> Any:
         result = inner(engine, *args, **kwargs)
         if _is_ours_on_zero3(engine, optimizer_class):
-            _move_state(engine.basic_optimizer, lambda value, carrier: value.to(carrier.device))
+            move_state(engine.basic_optimizer, lambda value, carrier: value.to(carrier.device))
         return result
 
     return reload_states
@@ -131,14 +131,16 @@ def _is_ours_on_zero3(engine: Any, optimizer_class: type[Any]) -> bool:
     return isinstance(engine.basic_optimizer, optimizer_class) and engine.zero_optimization_partition_weights()
 
 
-def _move_state(optimizer: Any, move: Callable[[Tensor, Tensor], Tensor]) -> None:
+def move_state(optimizer: Any, move: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Replace every moment and basis by ``move(it, the parameter it belongs to)``."""
     for carrier, store in optimizer.state.items():
         for key, value in store.items():
             if value.is_floating_point():  # the counts stay on the CPU
                 store[key] = move(value, carrier)
 
 
-def _to_host(tensor: Tensor, pin: bool, non_blocking: bool) -> Tensor:
+def to_host(tensor: Tensor, pin: bool, non_blocking: bool) -> Tensor:
+    """A copy in host memory, pinned or not; the tensor itself if it is there already."""
     if tensor.is_cpu:
         return tensor
     host = torch.empty_like(tensor, device="cpu", pin_memory=pin)

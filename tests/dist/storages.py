@@ -125,7 +125,8 @@ class FlatStorage:
         self.members: list[list[int]] = [list(range(len(originals)))[k::subgroups] for k in range(subgroups)]
         self.parts: dict[int, tuple[int, Interval, int]] = {}
         self.flats = [nn.Parameter(self._cut(k, weights)) for k in range(subgroups)]
-        self.current, self.moves = 0, False
+        self.current = 0
+        self.grads: list[Tensor] = []
         self.options_of: Callable[[int], dict[str, Any]] = lambda i: {}
 
     def _spans(self, members: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -156,7 +157,7 @@ class FlatStorage:
         return self.members[self.current]
 
     def moves_elsewhere(self) -> bool:
-        return self.moves
+        return any(bool(grad.any()) for grad in self.grads)
 
     def frozen(self, i: int) -> bool:
         return False
@@ -195,7 +196,7 @@ def flats(weights: Named, groups: Groups, options: dict[str, Any], subgroups: in
         group["params"] = storage.flats if k == 0 else []
 
     def step(grads: Named) -> None:
-        storage.moves = any(bool(grad.any()) for grad in grads.values())
+        storage.grads = list(grads.values())
         for k in range(subgroups):
             gradients = {storage.originals[i].name: grads[storage.originals[i].name] for i in storage.members[k]}
             storage.flats[k].grad = _flat_grad(storage, k, gradients)

@@ -20,6 +20,7 @@ from storages import Held
 from threads import run_ranks
 
 from frugal_dist.projection.basis import exact_svd
+from frugal_dist.sharding import deepspeed_hooks
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build device_guard.cpp"),
@@ -143,3 +144,67 @@ def test_the_pretended_gpu_is_strict() -> None:
 
     for cpu, dtype in run_ranks(2, collectives):
         assert "NCCL refuses it" in cpu and "NCCL does not have it" in dtype
+
+
+def move_all(held: Held, device: str) -> None:
+    """All state, the counts included, as trainers of several phases and DeepSpeed's offload_states move it."""
+    for store in held.optimizer.state.values():
+        for key, value in store.items():
+            store[key] = value.to(device)
+
+
+def state_of(held: Held) -> list[torch.Tensor]:
+    return [value for store in held.optimizer.state.values() for value in store.values()]
+
+
+def with_moves(layout: str, case: Case, away: str, back: str) -> tuple[Named, Named, list[str]]:
+    """The weights after a refresh and a step, what was saved while the state was away, and what the step waited for."""
+    with gpu() as device:
+        start = {name: weights()[name].to("cuda") for name in reference(case, torch.float64)}
+        held = LAYOUTS[layout](start, case.groups(), case.options)
+        for step in range(GAP - 1):
+            one_step(held, start, step)
+        move_all(held, away)
+        saved = {
+            f"{number} {key}": on_cpu(value).clone()
+            for number, store in held.optimizer.state_dict()["state"].items()
+            for key, value in store.items()
+        }
+        move_all(held, back)
+        for step in range(GAP - 1, GAP + 1):
+            one_step(held, start, step)
+        device.syncs.clear()
+        one_step(held, start, GAP + 1)
+        waits = list(device.syncs)
+        assert all(value.is_cuda == value.is_floating_point() for value in state_of(held))
+        return {name: on_cpu(value) for name, value in held.full().items()}, saved, waits
+
+
+@pytest.mark.parametrize("back", ["cuda", "cpu"])
+@pytest.mark.parametrize("layout", ["replicas, shared state", "Shard(0)", "ZeRO-3"])
+def test_state_that_was_moved_away(layout: str, back: str) -> None:
+    """Brought back, or left on the CPU: the same bits, saved ones too, and no wait in later steps."""
+    for case in CASES:
+        stayed = run_ranks(2, lambda rank, case=case: with_moves(layout, case, "cuda", "cuda"))
+        moved = run_ranks(2, lambda rank, case=case: with_moves(layout, case, "cpu", back))
+        for want, found in zip(stayed, moved, strict=True):
+            assert same(want[0], found[0]) and same(want[1], found[1]), case
+            assert not found[2], case
+
+
+def same(one: Named, other: Named) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_offload_states_does_with_ours() -> None:
+    """At ZeRO-3, where DeepSpeed knows the state of its own Adam only."""
+    case = Case("svd", "std", "reset", more=(("process_group", None),))
+    with gpu():
+        start = {name: weights()[name].to("cuda") for name in ("tall", "norm")}
+        held = LAYOUTS["replicas"](start, {"tall"}, case.options)
+        one_step(held, start, 0)
+        there = [value.is_cuda for value in state_of(held)]
+        deepspeed_hooks.move_state(held.optimizer, lambda value, param: deepspeed_hooks.to_host(value, True, False))
+        assert any(there) and not any(value.is_cuda for value in state_of(held))
+        deepspeed_hooks.move_state(held.optimizer, lambda value, param: value.to(param.device))
+        assert there == [value.is_cuda for value in state_of(held)]
