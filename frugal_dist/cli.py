@@ -149,9 +149,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(command=_plan, changes=())
 
     plot = commands.add_parser("plot", help="draw a run, or several side by side: losses, memory, refreshes")
-    plot.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
+    plot.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run, its checkpoints, or a folder of runs")
     plot.add_argument(
-        "--out", type=Path, help="picture (default: RUN/loss_curve.png and .svg, of several runs runs.png and .svg)"
+        "--out",
+        type=Path,
+        help="picture, such as a.png (and a.svg) or a.pdf (default: RUN/loss_curve.png, of several runs runs.png)",
     )
     plot.set_defaults(command=_plot)
 
@@ -358,11 +360,12 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _plot(options: argparse.Namespace) -> int:
-    from frugal_dist.training.plot import plot_run, plot_runs
+    from frugal_dist.training.folders import runs_in
+    from frugal_dist.training.plot import PLOT_FILE, SEVERAL_FILE, plot_runs
 
-    several = len(options.runs) > 1 or options.out is not None
-    paths = plot_runs(options.runs, options.out or Path("runs")) if several else plot_run(options.runs[0])
-    print(*paths, sep="\n")
+    runs = [run for given in options.runs for run in runs_in(given)]
+    alone = options.runs[0] / SEVERAL_FILE if len(options.runs) == 1 else Path(SEVERAL_FILE)
+    print(*plot_runs(runs, options.out or (runs[0] / PLOT_FILE if len(runs) == 1 else alone)), sep="\n")
     return 0
 
 

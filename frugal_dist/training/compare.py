@@ -206,12 +206,12 @@ def run_folder(root: Path, name: str, seed: int) -> Path:
 
 
 def _conclude(root: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
-    """The table on the terminal and in a file; the picture of the first seed."""
+    """The table on the terminal and in a file; the picture of all seeds."""
     from frugal_dist.training.plot import plot_runs
 
     text = "\n".join(table(root, names, seeds))
     (root / "comparison.md").write_text(text + "\n", encoding="utf-8")
-    runs = [run_folder(root, name, seeds[0]) for name in names]
+    runs = [run_folder(root, name, seed) for name in names for seed in seeds]
     drawn = [run for run in runs if of_kind(read_metrics(run), "train")]  # one may have diverged before the first line
     pictures = plot_runs(drawn, root / "comparison.png") if drawn else []
     print(text, *pictures, sep="\n")

@@ -256,15 +256,20 @@ def _run(job: Job, start: int, seconds: float, terminal: TextIO, request: StopRe
             validation_loss=outcome.last_loss,
             **figures,
         )
-        progress.say(f"{text}; optimizer state {max(state['state_bytes']) / 1e6:,.1f} MB per rank")
+        own, adamw = max(state["state_bytes"]) / 1e6, state["adamw_state_bytes_per_rank"] / 1e6
+        progress.say(f"{text}; optimizer state {own:,.1f} MB per rank (AdamW: {adamw:,.1f})")
     return outcome
 
 
-def _state(engine: Engine) -> dict[str, list[Any]]:
-    """The optimizer state of every rank."""
+def _state(engine: Engine) -> dict[str, Any]:
+    """The optimizer state of every rank, and AdamW's on the rank where it would be most."""
     from frugal_dist.training.engines.collectives import gathered
 
-    return {"state_bytes": engine.state_bytes(), "state_kinds": gathered(engine.state_kinds())}
+    return {
+        "state_bytes": engine.state_bytes(),
+        "state_kinds": gathered(engine.state_kinds()),
+        "adamw_state_bytes_per_rank": max(gathered(engine.adamw_bytes())),
+    }
 
 
 def _training(

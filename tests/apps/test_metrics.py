@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -20,9 +21,10 @@ from frugal_dist.cli import main
 from frugal_dist.training.dropout import has_dropout, seed_masks
 from frugal_dist.training.evaluate import perplexity_of
 from frugal_dist.training.flops import flops_per_token, forget_peak, known_flops, memory, peak_flops
+from frugal_dist.training.looks import Look, grouped
 from frugal_dist.training.metrics import MetricsLog, of_kind, read_metrics
 from frugal_dist.training.models import build_llama
-from frugal_dist.training.plot import plot_runs
+from frugal_dist.training.plot import _drawn, plot_runs
 from frugal_dist.training.trackers import OPEN, Tracker, Trackers, check_trackers, identity
 
 pytestmark = pytest.mark.timeout(300)
@@ -178,6 +180,101 @@ def test_pictures_of_one_run_and_of_several(run: Path, tmp_path: Path) -> None:
     _, both = plot_runs([run, tmp_path / "bare"], tmp_path / "both.png")
     for words in (*PANELS, "share of energy in the residual", "run", "bare"):
         assert f"<!-- {words}" in both.read_text(), words
+
+
+def made_up(folder: Path, seed: int | None = None, end: float = 75.0, **begun: Any) -> Path:
+    """A run of which only the file is there: from perplexity 5,000 down to ``end``, with AdamW's bytes."""
+    if seed is not None:
+        begun = {"seed": seed, "folder": str(folder), **begun}
+    rows: list[dict[str, Any]] = [{"kind": "run", **begun}]
+    for step in range(0, 101, 10):
+        perplexity = end + (5000 - end) * 2.0**-step
+        place = {"step": step, "tokens": 100 * step, "seconds": 2.0 * step}
+        rows.append({"kind": "validation", **place, "loss": math.log(perplexity), "perplexity": perplexity})
+        if step:
+            rows.append({"kind": "train", **place, "loss": math.log(perplexity), "peak_memory": 2**30})
+    kinds = [{"moments": 15_000_000, "bases": 2_000_000, "other": 8}]
+    rows.append({"kind": "summary", "state_bytes": [17_000_008], "state_kinds": kinds})
+    rows[-1]["adamw_state_bytes_per_rank"] = 42_000_000
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_no_two_runs_look_alike() -> None:
+    """Also without colours, next to each other, and with a hundred of them."""
+    looks = [Look(number) for number in range(100)]
+    assert len({(look.colour, str(look.line), look.marker) for look in looks}) == 100
+    for one, next_one in itertools.pairwise(looks):
+        assert one.colour != next_one.colour
+        assert one.line != next_one.line
+        assert one.marker != next_one.marker
+    assert len({(str(look.line), look.marker) for look in looks[:36]}) == 36
+
+
+def test_seeds_are_one_line_in_a_band(tmp_path: Path) -> None:
+    """The legend says how many, and where they came out; runs that differ in more than the seed stay apart."""
+    runs = [made_up(tmp_path / f"svd-seed{seed}", seed, 75.0 + seed) for seed in (0, 1, 2)]
+    runs += [made_up(tmp_path / "svd-seed3", 3, 80.0, batch=7), made_up(tmp_path / "old", end=90.0)]
+    found = grouped({run.name: read_metrics(run) for run in runs})
+    assert [(group.name, len(group.seeds)) for group in found] == [("svd, 3 seeds", 3), ("svd-seed3", 1), ("old", 1)]
+    assert main(["plot", str(tmp_path), "--out", str(tmp_path / "all.png")]) == 0
+    text = (tmp_path / "all.svg").read_text()
+    for words in ("svd, 3 seeds: 76.0 (75.0 to 77.0)", "svd-seed3: 80.0", "old: 90.0", "mean as line"):
+        assert words in text, words
+
+
+def test_what_decides_is_large_enough_to_be_read(tmp_path: Path) -> None:
+    """An untrained model does not set the limits; AdamW's bytes stand beside the run's; no legend lies on data."""
+    runs = {name: read_metrics(made_up(tmp_path / name, end=end)) for name, end in (("a", 75.0), ("b", 78.0))}
+    figure = _drawn(grouped(runs), "perplexity")
+    figure.canvas.draw()
+    rows = figure.subfigs
+    for row in rows[:2]:
+        low, high = row.axes[1].get_ylim()
+        assert 60 < low < 75 < 78 < high < 100
+        assert any("from 5,000" in text.get_text() for text in row.axes[1].texts)
+    assert "17.0, 40 % of 42.0" in [text.get_text() for text in rows[2].axes[0].texts]
+    boxes = [legend.get_window_extent() for row in rows for axes in row.axes if (legend := axes.get_legend())]
+    boxes += [legend.get_window_extent() for row in rows for legend in row.legends]
+    assert len(boxes) == 2
+    for axes in (axes for row in rows for axes in row.axes):
+        assert not any(box.overlaps(axes.get_window_extent()) for box in boxes)
+    assert all(bar.get_height() < 0.5 for bar in rows[2].axes[0].patches)
+    assert rows[2].bbox.height < rows[0].bbox.height
+
+
+def test_a_run_is_found_from_its_checkpoints(tmp_path: Path) -> None:
+    run = made_up(tmp_path / "runs" / "a")
+    (run / "checkpoints" / "step_000100").mkdir(parents=True)
+    for named in (run, run / "checkpoints", run / "checkpoints" / "step_000100"):
+        (run / "loss_curve.png").unlink(missing_ok=True)
+        assert main(["plot", str(named)]) == 0
+        assert (run / "loss_curve.png").exists()
+    made_up(tmp_path / "runs" / "b")
+    assert main(["plot", str(tmp_path / "runs")]) == 0
+    assert ": 75.0" in (tmp_path / "runs" / "runs.svg").read_text()
+
+
+def test_pictures_are_written_where_and_as_what_was_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made_up(tmp_path / "a")
+    out = tmp_path / "pictures"
+    out.mkdir()
+    for name, files in (
+        ("a.pdf", {"a.pdf"}),
+        ("b.svg", {"b.png", "b.svg"}),
+        ("v1.2", {"v1.2.png", "v1.2.svg"}),
+        ("plain", {"plain.png", "plain.svg"}),
+        ("", {"runs.png", "runs.svg"}),
+    ):
+        assert main(["plot", str(run), "--out", str(out / name)]) == 0
+        assert {path.name for path in out.iterdir()} == files
+        for path in out.iterdir():
+            path.unlink()
+    (tmp_path / "a file").touch()
+    for name, words in (("a.docx", "not written as .docx, but as"), ("a file/a.png", "/a.png cannot be written: ")):
+        assert main(["plot", str(run), "--out", str((tmp_path if "file" in name else out) / name)]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_a_folder_begun_anew_is_another_run(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, distributed, nn
 from frugal_dist import checkpoint
 from frugal_dist.integrations.build_locks import wait_for_builds
 from frugal_dist.optimizer import Frugal
+from frugal_dist.planner import MOMENT_BYTES
 from frugal_dist.planner.zero import offloads
 from frugal_dist.training.accelerator import settle_accelerator
 from frugal_dist.training.console import tell
@@ -110,6 +112,12 @@ class DeepSpeedEngine:
     def state_kinds(self) -> dict[str, int]:
         """This rank's bytes by kind."""
         return count_state_kinds(self._engine.basic_optimizer)
+
+    def adamw_bytes(self) -> int:
+        """What AdamW's state would take on this rank, of fp32 masters: whole at stage 0, else an equal part."""
+        trained = [one for one in self._engine.module.parameters() if one.requires_grad]
+        elements = sum(int(getattr(one, "ds_numel", one.numel())) for one in trained)
+        return math.ceil(MOMENT_BYTES * elements / (self.world if self._engine.zero_optimization_stage() else 1))
 
     def refresh_figures(self) -> list[float]:
         """This rank's sums of the refreshes since the last call."""

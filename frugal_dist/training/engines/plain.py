@@ -17,6 +17,7 @@ from frugal_dist.training.engines import collectives
 from frugal_dist.training.engines.protocol import (
     Losses,
     Schedule,
+    count_adamw_bytes,
     count_state_bytes,
     count_state_kinds,
     refresh_figures,
@@ -112,6 +113,10 @@ class PlainEngine:
     def state_kinds(self) -> dict[str, int]:
         """This rank's bytes by kind."""
         return count_state_kinds(self._optimizer)
+
+    def adamw_bytes(self) -> int:
+        """What AdamW's state would take on this rank: whole under DDP, a part under FSDP2."""
+        return count_adamw_bytes(self._model.parameters())
 
     def refresh_figures(self) -> list[float]:
         """This rank's sums of the refreshes since the last call."""

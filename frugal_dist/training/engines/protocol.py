@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,6 +47,9 @@ class Engine(Protocol):
     def state_kinds(self) -> dict[str, int]:
         """This rank's bytes by kind: moments, bases, other."""
 
+    def adamw_bytes(self) -> int:
+        """What AdamW's state would take on this rank under the same engine."""
+
     def refresh_figures(self) -> list[float]:
         """This rank's sums of the refreshes since the last call, see ``frugal_dist.figures``."""
 
@@ -72,6 +75,11 @@ class Engine(Protocol):
 def count_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all tensors in ``optimizer.state`` on this rank."""
     return sum(count_state_kinds(optimizer).values())
+
+
+def count_adamw_bytes(parameters: Iterable[torch.Tensor]) -> int:
+    """Two moments of every element that is trained and lies on this rank."""
+    return sum(2 * _local(one).numel() * one.element_size() for one in parameters if one.requires_grad)
 
 
 def count_state_kinds(optimizer: torch.optim.Optimizer) -> dict[str, int]:
