@@ -152,6 +152,23 @@ def follow_cycles(groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) ->
             group["betas"] = (group["momentum"], group["betas"][1])
 
 
+def follow_replaced(groups: list[dict[str, Any]], shown: Sequence[dict[str, Any]]) -> None:
+    """Take up groups that others have put in the place of ours, with the same tensors.
+
+    The usual SAM does so when it loads (``self.base_optimizer.param_groups = self.param_groups``), and Lightning's
+    BaseFinetuning when it resumes: schedulers then set the learning rates of those groups, not of ours.
+    """
+    known = {id(group) for group in groups}
+    others = [group for group in shown if id(group) not in known and group["params"]]
+    if not others:
+        return
+    places = {tuple(map(id, group["params"])): number for number, group in enumerate(groups)}
+    for group in others:
+        number = places.get(tuple(map(id, group["params"])))
+        if number is not None:
+            groups[number] = group
+
+
 def check_unique(originals: Sequence[Original]) -> None:
     """ValueError, naming it, if two parameters have the same name."""
     seen: set[str] = set()

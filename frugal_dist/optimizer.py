@@ -31,6 +31,7 @@ from frugal_dist.groups import (
     check_group_keys,
     check_unique,
     follow_cycles,
+    follow_replaced,
     members_of,
     tables_in,
     without_foreign,
@@ -325,6 +326,7 @@ class Frugal(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        follow_replaced(self._groups, self.param_groups)
         follow_cycles(self._groups, self.__dict__["defaults"])
         with full_precision():
             runtime = self._bind()
@@ -450,6 +452,7 @@ class Frugal(Optimizer):
         Dtypes stay as saved. What does not fit raises ValueError: here on a process without a process group, on all
         ranks alike at the next step otherwise.
         """
+        follow_replaced(self._groups, self.param_groups)
         before = list(self.param_groups)
         given: dict[str, Any] = {}
 
@@ -505,6 +508,7 @@ class Frugal(Optimizer):
     def everything(self) -> tuple[Runtime, Load]:
         """All matrices and regular parameters with their state, for ``frugal_dist.checkpoint``. Collective at first."""
         with full_precision():
+            follow_replaced(self._groups, self.param_groups)
             runtime = self._bind()
             load = load_of(runtime, self.state, everything=True)
             ensure_state(runtime, load)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import lightning_cases as cases
 import pytest
 import torch
-from fleet import Fleet
+from fleet import ROOT, Fleet
 from lightning_cases import BATCH, apart
 from torch import Tensor, nn
+
+from frugal_dist import checkpoint
 
 Fleets = Callable[[int], Fleet]
 LIMIT = 1e-10
@@ -75,6 +78,15 @@ def test_manual_optimization_with_two_optimizers() -> None:
             cases.loss_of(alone, batch).backward()
             optimizer.step()
         assert apart(model, alone) <= LIMIT
+
+
+def test_the_programs_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    programs = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "lightning.md").read_text(), re.S)
+    assert len(programs) == 2
+    for program in programs:
+        exec(program, {"__name__": "page"})
+    assert checkpoint.latest(tmp_path / "run") == tmp_path / "run" / "step_000008"
 
 
 def test_two_ranks_save_all_and_resume_on_any_number(fleet: Fleets, tmp_path: Path) -> None:

@@ -389,3 +389,28 @@ def test_averaged_weights_and_their_schedule() -> None:
     own = run(lambda model: Frugal(split_parameters(model), lr=1e-2, weight_decay=0.1, **preset("adamw")))
     assert apart(own, run(lambda model: adamw(model.parameters(), lr=1e-2, weight_decay=0.1))) <= LIMIT
     assert [one.name for one in optimizer_for(own).originals] == [one.name for one in optimizer_for(small()).originals]
+
+
+# --- groups that others put in the place of ours ----------------------------------------------------------------------
+
+
+def test_sam_loads_its_groups_into_the_optimizer_inside() -> None:
+    """``base_optimizer.param_groups = self.param_groups``, as SAM's ``load_state_dict`` does: its schedule counts."""
+
+    def run(*, resumed: bool) -> nn.Module:
+        model = small()
+        optimizer = Sam(split_parameters(model), Frugal, lr=1e-2, update_gap=3, density=0.5)
+        schedule = CosineAnnealingLR(optimizer, len(BATCHES))
+        for number, batch in enumerate(BATCHES):
+            if resumed and number == MIDDLE:
+                inner = copy.deepcopy(optimizer.base_optimizer.state_dict())
+                optimizer.load_state_dict(optimizer.state_dict())
+                optimizer.base_optimizer.param_groups = optimizer.param_groups
+                optimizer.base_optimizer.load_state_dict(inner)
+                optimizer.param_groups = [dict(group) for group in optimizer.base_optimizer.param_groups]
+                optimizer.base_optimizer.param_groups = optimizer.param_groups
+            optimizer.step(lambda batch=batch: loss_of(model, batch).backward())
+            schedule.step()
+        return model
+
+    assert apart(run(resumed=True), run(resumed=False)) == 0
