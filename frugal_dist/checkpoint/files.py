@@ -102,11 +102,19 @@ def publish(working: Path, final: Path) -> None:
     flush_folder(working)
     retired = _retired(final)
     if final.exists():
-        shutil.rmtree(retired, ignore_errors=True)
+        _clear(retired)
         final.rename(retired)
     working.rename(final)
     flush_folder(final.parent)
-    shutil.rmtree(retired, ignore_errors=True)
+    _clear(retired)
+
+
+def _clear(leftover: Path) -> None:
+    """Make room, whatever lies there; what a link leads to stays."""
+    if leftover.is_symlink():
+        leftover.unlink()
+    else:
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def remove(folder: Path) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from frugal_dist import engines
+from frugal_dist.checkpoint.errors import CheckpointError
 from frugal_dist.checkpoint.parts import WEIGHT, Chunk, part_chunks
 from frugal_dist.names import clean_name
 from frugal_dist.sharding.storage import Box, Part
@@ -46,9 +48,20 @@ def leftovers(runtime: Runtime, model_or_engine: Any) -> list[Leftover]:
             found.append(Leftover(WEIGHT + plain, plain, *engines.stored_part(name, param)))
     for name, buffer in model.named_buffers():
         if name in saved and buffer.numel():
+            _check_plain(name, buffer)
             plain, whole = clean_name(name), Box(tuple((0, size) for size in buffer.shape))
             found.append(Leftover(BUFFER + plain, plain, tuple(buffer.shape), whole, buffer))
     return found
+
+
+def _check_plain(name: str, buffer: Tensor) -> None:
+    """CheckpointError, naming the buffer, for what has no plain bytes."""
+    what = "on the meta device, without values" if buffer.is_meta else f"sparse ({buffer.layout})"
+    if buffer.is_meta or buffer.layout != torch.strided:
+        raise CheckpointError(
+            f"buffer {name} is {what}, and cannot be saved or loaded. Register it with persistent=False, or make it a "
+            "plain tensor."
+        )
 
 
 def module_of(model_or_engine: Any) -> nn.Module:

@@ -50,7 +50,8 @@ class Chunk:
     def settle(self) -> None:
         """After ``data`` was filled: bring it where it belongs."""
         if self.owner is not None:
-            _once(self.owner).copy_(_once(self.owner, self.data.view(self.owner.shape)))
+            with torch.inference_mode(self.owner.is_inference()):
+                _once(self.owner).copy_(_once(self.owner, self.data.view(self.owner.shape)))
 
     @property
     def repeats(self) -> bool:

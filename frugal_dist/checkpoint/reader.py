@@ -101,7 +101,8 @@ class Reader:
             common = overlap(held, area)
             assert common is not None
             piece = self._file(file).tensor(piece_key(name, held))[common.within(held)]
-            target[common.within(area)].copy_(piece)
+            with torch.inference_mode(target.is_inference()):  # buffers made in it can be written in it only
+                target[common.within(area)].copy_(piece)
 
     def whole(self, name: str) -> Tensor:
         """A saved tensor, put together, as two dims."""

@@ -35,6 +35,9 @@ CODES = {
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -114,7 +117,7 @@ def write_tensors(path: Path, tensors: Sequence[tuple[str, Tensor]], metadata: M
         output.write(len(text).to_bytes(8, "little"))
         output.write(text)
         for _, tensor in ordered:
-            host = tensor.detach().to("cpu").contiguous()
+            host = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
             output.write(_bytes_of(host))
         return output.finish()
 

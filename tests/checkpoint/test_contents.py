@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +334,50 @@ def test_expanded_buffers(then: bool, now: bool, tmp_path: Path) -> None:
         with pytest.raises(MismatchError, match=r"buffer/mask was saved with different values"):
             checkpoint.load(tmp_path / "saved", other, other.optimizer())
         assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+
+
+ODD_BUFFERS: dict[str, Callable[[float], torch.Tensor]] = {
+    "conjugated": lambda value: (torch.ones(3, dtype=torch.complex64) * value * 1j).conj(),
+    "negated": lambda value: (torch.ones(2, 2, dtype=torch.complex64) * value * 1j).conj().imag,
+    "made for inference": lambda value: torch.inference_mode()(torch.full)((3,), value),
+    "transposed": lambda value: torch.arange(6.0).view(2, 3).mul(value).t(),
+    "overlapping": lambda value: torch.arange(6.0).mul(value).as_strided((3, 3), (1, 1)),
+    "channels last": lambda value: torch.full((1, 3, 4, 4), value).to(memory_format=torch.channels_last),
+    "a number": torch.tensor,
+    "one number everywhere": lambda value: torch.tensor(value).expand(2, 3, 4),
+    "uint16": lambda value: torch.full((3,), int(value), dtype=torch.uint16),
+    "uint64": lambda value: torch.full((3,), 2**63 + int(value), dtype=torch.uint64),
+}
+WITHOUT_BYTES: dict[str, Callable[[], torch.Tensor]] = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "meta": lambda: torch.ones(3, device="meta"),
+}
+
+
+def with_buffer(buffer: torch.Tensor, weight: float) -> tuple[nn.Module, Frugal]:
+    model = nn.Linear(4, 4)
+    nn.init.constant_(model.weight, weight)
+    model.register_buffer("odd", buffer)
+    return model, Frugal(split_parameters(model), density=0.5, projection="columns")
+
+
+@pytest.mark.parametrize("kind", ODD_BUFFERS)
+def test_buffers_of_all_kinds_come_back(kind: str, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "saved", *with_buffer(ODD_BUFFERS[kind](1.0), 1.0))
+    model, optimizer = with_buffer(ODD_BUFFERS[kind](2.0), 2.0)
+    checkpoint.load(tmp_path / "saved", model, optimizer)
+    assert torch.equal(model.odd, ODD_BUFFERS[kind](1.0))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", WITHOUT_BYTES)
+def test_buffers_without_plain_bytes_are_named(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(checkpoint.CheckpointError, match="buffer odd is"):
+        checkpoint.save(tmp_path / "saved", *with_buffer(WITHOUT_BYTES[kind](), 1.0))
+    checkpoint.save(tmp_path / "saved", *with_buffer(torch.ones(3), 1.0))
+    model, optimizer = with_buffer(WITHOUT_BYTES[kind](), 2.0)
+    with pytest.raises(checkpoint.CheckpointError, match="buffer odd is"):
+        checkpoint.load(tmp_path / "saved", model, optimizer)
+    assert model.weight[0, 0] == 2.0
 
 
 @pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, torch.compile, lambda model: model])
