@@ -1,15 +1,19 @@
-"""Parameter groups as they are given to the optimizer: brought into one form, divided for ZeRO, checked."""
+"""Parameter groups as they are given to the optimizer, brought into one form, divided for ZeRO, checked; and as they
+come back from a saved state.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from frugal_dist import engines
-from frugal_dist.config import HYPERPARAMETERS
+from frugal_dist.config import HYPERPARAMETERS, NEVER, TAKEN_UP, saved_group
 from frugal_dist.names import Choice, clean_name, is_table_name
 from frugal_dist.sharding.storage import Original
 
@@ -178,3 +182,105 @@ def check_unique(originals: Sequence[Original]) -> None:
                 f"Two parameters are called {original.name!r}. Names must be unique: they identify the state."
             )
         seen.add(original.name)
+
+
+# --- as they come back from a saved state ----------------------------------------------------------
+
+Names = Sequence[Sequence[str] | None]
+"""By group the names of its parameters; None where an engine has put other tensors in their place."""
+
+NAMES = "param_names"
+"""Torch's key for them in a saved group."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The groups of a saved state, checked against those of this program.
+
+    ``numbers``: for every parameter of this program, in order, its number in the saved state. ``moved``: a
+    parameter that stands elsewhere than then, "" if there is none. ``replaced``: what to say about hyperparameters.
+    """
+
+    groups: list[dict[str, Any]]
+    numbers: list[int]
+    moved: str
+    replaced: str
+
+
+def read_groups(saved: Sequence[Mapping[str, Any]], present: Sequence[Mapping[str, Any]], names: Names) -> Saved:
+    """ValueError, naming what differs, if these are groups of another optimizer or other parameters."""
+    for group in saved:
+        if "projection" not in group or "density" not in group:
+            raise ValueError(
+                "The loaded state was saved by another optimizer: its groups have no projection and density. Frugal's "
+                "moments are of another shape; keep the weights and start with a new optimizer."
+            )
+    then = [group.get(NAMES) for group in saved]
+    if None not in then and None not in names:
+        _check_names(then, names)
+    if [len(group["params"]) for group in saved] != [len(group["params"]) for group in present]:
+        raise ValueError(
+            f"The loaded state has {_sizes(saved)}, this optimizer {_sizes(present)}. Build the same model with the "
+            "same groups, or load with frugal_dist.checkpoint, which goes by names."
+        )
+    numbers, moved = [], ""
+    for group, old, new in zip(saved, then, names, strict=True):
+        by_name = dict(zip(old, group["params"], strict=True)) if old and new else {}
+        order = [by_name[name] for name in new or ()] if by_name else list(group["params"])
+        if order != list(group["params"]):
+            moved = moved or next(b for a, b in zip(old or (), new or (), strict=True) if a != b)
+        numbers += order
+    groups = [
+        {**{key: now[key] for key in HYPERPARAMETERS if key in now}, **saved_group(group, now)}
+        for group, now in zip(saved, present, strict=True)
+    ]
+    return Saved(groups, numbers, moved, _replaced(groups, present))
+
+
+def _check_names(then: Sequence[Any], now: Names) -> None:
+    before = {name: number for number, group in enumerate(then) for name in group}
+    after = {name: number for number, group in enumerate(now) for name in group or ()}
+    gone, new = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
+    if gone or new:
+        parts = [f"{what} {', '.join(some[:3])}" for what, some in (("only there:", gone), ("only here:", new)) if some]
+        raise ValueError(
+            f"The loaded state is of other parameters; {'; '.join(parts)}. Names identify the state: build the model "
+            "as it was saved."
+        )
+    for name, group in after.items():
+        if before[name] != group:
+            raise ValueError(
+                f"{name} was in group {before[name]} when the state was saved, it is in group {group} now. Build the "
+                "groups as they were, or load with frugal_dist.checkpoint, which goes by names."
+            )
+
+
+def _sizes(groups: Sequence[Mapping[str, Any]]) -> str:
+    sizes = [len(group["params"]) for group in groups]
+    return f"{len(sizes)} groups of {', '.join(map(str, sizes))} parameters"
+
+
+def _replaced(saved: Sequence[Mapping[str, Any]], present: Sequence[Mapping[str, Any]]) -> str:
+    changes: dict[str, None] = {}
+    for then, now in zip(saved, present, strict=True):
+        for key in HYPERPARAMETERS:
+            if key in now and key not in moved_by_schedules(then) and _plain(then[key]) != _plain(now[key]):
+                bound = " (fixed by the state)" if TAKEN_UP[key] == NEVER else ""
+                changes[f"{key}={then[key]!r} instead of {now[key]!r}{bound}"] = None
+    if not changes:
+        return ""
+    return (
+        "load_state_dict() goes on with the hyperparameters of the saved run, as torch's optimizers do: "
+        f"{'; '.join(changes)}. What is not fixed can be set in optimizer.param_groups after loading; "
+        "frugal_dist.checkpoint.load keeps this program's."
+    )
+
+
+def moved_by_schedules(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """Hyperparameters that learning-rate schedules change while training; cyclic ones leave a mark in the group."""
+    return ("lr", "betas", "momentum") if "base_momentum" in group else ("lr",)
+
+
+def _plain(value: Any) -> Any:
+    value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    return tuple(value) if isinstance(value, list) else value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -21,11 +23,12 @@ from frugal_dist.config import (
     check_keys,
     config_from,
     renamed,
-    saved_group,
     without_auto,
 )
 from frugal_dist.figures import RefreshFigures
 from frugal_dist.groups import (
+    NAMES,
+    Saved,
     arranged,
     as_groups,
     check_group_keys,
@@ -33,6 +36,7 @@ from frugal_dist.groups import (
     follow_cycles,
     follow_replaced,
     members_of,
+    read_groups,
     tables_in,
     without_foreign,
 )
@@ -49,7 +53,8 @@ from frugal_dist.parameters import (
 )
 from frugal_dist.projection.numerics import full_precision
 from frugal_dist.refresh import refresh
-from frugal_dist.sharding.exchange import agree_max, speaks
+from frugal_dist.sharding import torch_checkpoint
+from frugal_dist.sharding.exchange import agree_max, outlives_its_process, speaks
 from frugal_dist.sharding.storage import Original
 from frugal_dist.stepping import step_matrices
 from frugal_dist.work import Runtime
@@ -76,6 +81,10 @@ def _patterns(given: Sequence[str] | str | None) -> Sequence[str] | None:
     if isinstance(given, str):
         return None if given == "auto" else [given]
     return given
+
+
+LOADED = ("state", "param_groups", "_groups", "_settled", "_loaded", "_runtime", "_before", "_started", "_checked")
+"""What a load replaces, and a load that is refused puts back."""
 
 
 class Frugal(Optimizer):
@@ -155,7 +164,7 @@ class Frugal(Optimizer):
         self._started = False  # any gradient was not zero, or any state has moved
         self._checked: set[tuple[int, ...]] = set()  # calls whose gradients all ranks have looked at together
         self._settled: dict[int, Seen] = {}  # what the state of each group was made with
-        self._loaded = False
+        self._loaded: saving.Loaded | None = None
         self._saved_elsewhere = False
         self._saving_checked = self._told = self._parts_told = self._summarised = False
         FrugalConfig(**given)
@@ -264,6 +273,15 @@ class Frugal(Optimizer):
         for index, group in enumerate(self.param_groups):
             mine = [original for original in self._originals if original.group == index and original.projected]
             check_sizes(config_from(group), mine)
+
+    def _take_shapes(self) -> None:
+        """Parameters may have been resized in place since the optimizer was built, as embeddings for new tokens are."""
+        for i, (original, source) in enumerate(zip(self._originals, self._sources, strict=True)):
+            tensor = source()
+            shape = original.shape if tensor is None else engines.full_shape(tensor)
+            if shape != original.shape:
+                self._originals[i] = dataclasses.replace(original, shape=shape)
+                self._check_shapes()
 
     @property
     def originals(self) -> list[Original]:
@@ -383,6 +401,8 @@ class Frugal(Optimizer):
         settle(self._groups, self._originals, self._settled)
         if self._runtime is None:
             self._forget_start()
+            if self._before is None:
+                self._take_shapes()
             runtime = engines.bind(
                 engines.Request(
                     optimizer=self,
@@ -397,7 +417,7 @@ class Frugal(Optimizer):
                 )
             )
             saving.unpack_all(runtime, self.state, self._loaded)
-            self._runtime, self._before, self._loaded = runtime, None, False
+            self._runtime, self._before, self._loaded = runtime, None, None
         return self._runtime
 
     @property
@@ -414,6 +434,7 @@ class Frugal(Optimizer):
 
         Raises ValueError where the engine would keep one rank's part of shared state and lose the others'.
         """
+        follow_replaced(self._groups, self.param_groups)
         handle = self.register_state_dict_post_hook(self._packed, prepend=True)  # other hooks see what is saved
         try:
             with as_made(self._groups, self._settled):
@@ -423,8 +444,10 @@ class Frugal(Optimizer):
 
     def _packed(self, _: Optimizer, plain: dict[str, Any]) -> dict[str, Any]:
         """Torch's form with the state as it is saved."""
-        for group in plain["param_groups"]:  # torch.distributed.checkpoint would keep the list once per parameter
-            group.pop("param_names", None)
+        asked = torch_checkpoint.is_asking()  # it has names of its own, and would keep the list once per parameter
+        for group, names in zip(plain["param_groups"], self._names(), strict=True):
+            group.pop(NAMES, None)
+            group.update({NAMES: names} if names and not asked else {})
         runtime = self._runtime or self._before
         if runtime is None:  # nothing yet, or as it was loaded
             return plain
@@ -444,51 +467,89 @@ class Frugal(Optimizer):
         state = {number: packed[id(tensor)] for number, tensor in enumerate(order) if id(tensor) in packed}
         return {**plain, "state": state}
 
+    def _names(self) -> list[list[str] | None]:
+        """By group the names of the tensors in it, None where an engine has put others in their place."""
+        numbers = {id(group): number for number, group in enumerate(self._groups)}
+        given: dict[int | None, list[str]] = {}
+        for original in self._originals:
+            given.setdefault(original.group, []).append(original.name)
+        names = [given.get(numbers.get(id(group)), []) for group in self.param_groups]
+        return [
+            own if len(own) == len(group["params"]) else None
+            for own, group in zip(names, self.param_groups, strict=True)
+        ]
+
     @torch.no_grad()
     @on_innermost
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue exactly where ``state_dict`` was taken, on the same engine and number of ranks.
 
-        Dtypes stay as saved. What does not fit raises ValueError: here on a process without a process group, on all
+        Parameters are matched by name. Hyperparameters are those of ``state_dict``, as with torch's optimizers; rank 0
+        says which differ from this program's, learning rates apart. Moments take the precision this run computes in.
+
+        What does not fit raises ValueError: here, with nothing changed, on a process without a process group, on all
         ranks alike at the next step otherwise.
         """
         follow_replaced(self._groups, self.param_groups)
+        kept = {key: self.__dict__[key] for key in LOADED}
+        settled = engines.is_settled(self._process_group)  # engines load their masters, or wrap the model, after this
+        try:
+            refused = self._take(state_dict)
+            if refused and not settled:  # a rank that raised alone would leave the others waiting
+                self._runtime, self._before, self._loaded = None, None, saving.Loaded(refused=str(refused))
+            elif refused:
+                raise refused
+            elif settled:
+                with full_precision():
+                    self._bind()
+        except ValueError:
+            self.__dict__.update(kept)
+            raise
+
+    def _take(self, state_dict: dict[str, Any]) -> ValueError | None:
+        """Groups and state as they were saved; the next binding makes them live. Or why they cannot be."""
         before = list(self.param_groups)
-        given: dict[str, Any] = {}
+        given: list[tuple[Saved, dict[int, Any]]] = []
+        refused: list[ValueError] = []
 
         def take(_: Optimizer, changed: dict[str, Any]) -> dict[str, Any]:
-            given.update(changed)
-            groups = changed["param_groups"]
-            if len(groups) == len(before):
-                groups = [saved_group(group, present) for group, present in zip(groups, before, strict=True)]
-            return {**changed, "state": {}, "param_groups": groups}  # torch would cast the state to parameters' dtypes
+            try:
+                saved = read_groups(changed["param_groups"], before, self._names())
+            except ValueError as error:
+                refused.append(error)
+                raise
+            given.append((saved, changed["state"]))
+            return {**changed, "state": {}, "param_groups": saved.groups}  # torch would cast it to parameters' dtypes
 
         hooks = [
             self.register_load_state_dict_pre_hook(take),  # the last one: what others changed counts
-            self.register_load_state_dict_post_hook(lambda _: self._restore(given, before), prepend=True),
+            self.register_load_state_dict_post_hook(
+                lambda _: self._restore(before, given[0][0], given[0][1]), prepend=True
+            ),
         ]
         try:
             super().load_state_dict(state_dict)
+        except ValueError as error:
+            if error not in refused:
+                raise
         finally:
             for hook in hooks:
                 hook.remove()
-        if engines.is_settled(self._process_group):  # engines load their masters, or wrap the model, after this
-            with full_precision():
-                self._bind()
+        return refused[0] if refused else None
 
-    def _restore(self, state_dict: dict[str, Any], before: list[dict[str, Any]]) -> None:
+    def _restore(self, before: list[dict[str, Any]], saved: Saved, state: dict[int, Any]) -> None:
         """Put the state in its place; torch has done so with the groups, which were those of ``before``."""
         loaded = {id(old): new for old, new in zip(before, self.param_groups, strict=True)}
         self._groups = [loaded.get(id(group), group) for group in self._groups]  # DeepSpeed removes empty groups
-        self._settled.clear()
+        self._settled = {}
         settle(self._groups, self._originals, self._settled)
-        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         order = [tensor for group in self.param_groups for tensor in group["params"]]
-        self.state.clear()
-        for number, tensor in zip(saved, order, strict=True):
-            if number in state_dict["state"]:
-                self.state[tensor] = saving.placed(state_dict["state"][number], tensor.device)
-        self._runtime, self._before, self._loaded = None, None, True
+        self.state = defaultdict(dict)
+        for number, tensor in zip(saved.numbers, order, strict=True):
+            if number in state:
+                self.state[tensor] = saving.placed(state[number], tensor.device)
+        self._runtime, self._before = None, None
+        self._loaded = saving.Loaded(moved=saved.moved, replaced=saved.replaced)
 
     @on_innermost
     def is_divided(self) -> bool:
@@ -527,16 +588,44 @@ class Frugal(Optimizer):
         """For pickle and deepcopy: everything but what is found out again at the next step; state as it is saved."""
         if innermost(self) is not self:  # a wrapper is copied as what it is
             return dict(self.__dict__)
-        kept = ("_originals", "_shard_state", "_no_decay", "_choice", "_loaded", "_settled")
-        state = {**super().__getstate__(), **{key: self.__dict__[key] for key in kept}}
+        kept = ("_originals", "_shard_state", "_no_decay", "_choice", "_loaded", "_settled", "_saved_elsewhere")
+        state = {**super().__getstate__(), **{key: self.__dict__[key] for key in (*kept, "_process_group")}}
         runtime = self._runtime or self._before
         if runtime is not None:
             with as_made(self._groups, self._settled):
                 packed = saving.pack_all(runtime, self.state)
             stores = {tensor: packed[id(tensor)] for tensor in self.state if id(tensor) in packed}
-            state.update(state=defaultdict(dict, stores), _loaded=True)
-        group = self._process_group
-        return {**state, "_process_group": group if group is None or isinstance(group, str) else "auto"}
+            state.update(state=defaultdict(dict, stores), _loaded=saving.Loaded())
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Frugal:
+        """The copy belongs to the same ranks: a process group cannot be copied, and is never guessed."""
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        state = self.__getstate__()
+        group = state.get("_process_group")
+        memo[id(group)] = group
+        twin.__setstate__(copy.deepcopy(state, memo))
+        return twin
+
+    def __copy__(self) -> Frugal:
+        twin = type(self).__new__(type(self))
+        twin.__setstate__(self.__getstate__())
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For pickle, in which a process group has no place."""
+        reduced = super().__reduce_ex__(protocol)
+        assert isinstance(reduced, tuple)
+        state = reduced[2]
+        if "_process_group" not in state:  # a wrapper
+            return reduced
+        if not outlives_its_process(self._process_group):
+            raise ValueError(
+                "An optimizer with a process_group of its own cannot be pickled: another process would not find those "
+                "ranks again. Save its state_dict() and give process_group= to the new optimizer."
+            )
+        group = None if self._process_group is None else "auto"
+        return (*reduced[:2], {**state, "_process_group": group}, *reduced[3:])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "param_groups" not in state:  # a wrapper
@@ -544,10 +633,11 @@ class Frugal(Optimizer):
             return
         own(self)
         super().__setstate__(state)
-        self.__dict__.setdefault("_loaded", False)
         self.__dict__.setdefault("_settled", {})
         self.__dict__.setdefault("_choice", Choice())
         self.__dict__.setdefault("_saved_elsewhere", False)
+        was = self.__dict__.get("_loaded")  # True or False in older pickles
+        self._loaded = saving.Loaded() if was is True else was or None
         if "_originals" in state:  # unpickled or copied: the sources of a DeepSpeed engine do not come along
             self._groups = list(self.param_groups)
             self._sources = [lambda: None for _ in self._originals]

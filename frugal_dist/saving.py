@@ -2,7 +2,8 @@
 
 Two things differ from the live state. Keys of tensors of which a rank holds only its part name the rank, because
 torch.distributed.checkpoint takes equal keys for copies. And where the number of selected entries on a rank changes
-from refresh to refresh, moments travel dense, in the shape of the stored tile: a template made before loading must fit.
+from refresh to refresh, that one gets moments in the shape of the stored tile: its template, made before loading, must
+fit. For everyone else this would only be several times the bytes.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
+from frugal_dist.notices import notice
+from frugal_dist.projection.basis import basis_shapes
 from frugal_dist.sharding.exchange import gather_objects
 from frugal_dist.sharding.plain import PlainStorage
+from frugal_dist.sharding.plan import owner_layout
 from frugal_dist.sharding.storage import Box
 from frugal_dist.sharding.tile import is_replicated
-from frugal_dist.sharding.torch_checkpoint import losing_option
-from frugal_dist.state import CLOCKS, MatrixState
+from frugal_dist.sharding.torch_checkpoint import is_asking, losing_option
+from frugal_dist.state import BASES, CLOCKS, MOMENTS, MatrixState, Shape
 from frugal_dist.work import (
     CoordinatePiece,
     Runtime,
@@ -31,13 +35,11 @@ from frugal_dist.work import (
     basis_route,
     basis_tile_shapes,
     coordinate_cut,
-    cut_selection,
     moment_names,
     route_to,
     same_slots,
-    whole_selection,
 )
-from frugal_dist.workload import Load, Regular, load_of
+from frugal_dist.workload import Load, Regular, create_state, load_of
 
 _PART = re.compile(r"^(?P<key>.*)@rank(?P<rank>\d+)of(?P<size>\d+)$")
 Store = dict[str, Tensor]
@@ -60,13 +62,14 @@ PARTS = (
 
 def pack_all(runtime: Runtime, state: MutableMapping[Tensor, Store]) -> dict[int, Store]:
     """The state of every carrier, by its id, in saved form. Tensors that need no change are not copied."""
+    template = is_asking()
     load = load_of(runtime, state, everything=True)
     packed = {id(carrier): dict(store) for carrier, store in state.items() if store}
     owner = {id(store): id(carrier) for carrier, store in state.items()}
     for work in load.works:
         if work.state.has_moments():
             saved = MatrixState(packed[owner[id(work.state.store)]], work.state.prefix)
-            dense = _travels_dense(runtime, work)
+            dense = template and _sizes_change(runtime, work)
             for name in moment_names(work.config):
                 value = _to_dense(runtime, work, name) if dense else work.state.get(name)
                 saved.put(name, None)
@@ -113,17 +116,31 @@ def is_divided(runtime: Runtime, load: Load) -> bool:
     return any(gather_objects(runtime.ranks, here))
 
 
-def unpack_all(runtime: Runtime, state: MutableMapping[Tensor, Store], loaded: bool) -> None:
+@dataclass(frozen=True)
+class Loaded:
+    """What was loaded and is not live yet. ``moved``, ``replaced``: as in groups.Saved. ``refused``: why it was not."""
+
+    moved: str = ""
+    replaced: str = ""
+    refused: str = ""
+
+
+def unpack_all(runtime: Runtime, state: MutableMapping[Tensor, Store], loaded: Loaded | None) -> None:
     """Turn what was loaded into live state. Collective; ValueError on all ranks alike if anything does not fit."""
-    if not _all_loaded(runtime, loaded):
+    if not _all_loaded(runtime, loaded is not None):
         return
+    assert loaded is not None
 
     def strip() -> None:
+        if loaded.refused:
+            raise ValueError(loaded.refused)
+        _check_order(runtime, loaded.moved)
         for store in state.values():
             _strip_parts(runtime, store)
 
     together(runtime, strip)
     load = load_of(runtime, state, everything=True)
+    together(runtime, lambda: _check_keys(runtime, load, state))
     everyone = gather_objects(runtime.ranks, _summaries(load))
     _compare_clocks(everyone)
     for work in load.works:
@@ -136,6 +153,53 @@ def unpack_all(runtime: Runtime, state: MutableMapping[Tensor, Store], loaded: b
             _check_regular(runtime, one)
 
     together(runtime, adopt)
+    if loaded.replaced and runtime.ranks.rank == 0:
+        notice(loaded.replaced)
+
+
+def _check_order(runtime: Runtime, moved: str) -> None:
+    """Where a matrix stands among the others decides who computes it, and which blocks are active."""
+    blocks = any(runtime.storage.options(i).get("projection") == "blockwise" for i in range(len(runtime.originals)))
+    if moved and (blocks or not runtime.ranks.alone):
+        raise ValueError(
+            f"{moved} stands elsewhere among the parameters than when the state was saved. Its state would be another "
+            "one's: build the layers in the order they had, or load with frugal_dist.checkpoint."
+        )
+
+
+def _check_keys(runtime: Runtime, load: Load, state: Mapping[Tensor, Store]) -> None:
+    """Nothing that belongs to nobody, and nobody who has nothing while others of the group have state."""
+    known: dict[int, set[str]] = {}
+    groups: dict[int, list[tuple[str, bool, bool]]] = {}
+    by_name = {original.name: original for original in runtime.originals}
+    for work in load.works:
+        keys = {work.state.prefix + key for key in (*CLOCKS, *MOMENTS, *BASES)}
+        known.setdefault(id(work.state.store), set()).update(keys)
+        group = runtime.originals[work.matrix.original].group
+        groups.setdefault(group, []).append((work.matrix.name, work.state.get("updates") is not None, work.frozen))
+    for one in load.regular:
+        keys = {one.state.prefix + key for key in ("step", *MOMENTS)}
+        known.setdefault(id(one.state.store), set()).update(keys)
+        group = by_name[one.name].group
+        groups.setdefault(group, []).append((one.name, one.state.get("step") is not None, one.frozen))
+    for store in state.values():
+        for key in store.keys() - known.get(id(store), store.keys()):
+            raise ValueError(f"{_named(runtime, state, store)}the loaded state has {key!r}, which has no place here. "
+                             "It was saved by another optimizer, or for parameters that were called otherwise or "
+                             "treated otherwise (projected or not).")  # fmt: skip
+    for members in groups.values():
+        bare = [name for name, counted, frozen in members if not (counted or frozen)]
+        if bare and any(counted for _, counted, _ in members):
+            raise ValueError(
+                f"{bare[0]}: the loaded state has nothing for it, but for others of its group. Parts of it are "
+                "missing; parameters that are new need a group of their own."
+            )
+
+
+def _named(runtime: Runtime, state: Mapping[Tensor, Store], store: Store) -> str:
+    """The parameter that a state is of, if it is of one."""
+    names = [o.name for i, o in enumerate(runtime.originals) if state.get(runtime.storage.carrier(i)) is store]
+    return f"{names[0]}: " if len(names) == 1 else ""
 
 
 def together(runtime: Runtime, action: Callable[[], T]) -> T:
@@ -197,15 +261,23 @@ def _counts(summary: Summary) -> str:
 
 
 def _settle_layout(runtime: Runtime, work: Work, everyone: Sequence[Summary]) -> None:
-    """Compute where the saved run did. The cost rule may choose otherwise now, if the density was changed meanwhile."""
-    size = work.state.get("size")
+    """Compute where the saved run did. The cost rule may choose otherwise now, if the density was changed meanwhile,
+    and the owner may have been another one: groups that are added later change none.
+    """
+    size, matrix = work.state.get("size"), work.matrix
     if work.family != "basis" or work.empty or size is None:
         return
-    for choice in (work.config.compute_layout, "cut", "owner"):
-        layout = basis_layout(runtime, work, choice)
+    elements = [summary.elements for summary in everyone]
+    layouts = [basis_layout(runtime, work, choice) for choice in (work.config.compute_layout, "cut", "owner")]
+    holders = [rank for rank, number in enumerate(elements) if number]
+    if len(holders) == 1:
+        layouts.append(owner_layout(len(elements), holders[0], matrix.rows, matrix.cols))
+    for layout in layouts:
         shapes = [basis_tile_shapes(work.side, tiles, int(size)) for tiles in layout]
-        if [sum(map(prod, own)) for own in shapes] == [summary.elements for summary in everyone]:
-            runtime.routes[work.matrix.index] = route_to(runtime, work, layout)
+        if [sum(map(prod, own)) for own in shapes] == elements:
+            runtime.routes[matrix.index] = route_to(runtime, work, layout)
+            if layout is layouts[-1] and len(holders) == 1:
+                runtime.give_to(matrix.index, holders[0])
             return
 
 
@@ -235,35 +307,34 @@ def _is_regular_part(runtime: Runtime, one: Regular) -> bool:
     return not runtime.ranks.alone and tuple(one.weight.shape) != one.shape
 
 
-def _travels_dense(runtime: Runtime, work: Work) -> bool:
+def _sizes_change(runtime: Runtime, work: Work) -> bool:
     boxed = isinstance(runtime.storage.part(work.matrix.original), Box)
     return boxed and work.family != "basis" and not work.empty and not same_slots(work)
 
 
 def _to_dense(runtime: Runtime, work: Work, name: str) -> Tensor:
-    pieces = _expected_pieces(runtime, work)
-    found = []
-    for piece, own in zip(pieces, work.state.pieces(name, [piece.mine for piece in pieces]), strict=True):
-        values = torch.zeros(piece.shape, dtype=work.dtype, device=work.device)
+    """On the CPU: as large as AdamW's moments, it may not fit beside the model."""
+    if len(work.tiles) != 1:
+        return torch.zeros(0, dtype=work.dtype, device="cpu")
+    dense = torch.zeros(work.tiles[0].height, work.tiles[0].width, dtype=work.dtype, device="cpu")
+    if work.state.clock("refreshes"):  # otherwise they are zeros, in whatever size the first density made them
+        (piece,) = coordinate_cut(runtime, work).pieces
+        values = torch.zeros(piece.shape, dtype=work.dtype, device="cpu")
+        (own,) = work.state.pieces(name, [piece.mine])
         _share(piece, values).copy_(own)
-        dense = torch.zeros(piece.tile.height, piece.tile.width, dtype=work.dtype, device=work.device)
-        piece.selection.put_(dense, values)
-        found.append(dense)
-    return found[0] if len(found) == 1 else torch.zeros(0, dtype=work.dtype, device=work.device)
+        piece.selection.to(dense.device).put_(dense, values)
+    return dense
 
 
-def _from_dense(runtime: Runtime, work: Work, name: str) -> Tensor:
-    pieces = _expected_pieces(runtime, work)
-    saved = work.state.get(name)
-    if saved is None or saved.numel() != sum(piece.tile.numel for piece in pieces):
+def _from_dense(work: Work, piece: CoordinatePiece, saved: Tensor) -> Tensor:
+    dense = saved.view(piece.size)
+    kept = _share(piece, piece.selection.take(dense)).contiguous().clone()
+    if int(torch.count_nonzero(kept)) != int(torch.count_nonzero(dense)):
         raise ValueError(
-            _misfit(runtime, work, name, saved, [(piece.tile.height, piece.tile.width) for piece in pieces])
+            f"{work.matrix.name}: the loaded moments are of other entries than this run's selection. They were saved "
+            "with another seed, or layers stood in another order."
         )
-    if not pieces:
-        return torch.zeros(0, dtype=work.dtype, device=work.device)
-    (piece,) = pieces
-    dense = saved.view(piece.tile.height, piece.tile.width)
-    return _share(piece, piece.selection.take(dense)).contiguous().clone()
+    return kept
 
 
 def _share(piece: CoordinatePiece, values: Tensor) -> Tensor:
@@ -297,50 +368,68 @@ def _adopt(runtime: Runtime, work: Work) -> None:
             f"{work.matrix.name}: the loaded state has no {', '.join(missing)} for this rank. It was saved by another "
             "optimizer, another number of ranks, or only by rank 0."
         )
-    if _travels_dense(runtime, work):
-        for name in moment_names(work.config):
-            state.put(name, _from_dense(runtime, work, name))
+    if state.clock("refreshes") == 0:  # zeros, in whatever size the density at that time made them
+        state.drop()
+        create_state(runtime, work)
         return
     if work.family == "basis" and not work.empty:
+        _check_basis(runtime, work)
         shapes = basis_piece_shapes(work, basis_route(runtime, work), state.clock("size"))
+        _check_moments(runtime, work, shapes)
     else:
-        shapes = [piece.mine for piece in _expected_pieces(runtime, work)]
-    size = sum(torch.Size(shape).numel() for shape in shapes)
+        _adopt_coordinates(runtime, work)
+    state.convert(work.dtype)
+
+
+def _adopt_coordinates(runtime: Runtime, work: Work) -> None:
+    """Also from the shape of the stored tile, which torch.distributed.checkpoint brings."""
+    pieces = coordinate_cut(runtime, work).pieces
+    for piece in pieces if _sizes_change(runtime, work) else ():  # one: shards are boxes
+        for name in moment_names(work.config):
+            value = work.state.get(name)
+            if value is not None and value.shape == piece.size != piece.mine:
+                work.state.put(name, _from_dense(work, piece, value))
+    _check_moments(runtime, work, [piece.mine for piece in pieces])
+
+
+def _check_moments(runtime: Runtime, work: Work, shapes: Sequence[Shape]) -> None:
+    needed = shapes[0] if len(shapes) == 1 else (sum(map(prod, shapes)),)
     for name in moment_names(work.config):
-        value = state.get(name)
-        if value is None or value.numel() != size:
-            raise ValueError(_misfit(runtime, work, name, value, shapes))
+        _check_shape(runtime, work, name, needed)
 
 
-def _expected_pieces(runtime: Runtime, work: Work) -> list[CoordinatePiece]:
-    refreshes = work.state.clock("refreshes")
-    if refreshes:
-        return coordinate_cut(runtime, work).pieces
-    size = 0 if work.empty else work.size  # created, but never refreshed
-    return cut_selection(runtime, work, whole_selection(work, 0, size), runtime.ranks.rank)
+def _check_basis(runtime: Runtime, work: Work) -> None:
+    if not basis_route(runtime, work).tiles:
+        return
+    for part, shape in basis_shapes(work.side, work.matrix.rows, work.matrix.cols, work.state.clock("size")).items():
+        _check_shape(runtime, work, "basis" if work.side != "full" else f"basis_{part}", shape)
+
+
+def _check_shape(runtime: Runtime, work: Work, name: str, needed: Shape) -> None:
+    value = work.state.get(name)
+    if value is None or tuple(value.shape) != needed:
+        described = "nothing" if value is None else f"shape {tuple(value.shape)}"
+        raise ValueError(
+            f"{work.matrix.name}: the loaded {name} has {described}, but density={work.config.density:g}, projection="
+            f"{work.config.projection!r} on this rank needs {needed}. Load with the hyperparameters it was saved with."
+            + _other_ranks(runtime)
+        )
 
 
 def _check_regular(runtime: Runtime, one: Regular) -> None:
     step = one.state.get("step")
-    if step is None or (int(step) == 0 and not one.state.has_moments()):
+    if not one.state.has_moments() and (step is None or int(step) == 0):
         return  # never stepped when it was saved, or frozen
+    if step is None:
+        raise ValueError(f"{one.name}: the loaded state has moments, but no step." + _other_ranks(runtime))
     for name in moment_names(one.config):
         value = one.state.get(name)
-        if value is None or value.numel() != one.weight.numel():
-            found = "nothing" if value is None else f"{value.numel()} elements"
+        if value is None or value.shape != one.weight.shape:
+            described = "nothing" if value is None else f"shape {tuple(value.shape)}"
             raise ValueError(
-                f"{one.name}: the loaded {name} has {found}, this rank needs {one.weight.numel()}."
+                f"{one.name}: the loaded {name} has {described}, this rank needs {tuple(one.weight.shape)}."
                 + _other_ranks(runtime)
             )
-
-
-def _misfit(runtime: Runtime, work: Work, name: str, value: Tensor | None, shapes: object) -> str:
-    found = "nothing" if value is None else f"shape {tuple(value.shape)}"
-    return (
-        f"{work.matrix.name}: the loaded {name} has {found}, but density={work.config.density:g}, projection="
-        f"{work.config.projection!r} on this rank needs {shapes}. Load with the hyperparameters it was saved with."
-        + _other_ranks(runtime)
-    )
 
 
 def _other_ranks(runtime: Runtime) -> str:

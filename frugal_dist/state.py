@@ -68,9 +68,28 @@ class MatrixState:
                 shape = shapes[0] if len(shapes) == 1 else (size,)
                 self.put(name, torch.zeros(shape, dtype=dtype, device=torch.device(str(device))))
 
+    def convert(self, dtype: torch.dtype) -> None:
+        """Moments and bases as this run computes with them. Bases kept in bf16 stay so until their refresh."""
+        for name in MOMENTS:
+            moment = self.get(name)
+            if moment is not None:
+                self.put(name, moment.to(dtype))
+        for name in BASES:
+            basis = self.get(name)
+            if basis is not None and basis.dtype != torch.bfloat16:
+                self.put(name, basis.to(dtype))
+
+    def drop(self) -> None:
+        """Forget everything but the counts."""
+        for name in (*MOMENTS, *BASES):
+            self.put(name, None)
+
     def has_moments(self) -> bool:
         """Whether there are moments, be they empty: not so before the first step, and while a parameter is frozen."""
-        return any(self.get(name) is not None for name in MOMENTS)
+        return self.first_moment() is not None
+
+    def first_moment(self) -> Tensor | None:
+        return next((moment for moment in map(self.get, MOMENTS) if moment is not None), None)
 
     def reset(self) -> None:
         """Zero the moments and Adam's t."""

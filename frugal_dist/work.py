@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -55,7 +55,15 @@ class Runtime:
     agreed: dict[int, Agreed] = field(default_factory=dict)
     failures: dict[int, int] = field(default_factory=dict)
     buckets: dict[tuple[int, ...], list[list[int]]] = field(default_factory=dict)
+    shapes: dict[int, torch.Size] = field(default_factory=dict)
     figures: RefreshFigures = field(default_factory=RefreshFigures)
+
+    def give_to(self, index: int, owner: int) -> None:
+        """Matrix ``index`` is computed and refreshed by ``owner``, whoever the table says."""
+        matrices = list(self.table.matrices)
+        matrices[index] = replace(matrices[index], owner=owner)
+        self.table = replace(self.table, matrices=tuple(matrices))
+        self.__dict__.pop("by_original", None)
 
     @cached_property
     def by_original(self) -> dict[int, list[Matrix]]:
@@ -151,6 +159,10 @@ class CoordinatePiece:
     holders: tuple[int, ...]
     bounds: tuple[tuple[int, int], ...]
     rank: int
+
+    @property
+    def size(self) -> Shape:
+        return self.tile.height, self.tile.width
 
     @property
     def shared(self) -> bool:

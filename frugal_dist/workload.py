@@ -106,6 +106,8 @@ def load_of(runtime: Runtime, state: State, everything: bool = False) -> Load:
         config = configs[id(options)]
         weight, grad = runtime.storage.weight(i), runtime.storage.grad(i)
         device = weight.device
+        if runtime.shapes.setdefault(i, weight.shape) != weight.shape:
+            raise ValueError(_resized(original, runtime.shapes[i], weight.shape))
         _check_gradient(original, grad)
         _check_rounding(original, config, weight)
         store = state[runtime.storage.carrier(i)]
@@ -149,6 +151,13 @@ def _work(runtime: Runtime, i: int, matrix: Matrix, config: FrugalConfig, decay:
     )
 
 
+def _resized(original: Original, before: Sequence[int], now: Sequence[int]) -> str:
+    return (
+        f"{original.name} had shape {tuple(before)} at the last step and has {tuple(now)} now: its state does not fit "
+        "any more. Resize parameters before the first step, or build a new optimizer afterwards."
+    )
+
+
 def _check_gradient(original: Original, grad: Tensor | None) -> None:
     if grad is None:
         return
@@ -176,14 +185,20 @@ def ensure_state(runtime: Runtime, load: Load) -> None:
     bring_clocks_home(load.states)
     for work in load.works:
         work.state.ensure_clocks()
-        if not (work.state.has_moments() or work.frozen):  # of those that are frozen the first refresh creates it
-            _create(runtime, work)
+        moment = work.state.first_moment()
+        if moment is None and not work.frozen:  # of those that are frozen the first refresh creates it
+            create_state(runtime, work)
+        elif moment is not None and moment.dtype != work.dtype:  # loaded, or the model was cast
+            work.state.convert(work.dtype)
         _check_density(work)
     for one in load.regular:
         if one.state.get("step") is None:
             one.state.put("step", torch.tensor(0, device="cpu"))
-        if not one.state.has_moments() and not (one.frozen and one.grad is None):
+        moment, dtype = one.state.first_moment(), compute_dtype(one.weight.dtype)
+        if moment is None and not (one.frozen and one.grad is None):
             create_moments(one)
+        elif moment is not None and moment.dtype != dtype:
+            one.state.convert(dtype)
 
 
 def create_moments(one: Regular, device: torch.device | None = None) -> None:
@@ -203,7 +218,8 @@ def _check_density(work: Work) -> None:
         )
 
 
-def _create(runtime: Runtime, work: Work) -> None:
+def create_state(runtime: Runtime, work: Work) -> None:
+    """Moments of zeros, and bases, for the present density."""
     names = moment_names(work.config)
     if work.family != "basis" or work.empty:
         size = 0 if work.empty else work.size

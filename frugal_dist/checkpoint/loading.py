@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from frugal_dist.checkpoint.reader import Reader
 from frugal_dist.checkpoint.rng import check_rng_state, reseed, set_rng_state
 from frugal_dist.checkpoint.schedule import fitted
 from frugal_dist.config import HYPERPARAMETERS, saved_group
+from frugal_dist.groups import moved_by_schedules
 from frugal_dist.notices import notice
 from frugal_dist.optimizer import Frugal
 from frugal_dist.sharding.exchange import Ranks, gather_objects
@@ -28,8 +29,6 @@ from frugal_dist.work import Runtime, Work, basis_piece_shapes, basis_route, coo
 from frugal_dist.workload import Load, Regular, create_moments, ensure_state
 
 META = torch.device("meta")
-MOVED_BY_SCHEDULES = ("lr", "betas", "momentum")
-"""Hyperparameters that learning-rate schedules change while training; the last two only cyclic ones."""
 
 
 def read_checkpoint(
@@ -257,19 +256,19 @@ def _restore_groups(runtime: Runtime, reader: Reader) -> list[str]:
             values = [each[key] for each in then if key in each]
             if any(value != values[0] for value in values):
                 continue  # one group now, several then: the program's value holds
-            changes |= _restore_option(options, key, values[0], cyclic="base_momentum" in then[0])
+            changes |= _restore_option(options, key, values[0], moved_by_schedules(then[0]))
     listed = "; ".join(sorted(changes))
     return [f"was saved with other hyperparameters: {listed}. The new ones hold."] if changes else []
 
 
-def _restore_option(options: dict[str, Any], key: str, value: Any, cyclic: bool) -> set[str]:
+def _restore_option(options: dict[str, Any], key: str, value: Any, moved: Sequence[str]) -> set[str]:
     value = tuple(value) if isinstance(value, list) else value
     present = options.get(key)
     plain = present.item() if isinstance(present, Tensor) else present
     plain = tuple(plain) if isinstance(plain, list) else plain
     if plain == value:
         return set()
-    if key not in HYPERPARAMETERS or key == "lr" or (cyclic and key in MOVED_BY_SCHEDULES):
+    if key not in HYPERPARAMETERS or key in moved:
         if isinstance(present, Tensor):
             present.fill_(value)
         else:

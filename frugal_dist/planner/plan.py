@@ -19,10 +19,10 @@ from frugal_dist.planner.solver import solver_bytes
 from frugal_dist.planner.steps import plan_step, step_buckets
 from frugal_dist.planner.totals import ITEM, papers_bytes, state_of_ranks
 from frugal_dist.sharding.exchange import Ranks
-from frugal_dist.sharding.plan import assign_owners, refresh_cost
+from frugal_dist.sharding.plan import refresh_cost
 from frugal_dist.sharding.route import Crossing
 from frugal_dist.sharding.storage import Interval, Original, Part
-from frugal_dist.sharding.table import Matrix, Table, number_blocks
+from frugal_dist.sharding.table import Matrix, Table, group_owners, number_blocks
 from frugal_dist.sharding.tile import Layout, holders
 from frugal_dist.state import MatrixState
 from frugal_dist.work import Runtime, Work, basis_route
@@ -188,7 +188,7 @@ def _table(originals: Sequence[Original], parts: Sequence[Sequence[Part]]) -> Ta
     """As the ranks would build it together."""
     numbers = number_blocks(originals)
     projected = [(i, member) for i, o in enumerate(originals) if o.projected for member in range(o.stack)]
-    owners = assign_owners([refresh_cost(*originals[i].matrix_shape) for i, _ in projected], len(parts))
+    owners = group_owners(originals, len(parts))
     matrices = []
     for index, (i, member) in enumerate(projected):
         original = originals[i]

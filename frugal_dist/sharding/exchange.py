@@ -64,6 +64,13 @@ def ranks_of(process_group: Any) -> Ranks:
     return ALONE if size == 1 else Ranks(process_group, dist.get_rank(process_group), size)
 
 
+def outlives_its_process(process_group: Any) -> bool:
+    """Whether "auto" means the same ranks as ``process_group``, so that another process can find them again."""
+    if process_group is None or isinstance(process_group, str):
+        return True
+    return is_initialized() and dist.get_world_size(process_group) == dist.get_world_size()
+
+
 def gather_objects(ranks: Ranks, value: object) -> list[Any]:
     """``value`` of every rank; set-up only."""
     if ranks.alone:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from frugal_dist.sharding.exchange import Ranks, gather_objects
@@ -81,7 +82,7 @@ def build_table(
     everyone = gather_objects(ranks, mine)
     _check_agreement(everyone)
     sizes = _matrix_list(originals)
-    owners = assign_owners([refresh_cost(rows, cols) for _, _, rows, cols in sizes], ranks.size, owners)
+    owners = group_owners(originals, ranks.size, owners)
     numbers = number_blocks(given)
     matrices = []
     for index, (i, member, rows, cols) in enumerate(sizes):
@@ -91,6 +92,19 @@ def build_table(
         block, blocks = numbers[originals[i].name, member]
         matrices.append(Matrix(name, i, member, rows, cols, index, block, blocks, layout, owners[index]))
     return Table(tuple(matrices), tuple(i for i, original in enumerate(originals) if not original.projected))
+
+
+def group_owners(originals: Sequence[Original], ranks: int, known: Sequence[int] = ()) -> list[int]:
+    """The owner of every matrix, one group after the other: a group that is added later changes no other's owners, so
+    that a program that builds all groups at once finds the state where it was saved.
+
+    ``known``: owners that the first matrices have already.
+    """
+    owners, costs = list(known), []
+    for _, members in groupby(originals, key=lambda original: original.group):
+        costs += [refresh_cost(rows, cols) for _, _, rows, cols in _matrix_list(list(members))]
+        owners = assign_owners(costs, ranks, owners) if len(costs) > len(owners) else owners
+    return owners
 
 
 def number_blocks(originals: Sequence[Original]) -> dict[tuple[str, int], tuple[int, int]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from cases import LAYOUTS, REGULAR, STEPS, Case, gradients, weights
 from storages import Held, Named
+from torch.distributed.checkpoint.state_dict_saver import _stateful_to_state_dict
 
 from frugal_dist import Frugal
 
@@ -38,6 +39,12 @@ def to_bytes(state_dict: dict[str, Any]) -> bytes:
 
 def from_bytes(data: bytes) -> dict[str, Any]:
     found: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True)
+    return found
+
+
+def asked_by_torch(optimizer: Frugal) -> dict[str, Any]:
+    """The state as torch.distributed.checkpoint gets it: tensors keep their shapes from refresh to refresh."""
+    found: dict[str, Any] = _stateful_to_state_dict({"optimizer": optimizer})["optimizer"]
     return found
 
 

@@ -5,17 +5,22 @@ What does not fit is refused on all ranks alike at the next step.
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import cases
 import pytest
 import resuming
 import torch
+import torch.distributed as dist
 from cases import ON_REFRESH, PROJECTIONS, Case, gradients
 from resuming import Saved, from_bytes
-from storages import Held
+from storages import Held, cut_like
 from threads import run_ranks
+from torch.distributed.tensor import DTensor
 
 from frugal_dist import Frugal
 
@@ -78,10 +83,14 @@ def test_state_that_an_engine_creates_with_zero_gradients(layout: str, projectio
     def body(rank: int) -> list[str]:
         held = resuming.build(layout, case, resuming.weights())
         held.step({name: torch.zeros_like(grad) for name, grad in resuming.of_case(case, gradients()[0]).items()})
-        template = resuming.to_bytes(held.optimizer.state_dict())
-        (_, run), whole = resuming.straight(layout, case, (4,))[0][4], resuming.straight(layout, case, ())[1]
+        template = resuming.to_bytes(resuming.asked_by_torch(held.optimizer))
+        at_four, whole = resuming.build(layout, case, resuming.weights()), resuming.straight(layout, case, ())[1]
+        resuming.train(at_four, case, 0, last=4)
+        run = resuming.to_bytes(resuming.asked_by_torch(at_four.optimizer))
         started = resuming.resumed(layout, case, 0, (resuming.weights(), template))
-        return [*shapes_apart(from_bytes(template), from_bytes(run)), *resuming.differences(started, whole)]
+        resumed = resuming.resumed(layout, case, 4, (at_four.full(), run))
+        apart = [*resuming.differences(started, whole), *resuming.differences(resumed, whole)]
+        return [*shapes_apart(from_bytes(template), from_bytes(run)), *apart]
 
     assert run_ranks(RANKS[layout], body) == [[]] * RANKS[layout]
 
@@ -259,3 +268,133 @@ def test_whole_state_does_not_become_shared_state(projection: str) -> None:
     errors = run_ranks(2, load)
     assert len(set(errors)) == 1
     assert errors[0].startswith("ValueError: rank 0: ")
+
+
+# --- copies, groups that come later, owners ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("projection", ["svd", "columns", "randk", "blockwise"])
+def test_copies_stay_with_their_ranks(projection: str, shared: bool) -> None:
+    """Two models of the same names on two halves of the ranks: a copy that took all ranks would mix their weights."""
+
+    def body(rank: int, way: Callable[[Any], Any]) -> list[torch.Tensor]:
+        groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        generator = torch.Generator().manual_seed(rank // 2)
+        named = {n: torch.nn.Parameter(torch.randn(8, 6, generator=generator)) for n in "ab"}
+        optimizer = Frugal([{"params": list(named.items()), "projected": True}], projection=projection, density=0.5,
+                           update_gap=2, process_group=groups[rank // 2], shard_state=shared)  # fmt: skip
+        for step in range(6):
+            for param in (p for group in optimizer.param_groups for p in group["params"]):
+                param.grad = torch.randn(8, 6, generator=generator)
+            optimizer.step()
+            optimizer = way(optimizer) if step == 2 else optimizer
+        with pytest.raises(ValueError, match="process_group of its own cannot be pickled"):
+            pickle.dumps(optimizer)
+        return [p.detach() for group in optimizer.param_groups for p in group["params"]]
+
+    want = run_ranks(4, lambda rank: body(rank, lambda optimizer: optimizer))
+    for way in (copy.deepcopy, copy.copy):
+        found = run_ranks(4, lambda rank, way=way: body(rank, way))
+        assert all(
+            torch.equal(a, b) for one, other in zip(found, want, strict=True) for a, b in zip(one, other, strict=True)
+        )
+
+
+@pytest.mark.parametrize(
+    ("projection", "side"), [("svd", "std"), ("svd", "full"), ("random", "full"), ("randk", "std")]
+)
+def test_a_group_that_came_later(projection: str, side: str) -> None:
+    """Built at once in the run that goes on. Owners compute where there was one fewer matrix to share out."""
+    options = {"projection": projection, "side": side, "density": 0.5, "compute_layout": "owner", "update_gap": 3}
+    groups = [{"params": ["square", "tall"], "projected": True}, {"params": ["high", "small"], "projected": True}]
+    start = {name: resuming.weights()[name] for group in groups for name in group["params"]}
+
+    def body(rank: int, layout: str) -> list[str]:
+        live, named = cases.LAYOUTS[layout](start, groups[:1], options), {}
+        for step, grads in enumerate(gradients()[:6]):
+            if step == 2:  # the parameters of a group are cut as the others are
+                later = cases.LAYOUTS[layout](start, groups, options).optimizer.param_groups[1]["params"]
+                named = dict(zip(groups[1]["params"], later, strict=True))
+                live.optimizer.add_param_group({"params": list(named.items()), "projected": True})
+            if step == 4:
+                full = live.full() | {name: whole(param) for name, param in named.items()}
+                twin = cases.LAYOUTS[layout](full, groups, options)
+                twin.optimizer.load_state_dict(from_bytes(resuming.to_bytes(live.optimizer.state_dict())))
+            for held in (live, twin) if step >= 4 else (live,):
+                for name, param in named.items():
+                    param.grad = cut_like(grads[name], param) if isinstance(param, DTensor) else grads[name].clone()
+                held.step({name: grads[name] for name in start})
+        ours, theirs = live.full() | {name: whole(param) for name, param in named.items()}, twin.full()
+        return [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
+
+    for layout in ("replicas, shared state", "Shard(0)"):
+        assert run_ranks(3, lambda rank, layout=layout: body(rank, layout)) == [[]] * 3, layout
+
+
+def whole(param: torch.Tensor) -> torch.Tensor:
+    return (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
+
+
+@pytest.mark.parametrize("side", ["std", "full"])
+def test_state_that_other_owners_saved(side: str) -> None:
+    """Versions that shared out the owners otherwise: who holds the moments of a matrix goes on as its owner."""
+    case = replace(case_of("svd", side, "keep"), more=(("compute_layout", "owner"),))
+    saved, whole_run = {}, {}
+
+    def save(rank: int) -> None:
+        held = resuming.build("Shard(0)", case, resuming.weights())
+        resuming.train(held, case, 0, last=4)
+        saved[rank] = (held.full(), from_bytes(resuming.to_bytes(held.optimizer.state_dict())))
+        resuming.train(held, case, 4)
+        whole_run[rank] = held.full()
+
+    def exchanged(rank: int) -> dict[str, Any]:
+        """Rank 0's and rank 1's moments and bases of matrices in each other's place."""
+        other, state_dict = 1 - rank, copy.deepcopy(saved[rank][1])
+        for number, store in state_dict["state"].items():
+            owned = [key for key in store if "basis" in key or "exp_avg" in key]
+            if "updates" in {key.rpartition("/")[2] for key in store}:
+                for key in owned:
+                    del store[key]
+                theirs = saved[other][1]["state"][number]
+                store.update({k.replace(f"@rank{other}", f"@rank{rank}"): v for k, v in theirs.items() if v.ndim})
+        return state_dict
+
+    def body(rank: int) -> list[str]:
+        held = resuming.build("Shard(0)", case, saved[rank][0])
+        held.optimizer.load_state_dict(exchanged(rank))
+        resuming.train(held, case, 4)
+        return [
+            name
+            for name, tensor in held.full().items()
+            if not torch.allclose(tensor, whole_run[rank][name], rtol=0, atol=1e-12)
+        ]
+
+    run_ranks(2, save)
+    assert run_ranks(2, body) == [[], []]
+
+
+def test_what_cannot_be_loaded_is_told_at_the_next_step_of_all_ranks() -> None:
+    case = case_of("svd", "std", "keep")
+
+    def other_optimizer(state_dict: dict[str, Any]) -> None:
+        for group in state_dict["param_groups"]:
+            del group["projection"]
+
+    def other_name(state_dict: dict[str, Any]) -> None:
+        state_dict["param_groups"][0]["param_names"][0] = "renamed"
+
+    def other_order(state_dict: dict[str, Any]) -> None:
+        names = state_dict["param_groups"][-1]["param_names"]
+        names[:2] = names[1::-1]
+
+    for change, said in ((other_optimizer, "another optimizer"), (other_name, "renamed"), (other_order, "elsewhere")):
+
+        def files(rank: int, saved: list[Saved], change: Callable[[dict[str, Any]], None] = change) -> dict[str, Any]:
+            state_dict = own(rank, saved)
+            if rank == 1 or change is other_order:
+                change(state_dict)
+            return state_dict
+
+        assert said in refused("Shard(0)", case, files)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from building import PROJECTIONS, build, clocks, parameters_of, set_grads, train, weight, weights
+from torch.distributed.checkpoint.state_dict_saver import _stateful_to_state_dict
 
 from frugal_dist import Frugal, FrugalConfig, preset
 from frugal_dist.config import HYPERPARAMETERS, TAKEN_UP
@@ -211,7 +212,9 @@ def test_names_in_torch_s_param_names_are_names() -> None:
     assert later.parameter_report() == want.parameter_report()
     later.add_param_group({"params": [weight(3)], "projected": False})
     assert later.originals[-1].name == "group1.0"
-    assert "param_names" not in want.state_dict()["param_groups"][0]
+    assert want.state_dict()["param_groups"][0]["param_names"] == [original.name for original in want.originals]
+    asked: Any = _stateful_to_state_dict({"optimizer": want})["optimizer"]  # by torch.distributed.checkpoint
+    assert "param_names" not in asked["param_groups"][0]
     with pytest.raises(ValueError, match="param_names has 1 names for 2"):
         Frugal([{"params": [weight(2, 2), weight(2)], "param_names": ["a"]}])
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -174,8 +177,244 @@ def test_loading_restores_the_hyperparameters() -> None:
 def test_loading_the_state_of_another_model_is_refused() -> None:
     source = build({"a": weight(8, 6), "b": weight(8, 6)})
     train(source, 1, 1)
-    with pytest.raises(ValueError, match="group"):
+    with pytest.raises(ValueError, match="only there: b"):
         build({"a": weight(8, 6)}).load_state_dict(source.state_dict())
+
+
+# what may be otherwise than it was
+
+
+@pytest.mark.parametrize(("then", "now"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_another_precision_is_converted(projection: str, then: torch.dtype, now: torch.dtype) -> None:
+    """Loaded right before a refresh, which keeps the moments, and between two; or cast in mid-run."""
+    kept = "project" if projection == "svd" else "keep"  # the sign of a basis vector differs between precisions
+    for rule in ("adamw", "lion", "sgdm"):
+        options: dict[str, Any] = {
+            "projection": projection,
+            "on_refresh": kept,
+            "state_full": rule,
+            "state_free": "sgd",
+        }
+        for steps in (3, 5):
+            straight, loaded, cast = (build_all(dtype, eps=1e-3, **options) for dtype in (then, now, then))
+            train(straight, 1, steps)
+            train(cast, 1, steps)
+            copy_weights(straight, loaded)
+            loaded.load_state_dict(through_a_file(straight.state_dict()))
+            for parameter in parameters_of(cast):
+                parameter.data, parameter.grad = parameter.data.to(now), None
+            for optimizer in (straight, loaded, cast):
+                train(optimizer, steps + 1, steps + 1)
+            for a, b, c in zip(weights(straight), weights(loaded), weights(cast), strict=True):
+                assert torch.allclose(a.double(), b.double(), atol=1e-5), (rule, steps)
+                assert torch.equal(b, c)
+            floats = [v for store in loaded.state.values() for v in store.values() if v.is_floating_point()]
+            assert {value.dtype for value in floats} == {now}
+
+
+def by_state_dict(optimizer: Frugal) -> Frugal:
+    resumed = build_all(**{key: optimizer.defaults[key] for key in ("projection", "density")})
+    copy_weights(optimizer, resumed)
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    return resumed
+
+
+def by_pickle(optimizer: Frugal) -> Frugal:
+    copied: Frugal = pickle.loads(pickle.dumps(optimizer))
+    return copied
+
+
+@pytest.mark.parametrize("way", [by_state_dict, by_pickle, copy.deepcopy, copy.copy], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_density_changed_before_a_matrix_has_a_gradient(projection: str, way: Callable[[Frugal], Frugal]) -> None:
+    """Its moments were made in the size of the first density, and are taken up in the size of the second."""
+
+    def go_on(optimizer: Frugal, first: int, last: int) -> None:
+        for step in range(first, last + 1):
+            set_grads(optimizer, step)
+            for parameter in parameters_of(optimizer)[1:3] if step < 4 else ():
+                parameter.grad = None
+            optimizer.step()
+
+    optimizer = build_all(projection=projection, density=0.5)
+    go_on(optimizer, 1, 1)
+    optimizer.param_groups[0]["density"] = 0.75
+    go_on(optimizer, 2, 2)
+    alone = copy.deepcopy(optimizer)  # a shallow copy shares its moments with the original
+    resumed = way(optimizer)
+    go_on(alone, 3, 8)
+    go_on(resumed, 3, 8)
+    assert all(torch.equal(a, b) for a, b in zip(weights(alone), weights(resumed), strict=True))
+
+
+def test_layers_in_another_order_are_found_by_name() -> None:
+    """Their shapes are the same: by position each would get the other's moments."""
+
+    def in_order(names: str, **options: Any) -> tuple[dict[str, Any], Frugal]:
+        named = {name: weight(6, 6, seed=ord(name)) for name in names}
+        return named, build({n: named[n] for n in names[:2]}, {n: named[n] for n in names[2:]}, **options)
+
+    def step(named: dict[str, Any], optimizer: Frugal, number: int) -> None:
+        for name, parameter in named.items():
+            parameter.grad = weight(6, 6, seed=number + ord(name)).detach()
+        optimizer.step()
+
+    for projection in PROJECTIONS:
+        (mine, saved), (others, loaded) = (in_order(names, projection=projection) for names in ("abcd", "badc"))
+        for number in range(2):
+            step(mine, saved, number)
+        with torch.no_grad():
+            for name in mine:
+                others[name].copy_(mine[name])
+        if projection == "blockwise":  # which blocks are active goes by their order
+            with pytest.raises(ValueError, match="b stands elsewhere among the parameters"):
+                loaded.load_state_dict(through_a_file(saved.state_dict()))
+            continue
+        loaded.load_state_dict(through_a_file(saved.state_dict()))
+        for number in range(2, 6):
+            step(mine, saved, number)
+            step(others, loaded, number)
+        assert all(torch.equal(mine[name], others[name]) for name in mine), projection
+
+
+def test_hyperparameters_of_the_saved_run_are_told() -> None:
+    saved = build_all(projection="randk", density=0.5, update_gap=3, seed=1, lr=0.1)
+    train(saved, 1, 1)
+    state_dict = through_a_file(saved.state_dict())
+    loaded = build_all(projection="svd", density=0.25, update_gap=50, lr=0.01)
+    with pytest.warns(UserWarning, match="hyperparameters of the saved run") as seen:
+        loaded.load_state_dict(state_dict)
+    (text,) = [str(warning.message) for warning in seen]
+    for said in (
+        "projection='randk' instead of 'svd' (fixed",
+        "density=0.5 instead of 0.25;",
+        "update_gap=3",
+        "seed=1",
+    ):
+        assert said in text
+    assert "lr=" not in text
+    same = build_all(projection="randk", density=0.5, update_gap=3, seed=1, lr=0.01)
+    same.load_state_dict(state_dict)  # warnings are errors here
+
+
+def test_what_a_saved_group_does_not_say_is_the_programs() -> None:
+    """States of older versions lack the hyperparameters that came later."""
+    saved = build_all(rounding="stochastic", on_refresh="keep")
+    state_dict = saved.state_dict()
+    for group in state_dict["param_groups"]:
+        del group["rounding"], group["param_names"]
+    loaded = build_all(rounding="stochastic", on_refresh="keep")
+    loaded.load_state_dict(state_dict)
+    assert [group["rounding"] for group in loaded.param_groups] == ["stochastic"] * 2
+
+
+# what is refused
+
+
+def other_optimizer(saved: dict[str, Any]) -> None:
+    for group in saved["param_groups"]:
+        del group["projection"], group["density"]
+
+
+def other_name(saved: dict[str, Any]) -> None:
+    saved["param_groups"][0]["param_names"][2] = "renamed"
+
+
+def other_group(saved: dict[str, Any]) -> None:
+    first, second = (group["param_names"] for group in saved["param_groups"])
+    first[0], second[0] = second[0], first[0]
+
+
+def without_an_entry(saved: dict[str, Any]) -> None:
+    del saved["state"][1]
+
+
+def without_basis(saved: dict[str, Any]) -> None:
+    del saved["state"][1]["basis"]
+
+
+def without_step(saved: dict[str, Any]) -> None:
+    del saved["state"][4]["step"]
+
+
+def other_basis(saved: dict[str, Any]) -> None:
+    saved["state"][1]["basis"] = saved["state"][1]["basis"].T.contiguous()
+
+
+def transposed(saved: dict[str, Any]) -> None:
+    """As many elements: a matrix that was 5x7 then."""
+    saved["state"][2]["exp_avg"] = saved["state"][2]["exp_avg"].T.contiguous()
+
+
+def resized(saved: dict[str, Any]) -> None:
+    saved["state"][4]["exp_avg"] = torch.zeros(9)
+
+
+def strange(saved: dict[str, Any]) -> None:
+    saved["state"][1]["momentum_buffer"] = torch.zeros(16, 40)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (other_optimizer, "was saved by another optimizer"),
+        (other_name, "only there: renamed; only here: odd"),
+        (other_group, "was in group"),
+        (without_an_entry, "wide: the loaded state has nothing for it"),
+        (without_basis, "wide: the loaded basis has nothing"),
+        (without_step, "norm: the loaded state has moments, but no step"),
+        (other_basis, "wide: the loaded basis has shape"),
+        (transposed, "odd: the loaded exp_avg has shape"),
+        (resized, "norm: the loaded exp_avg has shape (9,), this rank needs (11,)"),
+        (strange, "wide: the loaded state has 'momentum_buffer'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_changes_nothing(change: Callable[[dict[str, Any]], None], said: str) -> None:
+    """By the name of the parameter; the optimizer trains on as if nothing had been tried."""
+    saved, tried, alone = build_all(lr=0.5), build_all(), build_all()
+    for optimizer, last in ((saved, 2), (tried, 3), (alone, 3)):
+        train(optimizer, 1, last)
+    state_dict = through_a_file(saved.state_dict())
+    change(state_dict)
+    with pytest.raises(ValueError) as error:
+        tried.load_state_dict(state_dict)
+    assert said in str(error.value)
+    train(tried, 4, 7)
+    train(alone, 4, 7)
+    assert all(torch.equal(a, b) for a, b in zip(weights(tried), weights(alone), strict=True))
+
+
+# parameters that are resized in place, as embeddings for new tokens are
+
+
+def enlarge(parameter: Any, rows: int) -> None:
+    parameter.data, parameter.grad = torch.cat([parameter.data, torch.ones(rows, *parameter.shape[1:])]), None
+
+
+def test_resized_before_the_first_step() -> None:
+    embedding, matrix = weight(5, 4, dtype=torch.float32), weight(6, 8, dtype=torch.float32)
+    optimizer = build({"matrix": matrix}, {"embedding": embedding})
+    enlarge(embedding, 3)
+    enlarge(matrix, 2)
+    straight = build({"matrix": torch.nn.Parameter(matrix.detach().clone())},
+                     {"embedding": torch.nn.Parameter(embedding.detach().clone())})  # fmt: skip
+    train(optimizer, 1, 4)
+    train(straight, 1, 4)
+    assert all(torch.equal(a, b) for a, b in zip(weights(optimizer), weights(straight), strict=True))
+    assert [original.shape for original in optimizer.originals] == [(8, 8), (8, 4)]
+
+
+@pytest.mark.parametrize("name", ["matrix", "embedding"])
+def test_resized_while_training(name: str) -> None:
+    embedding, matrix = weight(5, 4, dtype=torch.float32), weight(6, 8, dtype=torch.float32)
+    optimizer = build({"matrix": matrix}, {"embedding": embedding})
+    train(optimizer, 1, 2)
+    enlarge({"matrix": matrix, "embedding": embedding}[name], 3)
+    before = weights(optimizer)
+    with pytest.raises(ValueError, match=f"{name} had shape .* at the last step"):
+        train(optimizer, 3, 3)
+    assert all(torch.equal(a, b) for a, b in zip(weights(optimizer), before, strict=True))
 
 
 # clocks
@@ -272,6 +511,15 @@ def test_state_takes_the_bytes_of_the_formula(projection: str) -> None:
     if projection in ("svd", "random"):
         assert total == 8 * stateful + extra
     assert clock_bytes <= 5 * 6 * 8, "a few counters for each of the five parameters"
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_a_state_dict_takes_no_memory_of_its_own(projection: str) -> None:
+    optimizer = build_all(projection=projection)
+    train(optimizer, 1, 2)
+    live = {value.data_ptr() for store in optimizer.state.values() for value in store.values() if value.numel() > 1}
+    saved = [value for store in optimizer.state_dict()["state"].values() for value in store.values()]
+    assert {value.data_ptr() for value in saved if value.numel() > 1} == live
 
 
 @pytest.mark.parametrize("state_full", ["lion", "sgdm"])
