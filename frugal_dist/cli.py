@@ -143,9 +143,16 @@ def _parser() -> argparse.ArgumentParser:
     compare.set_defaults(command=_compare, changes=())
 
     plan = _with_recipe(commands, "plan", "a recipe's bytes and collectives per rank, without running it")
-    plan.add_argument("--engine", required=True, help="single, ddp, fsdp2, hsdp:SHARDS, zero0, zero1, zero2 or zero3")
+    plan.add_argument(
+        "--engine",
+        help="single, ddp, fsdp2, hsdp:SHARDS, zero0 to zero3, or deepspeed: the stage of the recipe's JSON (default: "
+        "the recipe's)",
+    )
     plan.add_argument("--ranks", type=int, required=True, help="how many")
-    plan.add_argument("--gpu", help="say whether it fits: h100, a100, ...")
+    plan.add_argument(
+        "--gpu", help="say whether it fits: h100, h200, a100, a100-40, l40s, a10g, v100, rtx4090 or mi300x"
+    )
+    plan.add_argument("--json", action="store_true", help="for programs; sizes in bytes")
     plan.set_defaults(command=_plan, changes=())
 
     plot = commands.add_parser("plot", help="draw a run, or several side by side: losses, memory, refreshes")
@@ -353,10 +360,11 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from frugal_dist.training.planning import plan_recipe
-    from frugal_dist.training.recipe import read_recipe
+    from frugal_dist.training.recipe import Recipe, read_recipe
 
-    print(plan_recipe(read_recipe(options.recipe, options.changes), options.engine, options.ranks, options.gpu))
-    return 0
+    recipe = read_recipe(options.recipe, options.changes, Recipe)
+    print(plan_recipe(recipe, options.engine, options.ranks, options.gpu, options.json))
+    return 2 if recipe.batch % options.ranks else 0  # planned, but it could not be trained
 
 
 def _plot(options: argparse.Namespace) -> int:

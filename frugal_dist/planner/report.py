@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
+from typing import Any, Literal
 
 from frugal_dist.planner.engines import EngineLayout
 from frugal_dist.planner.plan import Plan, RankPlan
+from frugal_dist.planner.refreshes import RefreshPlan
 from frugal_dist.planner.shapes import LlamaShape
 from frugal_dist.planner.totals import ITEM
 from frugal_dist.planner.zero import Zero, buffer_bytes, gradient_bytes
@@ -18,6 +21,10 @@ GPUS = {
     "rtx4090": 24e9, "mi300x": 192e9,
 }  # fmt: skip
 """Memory of a GPU in bytes, by the makers' data sheets."""
+NO_BF16 = ("v100",)
+"""Those that cannot compute in it."""
+WIDTH = 80
+"""No line of a report is longer: that is how wide terminals are."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +46,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """Bytes of one kind on a rank; ``host``: in the machine's memory, not on the GPU."""
+    """Bytes of one kind on a rank; ``host``: in the machine's memory, not on the GPU.
+
+    ``during``: a forward and backward pass, or a refresh, if they are there then only.
+    """
 
     name: str
     size: int
     host: bool = False
+    during: Literal["", "pass", "refresh"] = ""
 
 
 def model_rows(engine: EngineLayout, plan: Plan, rank: RankPlan, setting: Setting) -> list[Row]:
@@ -85,20 +96,28 @@ def activation_bytes(setting: Setting) -> int:
     return setting.tokens * (item * kept + (item + 2 * ITEM) * shape.vocab)
 
 
+def check_gpu(gpu: str | None) -> None:
+    """ValueError for a GPU that is not known."""
+    if gpu is not None and gpu not in GPUS:
+        raise ValueError(f"gpu is {gpu!r}; choose one of {', '.join(GPUS)}.")
+
+
 def report(plan: Plan, baselines: Mapping[str, Plan], engine: EngineLayout, setting: Setting, gpu: str | None) -> str:
     """Everything about a plan. ``baselines``: by name the plans of other optimizers on the same engine.
 
     Raises ValueError for a GPU that is not known.
     """
-    if gpu is not None and gpu not in GPUS:
-        raise ValueError(f"gpu is {gpu!r}; choose one of {', '.join(GPUS)}.")
+    check_gpu(gpu)
+    ranks = f"{plan.ranks} rank{'s' if plan.ranks > 1 else ''}"
+    adamw = baselines.get("adamw")
+    verdict = _verdict(plan, adamw, engine, setting) if adamw is not None else ""
     return "\n".join(
         [
-            f"{setting.title}: {setting.parameters / 1e6:,.1f} M parameters, {plan.engine} on {plan.ranks} "
-            f"rank{'s' if plan.ranks > 1 else ''}",
-            *([setting.note] if setting.note else []),
+            *wrap(f"{setting.title}: {setting.parameters / 1e6:,.1f} M parameters, {plan.engine} on {ranks}", WIDTH),
+            *filter(None, [setting.note]),  # it names files, which are better left in one piece
             "",
-            *_memory(plan, engine, setting, gpu),
+            *_memory(plan, adamw, engine, setting, gpu),
+            *wrap(verdict, WIDTH),
             "",
             *_state(plan, baselines),
             "",
@@ -109,10 +128,87 @@ def report(plan: Plan, baselines: Mapping[str, Plan], engine: EngineLayout, sett
     )
 
 
-def _memory(plan: Plan, engine: EngineLayout, setting: Setting, gpu: str | None) -> list[str]:
+def figures(
+    plan: Plan, baselines: Mapping[str, Plan], engine: EngineLayout, setting: Setting, gpu: str | None
+) -> dict[str, Any]:
+    """The same for programs. All sizes in bytes, of the rank with the most state or the busiest one.
+
+    Raises ValueError for a GPU that is not known.
+    """
+    check_gpu(gpu)
+    memory: dict[str, dict[str, Any]] = {}
+    for name, one in {"this": plan, **baselines}.items():
+        rows = memory_rows(one, engine, setting)
+        memory[name] = {
+            "rows": [{"name": row.name.strip(), "bytes": row.size, "host": row.host} for row in rows],
+            "together": together(rows),
+            "peak": _peak(rows),
+            "on_the_host": together(rows, host=True),
+            "state_most_on_a_rank": max(one.states),
+            "state_of_all_ranks": sum(one.states),
+            "state_as_the_papers_count": one.papers,
+        }
+    busiest, refresher = _busiest(plan)
+    found: dict[str, Any] = {
+        "title": setting.title,
+        "engine": plan.engine,
+        "ranks": plan.ranks,
+        "parameters": setting.parameters,
+        "precision": setting.precision,
+        "tokens_of_a_micro_batch": setting.tokens,
+        "notes": list(filter(None, setting.note.split("\n"))),
+        "memory": memory,
+        "sent_by_the_optimizer": {
+            "step": {"bytes": busiest.step_sent, "collectives": dict(busiest.step_calls)},
+            "refresh": {"bytes": refresher.sent, "collectives": dict(refresher.calls)},
+        },
+        "matrices": dict(plan.layouts),
+    }
+    if "adamw" in baselines:
+        found["verdict"] = _verdict(plan, baselines["adamw"], engine, setting)
+    if gpu is not None:
+        found["gpu"] = {"name": gpu, "bytes": int(GPUS[gpu]), "fits": _fits(memory["this"]["together"], gpu)}
+        found["gpu"]["computes_in_it"] = not _lacks_bf16(gpu, setting)
+    return found
+
+
+def _verdict(plan: Plan, adamw: Plan, engine: EngineLayout, setting: Setting) -> str:
+    """Which of the two has the lower peak, their state, and why if it is AdamW.
+
+    A refresh comes after the backward pass, whose activations are gone by then.
+    """
+    ours, theirs = (_peak(memory_rows(one, engine, setting)) for one in (plan, adamw))
+    words = f"state is {_mib(max(plan.states))} MiB at most on a rank, AdamW's {_mib(max(adamw.states))}"
+    if ours <= theirs:
+        return f"The peak of a rank is {_mib(theirs - ours)} MiB below AdamW's: {words}."
+    why = "what a refresh gathers and computes with outweighs the state that is saved"
+    if max(plan.states) > max(adamw.states):
+        why = "a basis is whole on every rank that computes with it, while moments are cut by the number of ranks"
+    return (
+        f"AdamW needs less here: the peak of a rank is {_mib(ours - theirs)} MiB above AdamW's: {words}; {why}. "
+        "Projection columns, rows, randk or blockwise has no bases; fewer ranks per copy (hsdp:N) help, too."
+    )
+
+
+def _peak(rows: Sequence[Row]) -> int:
+    """On the GPU."""
+    during = {when: together([row for row in rows if row.during == when]) for when in ("", "pass", "refresh")}
+    return during[""] + max(during["pass"], during["refresh"])
+
+
+def _fits(total: int, gpu: str) -> bool:
+    return total < 0.9 * GPUS[gpu]
+
+
+def _lacks_bf16(gpu: str, setting: Setting) -> bool:
+    return setting.precision == "bf16" and gpu in NO_BF16
+
+
+def memory_rows(plan: Plan, engine: EngineLayout, setting: Setting) -> list[Row]:
+    """What lies on the rank with the most state; parts of the row before begin with a blank."""
     worst = plan.worst
     host = setting.zero is not None and setting.zero.optimizer_on_host
-    rows = [
+    return [
         *model_rows(engine, plan, worst, setting),
         Row("optimizer state", worst.state, host),
         Row("  moments of projected matrices", worst.moments, host),
@@ -121,30 +217,56 @@ def _memory(plan: Plan, engine: EngineLayout, setting: Setting, gpu: str | None)
         Row("  counters", worst.clocks, host),
         *([Row("indices of randk's entries (estimate)", worst.selected, host)] if worst.selected else []),
         *_refresh_rows(plan, host),
-        Row(f"activations of {setting.tokens:,} tokens (estimate)", activation_bytes(setting)),
+        Row(f"activations of {setting.tokens:,} tokens (estimate)", activation_bytes(setting), during="pass"),
     ]
+
+
+def together(rows: Sequence[Row], host: bool = False) -> int:
+    """Bytes on the GPU, or in the machine's memory for every rank of it."""
+    return sum(row.size for row in rows if row.host == host and not row.name.startswith(" "))
+
+
+def _memory(plan: Plan, adamw: Plan | None, engine: EngineLayout, setting: Setting, gpu: str | None) -> list[str]:
+    rows = memory_rows(plan, engine, setting)
+    theirs = [] if adamw is None else memory_rows(adamw, engine, setting)
+    sizes = {row.name: row.size for row in theirs}
+    total, totals = together(rows), [together(rows), *([together(theirs)] if theirs else [])]
     lines = _table(
-        ["rank with the most state", "MiB"],
-        [(row.name + (", on the host" if row.host else ""), f"{row.size / MIB:,.1f}") for row in rows],
+        ["rank with the most state", "MiB", *(["AdamW"] if theirs else [])],
+        [
+            *(
+                (_where(row), _mib(row.size), *([_mib(sizes[row.name]) if row.name in sizes else ""] if theirs else []))
+                for row in rows
+            ),
+            ("together", *map(_mib, totals)),
+        ],
     )
-    parts = [row for row in rows if not row.name.startswith(" ")]
-    total = sum(row.size for row in parts if not row.host)
     lines.append(f"Together {total / 1e9:,.2f} GB")
     if gpu is not None:
-        verdict = "fits" if total < 0.9 * GPUS[gpu] else "does NOT fit"
+        verdict = "fits" if _fits(total, gpu) else "does NOT fit"
         lines[-1] += f": {verdict} into {gpu} ({GPUS[gpu] / 1e9:.0f} GB, of which a tenth is left free)"
-    if on_host := sum(row.size for row in parts if row.host):
+        if _lacks_bf16(gpu, setting):
+            lines.append(f"{gpu} does not compute in bf16: set precision fp16 with DeepSpeed, or fp32")
+    if on_host := together(rows, host=True):
         lines.append(f"On the host {on_host / 1e9:,.2f} GB for every rank of it")
     return lines
+
+
+def _where(row: Row) -> str:
+    return row.name + (", on the host" if row.host else "")
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:,.1f}"
 
 
 def _refresh_rows(plan: Plan, host: bool) -> list[Row]:
     """At most on any rank. A gradient that lies on the host is copied to the GPU, where its basis is computed."""
     solver = plan.solver + (plan.gradient if host else 0)
     rows = [
-        Row("gathered gradients at a refresh", max(rank.refresh.gathered for rank in plan.ranked), host),
-        Row("computing the largest basis (estimate)", solver),
-        Row("drawing the largest basis (estimate)", plan.solver_on_host, host=True),
+        Row("gathered gradients at a refresh", max(rank.refresh.gathered for rank in plan.ranked), host, "refresh"),
+        Row("computing the largest basis (estimate)", solver, during="refresh"),
+        Row("drawing the largest basis (estimate)", plan.solver_on_host, host=True, during="refresh"),
     ]
     return [row for row in rows if row.size]
 
@@ -153,27 +275,33 @@ def _state(plan: Plan, baselines: Mapping[str, Plan]) -> list[str]:
     rows = []
     for name, one in {"this": plan, **baselines}.items():
         sizes = (max(one.states), sum(one.states), one.papers)
-        rows.append((name, *(f"{size / MIB:,.1f}" for size in sizes)))
+        rows.append((name, *map(_mib, sizes)))
     lines = _table(["optimizer state, MiB", "most on a rank", "all ranks", "as the papers count"], rows)
     return [*lines, "The papers count the moments of the whole model, once: no bases, no counters"]
 
 
-def _traffic(plan: Plan) -> list[str]:
-    busiest = max(plan.ranked, key=lambda rank: rank.step_sent)
+def _busiest(plan: Plan) -> tuple[RankPlan, RefreshPlan]:
     refresher = max((rank.refresh for rank in plan.ranked), key=lambda one: one.sent)
+    return max(plan.ranked, key=lambda rank: rank.step_sent), refresher
+
+
+def _traffic(plan: Plan) -> list[str]:
+    busiest, refresher = _busiest(plan)
     lines = _table(
-        ["sent by the busiest rank", "MiB", "collectives"],
+        ["sent by the optimizer", "MiB", "collectives"],
         [
-            ("a step", f"{busiest.step_sent / MIB:,.1f}", _calls(busiest.step_calls)),
-            ("a refresh, beside the step", f"{refresher.sent / MIB:,.1f}", _calls(refresher.calls)),
+            ("a step", _mib(busiest.step_sent), _calls(busiest.step_calls)),
+            ("a refresh, beside the step", _mib(refresher.sent), _calls(refresher.calls)),
         ],
     )
+    lines.append("On the busiest rank. What the engine sends, gradients and weights, is not in it")
     owned, work = plan.owned, plan.refresh_work
     if sum(work):
         balance = max(work) * len(work) / sum(work)
-        lines.append(
+        lines += wrap(
             f"Refreshes are owned by {sum(count > 0 for count in owned)} of {plan.ranks} ranks, {min(owned)} to "
-            f"{max(owned)} matrices each; the busiest has {balance:.2f} times the mean work"
+            f"{max(owned)} matrices each; the busiest has {balance:.2f} times the mean work",
+            WIDTH,
         )
     return lines
 
@@ -186,7 +314,18 @@ def _layouts(plan: Plan) -> list[str]:
     return _table(["matrices and where they are computed", "number"], [(k, str(n)) for k, n in plan.layouts.items()])
 
 
+def _broken(row: Sequence[str], width: int) -> list[list[str]]:
+    """A row as several, of which only the last cell goes on."""
+    *before, last = row
+    lines = wrap(last.replace(" ", "\0").replace(",\0", ", "), max(width, 20), break_long_words=False) or [""]
+    first, *more = [line.replace("\0", " ") for line in lines]
+    return [[*before, first], *([*([""] * len(before)), line] for line in more)]
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """With a last column that is a list, it is broken after commas where the lines would get too long."""
+    before = sum(max(len(line[i]) for line in (header, *rows)) + 3 for i in range(len(header) - 1))
+    rows = [line for row in rows for line in _broken(row, WIDTH - before - 4)]
     widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
     rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     aligned = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +16,11 @@ from frugal_dist.optimizer import Frugal
 from frugal_dist.parameters import split_parameters
 from frugal_dist.planner.engines import EngineLayout, engine_layout
 from frugal_dist.planner.plan import Plan, make_plan
-from frugal_dist.planner.report import Setting, report
+from frugal_dist.planner.report import Setting, check_gpu, figures, report
 from frugal_dist.planner.shapes import LLAMA_SHAPES, LlamaShape
 from frugal_dist.planner.zero import Zero, read_zero
 from frugal_dist.training.engines.deepspeed import data_types, equal_part, recipe_json
+from frugal_dist.training.models import check_positions, llama_config, read_causal_config
 from frugal_dist.training.optimizers import described, frugal_options
 from frugal_dist.training.recipe import Optimizer, Recipe, check_recipe
 
@@ -42,14 +44,20 @@ def _without_collection() -> Iterator[None]:
 
 
 @_without_collection()
-def plan_recipe(recipe: Recipe, engine: str, ranks: int, gpu: str | None = None) -> str:
-    """The report. Raises ValueError for an engine, GPU or number of ranks that makes no sense."""
+def plan_recipe(recipe: Recipe, engine: str | None, ranks: int, gpu: str | None = None, as_json: bool = False) -> str:
+    """The report, for people or as JSON. ``engine``: None takes the recipe's; "deepspeed" is its JSON's stage.
+
+    Raises ValueError for an engine, GPU or number of ranks that makes no sense.
+    """
     check_recipe(recipe)
+    check_gpu(gpu)
+    engine = _planned_engine(recipe, engine)
     if ranks < 1 or (engine == "single" and ranks > 1):
         raise ValueError(
             f"ranks is {ranks}; engine {engine} needs {'exactly 1' if engine == 'single' else 'at least 1'}."
         )
     layout, model = engine_layout(engine), meta_model(recipe)
+    longer = check_positions(model, recipe.length - (recipe.data.rows == "truncated"))
     plan = plan_model(model, recipe.optimizer, layout, ranks)
     others = {name: replace(recipe.optimizer, name=name) for name in BASELINES if name != recipe.optimizer.name}
     baselines: dict[str, Plan] = {name: plan_model(model, other, layout, ranks) for name, other in others.items()}
@@ -57,6 +65,7 @@ def plan_recipe(recipe: Recipe, engine: str, ranks: int, gpu: str | None = None)
     notes = (
         [f"A batch of {recipe.batch} cannot be shared equally by {ranks} ranks: change it to train."] if rest else []
     )
+    notes += [longer] if longer else []
     zero = _zero(recipe, layout, notes) if layout.masters else None
     # torch's engines end with a smaller micro-batch, DeepSpeed does not
     micro = equal_part(max(share, 1), recipe.micro_batch) if layout.masters else recipe.micro_batch or share
@@ -70,7 +79,16 @@ def plan_recipe(recipe: Recipe, engine: str, ranks: int, gpu: str | None = None)
         note="\n".join(notes),
         zero=zero,
     )
+    if as_json:
+        return json.dumps(figures(plan, baselines, layout, setting, gpu), indent=1)
     return report(plan, baselines, layout, setting, gpu)
+
+
+def _planned_engine(recipe: Recipe, engine: str | None) -> str:
+    engine = engine or recipe.engine
+    if engine != "deepspeed":
+        return engine
+    return f"zero{recipe_json(recipe).get('zero_optimization', {}).get('stage', 0)}"
 
 
 def _zero(recipe: Recipe, layout: EngineLayout, notes: list[str]) -> Zero:
@@ -98,8 +116,6 @@ def meta_model(recipe: Recipe) -> nn.Module:
     """The recipe's model without memory or weights. ValueError for a shape or folder that is not there."""
     import torch
     from transformers import AutoModelForCausalLM
-
-    from frugal_dist.training.models import llama_config, read_causal_config
 
     auto: Any = AutoModelForCausalLM  # transformers' own hints are incomplete
     name, tied = recipe.model.llama, recipe.model.tied

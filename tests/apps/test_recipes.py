@@ -526,12 +526,61 @@ def test_baselines_are_planned_at_the_same_setting_beside_the_papers_count(capsy
 
 def test_of_many_ranks_all_is_known_that_layouts_decide(capsys: pytest.CaptureFixture[str]) -> None:
     """State of all ranks and who refreshes; a rank count that does not divide the batch is named."""
-    assert main(["plan", "llama_9m", "--engine", "zero2", "--ranks", "65"]) == 0
+    assert main(["plan", "llama_9m", "--engine", "zero2", "--ranks", "65"]) == 2
     text = capsys.readouterr().out
     assert "Refreshes are owned by 28 of 65 ranks" in text
     assert "A batch of 512 cannot be shared equally by 65 ranks" in text
     (this,) = _rows(text, ("this",))
     assert float(this[3].replace(",", "")) > float(this[4].replace(",", "")) > float(this[2].replace(",", "")) > 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("llama_60m --engine zero2 --ranks 4 --gpu v100", "v100 does not compute in bf16"),
+        ("llama_60m --engine zero2 --ranks 4 --gpu v100", "The peak of a rank is"),
+        ("llama_20m --engine fsdp2 --ranks 512", "AdamW needs less here"),
+        ("llama_9m --engine ddp --ranks 1 --optimizer.name adamw", "| galore "),
+    ],
+)
+def test_a_plan_has_adamw_beside_it_and_fits_a_terminal(
+    arguments: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *arguments.split()]) == 0
+    text = capsys.readouterr().out
+    assert said in text
+    assert max(map(len, text.splitlines())) <= 80
+    if "adamw" not in arguments:
+        (row,) = _rows(text, ("together",))
+        plain = [line.split("|")[2:4] for line in text.splitlines() if re.match(r"\| [^ ].*\|.*\d \|.*\|$", line)]
+        above = plain[: plain.index(row[2:4])]
+        for column in (0, 1):
+            sizes = [float(cells[column].strip().replace(",", "") or 0) for cells in above]
+            assert float(row[2 + column].replace(",", "")) == pytest.approx(sum(sizes), abs=0.6)
+        assert "moments" not in row[1]
+
+
+def test_a_plan_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the engine of the recipe, or the stage of its JSON."""
+    (tmp_path / "three.json").write_text('{"zero_optimization": {"stage": 3}}')
+    (tmp_path / "mine.yaml").write_text("model: {llama: 9M}\nengine: deepspeed\ndeepspeed: three.json\n")
+    for engine in ([], ["--engine", "deepspeed"], ["--engine", "zero3"]):
+        assert main(["plan", str(tmp_path / "mine.yaml"), "--ranks", "2", "--gpu", "v100", "--json", *engine]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["engine"], found["gpu"]["fits"], found["gpu"]["computes_in_it"]) == ("zero3", True, False)
+        this, adamw = found["memory"]["this"], found["memory"]["adamw"]
+        assert this["state_most_on_a_rank"] < adamw["state_most_on_a_rank"]
+        assert this["peak"] <= this["together"]
+        assert found["sent_by_the_optimizer"]["step"]["bytes"] > 0
+
+
+def test_a_plan_knows_the_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8}'
+    )
+    (tmp_path / "mine.yaml").write_text("model: {path: .}\nlength: 9\n")
+    assert main(["plan", str(tmp_path / "mine.yaml"), "--ranks", "1", f"--model.path={tmp_path}"]) == 2
+    assert "positions for 8 (n_positions)" in capsys.readouterr().err
 
 
 def test_a_plan_of_replicas_that_do_not_share(capsys: pytest.CaptureFixture[str]) -> None:
