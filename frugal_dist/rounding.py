@@ -41,7 +41,7 @@ def round_stochastically_(target: Tensor, wide: Tensor, starts: Tensor, *, seed:
     """
     if target.numel() == 0:
         return
-    keys = _keys(seed, name, step)
+    keys = keys_of(seed, name, step)
     source, rows = wide.reshape(starts.numel(), -1), starts
     rounded = torch.empty(source.shape, dtype=target.dtype, device=target.device)
     width = source.shape[1]
@@ -85,6 +85,7 @@ def _signed(x: int) -> int:
     return x - (1 << 32) if x >= 1 << 31 else x
 
 
-def _keys(seed: int, name: str, step: int) -> tuple[int, int]:
+def keys_of(seed: int, name: str, step: int) -> tuple[int, int]:
+    """What the random bits of one parameter at one step are drawn from."""
     digest = hashlib.sha256(f"frugal|rounding|{seed}|{name}|{step}".encode()).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from frugal_dist.kernels.jobs import Job
+from frugal_dist.kernels.jobs import Job, Noise
 from frugal_dist.projection.basis import Basis
-from frugal_dist.rounding import round_stochastically_, rounds_stochastically, row_starts
+from frugal_dist.rounding import keys_of, round_stochastically_, rounds_stochastically, row_starts
 from frugal_dist.sharding.exchange import all_gather, all_to_all
 from frugal_dist.sharding.route import Route, fill_buckets
 from frugal_dist.sharding.tile import Tile
@@ -109,9 +109,9 @@ def _step_here(runtime: Runtime, works: Sequence[Work]) -> None:
 
 def _needs_memory(runtime: Runtime, work: Work) -> bool:
     """For a residual, or for weights in fp32."""
-    if work.family == "basis" or _rounds(work):
+    if work.family == "basis":
         return True
-    return _decays_narrow(work) and not all(rounds_once(job) for job in _jobs(runtime, work))
+    return (_decays_narrow(work) or _rounds(work)) and not all(rounds_once(job) for job in _jobs(runtime, work))
 
 
 def _jobs(runtime: Runtime, work: Work) -> list[Job]:
@@ -120,14 +120,25 @@ def _jobs(runtime: Runtime, work: Work) -> list[Job]:
     assert work.grads is not None
     if cut.nothing:
         return [
-            Job(weight, grad, None, (), step, work.decay, work.config)
-            for weight, grad in zip(work.weights, work.grads, strict=True)
+            Job(weight, grad, None, (), step, work.decay, work.config, noise)
+            for weight, grad, noise in zip(work.weights, work.grads, _noises(work), strict=True)
         ]
     moments = moments_of(work, [piece.mine for piece in cut.pieces])
     return [
-        Job(weight, grad, piece.selection, own, step, work.decay, work.config)
-        for weight, grad, piece, own in zip(work.weights, work.grads, cut.pieces, moments, strict=True)
+        Job(weight, grad, piece.selection, own, step, work.decay, work.config, noise)
+        for weight, grad, piece, own, noise in zip(
+            work.weights, work.grads, cut.pieces, moments, _noises(work), strict=True
+        )
     ]
+
+
+def _noises(work: Work) -> list[Noise | None]:
+    """How each tile is rounded by a kernel that can; to the nearest where its weights are fp32 copies by now."""
+    if not _rounds(work) or any(weight.dtype != work.weight_dtype for weight in work.weights):
+        return [None] * len(work.tiles)
+    keys = keys_of(work.config.seed, work.matrix.name, work.state.clock("updates"))
+    cols = work.matrix.cols
+    return [Noise(keys, tile.rows[0] * cols + tile.cols[0], cols) for tile in work.tiles]
 
 
 def _basis_tiles_in_place(work: Work, plan: Route, decay: float) -> None:

@@ -74,6 +74,7 @@ def step_tiles(jobs: Iterable[Job]) -> None:
             launches[device] = None if fused is None else fused.Launches()
         if launches[device] is not None and launches[device].take(job):
             continue
+        assert job.noise is None, "torch's operations round to the nearest"
         if _moves_in_place(job):
             key = (id(job.config), job.decay, job.step, job.weight.dtype, device)
             complete.setdefault(key, []).append(job)

@@ -1,11 +1,12 @@
-"""Fused Triton kernels for the steps that are bound by memory, and the choice between them and plain torch.
+"""Fused kernels for the steps that are bound by memory, and the choice between them and plain torch.
 
 A kernel does what a pure function of ``update`` does, for many matrices, in one pass over weights and gradients:
-``jobs`` (what there is to do), ``launch`` (what goes together), ``tables`` (what is sent), ``fused`` (the kernels).
+``jobs`` (what there is to do), ``native`` (C++ for CPU tensors), ``launch`` (which go together in a Triton kernel),
+``tables`` (what is sent to the GPU), ``fused`` (the Triton kernels).
 
-The environment variable FRUGAL_KERNELS decides: "auto" (Triton on CUDA tensors where triton can be imported), "torch"
-(never), "triton" (ValueError where it cannot be imported). Under Triton's interpreter (TRITON_INTERPRET=1) "triton"
-takes CPU tensors as well: that is how the kernels are tested.
+The environment variable FRUGAL_KERNELS decides: "auto" (Triton on CUDA tensors where triton can be imported, C++ on CPU
+tensors where there is a compiler), "torch" (neither), "triton" or "native" (ValueError where it cannot be had). Under
+Triton's interpreter (TRITON_INTERPRET=1) "triton" takes CPU tensors as well: that is how those kernels are tested.
 """
 
 from __future__ import annotations
@@ -25,29 +26,38 @@ from frugal_dist.notices import notice
 VARIABLE = "FRUGAL_KERNELS"
 
 
+KINDS = {"launch": "triton", "native": "native"}
+CHOICES = ("auto", "torch", "triton", "native")
+
+
 def chosen() -> str:
-    """What FRUGAL_KERNELS says. Raises ValueError for a value it does not have, and for triton where there is none."""
+    """What FRUGAL_KERNELS says. Raises ValueError for a value it does not have, and for kernels that cannot be had."""
     choice = os.environ.get(VARIABLE, "auto")
-    check_choice(VARIABLE, choice, ("auto", "torch", "triton"))
+    check_choice(VARIABLE, choice, CHOICES)
     if choice == "triton" and _load() is None:
         raise ValueError(f"{VARIABLE}=triton, but triton cannot be imported. Install it, or use {VARIABLE}=auto.")
+    if choice == "native" and _native() is None:
+        raise ValueError(f"{VARIABLE}=native, but the C++ kernel cannot be built here. Use {VARIABLE}=auto or torch.")
     return choice
 
 
 def fused_for(weight: Tensor) -> ModuleType | None:
-    """The module ``launch`` if its kernels run on this tensor's device, else None. Raises as ``chosen``."""
-    choice = chosen()
-    if choice == "torch" or (choice == "auto" and not weight.is_cuda):
+    """The module whose kernels run on this tensor's device, None: torch's operations. Raises as ``chosen``."""
+    choice, device = chosen(), weight.device.type
+    if choice == "torch":
         return None
     # The interpreter copies arguments to the host, but not what addresses in a table point to.
-    where = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-    module = _load() if weight.device.type == where else None
-    return module if module is None or choice == "triton" or _runs(module, weight.device) else None
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if choice == "triton" or (choice == "auto" and device == "cuda"):
+        module = _load() if device == ("cpu" if interpreted else "cuda") else None
+        return module if module is None or choice == "triton" or _runs(module, weight.device) else None
+    return _native() if device == "cpu" else None
 
 
 def kind_for(weight: Tensor) -> str:
-    """What steps on this tensor's device: "triton" or "torch". Replicas on ranks that differ would drift apart."""
-    return "torch" if fused_for(weight) is None else "triton"
+    """What steps on this tensor's device. Replicas on ranks that differ would drift apart."""
+    module = fused_for(weight)
+    return "torch" if module is None else KINDS[module.__name__.rpartition(".")[2]]
 
 
 @cache
@@ -73,3 +83,15 @@ def _load() -> ModuleType | None:
     except ImportError as error:
         notice(f"triton cannot be imported ({error}): steps on CUDA use torch's own operations, several passes each.")
         return None
+
+
+@cache
+def _native() -> ModuleType | None:
+    from frugal_dist.kernels import native
+
+    try:
+        native.library()
+    except (OSError, RuntimeError) as error:
+        notice(f"The C++ kernel for CPU tensors cannot be built ({error}): steps use torch's own operations.")
+        return None
+    return native

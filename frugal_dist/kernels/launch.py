@@ -103,7 +103,7 @@ def kind_of(job: Job) -> Kind | None:
     They do AdamW with sign, where the tile has selected entries, and the signed step; on contiguous tensors.
     """
     config, selection = job.config, job.selection
-    if config.state_free != "sign" or not _fit(job.weight, job.grad):
+    if config.state_free != "sign" or job.noise is not None or not _fit(job.weight, job.grad):
         return None
     if selection is None or job.moments[0].numel() == 0:
         return _SIGN

@@ -264,9 +264,9 @@ def test_tensors_without_memory_are_left_to_torch(interpreter: None) -> None:
 def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.zeros(2, 2)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for choice in ("auto", "torch"):
+    for choice, kind in (("auto", "native"), ("native", "native"), ("torch", "torch")):
         monkeypatch.setenv(kernels.VARIABLE, choice)
-        assert kernels.fused_for(weight) is None
+        assert kernels.kind_for(weight) == kind
     monkeypatch.setenv(kernels.VARIABLE, "cuda")
     with pytest.raises(ValueError, match="FRUGAL_KERNELS='cuda' is not known"):
         kernels.fused_for(weight)

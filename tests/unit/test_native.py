@@ -1,0 +1,214 @@
+"""The C++ kernel of CPU tensors against torch's operations, and how it is built."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from frugal_dist import Frugal, kernels
+from frugal_dist.config import FrugalConfig
+from frugal_dist.kernels import native
+from frugal_dist.kernels.jobs import Job, Noise
+from frugal_dist.projection.coordinates import Columns, Everything, Flat, Rows, Selection
+from frugal_dist.update import step_tiles
+
+CONFIG = FrugalConfig(lr=1e-2, state_free_lr_scale=0.3, projection="columns")
+# Multiples of nothing, of 16, less than a line and many of them; wide rows; more than a thread takes at a time.
+SHAPES = [(37, 61), (16, 144), (1, 5), (7, 1), (3, 4100), (513, 70)]
+
+
+def drawn(length: int, share: float) -> Tensor:
+    return torch.randperm(length)[: int(share * length)].sort().values
+
+
+def selections(rows: int, cols: int) -> list[Selection | None]:
+    return [
+        Columns(drawn(cols, 0.3)),
+        Rows(drawn(rows, 0.3), cols),
+        Flat(drawn(rows * cols, 0.3).int(), cols),
+        Columns(torch.empty(0, dtype=torch.int64)),
+        None,
+        Everything(cols),
+    ]
+
+
+def steps(weight_dtype: torch.dtype, grad_dtype: torch.dtype, decay: float, number: int = 3) -> list[Tensor]:
+    """Weights and moments after some steps with gradients that are zero here and there."""
+    torch.manual_seed(0)
+    results = []
+    for rows, cols in SHAPES:
+        for selection in selections(rows, cols):
+            weight = torch.randn(rows, cols).to(weight_dtype)
+            own = () if selection is None else [torch.zeros(selection.shape(rows, cols)) for _ in "mv"]
+            for step in range(1, number + 1):
+                grad = (torch.randn(rows, cols) * (torch.rand(rows, cols) > 0.1)).to(grad_dtype)
+                step_tiles([Job(weight, grad, selection, own, step, decay, CONFIG)])
+            results += [weight, *own]
+    return results
+
+
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def run(action: Any) -> tuple[Any, Any]:
+        results = []
+        for choice in ("native", "torch"):
+            monkeypatch.setenv(kernels.VARIABLE, choice)
+            results.append(action())
+        return results[0], results[1]
+
+    return run
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+def test_fp32_weights_step_as_in_torch(grad_dtype: torch.dtype, decay: float, both: Any) -> None:
+    for mine, theirs in zip(*both(lambda: steps(torch.float32, grad_dtype, decay)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=2e-7)
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+def test_bf16_weights_are_rounded_once_to_the_nearest(grad_dtype: torch.dtype, both: Any) -> None:
+    """Where both round the same number they agree; a last bit of fp32 decides a tie now and then."""
+    mine, theirs = (torch.cat([t.flatten().float() for t in both]) for both in both(
+        lambda: [t for t in steps(torch.bfloat16, grad_dtype, 0.0, number=1) if t.dtype == torch.bfloat16]
+    ))  # fmt: skip
+    assert (mine != theirs).float().mean() < 1e-3
+    torch.testing.assert_close(mine, theirs, rtol=8e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_every_number_of_threads_gives_the_same_bits(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(kernels.VARIABLE, "native")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = steps(torch.float32, torch.float32, 0.1)
+        torch.set_num_threads(threads)
+        got = steps(torch.float32, torch.float32, 0.1)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+def test_a_tile_of_a_matrix_gets_the_bits_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors and what remains of a line are computed alike, so layouts cannot differ."""
+    monkeypatch.setenv(kernels.VARIABLE, "native")
+    torch.manual_seed(0)
+    rows, cols = 29, 83
+    weight, grad, index = torch.randn(rows, cols), torch.randn(rows, cols), drawn(cols, 0.4)
+    whole, moments = weight.clone(), [torch.zeros(rows, index.numel()) for _ in "mv"]
+    step_tiles([Job(whole, grad, Columns(index), moments, 1, 0.1, CONFIG)])
+    for start, stop in ((0, 17), (17, 50), (50, 83)):
+        selection = Columns(index).local(type("R", (), {"rows": (0, rows), "cols": (start, stop)}))  # type: ignore[arg-type]
+        part, own = weight[:, start:stop].clone(), [torch.zeros(rows, selection.index.numel()) for _ in "mv"]
+        step_tiles([Job(part, grad[:, start:stop].clone(), selection, own, 1, 0.1, CONFIG)])
+        assert torch.equal(part, whole[:, start:stop])
+
+
+@pytest.mark.parametrize("options", [{"density": 0.0}, {"projection": "columns"}, {"projection": "rows"},
+                                     {"projection": "randk"}], ids=str)  # fmt: skip
+def test_stochastic_rounding_draws_the_same_bits(options: dict[str, Any], both: Any) -> None:
+    def run() -> Tensor:
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(48, 80).bfloat16())
+        groups = [{"params": [("w", weight)], "projected": True}]
+        optimizer = Frugal(
+            groups, lr=1e-3, rounding="stochastic", weight_decay=0.1, update_gap=2, process_group=None, **options
+        )
+        for _ in range(5):
+            weight.grad = torch.randn(48, 80).bfloat16()
+            optimizer.step()
+        return weight.detach()
+
+    mine, theirs = both(run)
+    if options == {"density": 0.0}:
+        assert torch.equal(mine, theirs)
+    assert (mine != theirs).float().mean() < 2e-3  # a last bit of fp32 decides now and then
+
+
+def test_single_entries_of_a_part_of_the_columns_are_left_to_torch_if_they_are_rounded_stochastically() -> None:
+    weight, moments = torch.zeros(4, 8, dtype=torch.bfloat16), (torch.zeros(2), torch.zeros(2))
+    selection = Flat(torch.tensor([1, 9], dtype=torch.int32), 8)
+    for stride, taken in ((8, True), (16, False)):
+        job = Job(weight, weight, selection, moments, 1, 0.0, CONFIG, Noise((1, 2), 0, stride))
+        assert (native.kind_of(job) is not None) is taken
+
+
+@pytest.mark.parametrize(
+    ("options", "weight"),
+    [
+        ({"state_full": "lion"}, torch.randn(16, 48)),
+        ({"state_free": "none"}, torch.randn(16, 48)),
+        ({}, torch.randn(16, 48, dtype=torch.float64)),
+        ({}, torch.randn(16, 48, dtype=torch.float16)),
+        ({}, torch.randn(48, 16).T),
+    ],
+)
+def test_what_it_is_not_made_for_is_left_to_torch(options: dict[str, Any], weight: Tensor) -> None:
+    moments = (torch.zeros(16, 2), torch.zeros(16, 2))
+    job = Job(weight, weight, Columns(torch.tensor([1, 5])), moments, 1, 0.0, replace(CONFIG, **options))
+    assert native.kind_of(job) is None
+    assert not native.Launches().take(job)
+
+
+def test_a_backward_that_needs_the_old_weights_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(kernels.VARIABLE, "native")
+    layers = [torch.nn.Parameter(torch.randn(8, 8)) for _ in range(2)]
+    optimizer = Frugal([{"params": [(f"w{i}", w) for i, w in enumerate(layers)], "projected": True}], density=0)
+    out = torch.ones(1, 8) @ layers[0] @ layers[1]
+    out.sum().backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.square().sum().backward()
+
+
+# --- building -------------------------------------------------------------------------------------------------------
+
+STEP = """
+import sys, torch
+from frugal_dist import Frugal
+w = torch.nn.Parameter(torch.ones(8, 8)); w.grad = torch.ones(8, 8)
+optimizer = Frugal([{"params": [("w", w)], "projected": True}], density=0, lr=0.5)
+optimizer.step()
+print(float(w.detach().sum()))
+"""
+
+
+def step_in_a_process(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder), **variables}
+    return subprocess.run([sys.executable, "-c", STEP], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_it_is_built_once_and_a_killed_build_hinders_nobody(tmp_path: Path) -> None:
+    (tmp_path / ".frugal_dist_native_killed.so").write_bytes(b"half of it")
+    (tmp_path / "lock").touch()
+    first = step_in_a_process(tmp_path)
+    built = sorted(tmp_path.glob("frugal_dist_native_*.so"))
+    assert (first.returncode, first.stdout.strip(), len(built)) == (0, "32.0", 1), first.stderr
+    again = step_in_a_process(tmp_path, PATH="/nowhere")
+    assert (again.stdout.strip(), again.stderr) == ("32.0", ""), "no compiler is needed any more"
+
+
+def test_without_a_compiler_torch_steps_and_it_is_said_once(tmp_path: Path) -> None:
+    done = step_in_a_process(tmp_path, CXX="no-such-compiler")
+    assert done.stdout.strip() == "32.0"
+    assert done.stderr.count("there is no C++ compiler 'no-such-compiler'; install g++ or set CXX") == 1
+    asked = step_in_a_process(tmp_path, CXX="no-such-compiler", FRUGAL_KERNELS="native")
+    assert "FRUGAL_KERNELS=native, but the C++ kernel cannot be built here" in asked.stderr
+
+
+def test_the_bits_of_an_index() -> None:
+    for length in (1, 64, 1000):
+        index = drawn(length, 0.4)
+        flags = native.bits_of(index, length)
+        told = [(int(flags[i // 8]) >> (i % 8)) & 1 for i in range(flags.numel() * 8)]
+        assert [i for i, bit in enumerate(told) if bit] == index.tolist()
+        assert flags.numel() % 8 == 0
