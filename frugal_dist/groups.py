@@ -78,7 +78,6 @@ def members_of(group: dict[str, Any]) -> list[tuple[str | None, Tensor]]:
 # --- other people's keys ----------------------------------------------------------------------------------------------
 
 _KERNELS = "Frugal chooses its kernels itself (FRUGAL_KERNELS=torch turns Triton's off). Leave it out"
-_OF_ADAM = "it belongs to DeepSpeed's Adam; weight decay here is always AdamW's. Leave it out"
 _OF_TORCH = {
     "foreach": _KERNELS,
     "fused": _KERNELS,
@@ -95,8 +94,6 @@ _OF_OTHERS = {
     "update_proj_gap": "it is called update_gap here",
     "proj_type": "it is called side here, with the same values",
     "proj_side": "it is called side here",
-    "adam_w_mode": _OF_ADAM,
-    "torch_adam": _OF_ADAM,
 }
 _AS_ARGUMENTS = {
     "scale": "it is called projected_lr_scale here",

@@ -145,8 +145,8 @@ class Frugal(Optimizer):
         engines.refuse_to_be_given_a_part()
         given = {key: value for key, value in locals().items() if key in HYPERPARAMETERS}
         unknown = without_foreign(unknown)
-        old = {key: unknown.pop(key) for key in OLD_NAMES if key in unknown}
-        if old and projected_lr_scale != 1.0:
+        old = {key: value for key in OLD_NAMES if (value := unknown.pop(key, "auto")) != "auto"}
+        if old and projected_lr_scale not in (1.0, "auto"):
             old["projected_lr_scale"] = projected_lr_scale
         given = without_auto({**given, **renamed(old)})
         known = (*HYPERPARAMETERS, "shard_state", "process_group", "project", "skip", "no_decay")
@@ -167,7 +167,7 @@ class Frugal(Optimizer):
         self._loaded: saving.Loaded | None = None
         self._saved_elsewhere = False
         self._saving_checked = self._told = self._parts_told = self._summarised = False
-        FrugalConfig(**given)
+        resolved = FrugalConfig(**given)
         groups = as_groups(params)
         self._choice = Choice(_patterns(project), _patterns(skip), tables_in(groups))
         # Schedulers that cycle momentum look here for what to cycle: betas[0], or without betas "momentum".
@@ -180,7 +180,7 @@ class Frugal(Optimizer):
             ("no_decay", self._no_decay),
         ):
             check_patterns(names, patterns, key)
-        advice = [selection_advice(self.parameter_report_rows()), engines.unheard_wishes(given)]
+        advice = [selection_advice(self.parameter_report_rows()), engines.unheard_wishes(vars(resolved))]
         self._check_shapes()
         engines.announce(self, process_group)
         for text in advice if speaks() else ():

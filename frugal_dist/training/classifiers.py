@@ -11,14 +11,15 @@ from torch import nn
 
 from frugal_dist.names import check_patterns, matches
 from frugal_dist.optimizer import Frugal
-from frugal_dist.parameters import split_parameters
 from frugal_dist.training.finetune_recipe import WITHOUT_RANK, FinetuneRecipe, Lora, Model
 from frugal_dist.training.hub import OFFLINE, settle_source
-from frugal_dist.training.optimizers import frugal_options
+from frugal_dist.training.optimizers import frugal_options, groups_of
 
 PACKAGE = "package:"
 NOT_PROJECTED = ("*pooler*",)
 """Linear layers between encoder and output: part of the head, which is trained as a whole."""
+ADAPTERS = ["*.lora_A.*", "*.lora_B.*"]
+"""The matrices of lora: AdamW's whether they are projected or not, and Frugal wants to project something."""
 _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
 _HEAD_DROPOUTS = ("classifier_dropout", "seq_classif_dropout")
 
@@ -140,7 +141,10 @@ class TuningOptimizer:
         options = frugal_options(tuning.plain(self.hidden))
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         skip = [pattern for pattern in NOT_PROJECTED if any(matches(name, [pattern]) for name in trained)]
-        groups = split_parameters(model, skip=skip, no_decay=options.pop("no_decay", None))
+        if tuning.name == "lora" and tuning.project is None:
+            options["project"] = ADAPTERS
+        options["skip"] = [*skip, *(tuning.skip or [])]
+        groups = groups_of(model, options)
         groups = [part for group in groups for part in _trained(group)]
         if tuning.stateful is not None and tuning.name not in WITHOUT_RANK:
             check_patterns(trained, tuning.stateful, "optimizer.stateful")

@@ -15,7 +15,7 @@ from frugal_dist.config import check_choice, config_from, preset
 from frugal_dist.training.begun import FREE, check_begun, records_of
 from frugal_dist.training.finetune_recipe import FinetuneRecipe
 from frugal_dist.training.metrics import end_of, of_kind, read_metrics
-from frugal_dist.training.optimizers import DEFINED, check_optimizer, settled
+from frugal_dist.training.optimizers import DEFINED, PATTERNS, check_optimizer, settled
 from frugal_dist.training.place import Place, find_place
 from frugal_dist.training.ranks import joined, together
 from frugal_dist.training.recipe import Number, Recipe, check_recipe
@@ -72,7 +72,7 @@ def contender(text: str, recipe: R, known: Contenders = CONTENDERS) -> R:
         if key in fixed or key in DEFINED[chosen]:
             raise ValueError(f"--optimizers {text}: the name {name!r} decides about {key}; leave it out.")
     options = {key: value for key, value in recipe.optimizer.options.items() if key not in fixed}
-    own = {one.name for one in fields(recipe.optimizer)} - {"name", "options", "no_decay", "stateful"}
+    own = {one.name for one in fields(recipe.optimizer)} - {"name", "options", *PATTERNS, "stateful"}
     changes: dict[str, Any] = {key: value for key, value in asked.items() if key in own}
     if {**fixed, **asked}.get("projection", "svd") != "svd" and "svd_method" not in asked:
         options.pop("svd_method", None)

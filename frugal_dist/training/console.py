@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
@@ -58,3 +59,18 @@ def say(terminal: TextIO, text: str) -> None:
     """A line for the user, if there still is one: a terminal that is gone must not change how a run ends."""
     with suppress(OSError):
         print(text, file=terminal)
+
+
+@contextmanager
+def information_to(say_it: Callable[[str], None]) -> Iterator[None]:
+    """While it is open, what the package logs as information is said to the user."""
+    logger = logging.getLogger("frugal_dist")
+    before, handler = logger.level, logging.Handler()
+    handler.emit = lambda record: say_it(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)

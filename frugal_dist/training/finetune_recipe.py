@@ -76,6 +76,8 @@ class Tuning:
         name: frugal, galore, badam, signsgd, adamw, or lora: AdamW on adapters.
         lr: learning rate.
         weight_decay: decoupled.
+        project: name patterns of all parameters that are projected; null: all matrices but embeddings, heads, routers.
+        skip: name patterns of parameters that are never projected.
         no_decay: name patterns of parameters without weight decay.
         rank: the density as a rank: it becomes rank / hidden size. Null: options.density counts, as it does for badam
             and blockwise, where the density is a share of the matrices.
@@ -86,6 +88,8 @@ class Tuning:
     name: Literal["frugal", "galore", "badam", "signsgd", "adamw", "lora"] = "frugal"
     lr: float = 1e-4
     weight_decay: float = 0.0
+    project: list[str] | None = None
+    skip: list[str] | None = None
     no_decay: list[str] | None = None
     rank: int | None = None
     stateful: list[str] | None = None
@@ -98,7 +102,15 @@ class Tuning:
         if self.rank is not None and self.name not in WITHOUT_RANK and not blocks:
             options["density"] = density_of(self.rank, hidden)
         name: Any = PRESETS.get(self.name, self.name)
-        return Optimizer(name=name, lr=self.lr, weight_decay=self.weight_decay, no_decay=self.no_decay, options=options)
+        return Optimizer(
+            name=name,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            project=self.project,
+            skip=self.skip,
+            no_decay=self.no_decay,
+            options=options,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

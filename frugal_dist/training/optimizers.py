@@ -17,7 +17,8 @@ R = TypeVar("R", Optimizer, Tuning)
 
 _WIDE = 1 << 20
 """A hidden size for any rank."""
-OWN = ("lr", "weight_decay", "no_decay")
+PATTERNS = ("project", "skip", "no_decay")
+OWN = ("lr", "weight_decay", *PATTERNS)
 """Keys that a recipe has of its own."""
 KNOWN = tuple(key for key in (*HYPERPARAMETERS, *OLD_NAMES, "shard_state") if key not in OWN)
 DEFINED: dict[str, tuple[str, ...]] = {
@@ -38,7 +39,8 @@ def frugal_options(recipe: Optimizer) -> dict[str, Any]:
             raise ValueError(f"optimizer.options.{key}: set optimizer.{key} instead.")
     check_keys(recipe.options, KNOWN, "optimizer.options")
     options = preset(recipe.name, lr=recipe.lr, weight_decay=recipe.weight_decay, **settled(recipe).options)
-    return options if recipe.no_decay is None else {**options, "no_decay": recipe.no_decay}
+    patterns = {key: getattr(recipe, key) for key in PATTERNS}
+    return options | {key: value for key, value in patterns.items() if value is not None}
 
 
 def check_optimizer(recipe: Optimizer) -> None:
@@ -67,4 +69,9 @@ def described(recipe: Optimizer) -> str:
 def build_optimizer(recipe: Optimizer, model: nn.Module) -> Frugal:
     """Frugal for a model whose parameters may already be wrapped or sharded."""
     options = frugal_options(recipe)
-    return Frugal(split_parameters(model, no_decay=options.pop("no_decay", None)), **options)
+    return Frugal(groups_of(model, options), **options)
+
+
+def groups_of(model: nn.Module, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """The groups that the patterns among ``options`` make, which are taken out of there."""
+    return split_parameters(model, **{key: options.pop(key, None) for key in PATTERNS})

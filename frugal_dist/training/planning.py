@@ -13,7 +13,6 @@ from typing import Any, Literal
 from torch import nn
 
 from frugal_dist.optimizer import Frugal
-from frugal_dist.parameters import split_parameters
 from frugal_dist.planner.engines import EngineLayout, engine_layout
 from frugal_dist.planner.plan import Plan, make_plan
 from frugal_dist.planner.report import Setting, check_gpu, figures, report
@@ -21,7 +20,7 @@ from frugal_dist.planner.shapes import LLAMA_SHAPES, LlamaShape
 from frugal_dist.planner.zero import Zero, read_zero
 from frugal_dist.training.engines.deepspeed import data_types, equal_part, recipe_json
 from frugal_dist.training.models import check_positions, llama_config, read_causal_config
-from frugal_dist.training.optimizers import described, frugal_options
+from frugal_dist.training.optimizers import described, frugal_options, groups_of
 from frugal_dist.training.recipe import Optimizer, Recipe, check_recipe
 
 ALL, SPREAD = 64, 5
@@ -107,7 +106,7 @@ def plan_model(model: nn.Module, optimizer: Optimizer, layout: EngineLayout, ran
     options = frugal_options(optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about how little is projected: the figures tell
-        frugal = Frugal(split_parameters(model), **{**options, "process_group": None})
+        frugal = Frugal(groups_of(model, options), **{**options, "process_group": None})
     shown = range(ranks) if ranks <= ALL else [i * (ranks - 1) // (SPREAD - 1) for i in range(SPREAD)]
     return make_plan(frugal, layout, ranks, shown=list(shown))
 

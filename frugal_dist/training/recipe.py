@@ -107,6 +107,8 @@ class Optimizer:
         name: frugal, galore, badam, signsgd or adamw.
         lr: learning rate.
         weight_decay: decoupled.
+        project: name patterns of all parameters that are projected; null: all matrices but embeddings, heads, routers.
+        skip: name patterns of parameters that are never projected.
         no_decay: name patterns of parameters without weight decay.
         options: any other hyperparameter of FrugalConfig, each as --optimizer.options.NAME: density, update_gap,
             projection (svd, random, randperm, columns, rows, randk, blockwise), side, block_order, state_full (adamw,
@@ -118,6 +120,8 @@ class Optimizer:
     name: Literal["frugal", "galore", "badam", "signsgd", "adamw"] = "frugal"
     lr: float = 1e-3
     weight_decay: float = 0.0
+    project: list[str] | None = None
+    skip: list[str] | None = None
     no_decay: list[str] | None = None
     options: dict[str, Number] = field(default_factory=dict)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from frugal_dist import checkpoint
 from frugal_dist.training.begun import GOING_ON, check_begun
-from frugal_dist.training.console import LOG_FILE, log_file, quiet_console, say, tell
+from frugal_dist.training.console import LOG_FILE, information_to, log_file, quiet_console, say, tell
 from frugal_dist.training.place import Place, find_place
 from frugal_dist.training.ranks import agree, joined, together
 from frugal_dist.training.recipe import Recipe
@@ -231,6 +231,7 @@ def _run(job: Job, start: int, seconds: float, terminal: TextIO, request: StopRe
     folder, first = Path(recipe.folder), engine.rank == 0
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(recipe.steps, terminal, first, start))
+        stack.enter_context(information_to(progress.say))
         trackers = Trackers(recipe.trackers if first else [], folder, job.record, start, progress.say)
         stack.callback(trackers.close)
         path = folder / METRICS_FILE if first else None

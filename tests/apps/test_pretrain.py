@@ -157,6 +157,8 @@ def test_every_engine_has_the_same_curve(
     assert max(abs(found[key] - uninterrupted[key]) for key in found) < 2e-4
     assert refreshes(folder, engine) == [pytest.approx(row, rel=2e-2) for row in refreshes(folder, "single")]
     (summary,) = of_kind(read_metrics(folder / "runs" / engine), "summary")
+    assert output.count("elements projected") == 1, "by one rank, at the first step"
+    assert "(AdamW: " in output
     assert len(summary["state_bytes"]) == 2
     assert [sum(kinds.values()) for kinds in summary["state_kinds"]] == summary["state_bytes"]
     assert all(kinds["bases"] > 0 for kinds in summary["state_kinds"])

@@ -21,7 +21,7 @@ from frugal_dist.training.compare import contender
 from frugal_dist.training.engines import check_engine
 from frugal_dist.training.engines.deepspeed import recipe_json
 from frugal_dist.training.finetune_recipe import FinetuneRecipe
-from frugal_dist.training.optimizers import OWN, frugal_options
+from frugal_dist.training.optimizers import OWN, build_optimizer, frugal_options
 from frugal_dist.training.place import find_place, first_host
 from frugal_dist.training.recipe import Data, Optimizer, Recipe, Saving, Schedule, check_recipe, read_recipe, shipped
 from frugal_dist.training.schedule import build_schedule
@@ -371,6 +371,20 @@ def test_optimizer_options_are_frugals() -> None:
 
 
 # --- schedules
+
+
+def test_patterns_of_a_recipe_choose_what_is_projected() -> None:
+    recipe = Optimizer(project=["*.weight"], skip=["norm.*", "head.*"], no_decay=["head.*"], weight_decay=0.1)
+    linear = {name: torch.nn.Linear(8, 8) for name in ("body", "head")}
+    model = torch.nn.ModuleDict({**linear, "norm": torch.nn.LayerNorm(8)})
+    optimizer = build_optimizer(recipe, model)
+    assert [row.name for row in optimizer.parameter_report_rows() if row.projected] == ["body.weight"]
+    decays = {group["param_names"][0]: group["weight_decay"] for group in optimizer.param_groups}
+    assert decays == {"body.weight": 0.1, "body.bias": 0.1, "head.weight": 0.0}
+    assert frugal_options(recipe)["project"] == ["*.weight"], "DeepSpeed's JSON gets them"
+    for key in ("project", "skip"):
+        with pytest.raises(ValueError, match=f"set optimizer.{key} instead"):
+            frugal_options(Optimizer(options={key: ["*"]}))
 
 
 def test_schedules() -> None:

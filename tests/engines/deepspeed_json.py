@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +15,7 @@ import torch
 OTHER = {
     "lr": 3e-3, "betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.05, "density": 0.5, "update_gap": 4,
     "projection": "columns", "side": "left", "block_order": "mirror", "state_full": "lion", "state_free": "none",
-    "momentum": 0.7, "lr_scale": 0.5, "state_free_lr_scale": 0.1, "on_refresh": "keep", "svd_method": "exact",
+    "momentum": 0.7, "projected_lr_scale": 0.5, "state_free_lr_scale": 0.1, "on_refresh": "keep", "svd_method": "exact",
     "basis_dtype": "bf16", "rounding": "stochastic", "refresh_schedule": "staggered", "compute_layout": "cut",
     "residual_threshold": 0.001, "seed": 7,
 }  # fmt: skip
@@ -122,6 +125,39 @@ def decays(patterns: list[str]) -> list[set[str]]:
     for engine in engines:
         engine.destroy()
     return found
+
+
+def error_of_groups(params: dict[str, Any], zero: dict[str, Any]) -> str:
+    """What the user reads whose script gives the groups of split_parameters."""
+    from frugal_dist import split_parameters
+
+    model = cases.small_llama()
+    config = cases.config_of(params, zero, torch.distributed.get_world_size())
+    try:
+        cases.start(config, model, model_parameters=split_parameters(model))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def told_by(params: dict[str, Any], zero: dict[str, Any]) -> tuple[dict[str, bool], list[str], str]:
+    """Which parameters JSON's patterns project, what was warned of, and what stood on stderr after two steps.
+
+    The group that the script gives has a key of timm's.
+    """
+    ranks, model, err = torch.distributed.get_world_size(), cases.small_llama(), io.StringIO()
+    groups = [{"params": list(model.parameters()), "lr_scale": 0.5}]
+    with warnings.catch_warnings(record=True) as told, contextlib.redirect_stderr(err):
+        warnings.simplefilter("always")
+        engine = cases.start(cases.config_of(params, zero, ranks), model, model_parameters=groups)
+        cases.train(engine, range(2))
+    frugal = engine.basic_optimizer
+    assert {group["lr_scale"] for group in frugal.param_groups} == {0.5}
+    assert all(group["projected_lr_scale"] == params.get("lr_scale", 1.0) for group in frugal.param_groups)
+    found = {row.name: row.projected for row in frugal.parameter_report_rows()}
+    engine.destroy()
+    said = [line for line in err.getvalue().splitlines() if line.startswith("frugal_dist")]
+    return found, [str(one.message) for one in told], "\n".join(said)
 
 
 def trains(config: dict[str, Any]) -> tuple[int, bool, list[str]]:

@@ -25,7 +25,8 @@ def test_every_hyperparameter_arrives(fleet: Fleets) -> None:
 
 
 def test_auto_means_our_default(fleet: Fleets) -> None:
-    params = {**dict.fromkeys(HYPERPARAMETERS, "auto"), "no_decay": "auto", "shard_state": "auto"}
+    others = ("project", "skip", "no_decay", "shard_state", "lr_scale")
+    params = dict.fromkeys((*HYPERPARAMETERS, *others), "auto")
     for groups in fleet(2).run(json_jobs.groups_after, params, {"stage": 1}):
         for group in groups:
             assert {key: group[key] for key in HYPERPARAMETERS} == vars(FrugalConfig())
@@ -134,6 +135,25 @@ def test_no_decay_means_the_same_on_every_path(fleet: Fleets) -> None:
         assert "lm_head.weight" in by_name
         assert not {"model.norm.weight", "model.embed_tokens.weight"} & by_name
         assert others == [by_name] * 3
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_patterns_in_the_json_choose_what_is_projected(stage: int, fleet: Fleets) -> None:
+    """The first rank gives the advice and, after the first step, tells what is projected and what that saves."""
+    params = {"project": ["*_proj.weight"], "skip": ["layers.0.*"], "lr_scale": 0.25}
+    first, second = fleet(2).run(json_jobs.told_by, params, {"stage": stage})
+    chosen = {name for name, projected in first[0].items() if projected}
+    assert first[0] == second[0]
+    assert chosen == {name for name in first[0] if name.endswith("_proj.weight") and "layers.0." not in name}
+    assert ["Only" in text for text in first[1] if "are projected" in text] == [True]
+    assert not [text for text in second[1] if "are projected" in text]
+    assert first[2].count("elements projected") == 1
+    assert second[2] == ""
+
+
+def test_patterns_against_given_groups_are_refused(fleet: Fleets) -> None:
+    for text in fleet(2).run(json_jobs.error_of_groups, {"skip": ["layers.0.*"]}, {"stage": 2}):
+        assert 'its group says "projected": True, but project and skip of Frugal say otherwise' in text
 
 
 SCRIPT = """

@@ -69,6 +69,17 @@ def test_parts_of_another_run_are_not_taken(fleet: Fleets, tmp_path: Path) -> No
         assert differing == []
 
 
+def test_what_the_json_leaves_out_is_told_by_one_rank(fleet: Fleets, tmp_path: Path) -> None:
+    """Arguments of the Trainer that do not count; and what is projected, after the first step."""
+    (warned, said), other = fleet(2).run(trainer_cases.told, tmp_path)
+    (text,) = warned
+    assert "leaves out lr, weight_decay, so Frugal has its defaults: lr=0.001 and not " in text
+    assert "as TrainingArguments says" in text
+    assert '"lr": "auto"' in text
+    assert said.count("elements projected") == 1
+    assert other == ([], "")
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

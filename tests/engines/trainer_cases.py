@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +222,25 @@ def trouble(folder: Path, name: str) -> str:
     """The message, "" if there is no error."""
     hf_cases.reset()
     return hf_cases.message_of(lambda: TROUBLES[name](folder))
+
+
+def told(folder: Path) -> tuple[list[str], str]:
+    """What is warned of, and what stands on stderr, while the Trainer trains two steps under ``without_auto``."""
+    hf_cases.reset()
+    err = io.StringIO()
+    with warnings.catch_warnings(record=True) as found, contextlib.redirect_stderr(err):
+        warnings.simplefilter("always")
+        more: dict[str, Any] = {"deepspeed": without_auto(2), "adam_epsilon": 1e-8}
+        trainer(folder, "ZeRO-2", max_steps=2, save_strategy="no", **more).train()
+    said = [line for line in err.getvalue().splitlines() if line.startswith("frugal_dist")]
+    return [str(one.message) for one in found if "leaves out" in str(one.message)], "\n".join(said)
+
+
+def without_auto(stage: int) -> dict[str, Any]:
+    """A config that says nothing of what the Trainer could fill in."""
+    config = deepspeed_config(stage)
+    params = {key: value for key, value in config["optimizer"]["params"].items() if value != "auto"}
+    return {**config, "optimizer": {"type": "Frugal", "params": params}}
 
 
 def moved_checkpoints(folder: Path) -> list[str]:

@@ -106,7 +106,7 @@ def test_maximize_is_not_offered() -> None:
 FOREIGN_ARGUMENTS = {
     "fused": "kernels", "foreach": "kernels", "capturable": "CUDA graph", "differentiable": "differentiated",
     "maximize": "negate the loss", "amsgrad": "maximum", "nesterov": "Nesterov", "rank": "density", "scale": "lr_scale",
-    "update_proj_gap": "update_gap", "proj_type": "side", "adam_w_mode": "AdamW", "beta1": "betas",
+    "update_proj_gap": "update_gap", "proj_type": "side", "beta1": "betas",
     "wd": "weight_decay",
 }  # fmt: skip
 
