@@ -17,10 +17,9 @@ from torch import Tensor
 
 ANY_RANKS = "frugal_dist.checkpoint saves on any engine and number of ranks and loads on any other"
 OTHER_OPTIMIZER = (
-    "If another optimizer saved it, or other parameter groups: take over the weights alone. ZeRO-1/2: "
-    "engine.load_checkpoint(folder, load_module_only=True). ZeRO-3: zero_to_fp32.py, which DeepSpeed puts beside its "
-    "checkpoints, makes a file of weights for the model, before deepspeed.initialize. Trainer: from_pretrained of the "
-    "checkpoint folder, without resume_from_checkpoint."
+    "If another optimizer saved it (AdamW, say), or other parameter groups: load the weights alone, "
+    "engine.load_checkpoint(folder, load_optimizer_states=False, load_lr_scheduler_states=False); with the Trainer "
+    "begin with the model of that checkpoint instead of resume_from_checkpoint (docs/deepspeed.md)"
 )
 
 
@@ -56,11 +55,11 @@ def _load_checkpoint(inner: Callable[..., Any], optimizer_class: type[Any]) -> C
             return inner(engine, *args, **kwargs)
         except (ZeRORuntimeException, AssertionError, RuntimeError, ValueError) as error:
             ours = isinstance(engine.basic_optimizer, optimizer_class) and engine.zero_optimization()
-            if not ours or type(error) not in refusals:
+            told = str(error) or "The checkpoint has no file for this rank"
+            if not ours or type(error) not in refusals or "loading state_dict" in told:  # the last is torch's own
                 raise
-            told = str(error) or "The checkpoint has no file for this rank."
-            advice = f"If another number of ranks saved it: {ANY_RANKS}. {OTHER_OPTIMIZER}"
-            raise type(error)(f"{told} {advice}") from error
+            advice = f"If another number of ranks saved it: {ANY_RANKS}. {OTHER_OPTIMIZER}."
+            raise type(error)(f"{told.rstrip('.')}. {advice}") from error
 
     return load_checkpoint
 

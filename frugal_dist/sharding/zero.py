@@ -132,7 +132,7 @@ def refuse_unfrozen(left: Left) -> None:
             f"{names[0]}{more} was frozen (requires_grad=False) when deepspeed.initialize was called and is trainable "
             "now. DeepSpeed computes no gradient for it, so it would never move. Let it be trainable when you call "
             "deepspeed.initialize and freeze it afterwards (freezing and unfreezing then act as on one process), or "
-            "save with frugal_dist.checkpoint, unfreeze, build a new engine and load."
+            'save with frugal_dist.checkpoint, unfreeze, build a new engine and load with on_mismatch="refresh".'
         )
 
 

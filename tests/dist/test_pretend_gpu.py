@@ -180,8 +180,22 @@ def with_moves(layout: str, case: Case, away: str, back: str) -> tuple[Named, Na
         return {name: on_cpu(value) for name, value in held.full().items()}, saved, waits
 
 
-@pytest.mark.parametrize("back", ["cuda", "cpu"])
-@pytest.mark.parametrize("layout", ["replicas, shared state", "Shard(0)", "ZeRO-3"])
+@pytest.mark.parametrize(
+    ("layout", "back"),
+    [
+        ("replicas, shared state", "cuda"),
+        ("ZeRO-3", "cpu"),
+        *(
+            pytest.param(layout, back, marks=pytest.mark.heavy)
+            for layout, back in (
+                ("replicas, shared state", "cpu"),
+                ("ZeRO-3", "cuda"),
+                ("Shard(0)", "cuda"),
+                ("Shard(0)", "cpu"),
+            )
+        ),
+    ],
+)
 def test_state_that_was_moved_away(layout: str, back: str) -> None:
     """Brought back, or left on the CPU: the same bits, saved ones too, and no wait in later steps."""
     for case in CASES:

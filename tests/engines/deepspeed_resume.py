@@ -187,3 +187,25 @@ def moved_away_and_back(setting: str, options: dict[str, Any]) -> list[str]:
         runs.append(everything(engine))
         engine.destroy()
     return different(*runs)
+
+
+def from_adamw(setting: str, folder: Path) -> tuple[str, list[str], set[int]]:
+    """AdamW's checkpoint, loaded with Frugal in the JSON: what the user reads, then with the weights alone what differs
+    from them, and how often every matrix was updated in one more step.
+    """
+    adamw = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
+    engine = cases.start({**config(setting, {}), "optimizer": adamw})
+    cases.train(engine, range(2))
+    engine.save_checkpoint(str(folder))
+    want = cases.model_weights(engine)
+    engine.destroy()
+    told = refused_elsewhere(setting, cases.PROJECTIONS["columns"], folder)
+    engine = start(setting, cases.PROJECTIONS["columns"], fresh=True)
+    engine.load_checkpoint(str(folder), load_optimizer_states=False, load_lr_scheduler_states=False)
+    changed = different(want, cases.model_weights(engine))
+    half = cases.SETTINGS[setting].half or torch.float32
+    changed += different(want, {name: value.to(half) for name, value in cases.full_weights(engine).items()})
+    cases.train(engine, [2])
+    counts = {int(v) for s in engine.basic_optimizer.state.values() for k, v in s.items() if k.endswith("updates")}
+    engine.destroy()
+    return told, changed, counts

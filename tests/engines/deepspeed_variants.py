@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import deepspeed_cases as cases
@@ -13,6 +14,7 @@ import torch
 from deepspeed_cases import SMOOTH, VOCAB, WARMUP, Difference
 from torch import Tensor, nn
 
+from frugal_dist import checkpoint
 from frugal_dist.sharding.tile import Layout
 
 
@@ -273,21 +275,31 @@ def frozen_for_a_while(setting: str, options: dict[str, Any]) -> tuple[Differenc
     return cases.difference_to(found, want), moved == [False, True, False, False, True, True]
 
 
-def told_when_unfrozen(setting: str) -> str:
-    """What the user reads whose parameters were frozen when the engine was built."""
+def unfrozen(setting: str, folder: Path) -> tuple[str, bool, bool]:
+    """What the user reads whose parameters were frozen when the engine was built, and what comes of the advice: whether
+    a new engine has the saved weights, and whether the layer then trains.
+    """
     ranks, chosen = torch.distributed.get_world_size(), cases.SETTINGS[setting]
-    model = frozen()
-    engine = cases.start(cases.config_of(SMOOTH, chosen.zero, ranks, **chosen.more), model)
+    config = cases.config_of(SMOOTH, chosen.zero, ranks, **chosen.more)
+    engine = cases.start(config, frozen())
     cases.train(engine, range(2))
-    for param in model.model.layers[0].mlp.parameters():
+    checkpoint.save(folder, engine, engine.optimizer)
+    saved, error = cases.model_weights(engine), ""
+    for param in engine.module.model.layers[0].mlp.parameters():
         param.requires_grad_(True)
     try:
         cases.train(engine, [2])
-    except ValueError as error:
-        return str(error)
-    finally:
-        engine.destroy()
-    return ""
+    except ValueError as told:
+        error = str(told)
+    engine.destroy()
+    engine = cases.start(config)
+    checkpoint.load(folder, engine, engine.optimizer, on_mismatch="refresh")
+    loaded = cases.model_weights(engine)
+    cases.train(engine, [2])
+    after = cases.model_weights(engine)
+    engine.destroy()
+    same = all(torch.equal(saved[name], loaded[name]) for name in saved)
+    return error, same, all(not torch.equal(loaded[name], after[name]) for name in after)
 
 
 def _by_name(model: nn.Module) -> Any:

@@ -49,6 +49,11 @@ def test_what_is_wrong_in_the_config_is_named(params: dict[str, Any], told: str,
         assert told in text
 
 
+def test_the_name_in_another_case(fleet: Fleets) -> None:
+    more = {"optimizer": {"type": "frugal", "params": {"projection": "columns"}}}
+    assert fleet(2).run(json_jobs.error_of, {}, {"stage": 1}, more, 1) == ["", ""]
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_sharded_parameters_do_not_fit_a_lonely_process(stage: int, fleet: Fleets) -> None:
     for text in fleet(2).run(json_jobs.error_of, {"process_group": None}, {"stage": stage}, {}, 1):

@@ -120,3 +120,13 @@ def test_stage_0_does_not_save_one_part_of_shared_state(setting: str, fleet: Fle
 def test_states_that_were_moved_away_and_back(setting: str, fleet: Fleets) -> None:
     """At ZeRO-3 with a part of our own: DeepSpeed moves the state of its FusedAdam only."""
     assert fleet(2).run(resume.moved_away_and_back, setting, PROJECTIONS["svd std"]) == [[], []]
+
+
+@pytest.mark.parametrize(
+    "setting", ["1", "3, bf16", *(pytest.param(one, marks=pytest.mark.heavy) for one in ("2", "BF16_Optimizer"))]
+)
+def test_from_adamw_to_frugal(setting: str, fleet: Fleets, tmp_path: Path) -> None:
+    for told, changed, counts in fleet(2).run(resume.from_adamw, setting, tmp_path):
+        assert "If another optimizer saved it" in told and "load_optimizer_states=False" in told
+        assert not changed
+        assert counts == {1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import deepspeed_cases as cases
 import deepspeed_variants as variants
@@ -80,7 +81,8 @@ def test_freezing_in_mid_run_acts_as_on_one_process(setting: str, projection: st
 @pytest.mark.parametrize(
     "setting", ["0, bf16", "3", *(pytest.param(one, marks=pytest.mark.heavy) for one in ("1", "2", "BF16_Optimizer"))]
 )
-def test_what_deepspeed_left_out_cannot_be_unfrozen(setting: str, fleet: Fleets) -> None:
-    for text in fleet(2).run(variants.told_when_unfrozen, setting):
+def test_what_deepspeed_left_out_cannot_be_unfrozen(setting: str, fleet: Fleets, tmp_path: Path) -> None:
+    for text, same, trains in fleet(2).run(variants.unfrozen, setting, tmp_path):
         assert text.startswith("model.layers.0.mlp.gate_proj.weight and 2 more was frozen")
         assert "frugal_dist.checkpoint" in text
+        assert same and trains, "the advice does not help"
