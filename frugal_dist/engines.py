@@ -132,13 +132,13 @@ def bind(request: Request) -> Runtime:
     settings: dict[str, object] = {}
     try:
         ranks, originals, storage = _choose(request, ranks)
-        settings = {**_settings(request), **_kernels(originals, storage)}
+        settings = {**_settings(request), **_kernels(originals, storage), **_sharing(request, storage)}
     except ValueError as error:  # all ranks must hear of it before any of them raises
         storage, problem = PlainStorage(request.groups, originals), str(error)
     owners = [] if request.before is None else [matrix.owner for matrix in request.before.table.matrices]
     table = build_table(ranks, originals, request.originals, storage, settings, problem, owners)
-    share = request.shard_state if isinstance(request.shard_state, bool) else storage.shares_replicas
-    found = Runtime(ranks, storage, originals, table, share and not ranks.alone, request.bucket_bytes)
+    share = _shares(request, storage) and not ranks.alone
+    found = Runtime(ranks, storage, originals, table, share, request.bucket_bytes)
     if request.before is not None:
         found.routes.update(request.before.routes)
     return found
@@ -152,6 +152,15 @@ def _settings(request: Request) -> dict[str, object]:
         where = "" if one else f" of group {number}"
         found.update({key + where: group.get(key) for key in HYPERPARAMETERS})
     return found
+
+
+def _shares(request: Request, storage: Storage) -> bool:
+    return request.shard_state if isinstance(request.shard_state, bool) else storage.shares_replicas
+
+
+def _sharing(request: Request, storage: Storage) -> dict[str, object]:
+    """What "auto" comes to depends on the trainer in charge: one that only some ranks use must not divide them."""
+    return {"shared state (shard_state=True or False says so on all ranks)": _shares(request, storage)}
 
 
 def _kernels(originals: Sequence[Original], storage: Storage) -> dict[str, object]:

@@ -171,6 +171,20 @@ def fabric_under_ddp(folder: Path) -> dict[str, Any]:
     }
 
 
+def fabric_on_one_rank() -> str:
+    """Rank 0's optimizer is Fabric's, and shares no state; the other rank's would."""
+    import lightning
+
+    fabric = lightning.Fabric(accelerator="cpu", devices=2, strategy="ddp")
+    fabric.launch()
+    model = small()
+    optimizer: Any = optimizer_for(model)
+    if fabric.global_rank == 0:
+        optimizer = fabric.setup_optimizers(optimizer)
+    loss_of(model, rows()).backward()
+    return hf_cases.message_of(optimizer.step)
+
+
 def zero_redundancy() -> list[str]:
     """What torch's ZeroRedundancyOptimizer gets to hear, with and without groups that say what to project."""
     from torch.distributed.optim import ZeroRedundancyOptimizer

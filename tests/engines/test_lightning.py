@@ -105,6 +105,11 @@ def test_fabric_on_two_ranks(fleet: Fleets, tmp_path: Path) -> None:
         assert "saved_elsewhere" in one["refused"]
 
 
+def test_ranks_of_which_one_is_fabrics_refuse_together(fleet: Fleets) -> None:
+    for message in fleet(2).run(cases.fabric_on_one_rank):
+        assert "shared state (shard_state=True or False says so on all ranks)" in message
+
+
 def test_zero_redundancy_optimizer_is_refused(fleet: Fleets) -> None:
     for messages in fleet(2).run(cases.zero_redundancy):
         for message in messages:
