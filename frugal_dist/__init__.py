@@ -1,5 +1,6 @@
 """FRUGAL (ICML 2025, arXiv 2411.07837) for large language models on many GPUs. Importing registers it for DeepSpeed."""
 
+from frugal_dist import _first_word as _first_word
 from frugal_dist import checkpoint, projection
 from frugal_dist.config import PRESETS, FrugalConfig, preset
 from frugal_dist.integrations import deepspeed as _deepspeed

@@ -58,6 +58,9 @@ def _check_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> Non
     """ValueError for a first word that is no command, with the one that may be meant; so for commands below it."""
     for word in words:
         known = _commands(parser)
+        takes_recipe = any(action.dest == "recipe" for action in parser._actions)
+        if takes_recipe and word.startswith("-") and word.partition("=")[0] not in parser._option_string_actions:
+            raise ValueError(f"the recipe comes first, then its keys: {parser.prog} RECIPE {word} ...")
         if not known or word.startswith("-"):
             return
         if word not in known:

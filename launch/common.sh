@@ -9,14 +9,21 @@ die() { printf '%s: ERROR: %s\n' "$NAME" "$*" >&2; exit 2; }
 # shellcheck source=launch/gpus.sh
 source "$ROOT/launch/gpus.sh"
 
-# begin SCRIPT "$@": the comment at SCRIPT's top is its help; then the environment in which everything below runs.
+# begin SCRIPT "$@": the comment at SCRIPT's top is its help; then the environment in which everything below runs. WORDS
+# becomes "$@" without --dry-run, which makes DRY_RUN 1: all is checked, and what would be started is shown.
 begin() {
-    local script=$1
+    local script=$1 word
     NAME=$(basename "$script")
     if [[ $# == 1 || $2 == -h || $2 == --help ]]; then
         sed -n '2,/^set /{/^#SBATCH/d;/^# \{0,1\}/!d;s///p}' "$script"
         exit 0
     fi
+    DRY_RUN='' WORDS=()
+    for word in "${@:2}"; do
+        if [[ $word == --dry-run ]]; then DRY_RUN=1; else WORDS+=("$word"); fi
+    done
+    ((${#WORDS[@]})) || die "--dry-run of what? RECIPE is missing; --help says more"
+    [[ ${WORDS[0]} != -* ]] || die "the recipe comes first, then its keys: bash launch/$NAME RECIPE ${WORDS[0]} ..."
     # The checkout's own environment (launch/setup.sh), or else whatever the caller has activated.
     [[ ! -x $ROOT/.venv/bin/python ]] || export PATH=$ROOT/.venv/bin:$PATH
     command -v frugal-dist >/dev/null ||
@@ -99,6 +106,7 @@ allow_root() { [[ $(id -u) != 0 ]] || export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW
 # Ctrl-C from the launcher, which would leave its ranks behind.
 attend() {
     local code signal signalled=1
+    [[ -z ${DRY_RUN:-} ]] || show "$@"
     for signal in TERM USR1 INT HUP; do
         # shellcheck disable=SC2064 # the signal of now
         trap "signalled=1; stop ${signal/HUP/TERM}" "$signal"
@@ -113,6 +121,15 @@ attend() {
     done
     trap - TERM USR1 INT HUP
     return "$code"
+}
+
+# show COMMAND...: what --dry-run shows in place of starting it.
+show() {
+    [[ $1 != quietly ]] || shift
+    printf '%s: would start:' "$NAME"
+    printf ' %q' "$@"
+    printf '\n'
+    exit 0
 }
 
 # record RECIPE [--key value ...]: how the run's record ends, and which record that is.
@@ -133,8 +150,37 @@ except (ValueError, IndexError):
 PY
 }
 
-# remember RECIPE [--key value ...]: before the launch. What an earlier start has recorded says nothing about this one.
-remember() { BEFORE=$(record "$@"); }
+# check RECIPE [--key value ...]: ends the script with 2 if the recipe cannot be trained, or its folder is in use: before
+# ranks are started, of which each would say so, and launchers much more. Prints the folder.
+check() {
+    python - "$@" <<'PY'
+import sys
+from pathlib import Path
+
+from frugal_dist.training.optimizers import check_optimizer
+from frugal_dist.training.recipe import check_recipe, read_recipe
+from frugal_dist.training.run import FAILURE_FILE
+from frugal_dist.training.run_lock import check_free
+
+try:
+    recipe = read_recipe(sys.argv[1], sys.argv[2:])
+    check_recipe(recipe)
+    check_optimizer(recipe.optimizer)
+    check_free(Path(recipe.folder), lambda text: print(text, file=sys.stderr))
+except ValueError as error:
+    sys.exit(f"ERROR: {error}")
+print(Path(recipe.folder) / FAILURE_FILE)
+PY
+}
+
+# remember RECIPE [--key value ...]: before the launch, which a mistake in the recipe ends. What an earlier start has
+# recorded says nothing about this one.
+remember() {
+    say "checking $1 ..." >&2
+    FAILURE=$(check "$@") || exit 2
+    [[ -n ${DRY_RUN:-} ]] || rm -f "$FAILURE"
+    BEFORE=$(record "$@")
+}
 
 # ended RECIPE [--key value ...]: "finished", "stopped" (saved, as told to), "diverged" or "broken": what this start has
 # recorded last.
@@ -159,6 +205,10 @@ verdict() {
     stopped) return 75 ;;
     diverged) return 65 ;; # to go on would end the same
     esac
+    if [[ $how == broken && -s ${FAILURE:-} ]]; then # what a rank has said is hard to find in what launchers say after it
+        printf '\n%s: ERROR: %s\n' "$NAME" "$(tail -n +2 "$FAILURE")" >&2
+        return "$(head -n 1 "$FAILURE")"
+    fi
     if [[ $how == broken && $code == 0 ]]; then
         printf '%s: ERROR: the launcher ended well, but the run did not finish: its ranks were killed\n' "$NAME" >&2
         return 1

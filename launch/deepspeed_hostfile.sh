@@ -3,7 +3,7 @@
 #
 #   HOSTFILE=hostfile bash launch/deepspeed_hostfile.sh RECIPE [--key value ...]
 #
-# RECIPE is a shipped name or a YAML file; --key value changes any of its keys. The hosts see this checkout, the data and
+# RECIPE is a shipped name or a YAML file; --key value changes any of its keys. --dry-run shows what would be started. The hosts see this checkout, the data and
 # the run's folder under the same paths, and ssh to them works without a password. Settings:
 #   HOSTFILE        lines "HOST slots=RANKS" (default: hostfile)
 #   LAUNCHER        pdsh (default), openmpi, mpich, or slurm (inside an allocation of these hosts)
@@ -20,6 +20,7 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 begin "${BASH_SOURCE[0]}" "$@"
+set -- "${WORDS[@]}"
 HOSTFILE=${HOSTFILE:-hostfile} LAUNCHER=${LAUNCHER:-pdsh} MASTER_PORT=${MASTER_PORT:-29500}
 check_hostfile "$HOSTFILE"
 check_number MASTER_PORT
@@ -73,7 +74,7 @@ stop() {
     esac
 }
 
-remember "$@"
+remember "$1" --engine deepspeed "${@:2}"
 code=0
 # The program by its path: not every launcher of DeepSpeed can start a module.
 attend quietly deepspeed --hostfile "$HOSTFILE" --force_multi --launcher "$way" --no_ssh_check --no_local_rank \

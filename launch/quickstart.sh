@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pre-train a small LLaMA-style model on real English with FRUGAL under DeepSpeed, from nothing but Python.
 #
-#   bash launch/quickstart.sh [--steps N]
+#   bash launch/quickstart.sh [--steps N] [--dry-run]
 #
 # Makes .venv, prepares text and tokenizer (both only once), then trains on 2 ranks, or on one rank per GPU if there are
 # GPUs. The optimizer and ZeRO stage are those of ds_configs/quickstart_zero2.json. Settings, all optional:
@@ -18,27 +18,34 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { printf 'quickstart: %s\n' "$*"; }
 die() { printf 'quickstart: ERROR: %s\n' "$*" >&2; exit 1; }
+mistake() { printf 'quickstart: ERROR: %s\n' "$*" >&2; exit 2; }
 
 usage() { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
-STEPS=()
+STEPS=() DRY_RUN=''
 while (($#)); do
     case $1 in
         --steps)
-            [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "--steps needs a number above 0, found \"${2:-}\""
+            [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || mistake "--steps needs a number above 0, found \"${2:-}\""
             STEPS=(--steps "$2")
             shift 2
             ;;
         -h | --help) usage; exit 0 ;;
-        *) die "unknown option \"$1\"; there are --steps N and --help" ;;
+        --dry-run) DRY_RUN=1; shift ;;
+        *) mistake "unknown option \"$1\"; there are --steps N, --dry-run and --help" ;;
     esac
 done
 
 RUN_DIR=${RUN_DIR:-runs/quickstart-$(date +%Y%m%d-%H%M%S)}
 DATA_DIR=${DATA_DIR:-.cache/quickstart}
 CONFIG=${CONFIG:-ds_configs/quickstart_zero2.json}
-[[ -r $CONFIG ]] || die "there is no DeepSpeed configuration $CONFIG"
-[[ ! -e $RUN_DIR/metrics.jsonl ]] || die "$RUN_DIR already holds a run; choose another RUN_DIR"
+[[ -r $CONFIG ]] || mistake "there is no DeepSpeed configuration $CONFIG"
+[[ ! -e $RUN_DIR/metrics.jsonl ]] || mistake "$RUN_DIR already holds a run; choose another RUN_DIR"
+if [[ -n $DRY_RUN ]]; then
+    bash launch/setup.sh --dry-run train,deepspeed,demo
+    say "would prepare the data in $DATA_DIR, then train with $CONFIG into $RUN_DIR"
+    exit 0
+fi
 
 # --- every phase runs in a process group of its own, so that stopping leaves nobody behind -------------------------------
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make or update the project's environment: .venv in this checkout, and DeepSpeed's C++ operation on CPU machines.
 #
-#   bash launch/setup.sh [EXTRAS]        e.g.  train,deepspeed,demo   or   all,dev      (extras of pyproject.toml)
+#   bash launch/setup.sh [--dry-run] [EXTRAS]        e.g.  train,deepspeed,demo   or   all,dev      (extras of pyproject.toml)
 #
 # Run again it is done in a moment; more extras are added to those already there. Settings, all optional:
 #   PYTHON            the Python (3.10 or newer) to make .venv from
@@ -26,6 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: ERROR: %s\n' "$*" >&2; exit 1; }
+mistake() { printf 'setup: ERROR: %s\n' "$*" >&2; exit 2; }
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
 wants() { [[ ",$EXTRAS," == *",$1,"* ]]; }
 
@@ -222,7 +223,7 @@ merge_extras() {
 check_extras() {
     local extra
     for extra in ${1//,/ }; do
-        grep -q "^$extra = \[" pyproject.toml || die "unknown extra \"$extra\"; pyproject.toml has: $(
+        grep -q "^$extra = \[" pyproject.toml || mistake "unknown extra \"$extra\"; pyproject.toml has: $(
             sed -n '/^\[project.optional-dependencies\]/,/^\[project.scripts\]/s/^\([a-z]*\) = \[.*/\1/p' pyproject.toml | paste -sd' ' -
         )"
     done
@@ -235,14 +236,30 @@ check_image() {
     have=,${FRUGAL_DIST_IMAGE/all/$all},
     EXTRAS=${1/all/$all}
     for extra in ${EXTRAS//,/ }; do
-        [[ $have == *,$extra,* ]] || die "this image was built without the extra \"$extra\" (it has $FRUGAL_DIST_IMAGE); \
+        [[ $have == *,$extra,* ]] || mistake "this image was built without the extra \"$extra\" (it has $FRUGAL_DIST_IMAGE); \
 build it with --build-arg EXTRAS=$FRUGAL_DIST_IMAGE,$extra"
     done
 }
 
 main() {
-    local start=$SECONDS
+    local start=$SECONDS dry='' word
+    local -a words=()
+    for word; do
+        case $word in
+        -h | --help) sed -n '2,/^set /{/^# \{0,1\}/!d;s///p}' "$ROOT/launch/setup.sh"; exit 0 ;;
+        --dry-run) dry=1 ;;
+        -*) mistake "unknown option \"$word\"; there are --dry-run and --help" ;;
+        *) words+=("$word") ;;
+        esac
+    done
+    ((${#words[@]} < 2)) || mistake "give the extras as one word, separated by commas: $(IFS=,; echo "${words[*]}")"
+    set -- "${words[@]}"
     check_extras "${1:-}"
+    if [[ -n $dry ]]; then
+        EXTRAS=$(merge_extras "${1:-}")
+        say "would make or update $VENV with torch and frugal_dist${EXTRAS:+[$EXTRAS]}$(! needs_op || echo ", and compile $OP")"
+        return
+    fi
     mkdir -p "$CACHE"
     if [[ -n ${FRUGAL_DIST_IMAGE:-} ]]; then
         check_image "${1:-}"

@@ -5,7 +5,7 @@
 #   bash launch/torchrun.sh llama_60m --engine ddp
 #   NODES=2 MASTER=node1:29500 bash launch/torchrun.sh llama_1b --engine fsdp2        # on both machines
 #
-# RECIPE is a shipped name or a YAML file; --key value changes any of its keys. Machines see the run's folder under the
+# RECIPE is a shipped name or a YAML file; --key value changes any of its keys. --dry-run shows what would be started. Machines see the run's folder under the
 # same path. Settings, all optional:
 #   RANKS      ranks on each machine (default: one per GPU, or one)
 #   NODES      machines
@@ -19,6 +19,7 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 begin "${BASH_SOURCE[0]}" "$@"
+set -- "${WORDS[@]}"
 RANKS=${RANKS:-$(default_ranks)} NODES=${NODES:-1} GRACE=${GRACE:-120} RESTARTS=${RESTARTS:-0}
 check_number RANKS NODES GRACE
 [[ $RESTARTS =~ ^[0-9]+$ ]] || die "RESTARTS is \"$RESTARTS\"; give a whole number"

@@ -51,7 +51,18 @@ def check_begun(run: Path, recipe: dict[str, Any], free: Collection[str]) -> Non
             continue  # two names of the same settings
         if changed:
             said = ", ".join(f"{key} {before[key]!r} (now {now[key]!r})" for key in changed)
-            raise ValueError(f"{run} holds a run with {said}. Set that back, or begin in another --folder.")
+            how = f"Set that back, or begin in another --folder.{_weights_alone(run, changed)}"
+            raise ValueError(f"{run} holds a run with {said}. {how}")
+
+
+def _weights_alone(run: Path, changed: list[str]) -> str:
+    """How to train the same weights on with another optimizer, whose state must begin anew, or another schedule."""
+    if not all(key.startswith(("optimizer.", "schedule.")) for key in changed):
+        return ""
+    return (
+        f" To train its weights on under new settings: frugal-dist export {run}/checkpoints --out DIR, then the recipe "
+        "with --model.llama null --model.path DIR --model.pretrained true --folder ANOTHER."
+    )
 
 
 _PATHS = ("model.path", "data.path", "data.tokenizer", "data.validation_path", "data.train", "data.validation")

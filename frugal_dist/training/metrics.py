@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,11 +34,15 @@ class MetricsLog:
         self._file = path.open("a" if goes_on else "w", encoding="utf-8") if path else None
 
     def write(self, kind: str, **values: Any) -> None:
-        """Write one record at once, so that a killed run keeps all it has reached. NaN and infinity become null."""
+        """Write one record at once, so that a killed run keeps all it has reached. NaN and infinity become null.
+
+        ``time``: of the clock on the wall, in UTC.
+        """
         values = {key: _as_json(value) for key, value in values.items()}
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         if self._file:
             try:
-                self._file.write(json.dumps({"kind": kind, **values}, allow_nan=False) + "\n")
+                self._file.write(json.dumps({"kind": kind, **values, "time": now}, allow_nan=False) + "\n")
                 self._file.flush()
             except OSError as error:  # the other ranks train on, and would wait for this one
                 self._give_up(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import suppress
 from types import TracebackType
@@ -9,7 +10,13 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-_BAR = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}, {elapsed} gone, {remaining} left{postfix}"
+_FORMS = {
+    100: "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}, {elapsed} gone, {remaining} left{postfix}",
+    0: "{n_fmt}/{total_fmt}, {remaining} left{postfix}",
+}
+"""By the columns that a form needs at least: figures are worth more than the bar."""
+_SHORT = 60
+"""Below so many columns there is the loss only."""
 _SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -29,11 +36,17 @@ class Progress:
             file=terminal,
             disable=not shown or self._lines,
             mininterval=0.5,
-            bar_format=_BAR,
+            bar_format=next(form for least, form in _FORMS.items() if self._columns() >= least),
             dynamic_ncols=True,
         )
         self._start = time.monotonic()
         self._done = 0
+
+    def _columns(self) -> int:
+        try:
+            return os.get_terminal_size(self.terminal.fileno()).columns or 80
+        except (OSError, ValueError):  # no terminal
+            return 80
 
     def start(self) -> None:
         """Training begins: the clock behind the time left starts here, not while loading and evaluating."""
@@ -50,13 +63,18 @@ class Progress:
     def figures(self, loss: float, tokens_per_second: float) -> None:
         """New figures to show beside the bar."""
         text = f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
-        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.set_postfix_str(text if self._columns() >= _SHORT else f"loss {loss:.3f}", refresh=False)
         now = time.monotonic()
         if self._lines and self._done and now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
             done = self.before + self._done
             left = (now - self._start) / self._done * (self.total - done)
             self.say(f"step {done:>5}/{self.total}: {text}, {tqdm.format_interval(left)} left")
+
+    def finish(self) -> None:
+        """The bar stays where it is: what is said from here on comes below it."""
+        with suppress(OSError):
+            self._bar.close()
 
     def say(self, line: str) -> None:
         """A line that stays, above the bar."""

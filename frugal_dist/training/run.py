@@ -5,19 +5,21 @@ What is trained, and what it found at the end, is the job's.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from frugal_dist import checkpoint
-from frugal_dist.training.begun import GOING_ON, check_begun
+from frugal_dist.training.begun import GOING_ON, check_begun, records_of
 from frugal_dist.training.console import LOG_FILE, information_to, log_file, quiet_console, say, tell
+from frugal_dist.training.metrics import METRICS_FILE, end_of, of_kind
 from frugal_dist.training.place import Place, find_place
 from frugal_dist.training.ranks import agree, joined, together
 from frugal_dist.training.recipe import Recipe
@@ -25,6 +27,7 @@ from frugal_dist.training.rollcall import OthersFailed, is_mistake
 from frugal_dist.training.run_lock import held
 from frugal_dist.training.shared import check_shared
 from frugal_dist.training.signals import DIVERGED, STOPPED, StoppedEarly, StopRequest, stop_requests
+from frugal_dist.training.surroundings import device, idle_gpus, surroundings
 from frugal_dist.training.waiting import waiting
 
 # Heavy and noisy libraries are imported inside the functions: once the terminal is protected from their output.
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
     from frugal_dist.training.progress import Progress
 
 CHECKPOINTS = "checkpoints"
+FAILURE_FILE = "failed.txt"
+"""Of the last start in this folder, if it failed: the exit code, and a line for the user, which launch scripts show."""
 SECONDS = "seconds"
 """In a checkpoint: how long the run has taken, in all the processes that trained it."""
 
@@ -88,7 +93,7 @@ def run_begun(begin: Callable[[], Start]) -> int:
     place = find_place()
     log, prepare = _begun(begin, place)
     with environment(place), quiet_console(log) as terminal, stop_requests() as request:
-        request.speaks = place.rank == 0
+        request.speaks, holds = place.rank == 0, False
         try:
             with joined(place), ExitStack() as stack:
                 request.at_once = place.world == 1
@@ -96,6 +101,7 @@ def run_begun(begin: Callable[[], Start]) -> int:
                 if place.world > 1:
                     check_shared(log.parent, place.rank)
                 together(lambda: _hold(log.parent, stack) if place.rank == 0 else None)
+                holds = True
                 with waiting("the data and the model, which are read or fetched", request.speaks):
                     job = build(place, stack)
                 code = _train(job, terminal, request)
@@ -105,9 +111,13 @@ def run_begun(begin: Callable[[], Start]) -> int:
         except Exception as error:
             traceback.print_exc(file=sys.stderr)
             mistake = is_mistake(error) and not request.training
+            code = 2 if mistake else 1
             if not isinstance(error, OthersFailed):
-                say(terminal, f"\n{failure_text(error, mistake, place, log)}")
-            return 2 if mistake else 1
+                text = failure_text(error, mistake, place, log)
+                say(terminal, f"\n{text}")
+                if holds:
+                    _note_failure(log.parent, code, text)
+            return code
         request.obeyed = code == STOPPED
     return code
 
@@ -121,6 +131,14 @@ def failure_text(error: Exception, mistake: bool, place: Place, log: Path) -> st
 
 def _hold(run: Path, stack: ExitStack) -> None:
     stack.enter_context(held(run, tell))
+    with suppress(OSError):
+        (run / FAILURE_FILE).unlink(missing_ok=True)
+
+
+def _note_failure(run: Path, code: int, text: str) -> None:
+    """Of the ranks that fail the first counts: others may fail for want of it."""
+    with suppress(OSError), (run / FAILURE_FILE).open("x", encoding="utf-8") as file:
+        file.write(f"{code}\n{text}\n")
 
 
 def _begun(begin: Callable[[], Start], place: Place) -> tuple[Path, Callable[[], Prepare]]:
@@ -163,6 +181,7 @@ def environment(place: Place) -> Iterator[None]:
 
 
 def _train(job: Job, terminal: TextIO, request: StopRequest) -> int:
+    from frugal_dist.training.engines.collectives import gathered
     from frugal_dist.training.loop import Diverged
 
     recipe, engine = job.recipe, job.engine
@@ -176,8 +195,14 @@ def _train(job: Job, terminal: TextIO, request: StopRequest) -> int:
         job.batches.load_state_dict(found[1].get("data", []), start)
         if job.recall is not None:
             job.recall(found[1])
+    if start == recipe.steps and (ended := gathered(_ended(job) if engine.rank == 0 else "")[0]):
+        if engine.rank == 0:
+            say(terminal, ended)
+        return 0
     if engine.rank == 0:
-        say(terminal, "\n".join([_headline(job, start), *filter(None, [job.note])]))
+        idle = idle_gpus()
+        loud = f"WARNING: this run trains on the CPU: {idle}." if idle else ""
+        say(terminal, "\n".join([_headline(job, start), *filter(None, [loud, job.note])]))
     request.at_once, request.training = False, True
     try:
         outcome = _run(job, start, 0.0 if found is None else float(found[1].get(SECONDS, 0.0)), terminal, request)
@@ -209,7 +234,23 @@ def _check_folder(job: Job) -> None:
         check_begun(folder, job.record, GOING_ON)
 
 
+def _ended(job: Job) -> str:
+    """What to say if the run has ended before, evaluated as it would be now; nothing if there is something to do."""
+    folder = Path(job.recipe.folder)
+    records = records_of(folder)
+    end, runs = end_of(records), of_kind(records, "run")
+    asked = {key: value for key, value in json.loads(json.dumps(job.record)).items() if key != "folder"}
+    if end is None or end["kind"] != "summary" or any(runs[-1].get(key) != value for key, value in asked.items()):
+        return ""
+    (folder / METRICS_FILE).touch()  # launch scripts see that this start has found an end
+    results = [f"{key} {end[key]:,.4g}" for key in ("perplexity", "score") if isinstance(end.get(key), float)]
+    text = ", ".join([f"{folder}: already finished, all {job.recipe.steps:,} steps are done", *results])
+    return f"{text}. To train on, raise --steps; to train anew, choose another --folder."
+
+
 def _headline(job: Job, start: int) -> str:
+    import torch
+
     from frugal_dist.training.optimizers import described
 
     recipe, engine = job.recipe, job.engine
@@ -217,13 +258,13 @@ def _headline(job: Job, start: int) -> str:
     ranks = "one rank" if engine.world == 1 else f"{engine.world} ranks"
     return (
         f"{recipe.folder}: {job.parameters / 1e6:.2f} M parameters, {described(recipe.optimizer)}, {recipe.engine} on "
-        f"{ranks}, {recipe.batch * job.batches.length:,} tokens a step, {begun}"
+        f"{ranks}, {recipe.batch * job.batches.length:,} tokens a step, {begun}; {device()}, torch {torch.__version__}"
     )
 
 
 def _run(job: Job, start: int, seconds: float, terminal: TextIO, request: StopRequest) -> Outcome:
     from frugal_dist.training.loop import Diverged
-    from frugal_dist.training.metrics import METRICS_FILE, MetricsLog
+    from frugal_dist.training.metrics import MetricsLog
     from frugal_dist.training.progress import Progress
     from frugal_dist.training.trackers import Trackers
 
@@ -236,7 +277,8 @@ def _run(job: Job, start: int, seconds: float, terminal: TextIO, request: StopRe
         stack.callback(trackers.close)
         path = folder / METRICS_FILE if first else None
         metrics = stack.enter_context(together(lambda: MetricsLog(path, start or None, trackers)))
-        metrics.write("run", **job.record, start=start, ranks=engine.world)
+        where = surroundings() if first else {}
+        metrics.write("run", **job.record, start=start, ranks=engine.world, surroundings=where)
         try:
             outcome = _training(job, start, seconds, metrics, progress, request).run()
         except Diverged as error:
@@ -257,6 +299,7 @@ def _run(job: Job, start: int, seconds: float, terminal: TextIO, request: StopRe
             validation_loss=outcome.last_loss,
             **figures,
         )
+        progress.finish()
         own, adamw = max(state["state_bytes"]) / 1e6, state["adamw_state_bytes_per_rank"] / 1e6
         progress.say(f"{text}; optimizer state {own:,.1f} MB per rank (AdamW: {adamw:,.1f})")
     return outcome

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -25,8 +26,14 @@ class Tracker:
 def check_trackers(names: Sequence[str]) -> None:
     """ValueError for a tracker whose package is missing; on every rank, before anything is started."""
     for name in names:
-        if find_spec(PACKAGES[name]) is None:
+        if not _is_installed(PACKAGES[name]):
             raise ValueError(f"trackers has {name!r}, whose package is missing: pip install 'frugal_dist[tracking]'.")
+
+
+def _is_installed(package: str) -> bool:
+    """A mere folder of this name in the working directory, such as W&B's own ``wandb``, is no package."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 class Trackers:
@@ -47,7 +54,7 @@ class Trackers:
         """One record of metrics: its numbers, under kind/name."""
         step = values.get("step", values.get("steps"))
         figures = {f"{kind}/{key}": float(value) for key, value in values.items() if _is_figure(key, value)}
-        if step is None or not figures:
+        if step is None or not figures or kind == "run":  # settings are no curves; each library has a way for them
             return
         for tracker in self._all:
             if tracker.add is not None:
@@ -73,14 +80,29 @@ def _is_figure(key: str, value: Any) -> bool:
 def _tensorboard(folder: Path, record: dict[str, Any], start: int) -> Tracker:
     """Event files in FOLDER/tensorboard; what an earlier run wrote of later steps, of all if begun anew, is hidden."""
     from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
 
     writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else 0)
+    writer.add_text("recipe", "".join(f"    {line}\n" for line in json.dumps(record, indent=2).splitlines()), start)
+    for part in hparams(_flat(record), {"validation/loss": 0.0}):
+        writer.file_writer.add_summary(part)
 
     def add(step: int, figures: dict[str, float]) -> None:
         for name, value in figures.items():
             writer.add_scalar(name, value, step)
 
     return Tracker("tensorboard", add, writer.close)
+
+
+def _flat(record: dict[str, Any], before: str = "") -> dict[str, str | int | float | bool]:
+    """Nested settings by their whole name, those that are no plain value as text."""
+    flat: dict[str, str | int | float | bool] = {}
+    for key, value in record.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{before}{key}.")
+        elif value is not None:
+            flat[before + key] = value if isinstance(value, str | int | float | bool) else str(value)
+    return flat
 
 
 def identity(folder: Path, start: int) -> str:

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,7 @@ def test_what_json_does_not_have_is_null(tmp_path: Path) -> None:
         log.write("validation", step=1, loss=math.nan, perplexity=perplexity_of(710.0), best={"score": [math.nan, 1]})
     text = (tmp_path / "metrics.jsonl").read_text()
     record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert datetime.fromisoformat(record.pop("time")).tzinfo is not None
     assert record == {"kind": "validation", "step": 1, "loss": None, "perplexity": None, "best": {"score": [None, 1]}}
 
 

@@ -174,12 +174,17 @@ def test_refreshes_and_validation_are_written_down(folder: Path, uninterrupted: 
     assert [row[:2] for row in found] == [(1, 21), (5, 21), (9, 21)]
     assert all(0.0 < row[2] < 1.0 for row in found)
     assert [row[3] > 0.0 for row in found] == [False, True, True]
-    assert of_kind(read_metrics(folder / "runs" / "single"), "run")[0]["validation_tokens"] == 640
+    (record,) = of_kind(read_metrics(folder / "runs" / "single"), "run")
+    assert record["validation_tokens"] == 640
+    assert record["surroundings"]["torch"] == torch.__version__ and record["surroundings"]["host"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_stopped_run_goes_on_exactly(
-    number: signal.Signals, folder: Path, uninterrupted: dict[tuple[str, int], float]
+    number: signal.Signals,
+    folder: Path,
+    uninterrupted: dict[tuple[str, int], float],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Also where the terminal is lost, here after the first line and before SIGUSR1."""
     name = number.name
@@ -187,6 +192,7 @@ def test_a_stopped_run_goes_on_exactly(
     process = start(arguments)
     assert process.stdout is not None
     if number == signal.SIGUSR1:
+        assert "loading PyTorch" in process.stdout.readline()
         assert name in process.stdout.readline()
         process.stdout.close()
     metrics = folder / "runs" / name / "metrics.jsonl"
@@ -208,6 +214,9 @@ def test_a_stopped_run_goes_on_exactly(
     found = losses(folder, name)
     assert found == {key: value for key, value in uninterrupted.items() if key in found}
     assert ("train", 10) in found
+    (metrics.parent / "output.txt").unlink()
+    assert pretrain(recipe(folder, name)) == 0  # there is nothing left to do: nothing is done
+    assert "already finished, all 10 steps are done, perplexity" in capfd.readouterr().err
     assert len(of_kind(read_metrics(folder / "runs" / name), "run")) == 2
     assert not (folder / "runs" / name / LOCK_FILE).exists()
 

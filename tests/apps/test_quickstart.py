@@ -85,7 +85,7 @@ def test_failure_shows_the_log_and_a_run_is_never_overwritten(tmp_path, data):
 
     (run / "metrics.jsonl").touch()
     again = subprocess.run(["bash", SCRIPT], env=environment, capture_output=True, text=True)
-    assert again.returncode == 1
+    assert again.returncode == 2
     assert "already holds a run" in again.stderr
 
 
@@ -129,7 +129,7 @@ def test_ctrl_c_stops_everything(interrupted):
 def test_mistakes_on_the_command_line():
     for arguments, message in ((["--steps", "no"], '--steps needs a number above 0, found "no"'), (["-x"], '"-x"')):
         done = subprocess.run(["bash", SCRIPT, *arguments], capture_output=True, text=True)
-        assert done.returncode == 1
+        assert done.returncode == 2
         assert message in done.stderr
     shown = subprocess.run(["bash", SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
     assert "RUN_DIR" in shown

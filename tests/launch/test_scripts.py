@@ -14,6 +14,7 @@ import torch
 from hosts import ROOT, environment
 from runs import Workshop
 
+from frugal_dist.cli import main
 from frugal_dist.training.accelerator import settle_accelerator
 
 SCRIPTS = sorted(file.name for file in (ROOT / "launch").iterdir() if file.suffix in (".sh", ".sbatch"))
@@ -30,7 +31,7 @@ def bash(script: str, *words: str, **more: str) -> subprocess.CompletedProcess[s
     )
 
 
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if name not in SOURCED | {"setup.sh"}])
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name not in SOURCED])
 def test_help(script: str) -> None:
     """Everywhere: without Slurm, and without what the script starts."""
     done = subprocess.run(
@@ -39,6 +40,30 @@ def test_help(script: str) -> None:
     assert done.returncode == 0 and not done.stderr
     assert f"launch/{script}" in done.stdout
     assert "#" not in done.stdout.replace("# on both", "")
+
+
+def test_the_recipe_is_checked_before_anything_is_started(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--dry-run ends there, and shows the command."""
+    run = workshop.run("checked")
+
+    def launch(script: str, *words: str) -> tuple[int, str, str]:
+        command = ["bash", str(ROOT / "launch" / script), *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment({"RANKS": "2"}), timeout=120)
+        return done.returncode, done.stdout, done.stderr
+
+    recipe, *changes = run.arguments()
+    for script in ("deepspeed.sh", "pretrain.sbatch"):
+        code, shown, _ = launch(script, "--dry-run", recipe, *changes)
+        assert (code, "would start: " in shown, str(run.folder) in shown) == (0, True, True)
+    code, shown, errors = launch("torchrun.sh", recipe, *changes, "--optimizer.options.density", "2")
+    assert (code, shown) == (2, "") and "ERROR: density" in errors.splitlines()[-1]
+    code, _, errors = launch("torchrun.sh", "--engine", "ddp", recipe)
+    assert (code, "the recipe comes first" in errors) == (2, True)
+    assert main(["pretrain", "--engine", "ddp", recipe]) == 2
+    assert "the recipe comes first, then its keys: frugal-dist pretrain RECIPE" in capsys.readouterr().err
+    assert not run.folder.exists()
 
 
 def test_what_an_earlier_start_recorded_says_nothing_about_this_one(workshop: Workshop) -> None:
@@ -50,12 +75,17 @@ def test_what_an_earlier_start_recorded_says_nothing_about_this_one(workshop: Wo
     metrics.write_text(text)
     script = f"""
     remember "$@"
+    FAILURE={run.folder}/failed.txt
     code=0; verdict 137 "$@" || code=$?; echo "killed before it wrote: $code"
     cat <<<'{text.strip()}' >>{metrics}
     code=0; verdict 137 "$@" || code=$?; echo "stopped: $code"
+    BEFORE=$(record "$@"); printf '2\\nRank 1 failed: why\\n' >"$FAILURE"
+    code=0; verdict 1 "$@" || code=$?; echo "a mistake on a rank: $code"
     """
     done = bash(script, *run.arguments())
-    assert done.stdout.splitlines() == ["killed before it wrote: 137", "stopped: 75"]
+    told = ["killed before it wrote: 137", "stopped: 75", "a mistake on a rank: 2"]
+    assert done.stdout.splitlines() == told
+    assert done.stderr.endswith("test: ERROR: Rank 1 failed: why\n")
 
 
 def test_the_exit_code_by_how_the_record_ends_and_what_the_launcher_says() -> None:

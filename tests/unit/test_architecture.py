@@ -16,7 +16,7 @@ from imports import PACKAGE, ROOT, Module, read_modules
 # From low to high. A module may import from lower lines only; modules of one package that share a line may import each
 # other as long as no circle arises. "" is the package itself: the public interface, on which the applications stand.
 LAYERS: list[tuple[str, ...]] = [
-    ("config", "names", "notices", "wrapped"),
+    ("_first_word", "config", "names", "notices", "wrapped"),
     ("rules", "rounding", "projection", "projection.*"),
     ("kernels", "kernels.*"),
     ("sharding", "sharding.tile", "sharding.callers"),

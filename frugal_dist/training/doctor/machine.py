@@ -13,6 +13,7 @@ from pathlib import Path
 
 from frugal_dist.training.accelerator import settle_accelerator
 from frugal_dist.training.doctor.finding import FAIL, NOTE, OK, Finding
+from frugal_dist.training.surroundings import unused_gpus
 
 GIB, MIB = 2**30, 2**20
 
@@ -104,8 +105,6 @@ def _no_gpu() -> Iterator[Finding]:
 
 def _unused_gpus() -> Finding:
     """Why torch finds no GPU on a machine with nvidia-smi: a failure only if there is one that we were to use."""
-    import torch
-
     try:
         said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError) as error:
@@ -114,16 +113,8 @@ def _unused_gpus() -> Finding:
     if count == 0:  # a login node, or a driver that is not loaded
         found = (said.strip().splitlines() or ["it says nothing"])[0]
         return Finding(NOTE, "GPU", f"nvidia-smi is here, but lists no GPU: {found}")
-    if (shown := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None and _shows_none(shown, count):
-        return Finding(NOTE, "GPU", f'CUDA_VISIBLE_DEVICES="{shown}" shows none of this machine\'s {count}')
-    why = "torch is a CPU build" if torch.version.cuda is None else "driver and CUDA do not fit"
-    return Finding(FAIL, "GPU", f"nvidia-smi lists {count}, but torch {torch.__version__} finds none: {why}")
-
-
-def _shows_none(shown: str, count: int) -> bool:
-    """Whether CUDA_VISIBLE_DEVICES begins with what is none of so many GPUs: CUDA reads no further."""
-    first = shown.partition(",")[0].strip()
-    return int(first) >= count if first.isdecimal() else not first.startswith(("GPU-", "MIG-"))
+    why, chosen = unused_gpus()
+    return Finding(NOTE if chosen else FAIL, "GPU", why)
 
 
 def _device(index: int) -> Finding:
