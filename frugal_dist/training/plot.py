@@ -18,7 +18,9 @@ SEVERAL_FILE = "runs.png"
 SCALES = {"perplexity": "log", "score": "linear"}
 """What validation measures: the perplexity of pre-training, the score of fine-tuning."""
 BEGINNING = {"train": 0.1, "validation": 0.2}
-"""The share of a course that does not set the limits of its axis: an untrained model is a thousand times worse."""
+"""The share of a course that does not set the limits of its axis: an untrained model is a thousand times worse. Of
+several runs twice as much, as it is their ends that are compared.
+"""
 WIDTH, CURVES, LINE_OF_LEGEND = 9.0, 3.0, 0.21
 """Inches: of the picture, and the heights of a row of curves and of a line of the legend."""
 CHARACTERS = 138
@@ -164,8 +166,8 @@ def _draw_losses(panels: Sequence[Any], groups: list[Group], axis: Axis, key: st
     for group in groups:
         _draw(loss, group, "train", axis, "loss", _label(group, key))
         _draw(quality, group, "validation", axis, key)
-    _enlarge(loss, groups, "train", axis, "loss")
-    _enlarge(quality, groups, "validation", axis, key)
+    _enlarge(loss, groups, "train", "loss")
+    _enlarge(quality, groups, "validation", key)
     for value in _unigram_losses(groups):
         _line_to_beat(loss, value, _unigram_label(value))
         _line_to_beat(quality, math.exp(value), "")
@@ -249,10 +251,17 @@ def _draw(panel: Any, group: Group, kind: str, axis: Axis, key: str, label: str 
         label = None
 
 
-def _enlarge(panel: Any, groups: list[Group], kind: str, axis: Axis, key: str) -> None:
-    """Limits that the end of the courses sets; what lies above enters from there, and the highest is said."""
-    courses = [_points(rows, axis, key) for group in groups for rows in group.rows(kind)]
-    begin = BEGINNING[kind] * max((x for course in courses for x, _ in course), default=0.0)
+def _enlarge(panel: Any, groups: list[Group], kind: str, key: str) -> None:
+    """Limits that the end of the courses sets, the same against tokens and time; what lies above enters from there, and
+    the highest is said.
+    """
+    by_tokens: Axis = "", lambda row: row["tokens"]
+    courses = [_points(rows, by_tokens, key) for group in groups for rows in group.rows(kind)]
+    begin = (
+        BEGINNING[kind]
+        * (1 if len(groups) == 1 else 2)
+        * max((x for course in courses for x, _ in course), default=0.0)
+    )
     late = [y for course in courses for x, y in course if x >= begin]
     if not late or key == "score":
         return
@@ -262,9 +271,9 @@ def _enlarge(panel: Any, groups: list[Group], kind: str, axis: Axis, key: str) -
     first = max((y for course in courses for _, y in course), default=high)
     if first > high + room:
         text = f"{first:,.0f}" if first >= 100 else f"{first:.1f}"
-        panel.annotate(
-            f"\u2191 from {text}", (0.98, 0.96), xycoords="axes fraction", ha="right", va="top", fontsize="small"
-        )
+        where: dict[str, Any] = {"transform": panel.transAxes, "ha": "right", "va": "top"}
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+        panel.text(0.98, 0.96, f"\u2191 from {text}", fontsize="small", bbox=box, **where)
 
 
 def _unigram_losses(groups: list[Group]) -> set[float]:
