@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"frugal-dist: error: {error}. Install it with: pip install 'frugal_dist[all]'", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return 141
     except KeyboardInterrupt:
         return 130
 
@@ -169,12 +172,14 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_export(commands.add_parser("export", help="a checkpoint as a Hugging Face model folder"))
 
-    doctor = commands.add_parser("doctor", help="what works on this machine, tried out in about a minute")
+    doctor = commands.add_parser("doctor", help="what works on this machine, tried out: minutes on a few cores")
     doctor.add_argument("--folder", type=Path, default=Path("runs"), help="where runs would be written (default runs)")
     doctor.add_argument("--quick", action="store_true", help="start no processes and train nothing; for health checks")
+    doctor.add_argument("--json", action="store_true", help="for programs: all findings as one object, at the end")
     doctor.set_defaults(command=_doctor)
 
-    memory = commands.add_parser("memory", help="optimizer-state memory of the papers' LLaMA sizes")
+    memory = commands.add_parser("memory", help="optimizer-state memory of the papers' LLaMA sizes, or of a model")
+    memory.add_argument("model", nargs="?", metavar="MODEL", help="a recipe, or a config.json or the folder with it")
     memory.add_argument("--density", type=float, default=0.25, help="share updated with state (default 0.25)")
     memory.set_defaults(command=_memory)
     return parser
@@ -400,13 +405,18 @@ def _export(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from frugal_dist.training.doctor import doctor
 
-    return doctor(options.folder, options.quick)
+    return doctor(options.folder, options.quick, options.json)
 
 
 def _memory(options: argparse.Namespace) -> int:
     from frugal_dist.planner import memory_table
 
-    print(memory_table(options.density))
+    if options.model is None:
+        print(memory_table(options.density))
+    else:
+        from frugal_dist.training.planning import memory_of
+
+        print(memory_of(options.model, options.density))
     return 0
 
 

@@ -6,7 +6,7 @@ and for the projected part of every Linear weight; a basis projection also store
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from frugal_dist.projection.shapes import floor_of, round_of
@@ -133,8 +133,12 @@ def _check(projection: str, density: float, side: str) -> None:
 
 def memory_table(density: float = 0.25, sizes: Iterable[str] = ("60M", "130M", "350M", "1B", "7B")) -> str:
     """The papers' LLaMA sizes against the choices of state, in GiB, as a Markdown table."""
-    names = list(sizes)
-    models = [llama_weights(LLAMA_SHAPES[name]) for name in names]
+    return table_of({name: llama_weights(LLAMA_SHAPES[name]) for name in sizes}, density)
+
+
+def table_of(weights: Mapping[str, Sequence[Weight]], density: float) -> str:
+    """Models by their names against the choices of state, in GiB, as a Markdown table."""
+    names, models = list(weights), list(weights.values())
     lines: list[tuple[str, list[int]]] = [
         ("AdamW", [adamw_bytes(model) for model in models]),
         (
@@ -149,9 +153,12 @@ def memory_table(density: float = 0.25, sizes: Iterable[str] = ("60M", "130M", "
     ]
     width = max(len(label) for label, _ in lines)
     header = f"| {'GiB of optimizer state':<{width}} | " + " | ".join(f"{name:>6}" for name in names) + " |"
-    rule = f"|{'-' * (width + 2)}|" + "|".join("-------:" for _ in names) + "|"
+    wide = [max(6, len(name)) for name in names]
+    rule = f"|{'-' * (width + 2)}|" + "|".join("-" * (size + 1) + ":" for size in wide) + "|"
     body = [
-        f"| {label:<{width}} | " + " | ".join(f"{count / GIB:6.3f}" for count in counts) + " |"
+        f"| {label:<{width}} | "
+        + " | ".join(f"{count / GIB:{size}.3f}" for count, size in zip(counts, wide, strict=True))
+        + " |"
         for label, counts in lines
     ]
     return "\n".join([header, rule, *body])

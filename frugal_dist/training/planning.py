@@ -8,20 +8,21 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from frugal_dist.optimizer import Frugal
 from frugal_dist.planner.engines import EngineLayout, engine_layout
 from frugal_dist.planner.plan import Plan, make_plan
 from frugal_dist.planner.report import Setting, check_gpu, figures, report
-from frugal_dist.planner.shapes import LLAMA_SHAPES, LlamaShape
+from frugal_dist.planner.shapes import LLAMA_SHAPES, LlamaShape, Weight, table_of
 from frugal_dist.planner.zero import Zero, read_zero
 from frugal_dist.training.engines.deepspeed import data_types, equal_part, recipe_json
 from frugal_dist.training.models import check_positions, llama_config, read_causal_config
 from frugal_dist.training.optimizers import described, frugal_options, groups_of
-from frugal_dist.training.recipe import Optimizer, Recipe, check_recipe
+from frugal_dist.training.recipe import Model, Optimizer, Recipe, check_recipe, read_recipe
 
 ALL, SPREAD = 64, 5
 """Traffic is planned for each rank up to ``ALL``; of more for so many from the first to the last, where embedding and
@@ -109,6 +110,27 @@ def plan_model(model: nn.Module, optimizer: Optimizer, layout: EngineLayout, ran
         frugal = Frugal(groups_of(model, options), **{**options, "process_group": None})
     shown = range(ranks) if ranks <= ALL else [i * (ranks - 1) // (SPREAD - 1) for i in range(SPREAD)]
     return make_plan(frugal, layout, ranks, shown=list(shown))
+
+
+def memory_of(name: str, density: float) -> str:
+    """Optimizer state of a recipe's model, or of that with a ``config.json``, for the choices of state, as a table."""
+    path = Path(name)
+    if path.is_dir() or path.suffix == ".json":
+        folder = path if path.is_dir() else path.parent
+        recipe = Recipe(model=Model(path=str(path if path.is_file() else folder)))
+        title = folder.absolute().name
+    else:
+        recipe, title = read_recipe(name), path.stem
+    groups = groups_of(meta_model(recipe), frugal_options(recipe.optimizer))
+    weights = [_weight(one, group["projected"]) for group in groups for _, one in group["params"]]
+    return table_of({title: weights}, density)
+
+
+def _weight(parameter: Tensor, projected: bool) -> Weight:
+    if not projected:
+        return Weight(1, parameter.numel(), 1, projected=False)
+    rows, cols = parameter.shape[-2:]
+    return Weight(rows, cols, parameter.numel() // (rows * cols), projected=True)
 
 
 def meta_model(recipe: Recipe) -> nn.Module:

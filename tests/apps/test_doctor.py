@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import namedtuple
 from importlib import metadata
@@ -25,6 +26,15 @@ def test_quick_starts_nothing_and_says_so(tmp_path: Path, capsys: pytest.Capture
     assert "not tried with --quick" in said
     assert "FAIL" not in said
     assert not (tmp_path / "not").exists()
+
+
+def test_findings_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--quick", "--json", "--folder", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["quick"], found["failed"]) == (True, 0)
+    versions = {one["what"]: one["found"] for one in found["findings"]}
+    assert versions["frugal_dist"].startswith(metadata.version("frugal_dist"))
+    assert versions["torch"] == metadata.version("torch")
 
 
 def test_trials_on_one_process_and_on_two(

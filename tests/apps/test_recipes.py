@@ -574,6 +574,22 @@ def test_a_plan_has_adamw_beside_it_and_fits_a_terminal(
         assert "moments" not in row[1]
 
 
+def test_memory_of_a_model_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a recipe, a folder or a config.json; LLaMA's are those of the papers' table."""
+    config = '{"model_type": "gpt2", "vocab_size": 500, "n_embd": 4096, "n_layer": 2, "n_head": 4}'
+    (tmp_path / "config.json").write_text(config)
+    for name in (tmp_path, tmp_path / "config.json"):
+        assert main(["memory", str(name)]) == 0
+        text = capsys.readouterr().out
+        assert text.splitlines()[0].split("|")[2].strip() == tmp_path.name
+        assert {len(line) for line in text.splitlines()} == {len(text.splitlines()[0])}
+        assert "| AdamW " in text
+    assert main(["memory", "llama_1b"]) == 0
+    assert [line.split("|")[2].strip() for line in capsys.readouterr().out.splitlines()[2:]] == [
+        *("9.977", "3.227", "3.883", "0.977")
+    ]
+
+
 def test_a_plan_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the engine of the recipe, or the stage of its JSON."""
     (tmp_path / "three.json").write_text('{"zero_optimization": {"stage": 3}}')

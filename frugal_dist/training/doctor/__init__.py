@@ -1,29 +1,43 @@
-"""`frugal-dist doctor`: what works on this machine, tried out rather than believed. Takes about a minute."""
+"""`frugal-dist doctor`: what works on this machine, tried out rather than believed."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from time import monotonic
+from typing import Any
 
 from frugal_dist.training.doctor.finding import FAIL, NOTE, Finding
 from frugal_dist.training.doctor.machine import deepspeed_ops, devices, disk, untouched_devices, versions
 from frugal_dist.training.doctor.trials import engines, ranks
 
+_TOLD = 10
+"""Seconds from which on it is said how many a check took."""
 Check = Callable[[Path], Iterator[Finding]]
 
 
-def doctor(folder: Path, quick: bool = False) -> int:
-    """Print what works; ``folder`` is where runs would be written. ``quick`` leaves out what starts processes
-    or takes memory on GPUs: a container's health check runs beside its training.
+def doctor(folder: Path, quick: bool = False, as_json: bool = False) -> int:
+    """Print what works, and what took seconds; ``folder`` is where runs would be written. ``quick`` leaves out what
+    starts processes or takes memory on GPUs: a container's health check runs beside its training. ``as_json``: one
+    object at the end, for programs.
 
     Returns the exit code: 0 if nothing failed, 1 otherwise.
     """
     checks: list[Check] = [versions, untouched_devices if quick else devices, disk, deepspeed_ops]
-    failed = 0
+    found: list[dict[str, Any]] = []
     for check in checks if quick else [*checks, ranks, engines]:
+        begun = monotonic()
         for finding in check(folder):
-            print(finding.line(), flush=True)
-            failed += finding.verdict == FAIL
+            seconds, begun = monotonic() - begun, monotonic()
+            found.append({**asdict(finding), "seconds": round(seconds, 1)})
+            if not as_json:
+                print(finding.line() + (f" ({seconds:.0f} s)" if seconds >= _TOLD else ""), flush=True)
+    failed = sum(one["verdict"] == FAIL for one in found)
+    if as_json:
+        print(json.dumps({"quick": quick, "failed": failed, "findings": found}, indent=1))
+        return int(failed > 0)
     if quick:
         print(f"{NOTE:<5} not tried with --quick: processes that talk to each other, a training on each engine")
     print(f"\n{failed} of these must be mended first." if failed else "\nAll of this works.")

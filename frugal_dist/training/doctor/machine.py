@@ -25,6 +25,7 @@ def versions(folder: Path) -> Iterator[Finding]:
     """Installed packages against the ranges that are tested; those of an extra may be missing."""
     from packaging.requirements import Requirement
 
+    yield Finding(OK, "frugal_dist", f"{metadata.version('frugal_dist')} at {Path(__file__).parents[2]}")
     yield Finding(OK, "Python", sys.version.split()[0])
     shown: set[str] = set()
     for text in metadata.requires("frugal_dist") or []:
