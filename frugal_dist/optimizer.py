@@ -444,10 +444,10 @@ class Frugal(Optimizer):
 
     def _packed(self, _: Optimizer, plain: dict[str, Any]) -> dict[str, Any]:
         """Torch's form with the state as it is saved."""
-        asked = torch_checkpoint.is_asking()  # it has names of its own, and would keep the list once per parameter
+        nameless = torch_checkpoint.does_without_names()
         for group, names in zip(plain["param_groups"], self._names(), strict=True):
             group.pop(NAMES, None)
-            group.update({NAMES: names} if names and not asked else {})
+            group.update({NAMES: names} if names and not nameless else {})
         runtime = self._runtime or self._before
         if runtime is None:  # nothing yet, or as it was loaded
             return plain

@@ -15,6 +15,11 @@ import pytest
 import torch
 from lightning_cases import apart, loss_of, optimizer_for, rows, small
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import SWALR, AveragedModel
@@ -264,6 +269,22 @@ def test_a_container_of_one(tmp_path: Path) -> None:
     checkpoint.load(tmp_path / "middle", model, optimizer)
     train(model, optimizer, BATCHES[MIDDLE:])
     assert apart(model, plain()) == 0
+
+
+@pytest.mark.parametrize("projection", ["svd", "randk"])
+def test_a_container_saves_as_torchtitans(projection: str) -> None:
+    """Flattened, as torchtitan does."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    model = small()
+    optimizer = Container([optimizer_for(model, projection=projection)])
+    train(model, optimizer, BATCHES[:MIDDLE])
+    saved = [get_optimizer_state_dict(model, one, options=options) for one in optimizer.optimizers]
+    again = copy.deepcopy(model)
+    loaded = Container([optimizer_for(again, projection=projection)])
+    for one, state in zip(loaded.optimizers, copy.deepcopy(saved), strict=True):
+        set_optimizer_state_dict(again, one, state, options=options)
+    train(again, loaded, BATCHES[MIDDLE:])
+    assert apart(again, plain(projection=projection)) == 0
 
 
 def holders(optimizer: Frugal) -> Iterator[Any]:
