@@ -196,8 +196,15 @@ class Restoring:
         plan, r = basis_route(self.runtime, work), int(clocks["size"])
         scratch.state.ensure_moments(names, basis_piece_shapes(work, plan, r), work.dtype, device)
         if plan.tiles:
-            scratch.state.ensure_basis(work.side, (work.matrix.rows, work.matrix.cols), r, work.basis_dtype, device)
+            dtype = work.basis_dtype if device == META else self._basis_dtype(work)
+            scratch.state.ensure_basis(work.side, (work.matrix.rows, work.matrix.cols), r, dtype, device)
         return scratch
+
+    def _basis_dtype(self, work: Work) -> torch.dtype:
+        """As it was kept: another basis_dtype counts from the next refresh, as it does in a run that goes on."""
+        key = "basis_left" if work.side == "full" else "basis"
+        kept = self.reader.dtype(f"state/{work.matrix.name}/{key}")
+        return kept if kept == torch.bfloat16 else work.dtype
 
     def _renewed(self, work: Work) -> Work:
         """The matrix with state as before its first refresh, which is due now; its updates stay counted."""

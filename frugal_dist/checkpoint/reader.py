@@ -104,15 +104,19 @@ class Reader:
             with torch.inference_mode(target.is_inference()):  # buffers made in it can be written in it only
                 target[common.within(area)].copy_(piece)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in which a tensor was saved."""
+        shape = self.index.tensors[name]
+        held, file = self.find(name, shape, Tile((0, shape[0]), (0, shape[1])))[0]
+        return self._file(file).dtype(piece_key(name, held))
+
     def whole(self, name: str) -> Tensor:
         """A saved tensor, put together, as two dims."""
         shape = self.shape(name)
         if shape is None:
             raise MismatchError(f"{self.folder}: there is no {name}.")
         area = Tile((0, shape[0]), (0, shape[1]))
-        pieces = self.find(name, shape, area)
-        dtypes = [self._file(file).dtype(piece_key(name, held)) for held, file in pieces]
-        target = torch.empty(shape, dtype=dtypes[0], device="cpu")
+        target = torch.empty(shape, dtype=self.dtype(name), device="cpu")
         self.fill(name, shape, area, target)
         return target
 

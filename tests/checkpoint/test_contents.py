@@ -276,6 +276,35 @@ def test_frozen_parameters_come_back_with_the_moments_they_have(tmp_path: Path) 
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("then", ["full", "bf16"])
+@pytest.mark.parametrize("side", ["std", "full"])
+def test_projectors_of_another_precision_count_from_the_next_refresh(then: str, side: str, tmp_path: Path) -> None:
+    """As in the run that goes on, in which the setting was changed."""
+
+    def built(dtype: str) -> tuple[torch.nn.Linear, Frugal]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(6, 8, bias=False, dtype=torch.float64)
+        options = {"density": 0.5, "update_gap": 4, "on_refresh": "project", "side": side}
+        return model, Frugal([{"params": [("w", model.weight)], "projected": True}], basis_dtype=dtype, **options)
+
+    def train(model: torch.nn.Linear, optimizer: Frugal, steps: range) -> None:
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
+            model.weight.grad = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+            optimizer.step()
+
+    now = {"full": "bf16", "bf16": "full"}[then]
+    model, optimizer = built(then)
+    train(model, optimizer, range(2))
+    optimizer.param_groups[0]["basis_dtype"] = now
+    checkpoint.save(tmp_path / "saved", model, optimizer)
+    other, resumed = built(now)
+    checkpoint.load(tmp_path / "saved", other, resumed)
+    for one, own in ((model, optimizer), (other, resumed)):
+        train(one, own, range(2, 7))
+    assert torch.equal(model.weight, other.weight)
+
+
 def test_a_frozen_parameter_that_is_to_be_trained_now(tmp_path: Path) -> None:
     """There is no state for it: that must be wanted."""
     model, optimizer = odd(1, frozen_in_groups=False)
