@@ -10,7 +10,7 @@ from torch import Tensor
 
 from frugal_dist.projection.basis import Basis, carry_first, carry_second
 from frugal_dist.projection.coordinates import Selection
-from frugal_dist.projection.shapes import takes_everything
+from frugal_dist.projection.shapes import FAMILY, dim_left_free, takes_everything
 from frugal_dist.sharding.exchange import all_to_all
 from frugal_dist.sharding.route import Route
 from frugal_dist.sharding.tile import Tile
@@ -46,24 +46,30 @@ def carry_basis_moments(work: Work, plan: Route, new: Basis, names: Sequence[str
         state.reset()
 
 
+def may_move_between_ranks(work: Work) -> bool:
+    """Whether "keep" may ever move moments between ranks that hold no replicas of each other."""
+    coordinates = FAMILY[work.config.projection] == "coordinates" and not work.empty
+    return coordinates and work.config.on_refresh == "keep" and not same_slots(work)
+
+
 def moves_between_ranks(runtime: Runtime, work: Work, old_clocks: tuple[int, int]) -> bool:
     """Whether "keep" or "project" of a coordinate projection moves moments from rank to rank at a refresh.
 
     Decided from the layout and agreed counts alone; ``old_clocks`` are (refreshes, size) before it. "project" follows
-    entries, and entries stay where they are stored; only replicas that share a list of single entries hand them around.
+    entries, and entries stay where they are stored; only replicas that share a list of single entries hand them around,
+    or those that begin or cease to share a whole matrix, along its longer dim.
     """
     mode = _treatment(work, old_clocks)
     if runtime.ranks.alone or work.family != "coordinates" or mode == "reset" or work.size == 0:
         return False
+    rows, cols = work.matrix.rows, work.matrix.cols
     if mode == "keep":
-        matrix = work.matrix
-        every_slot_stays = takes_everything(work.config, matrix.rows, matrix.cols, work.size)
+        every_slot_stays = takes_everything(work.config, rows, cols, work.size)
         return not (every_slot_stays or same_slots(work))
-    shared = runtime.shard_replicas and work.matrix.copies > 1
-    cut_along_selection = work.config.projection in ("columns", "rows") or (
-        work.config.projection == "randperm" and work.side != "full"
-    )
-    return shared and not cut_along_selection
+    if not runtime.shard_replicas or work.matrix.copies == 1:
+        return False
+    before, now = (dim_left_free(work.config, rows, cols, size) for size in (old_clocks[1] or work.size, work.size))
+    return now is None or before != now
 
 
 def _treatment(work: Work, old_clocks: tuple[int, int]) -> str:

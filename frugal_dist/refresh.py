@@ -14,9 +14,10 @@ from torch import Tensor
 
 from frugal_dist.bases import compute_basis
 from frugal_dist.clock import due, offset
-from frugal_dist.moments import carry_basis_moments, move_coordinate_moments, moves_between_ranks
+from frugal_dist.moments import carry_basis_moments, may_move_between_ranks, move_coordinate_moments
 from frugal_dist.notices import notice
 from frugal_dist.projection.basis import Basis, basis_shapes
+from frugal_dist.projection.shapes import FAMILY
 from frugal_dist.replicas import fingerprints, mismatched, replicated, resynchronise
 from frugal_dist.sharding.exchange import agree_max, all_to_all, broadcast
 from frugal_dist.sharding.plan import moves_for, owner_layout
@@ -60,17 +61,20 @@ def _due(work: Work, updates: int | None = None, refreshed_at: int | None = None
     config, matrix = work.config, work.matrix
     updates = work.state.clock("updates") if updates is None else updates
     refreshed_at = work.state.clock("refreshed_at") if refreshed_at is None else refreshed_at
-    schedule = "together" if work.family == "blocks" else config.refresh_schedule
+    schedule = "together" if FAMILY[config.projection] == "blocks" else config.refresh_schedule  # also at density 0
     shift = offset(schedule, matrix.block, matrix.blocks, config.update_gap)
     return due(updates, refreshed_at, config.update_gap, shift)
 
 
 def _takes_part(runtime: Runtime, work: Work) -> bool:
-    """Whether a matrix' refresh needs all ranks: bases, replicas that compare their weights, moments that move."""
+    """Whether a matrix' refresh needs all ranks: bases, replicas that compare their weights, moments that may move.
+
+    The answer does not depend on counts or on the density of the day: ranks that refreshed by themselves for a while,
+    and had no gradient at different times, could not exchange moments afterwards.
+    """
     if work.family == "basis":
         return True
-    clocks = (work.state.clock("refreshes"), work.state.clock("size"))
-    return not runtime.ranks.alone and (work.matrix.copies > 1 or moves_between_ranks(runtime, work, clocks))
+    return not runtime.ranks.alone and (work.matrix.copies > 1 or may_move_between_ranks(work))
 
 
 def numbers_agreed(runtime: Runtime, works: Sequence[Work]) -> int:
@@ -131,7 +135,7 @@ def _agree(runtime: Runtime, suspects: Sequence[Work]) -> dict[int, Report]:
                 runtime, f"{work.matrix.name}: ranks counted {-negative_least} to {most} updates; all go on with {most}"
             )
             work.state.set_clock("updates", most)
-        if bad:
+        if bad and _due(work):
             _notice(
                 runtime,
                 f"{work.matrix.name}: its gradient has NaN or infinite entries at a projector refresh. All ranks leave "
@@ -163,10 +167,11 @@ def _usable(work: Work, report: Report) -> bool:
 
 def _can_step(work: Work, reports: dict[int, Report]) -> bool:
     """Skip a matrix whose gradient is not finite at its refresh, and one that never had a projector."""
-    if work.family != "basis" or work.empty:
+    if work.empty:
         return True
     report = reports.get(work.matrix.index)
-    return work.state.clock("refreshes") > 0 and (report is None or report.finite)
+    spoilt = report is not None and not report.finite and _due(work)  # asked for too early: not due, not skipped
+    return work.state.clock("refreshes") > 0 and not spoilt
 
 
 def _remember(runtime: Runtime, suspects: Sequence[Work], reports: dict[int, Report]) -> None:
@@ -186,6 +191,8 @@ def _refresh_coordinates(runtime: Runtime, works: Sequence[Work], reports: dict[
         if work.family == "basis" or not _due(work):
             continue
         report = reports.get(work.matrix.index)
+        if report is None and _takes_part(runtime, work):
+            continue  # frozen, and no rank had a gradient when it was asked for
         present = work.grads is not None if report is None else report.present
         if present:
             old = coordinate_cut(runtime, work).pieces

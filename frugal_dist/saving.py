@@ -407,7 +407,8 @@ def _check_basis(runtime: Runtime, work: Work) -> None:
 
 def _check_shape(runtime: Runtime, work: Work, name: str, needed: Shape) -> None:
     value = work.state.get(name)
-    if value is None or tuple(value.shape) != needed:
+    nothing = value is not None and value.numel() == 0 == prod(needed)  # the shape of nothing is what it was at first
+    if value is None or (tuple(value.shape) != needed and not nothing):
         described = "nothing" if value is None else f"shape {tuple(value.shape)}"
         raise ValueError(
             f"{work.matrix.name}: the loaded {name} has {described}, but density={work.config.density:g}, projection="

@@ -186,7 +186,8 @@ def ensure_state(runtime: Runtime, load: Load) -> None:
     for work in load.works:
         work.state.ensure_clocks()
         moment = work.state.first_moment()
-        if moment is None and not work.frozen:  # of those that are frozen the first refresh creates it
+        later = work.frozen and not work.empty  # then the first refresh creates it, if there ever is one
+        if moment is None and not later:
             create_state(runtime, work)
         elif moment is not None and moment.dtype != work.dtype:  # loaded, or the model was cast
             work.state.convert(work.dtype)

@@ -8,7 +8,7 @@ from torch import Tensor
 import frugal_dist.projection
 from frugal_dist.config import FrugalConfig
 from frugal_dist.projection.coordinates import NOTHING, Columns, Everything, Flat, Rows, Selection, Submatrix
-from frugal_dist.projection.shapes import resolve_side
+from frugal_dist.projection.shapes import longer_dim, resolve_side
 
 
 def draw_selection(config: FrugalConfig, name: str, rows: int, cols: int, refresh: int, count: int) -> Selection:
@@ -24,7 +24,7 @@ def draw_selection(config: FrugalConfig, name: str, rows: int, cols: int, refres
 
 def whole_block(rows: int, cols: int) -> Everything:
     """An active block: everything, shared along its longer side."""
-    return Everything(cols, free_dim=0 if rows >= cols else 1)
+    return Everything(cols, free_dim=longer_dim(rows, cols))
 
 
 def _select(length: int, count: int, config: FrugalConfig, name: str, refresh: int) -> Tensor:

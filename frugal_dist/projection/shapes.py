@@ -118,6 +118,20 @@ def takes_everything(config: FrugalConfig, rows: int, cols: int, size: int) -> b
     return (kind == "left" or size == cols) and (kind == "right" or size == rows)
 
 
+def longer_dim(rows: int, cols: int) -> int:
+    """Along which replicas share a whole matrix."""
+    return 0 if rows >= cols else 1
+
+
+def dim_left_free(config: FrugalConfig, rows: int, cols: int, size: int) -> int | None:
+    """The dim along which replicas share a coordinate selection of this size; None: along the list of its entries."""
+    if config.projection != "randperm" and takes_everything(config, rows, cols, size):
+        return longer_dim(rows, cols)
+    side = resolve_side(config.side, rows, cols)
+    kind = {"columns": "right", "rows": "left", "randperm": side}.get(config.projection, "full")
+    return {"right": 0, "left": 1}.get(kind)
+
+
 def _empty(config: FrugalConfig, name: str, rows: int, cols: int, formula: str) -> str:
     return (
         f"{name} is {rows}x{cols}: projection={config.projection!r}, side={config.side!r} gives {formula} = 0, so "

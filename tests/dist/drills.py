@@ -171,6 +171,20 @@ def missing(names: tuple[str, ...], at: tuple[int, ...], on: int | None) -> Call
     return change
 
 
+def late_nan(rank: int, step: int, grads: dict[str, Any]) -> None:
+    """Steps without a gradient put the refresh off; a NaN comes before it."""
+    if step in (1, 2):
+        grads[VICTIM] = None
+    if step == GAP:
+        grads[VICTIM][-1, -1] = math.nan
+
+
+def by_turns(rank: int, step: int, grads: dict[str, Any]) -> None:
+    """Each rank has no gradient at other steps than its neighbour; all have one at the last, a refresh."""
+    if step < STEPS - 1 and (step + rank) % 3 == 0:
+        grads.update(dict.fromkeys(NAMES[:-1]))
+
+
 def failing_svd(calls: set[int], error: Callable[[str], Exception]) -> Callable[[], Callable[..., Any]]:
     """Raises on the numbered attempts (from 1) at the victim, whose shape is unique; only its owner ever tries."""
 
@@ -255,6 +269,11 @@ def forget_schedule(rank: int, step: int, held: Held) -> None:
         held.optimizer.param_groups[0]["lr"] = 1e-3
 
 
+def halve_density(rank: int, step: int, held: Held) -> None:
+    for group in held.optimizer.param_groups:
+        group["density"] = group["density"] if step != GAP - 1 else group["density"] / 1.5
+
+
 def density_to_zero(rank: int, step: int, held: Held) -> None:
     for group in held.optimizer.param_groups:
         group["density"] = 0.25 if step < 4 else 0.0
@@ -304,6 +323,9 @@ def _like_alone() -> dict[str, Drill]:
                 layout, {"projection": projection}, grads=grads, ranks=_ranks(layout)
             )
     for layout in (*REPLICATED, "Shard(0)", "HSDP 2x2"):
+        found[f"NaN where a refresh could be due, but is not, {layout}"] = Drill(
+            layout, SVD, grads=everywhere(late_nan), ranks=_ranks(layout)
+        )
         for projection in ("svd", "randk", "columns"):
             options = {"projection": projection, "on_refresh": "keep"}
             frozen = Drill(layout, options, before=freeze((0, *range(GAP - 1, STEPS))), ranks=_ranks(layout))
@@ -388,6 +410,10 @@ def _lagging() -> dict[str, Drill]:
                 options = {"projection": projection, "on_refresh": "keep", "density": 0.5}
                 found[f"no gradients on one rank at {at}, {projection}, {layout}"] = Drill(
                     layout, options, grads=grads, ranks=_ranks(layout)
+                )
+            if layout == "Shard(0)":  # replicas would be apart until the next refresh
+                found[f"a density schedule and no gradients by turns, {projection}"] = Drill(
+                    layout, {**options, "density": 0.75}, grads=by_turns, before=halve_density, ranks=3
                 )
             for at in (range(STEPS - 1), range(2, STEPS - 1), (GAP,)):
                 grads = missing(NAMES[:-1], tuple(at), SPOILED)

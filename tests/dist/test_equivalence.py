@@ -80,6 +80,8 @@ VARIANTS = [
     Case("columns", "std", "reset", densities=(0.0,)),
     Case("columns", "std", "keep", densities=(1.0,)),
     Case("randperm", "full", "keep", densities=(1.0,)),
+    Case("rows", "std", "keep", names=LARGE, later=((2, 1.0), (5, 0.4))),
+    Case("columns", "std", "project", names=LARGE, later=((2, 1.0), (5, 0.4))),
 ]
 """Beyond the table: changing densities, forced compute layouts, other rules and schedules, on 4 ranks."""
 
