@@ -33,9 +33,8 @@ class Fuzz:
             configuration = draw(random.Random(seed))
             try:
                 check(configuration)
-            except BaseException as error:
-                error.add_note(
-                    f"configuration: {configuration}\n"
+            except Exception as error:
+                raise AssertionError(
+                    f"{type(error).__name__}: {error}\nconfiguration: {configuration}\n"
                     f"repeat it with: python -m pytest -n 0 '{self.node}' --fuzz-seed {seed} --fuzz-runs 1"
-                )
-                raise
+                ) from error

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -40,6 +42,8 @@ class Settings:
     lr_scale: float = 1.0
     state_free_lr_scale: float = 1.0
     on_refresh: str = "reset"
+    refresh_schedule: str = "together"
+    residual_threshold: float = 0.0
     seed: int = 0
 
 
@@ -49,14 +53,20 @@ class Parameter:
 
     name: str
     weight: Tensor
+    decays: bool = True
     updates: int = 0
     refreshes: int = 0
+    refreshed_at: int = -1
+    size: int = 0
     step: int = 0
     exp_avg: Tensor | None = None
     exp_avg_sq: Tensor | None = None
     left: Tensor | None = None
     right: Tensor | None = None
     positions: list[int] = field(default_factory=list)  # coordinates: where each entry of R stands in the flat matrix
+    scattered: bool = (
+        False  # whether R is what stands at these places: coordinates, and density 0 whatever it is called
+    )
     active: bool = False  # blocks: whether this matrix is state-full
 
 
@@ -87,6 +97,16 @@ def state_free_update(residual: Tensor, settings: Settings) -> Tensor:
     return {"sign": torch.sign(residual), "sgd": residual, "none": torch.zeros_like(residual)}[settings.state_free]
 
 
+@cache
+def written(density: float) -> Fraction:
+    """The number of a small denominator that this float stands for: counts are exact for what somebody wrote."""
+    for denominator in range(1, 10_001):
+        numerator = round(density * denominator)
+        if numerator / denominator == density:
+            return Fraction(numerator, denominator)
+    return Fraction(density)
+
+
 def clear_state(parameter: Parameter) -> None:
     parameter.exp_avg, parameter.exp_avg_sq, parameter.step = None, None, 0
 
@@ -103,7 +123,7 @@ def draw_bases(parameter: Parameter, grad: Tensor, settings: Settings) -> Bases:
     """svd and randperm. A random basis comes from the product: see `Reference.random_bases`."""
     rows, columns = grad.shape
     on_left, on_right = sides(settings, rows, columns)
-    density, left, right = settings.density, None, None
+    density, left, right = written(settings.density), None, None
     left_rank = round(density * (min(rows, columns) if on_right else rows))
     right_rank = round(density * (min(rows, columns) if on_left else columns))
     if settings.projection == "svd":
@@ -131,10 +151,12 @@ def one_hot(length: int, count: int, name: str, refresh: int, settings: Settings
 def draw_positions(parameter: Parameter, settings: Settings) -> list[int]:
     """The flat, row-major places of R's entries in the matrix, in R's order."""
     rows, columns = parameter.weight.shape
+    if settings.density == 0:
+        return []
     length = {"columns": columns, "rows": rows, "randk": rows * columns}[settings.projection]
     chosen = frugal_dist.projection.select_indices(
         length,
-        math.floor(settings.density * length),
+        math.floor(written(settings.density) * length),
         seed=settings.seed,
         name=parameter.name,
         refresh=parameter.refreshes,
@@ -147,14 +169,14 @@ def draw_positions(parameter: Parameter, settings: Settings) -> list[int]:
 
 
 def down(parameter: Parameter, grad: Tensor, settings: Settings) -> Tensor:
-    if settings.projection in COORDINATES:
+    if parameter.scattered:
         return grad.flatten()[parameter.positions]
     low_rank = grad if parameter.left is None else parameter.left.T @ grad
     return low_rank if parameter.right is None else low_rank @ parameter.right
 
 
 def up(parameter: Parameter, low_rank: Tensor, settings: Settings) -> Tensor:
-    if settings.projection in COORDINATES:
+    if parameter.scattered:
         full = torch.zeros(parameter.weight.numel(), dtype=torch.float64)
         full[parameter.positions] = low_rank
         return full.reshape(parameter.weight.shape)
@@ -199,6 +221,23 @@ def active_blocks(count: int, active: int, refresh: int, settings: Settings) -> 
     return {*first, *(count - 1 - i for i in first)}
 
 
+def residual_of(parameter: Parameter, grad: Tensor, low_rank: Tensor, settings: Settings) -> Tensor:
+    """What the projection leaves out. Mathematically nothing where bases are square; rounding has no sign."""
+    if parameter.scattered:
+        residual = grad.clone().flatten()
+        residual[parameter.positions] = 0.0
+        return residual.reshape(grad.shape)
+    bases = [basis for basis in (parameter.left, parameter.right) if basis is not None]
+    if bases and all(basis.shape[0] == basis.shape[1] for basis in bases):
+        return torch.zeros_like(grad)
+    residual = grad - up(parameter, low_rank, settings)
+    if settings.residual_threshold > 0 and settings.projection in ("svd", "random"):
+        dim = 0 if parameter.right is None else 1
+        noise = residual.norm(dim=dim) <= settings.residual_threshold * grad.norm(dim=dim)
+        residual[(slice(None), noise) if dim == 0 else noise] = 0.0
+    return residual
+
+
 class Reference:
     """One parameter group: matrices that are projected, and parameters that are not."""
 
@@ -218,49 +257,70 @@ class Reference:
         return {parameter.name: parameter.weight for parameter in [*self.matrices, *self.regular]}
 
     def step(self, grads: dict[str, Tensor]) -> None:
-        if self.settings.projection == "blockwise" and self.matrices[0].updates % self.settings.update_gap == 0:
-            self._refresh_blocks()
-        for parameter in self.matrices:
-            self._step_matrix(parameter, grads[parameter.name].detach().double())
+        """Parameters that have no gradient are left alone."""
+        for index, parameter in enumerate(self.matrices):
+            if parameter.name in grads and parameter.weight.numel():
+                self._step_matrix(parameter, grads[parameter.name].detach().double(), index)
         for parameter in self.regular:
-            self._decay(parameter)
-            update = state_full_update(parameter, grads[parameter.name].detach().double(), self.settings)
-            parameter.weight = parameter.weight - self.settings.lr * update
+            if parameter.name in grads:
+                self._decay(parameter)
+                update = state_full_update(parameter, grads[parameter.name].detach().double(), self.settings)
+                parameter.weight = parameter.weight - self.settings.lr * update
 
     def _decay(self, parameter: Parameter) -> None:
-        parameter.weight = parameter.weight * (1 - self.settings.lr * self.settings.weight_decay)
+        if parameter.decays:
+            parameter.weight = parameter.weight * (1 - self.settings.lr * self.settings.weight_decay)
 
-    def _refresh_blocks(self) -> None:
-        count = len(self.matrices)
-        active = round(self.settings.density * count)
-        chosen = active_blocks(count, active, self.matrices[0].refreshes, self.settings)
-        for index, parameter in enumerate(self.matrices):
-            clear_state(parameter)
-            parameter.active = index in chosen
-            parameter.refreshes += 1
+    def _is_due(self, parameter: Parameter, index: int) -> bool:
+        """In each period of update_gap updates once; a refresh that came late does not shift the next one."""
+        gap, shift = self.settings.update_gap, 0
+        if self.settings.refresh_schedule == "staggered" and self.settings.projection != "blockwise":
+            shift = index * gap // len(self.matrices)
+        period, last = (parameter.updates - shift) // gap, (parameter.refreshed_at - shift) // gap
+        return parameter.refreshed_at < 0 or period > last
 
-    def _refresh(self, parameter: Parameter, grad: Tensor) -> None:
-        settings = self.settings
-        old_bases, old_positions = (parameter.left, parameter.right), parameter.positions
-        if settings.projection in COORDINATES:
+    def _refresh(self, parameter: Parameter, grad: Tensor, index: int) -> None:
+        settings, mode = self.settings, self.settings.on_refresh
+        old_bases, old_positions, old_size = (parameter.left, parameter.right), parameter.positions, parameter.size
+        was_scattered, parameter.left, parameter.right, parameter.size = parameter.scattered, None, None, 0
+        parameter.scattered = settings.projection in COORDINATES or settings.density == 0
+        if settings.projection == "blockwise":
+            active = round(written(settings.density) * len(self.matrices))
+            parameter.active = index in active_blocks(len(self.matrices), active, parameter.refreshes, settings)
+            mode = "reset"
+        elif parameter.scattered:
             parameter.positions = draw_positions(parameter, settings)
+            parameter.size = len(parameter.positions)
         elif settings.projection == "random":
             assert self.random_bases is not None
             parameter.left, parameter.right = self.random_bases(parameter.name)
         else:
             parameter.left, parameter.right = draw_bases(parameter, grad, settings)
-        if settings.on_refresh == "reset" or parameter.refreshes == 0:
+        for basis in (parameter.left, parameter.right):
+            parameter.size = parameter.size if basis is None else basis.shape[1]
+        if mode == "keep" and parameter.size != old_size:
+            mode = "project"  # with another density the places are not the same ones
+        if mode == "reset" or parameter.refreshes == 0:
             clear_state(parameter)
-        elif settings.on_refresh == "project" and settings.projection in COORDINATES:
+        elif mode == "project" and parameter.scattered != was_scattered:
+            parameter.exp_avg, parameter.exp_avg_sq = None, None
+        elif mode == "project" and parameter.scattered:
             carry_positions(parameter, old_positions)
-        elif settings.on_refresh == "project":
+        elif mode == "project":
             carry_bases(parameter, old_bases)
         parameter.refreshes += 1
+        parameter.refreshed_at = parameter.updates
 
-    def _step_matrix(self, parameter: Parameter, grad: Tensor) -> None:
+    def _step_matrix(self, parameter: Parameter, grad: Tensor, index: int) -> None:
         settings = self.settings
-        if settings.projection != "blockwise" and parameter.updates % settings.update_gap == 0:
-            self._refresh(parameter, grad)
+        from_gradient = settings.projection in ("svd", "random") and settings.density > 0
+        if self._is_due(parameter, index):
+            if from_gradient and not bool(torch.isfinite(grad).all()):
+                return  # the whole step is left out, and tried again
+            if not from_gradient or bool(grad.any()):
+                self._refresh(parameter, grad, index)
+        if parameter.refreshes == 0:
+            return
         self._decay(parameter)
         if settings.projection == "blockwise":
             low_rank = state_full_update(parameter, grad, settings) if parameter.active else None
@@ -268,7 +328,7 @@ class Reference:
             residual = grad if low_rank is None else torch.zeros_like(grad)
         else:
             low_rank = down(parameter, grad, settings)
-            residual = grad - up(parameter, low_rank, settings)
+            residual = residual_of(parameter, grad, low_rank, settings)
             update = up(parameter, state_full_update(parameter, low_rank, settings), settings)
         rate = settings.lr * settings.lr_scale
         parameter.weight = parameter.weight - rate * update
