@@ -19,7 +19,7 @@ from frugal_dist.notices import notice
 from frugal_dist.projection.basis import Basis, basis_shapes
 from frugal_dist.projection.shapes import FAMILY
 from frugal_dist.replicas import fingerprints, mismatched, replicated, resynchronise
-from frugal_dist.sharding.exchange import agree_max, all_to_all, broadcast
+from frugal_dist.sharding.exchange import agree_max, all_to_all, broadcast, gather_objects
 from frugal_dist.sharding.plan import moves_for, owner_layout
 from frugal_dist.sharding.route import fill_buckets, limit_for_owners
 from frugal_dist.sharding.tile import owned, whole
@@ -123,7 +123,7 @@ def _agree(runtime: Runtime, suspects: Sequence[Work]) -> dict[int, Report]:
     agreed = agree_max(runtime.ranks, [*values, *fingerprints(runtime, compared)], suspects[0].device)
     if agreed[0] != -agreed[1]:
         raise ValueError(
-            "The ranks have different hyperparameters at this refresh. Change them (learning rate, density, ...) "
+            f"The ranks have different hyperparameters at this refresh: {_difference(runtime, suspects)}. Change them "
             "on all ranks alike."
         )
     agreed = agreed[2:]
@@ -144,6 +144,18 @@ def _agree(runtime: Runtime, suspects: Sequence[Work]) -> dict[int, Report]:
         reports[work.matrix.index] = Report(most, presence == _GRADIENT, presence != _FROZEN, not bad, not moving)
     resynchronise(runtime, mismatched(runtime, compared, agreed[5 * len(suspects) :]))
     return reports
+
+
+def _difference(runtime: Runtime, works: Sequence[Work]) -> str:
+    """The first hyperparameter that is another one on some rank. Collective."""
+    own = [(work.matrix.name, vars(work.config) | {"weight_decay": work.decay}) for work in works]
+    everyone = gather_objects(runtime.ranks, own)
+    for rank, theirs in enumerate(everyone):
+        for (name, first), (_, options) in zip(everyone[0], theirs, strict=False):
+            for key, value in first.items():
+                if options[key] != value:
+                    return f"{key} of {name} is {value!r} on rank 0, {options[key]!r} on rank {rank}"
+    return "learning rate, density, ..."
 
 
 def _gradient_health(works: Sequence[Work]) -> list[tuple[bool, bool]]:

@@ -73,7 +73,8 @@ def check_like_alone(drill: Drill, outcomes: list[Outcome]) -> None:
 
 def check_failing(name: str, outcome: Outcome) -> None:
     if name.startswith("a schedule"):
-        assert outcome.error.startswith("ValueError: The ranks have different hyperparameters")
+        assert outcome.error.startswith("ValueError: The ranks have different hyperparameters at this refresh: lr of ")
+        assert " is 0.01 on rank 0, 0.001 on rank 1. " in outcome.error
     elif name.startswith("structure"):
         assert outcome.error.startswith("ValueError: param_groups[0]: side was changed from 'std' to 'full'")
         assert outcome.steps == 4, "at once"
