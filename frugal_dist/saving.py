@@ -19,6 +19,7 @@ from torch import Tensor
 
 from frugal_dist.notices import notice
 from frugal_dist.projection.basis import basis_shapes
+from frugal_dist.projection.shapes import FAMILY
 from frugal_dist.sharding.exchange import gather_objects
 from frugal_dist.sharding.plain import PlainStorage
 from frugal_dist.sharding.plan import owner_layout
@@ -39,7 +40,7 @@ from frugal_dist.work import (
     route_to,
     same_slots,
 )
-from frugal_dist.workload import Load, Regular, create_state, load_of
+from frugal_dist.workload import Load, Regular, check_density, create_state, load_of
 
 _PART = re.compile(r"^(?P<key>.*)@rank(?P<rank>\d+)of(?P<size>\d+)$")
 Store = dict[str, Tensor]
@@ -309,7 +310,7 @@ def _is_regular_part(runtime: Runtime, one: Regular) -> bool:
 
 def _sizes_change(runtime: Runtime, work: Work) -> bool:
     boxed = isinstance(runtime.storage.part(work.matrix.original), Box)
-    return boxed and work.family != "basis" and not work.empty and not same_slots(work)
+    return boxed and FAMILY[work.config.projection] != "basis" and not work.empty and not same_slots(work)
 
 
 def _to_dense(runtime: Runtime, work: Work, name: str) -> Tensor:
@@ -368,6 +369,7 @@ def _adopt(runtime: Runtime, work: Work) -> None:
             f"{work.matrix.name}: the loaded state has no {', '.join(missing)} for this rank. It was saved by another "
             "optimizer, another number of ranks, or only by rank 0."
         )
+    check_density(work)
     if state.clock("refreshes") == 0:  # zeros, in whatever size the density at that time made them
         state.drop()
         create_state(runtime, work)

@@ -191,7 +191,7 @@ def ensure_state(runtime: Runtime, load: Load) -> None:
             create_state(runtime, work)
         elif moment is not None and moment.dtype != work.dtype:  # loaded, or the model was cast
             work.state.convert(work.dtype)
-        _check_density(work)
+        check_density(work)
     for one in load.regular:
         if one.state.get("step") is None:
             one.state.put("step", torch.tensor(0, device="cpu"))
@@ -208,7 +208,7 @@ def create_moments(one: Regular, device: torch.device | None = None) -> None:
     one.state.ensure_moments(names, [tuple(one.weight.shape)], dtype, device or one.weight.device)
 
 
-def _check_density(work: Work) -> None:
+def check_density(work: Work) -> None:
     """A basis projection at density 0 has no basis, and its state is another one."""
     before, now = work.state.clock("size"), work.config.density
     started = FAMILY[work.config.projection] == "basis" and not work.empty and work.state.clock("refreshes")

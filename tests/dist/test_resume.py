@@ -270,6 +270,20 @@ def test_whole_state_does_not_become_shared_state(projection: str) -> None:
     assert errors[0].startswith("ValueError: rank 0: ")
 
 
+@pytest.mark.parametrize("projection", ["rows", "randk", "randperm", "blockwise"])
+def test_a_state_dict_takes_no_memory_of_its_own(projection: str) -> None:
+    """Where the number of selected entries on a rank changes, only torch.distributed.checkpoint gets whole tiles."""
+
+    def body(rank: int) -> bool:
+        held = resuming.build("Shard(0)", case_of(projection, "std", "keep"), resuming.weights())
+        resuming.train(held, case_of(projection, "std", "keep"), 0, last=4)
+        live, saved = held.optimizer.state.values(), held.optimizer.state_dict()["state"].values()
+        pointers = [{v.data_ptr() for store in stores for v in store.values() if v.numel()} for stores in (live, saved)]
+        return pointers[0] == pointers[1]
+
+    assert run_ranks(3, body) == [True] * 3
+
+
 # --- copies, groups that come later, owners ---------------------------------------------------------
 
 

@@ -385,6 +385,16 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(change: Callable[[dict
     assert all(torch.equal(a, b) for a, b in zip(weights(tried), weights(alone), strict=True))
 
 
+@pytest.mark.parametrize("projection", ["svd", "random"])
+def test_state_saved_after_its_density_went_to_zero(projection: str) -> None:
+    """The step refuses it, and so does the load: a basis projection has no basis then."""
+    saved, loaded = build_all(projection=projection), build_all(projection=projection)
+    train(saved, 1, 2)
+    saved.param_groups[0]["density"] = 0.0
+    with pytest.raises(ValueError, match="tall: a density schedule cannot go to 0"):
+        loaded.load_state_dict(through_a_file(saved.state_dict()))
+
+
 # parameters that are resized in place, as embeddings for new tokens are
 
 
