@@ -108,7 +108,10 @@ def test_it_learns_and_the_best_model_is_transformers_own(folder: Path, whole: P
 def test_runs_are_exported_and_drawn(folder: Path, whole: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    assert main(["export", str(whole / "checkpoints"), "--out", str(folder / "exported")]) == 0
+    assert main(["export", str(whole), "--out", str(folder / "exported")]) == 0
+    assert "Tokenizer: " in capfd.readouterr().out
+    for written in (folder / "exported", whole / "best"):
+        assert {file.stat().st_mode & 0o777 for file in written.iterdir()} == {written.stat().st_mode & 0o666}
     model = AutoModelForSequenceClassification.from_pretrained(folder / "exported")
     assert model.config.id2label == {0: "dull", 1: "fine"}
     assert main(["plot", str(whole)]) == 0

@@ -162,6 +162,10 @@ def test_every_engine_has_the_same_curve(
     assert len(summary["state_bytes"]) == 2
     assert [sum(kinds.values()) for kinds in summary["state_kinds"]] == summary["state_bytes"]
     assert all(kinds["bases"] > 0 for kinds in summary["state_kinds"])
+    (alone,) = of_kind(read_metrics(folder / "runs" / "single"), "summary")
+    share = 1 if engine == "ddp" else 2  # replicas each have all of AdamW's state
+    adamw = alone["adamw_state_bytes_per_rank"] / share
+    assert summary["adamw_state_bytes_per_rank"] == pytest.approx(adamw, rel=0.05)
 
 
 def test_the_curve_falls(uninterrupted: dict[tuple[str, int], float]) -> None:

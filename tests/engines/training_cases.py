@@ -15,12 +15,16 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Run:
-    """``weights``: a digest of all. ``sums``: in what gradients add up. ``moved``: where the whole model was moved."""
+    """``weights``: a digest of all. ``sums``: in what gradients add up. ``moved``: where the whole model was moved.
+    ``elements``: of the whole model; ``adamw``: bytes that AdamW's state would take on this rank.
+    """
 
     losses: list[float]
     weights: str
     sums: str
     moved: list[str]
+    elements: int
+    adamw: int
 
 
 def trained(zero: dict[str, Any], precision: str = "bf16") -> Run:
@@ -39,12 +43,14 @@ def trained(zero: dict[str, Any], precision: str = "bf16") -> Run:
         config = deepspeed_config(recipe, ranks)
     moved: list[str] = []
     model = _watched(cases.small_llama(), moved)
+    elements = sum(weight.numel() for weight in model.parameters())
     engine = DeepSpeedEngine(model, config, lambda step: 1.0)
     rank = torch.distributed.get_rank()
     losses = [float(engine.train_step(cases.batch(step).chunk(ranks)[rank])) for step in range(3)]
     weights = cases.digest(cases.full_weights(engine._engine))
+    adamw = engine.adamw_bytes()
     engine._engine.destroy()
-    return Run(losses, weights, str(engine._engine.get_data_types()[1]), moved)
+    return Run(losses, weights, str(engine._engine.get_data_types()[1]), moved, elements, adamw)
 
 
 def _watched(model: nn.Module, moved: list[str]) -> nn.Module:

@@ -116,7 +116,8 @@ class PlainEngine:
 
     def adamw_bytes(self) -> int:
         """What AdamW's state would take on this rank: whole under DDP, a part under FSDP2."""
-        return count_adamw_bytes(self._model.parameters())
+        held = (weight for group in self._optimizer.param_groups for weight in group["params"])
+        return count_adamw_bytes(held)  # not the model's: FSDP2 may have left those whole after a forward pass
 
     def refresh_figures(self) -> list[float]:
         """This rank's sums of the refreshes since the last call."""
