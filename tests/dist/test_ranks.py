@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +15,7 @@ from processes import Fleet
 from torch import distributed
 from torch.distributed import HashStore
 
+from frugal_dist.training import waiting as waits
 from frugal_dist.training.place import Place, find_place
 from frugal_dist.training.ranks import _agreed_gpu, gpu_index, joined
 
@@ -109,3 +112,33 @@ def test_without_mpi4py_or_an_address_the_error_says_what_to_export(monkeypatch:
     monkeypatch.setitem(__import__("sys").modules, "mpi4py", None)
     with pytest.raises(ValueError, match="export MASTER_ADDR"):
         find_place({"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"})
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        place = Place(0, 2, 0, 2, "127.0.0.1", taken.getsockname()[1], "torchrun or deepspeed")
+        for name, value in place.environment().items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=f"MASTER_PORT={place.port} is taken"), joined(place):
+            pass
+
+
+def test_a_long_wait_says_for_what_until_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    twice = threading.Event()
+
+    def tell(text: str) -> None:
+        said.append(text)
+        if len(said) == 2:
+            twice.set()
+
+    monkeypatch.setattr(waits, "tell", tell)
+    with waits.waiting("nobody"):
+        pass
+    monkeypatch.setattr(waits, "PATIENCE", 0.01)
+    monkeypatch.setattr(waits, "LATER", 0.01)
+    with waits.waiting("other ranks"):
+        assert twice.wait(60)
+    assert set(said) == {"waiting for other ranks, for 0 min"}

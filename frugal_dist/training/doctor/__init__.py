@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from frugal_dist.training.doctor.finding import FAIL, NOTE, Finding
 from frugal_dist.training.doctor.machine import deepspeed_ops, devices, disk, untouched_devices, versions
@@ -25,6 +29,25 @@ def doctor(folder: Path, quick: bool = False, as_json: bool = False) -> int:
 
     Returns the exit code: 0 if nothing failed, 1 otherwise.
     """
+    with _ended_by_sigterm():
+        return _doctor(folder, quick, as_json)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the trials, too, which run in groups of their own; they end with this process's clean-up."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _doctor(folder: Path, quick: bool, as_json: bool) -> int:
     checks: list[Check] = [versions, untouched_devices if quick else devices, disk, deepspeed_ops]
     found: list[dict[str, Any]] = []
     for check in checks if quick else [*checks, ranks, engines]:
