@@ -19,7 +19,10 @@ from fuzzing import Fuzz
 from storages import Held, replicas
 from threads import run_ranks
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of NaN, of little that is projected
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # of NaN, of little that is projected
+    pytest.mark.timeout(3600),  # with --heavy, or as many runs as one likes
+]
 PLACES = list(places())
 DEADLINE = 30.0
 """Seconds after which ranks count as hanging."""

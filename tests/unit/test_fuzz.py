@@ -21,7 +21,10 @@ from frugal_dist import Frugal
 BETAS = {"adamw": (0.9, 0.999), "lion": (0.9, 0.99), "sgdm": (0.9, 0.999)}
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of NaN, of little that is projected
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # of NaN, of little that is projected
+    pytest.mark.timeout(3600),  # with --heavy, or as many runs as one likes
+]
 
 
 def test_one_process_is_the_reference(fuzz: Fuzz) -> None:
