@@ -92,8 +92,8 @@ def test_the_job_trains_a_recipe_on_the_shared_volume(objects: dict[str, Any]) -
     }
     assert claims == {objects["PersistentVolumeClaim"]["metadata"]["name"]}
     assert objects["PersistentVolumeClaim"]["spec"]["accessModes"] == ["ReadWriteMany"]
-    rule = objects["Job"]["spec"]["podFailurePolicy"]["rules"][0]  # what diverged does not start again
-    given_up = {"containerName": container["name"], "operator": "In", "values": [DIVERGED]}
+    rule = objects["Job"]["spec"]["podFailurePolicy"]["rules"][0]  # mistakes and what diverged do not start again
+    given_up = {"containerName": container["name"], "operator": "In", "values": [2, DIVERGED]}
     assert (rule["action"], rule["onExitCodes"]) == ("FailJob", given_up)
 
 
