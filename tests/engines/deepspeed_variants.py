@@ -104,6 +104,11 @@ def freeze_for_a_while(model: nn.Module, step: int) -> None:
             param.requires_grad_(step != 5)
 
 
+def unfreeze_late(model: nn.Module, step: int) -> None:
+    if step == 3:
+        model.requires_grad_(True)
+
+
 class Gated(nn.Module):
     """Blocks whose branch starts at zero (ReZero, LayerScale): in the first step only the gates have a gradient."""
 
@@ -181,6 +186,7 @@ VARIANTS = {
         build=Gated, options={"projection": "columns", "weight_decay": 0.5}, zero={"sub_group_size": 40}
     ),
     "gates, blockwise": Variant(build=Gated, options={"projection": "blockwise", "density": 0.5, "weight_decay": 0.5}),
+    "frozen at first": Variant(build=frozen, before=unfreeze_late),
     "frozen for a while, accumulation": Variant(before=freeze_for_a_while, accumulate=3),
     "frozen for a while, clipping": Variant(before=freeze_for_a_while, clip=0.1, more={"gradient_clipping": 0.1}),
     "frozen for a while, clipping, offload": Variant(

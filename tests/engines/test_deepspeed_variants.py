@@ -18,6 +18,7 @@ STAGES = {
     "parameter_alignment": (1, 2),
     "small buckets": (1, 2),
     "several groups, offload": (1, 2, 3),
+    "frozen at first": (0,),
     "frozen for a while, clipping, offload": (1, 2, 3),
 }
 """Where not 0 to 3."""
