@@ -5,7 +5,7 @@ from frugal_dist import checkpoint, projection
 from frugal_dist.config import PRESETS, FrugalConfig, preset
 from frugal_dist.integrations import deepspeed as _deepspeed
 from frugal_dist.optimizer import Frugal
-from frugal_dist.parameters import split_parameters
+from frugal_dist.parameters.split import split_parameters
 
 __version__ = "0.1.0"
 __all__ = ["PRESETS", "Frugal", "FrugalConfig", "checkpoint", "preset", "projection", "split_parameters"]

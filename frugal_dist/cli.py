@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from frugal_dist.training.ending import end_process
+from frugal_dist.training.distributed.ending import end_process
 
 
 def console() -> NoReturn:
@@ -94,7 +94,7 @@ class _Help(argparse.Action):
 
 
 def _list_keys(options: argparse.Namespace) -> None:
-    from frugal_dist.training.finetune_recipe import FinetuneRecipe
+    from frugal_dist.training.finetune.recipe import FinetuneRecipe
     from frugal_dist.training.recipe import Recipe, read_recipe
 
     print(flush=True)
@@ -245,14 +245,14 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _data_reviews(options: argparse.Namespace) -> int:
-    from frugal_dist.training.reviews import write_reviews
+    from frugal_dist.training.data.corpora import write_reviews
 
     print(write_reviews(options.out))
     return 0
 
 
 def _data_tokenizer(options: argparse.Namespace) -> int:
-    from frugal_dist.training.preparing import Preparation, make_tokenizer
+    from frugal_dist.training.data.prepare import Preparation, make_tokenizer
 
     given = ("source", "out", "name", "column", "split", "documents", "skip_bad")
     make_tokenizer(Preparation(tokenizer="", **{key: getattr(options, key) for key in given}), options.vocab_size)
@@ -262,14 +262,14 @@ def _data_tokenizer(options: argparse.Namespace) -> int:
 def _data_prepare(options: argparse.Namespace) -> int:
     from dataclasses import fields
 
-    from frugal_dist.training.preparing import Preparation, prepare
+    from frugal_dist.training.data.prepare import Preparation, prepare
 
     prepare(Preparation(**{field.name: getattr(options, field.name) for field in fields(Preparation)}))
     return 0
 
 
 def _demo_prepare(options: argparse.Namespace) -> int:
-    from frugal_dist.training.prepare import prepare_demo
+    from frugal_dist.training.data.prepared import prepare_demo
 
     prepare_demo(options.data, source=options.source, vocab_size=options.vocab_size)
     return 0
@@ -332,9 +332,9 @@ def _pretrain(options: argparse.Namespace) -> int:
 
 
 def _finetune(options: argparse.Namespace) -> int:
-    from frugal_dist.training.finetune import finetune_from
-    from frugal_dist.training.finetune_compare import compare_finetunes
-    from frugal_dist.training.finetune_recipe import FinetuneRecipe, check_finetune
+    from frugal_dist.training.finetune.compare import compare_finetunes
+    from frugal_dist.training.finetune.recipe import FinetuneRecipe, check_finetune
+    from frugal_dist.training.finetune.run import finetune_from
     from frugal_dist.training.optimizers import check_tuning
     from frugal_dist.training.recipe import read_recipe
 
@@ -386,7 +386,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from frugal_dist.training.planning import plan_recipe
+    from frugal_dist.training.plan import plan_recipe
     from frugal_dist.training.recipe import Recipe, read_recipe
 
     recipe = read_recipe(options.recipe, options.changes, Recipe)
@@ -396,7 +396,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _plot(options: argparse.Namespace) -> int:
     from frugal_dist.training.folders import runs_in
-    from frugal_dist.training.plot import PLOT_FILE, SEVERAL_FILE, plot_runs
+    from frugal_dist.training.metrics.plot import PLOT_FILE, SEVERAL_FILE, plot_runs
 
     runs = [run for given in options.runs for run in runs_in(given)]
     alone = options.runs[0] / SEVERAL_FILE if len(options.runs) == 1 else Path(SEVERAL_FILE)
@@ -433,7 +433,7 @@ def _memory(options: argparse.Namespace) -> int:
     if options.model is None:
         print(memory_table(options.density))
     else:
-        from frugal_dist.training.planning import memory_of
+        from frugal_dist.training.plan import memory_of
 
         print(memory_of(options.model, options.density))
     return 0

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from frugal_dist import engines, saving
-from frugal_dist.changes import Seen, as_made, check_sizes, settle
+from frugal_dist import engines
+from frugal_dist import state_dict as saved_state
 from frugal_dist.config import (
     HYPERPARAMETERS,
     OLD_NAMES,
@@ -25,8 +25,11 @@ from frugal_dist.config import (
     renamed,
     without_auto,
 )
-from frugal_dist.figures import RefreshFigures
-from frugal_dist.groups import (
+from frugal_dist.engines import torch_checkpoint
+from frugal_dist.engines.wrapped import innermost, on_innermost, own
+from frugal_dist.notices import notice, tell
+from frugal_dist.parameters.changes import Seen, as_made, check_sizes, settle
+from frugal_dist.parameters.groups import (
     NAMES,
     Saved,
     arranged,
@@ -40,10 +43,8 @@ from frugal_dist.groups import (
     tables_in,
     without_foreign,
 )
-from frugal_dist.holdings import StateBytes, bytes_by_name, state_bytes, summary
-from frugal_dist.names import Choice
-from frugal_dist.notices import notice, tell
-from frugal_dist.parameters import (
+from frugal_dist.parameters.names import Choice
+from frugal_dist.parameters.split import (
     ParameterInfo,
     check_patterns,
     clean_name,
@@ -51,15 +52,15 @@ from frugal_dist.parameters import (
     report,
     selection_advice,
 )
+from frugal_dist.parameters.summary import StateBytes, bytes_by_name, state_bytes, summary
 from frugal_dist.projection.numerics import full_precision
-from frugal_dist.refresh import refresh
-from frugal_dist.sharding import torch_checkpoint
-from frugal_dist.sharding.exchange import agree_max, outlives_its_process, speaks
-from frugal_dist.sharding.storage import Original
-from frugal_dist.stepping import step_matrices
-from frugal_dist.work import Runtime
-from frugal_dist.workload import Load, ensure_state, load_of, step_regular
-from frugal_dist.wrapped import innermost, on_innermost, own
+from frugal_dist.sharding.collectives import agree_max, outlives_its_process, speaks
+from frugal_dist.sharding.shard import ParamSpec
+from frugal_dist.step.inputs import StepInputs, ensure_state, step_inputs, step_regular
+from frugal_dist.step.matrices import step_matrices
+from frugal_dist.step.refresh import refresh
+from frugal_dist.step.runtime import Runtime
+from frugal_dist.step.statistics import RefreshStats
 
 BUCKET_BYTES = 64 * 2**20
 """Bound of one packed exchange, over all ranks; peak scratch is up to three times that."""
@@ -156,7 +157,7 @@ class Frugal(Optimizer):
         self._shard_state = shard_state
         self._process_group = process_group
         self._no_decay = _patterns(no_decay)
-        self._originals: list[Original] = []
+        self._originals: list[ParamSpec] = []
         self._sources: list[Callable[[], Tensor | None]] = []  # weak: engines replace parameters, ZeRO asks for them
         self._groups: list[dict[str, Any]] = []  # all groups, also while DeepSpeed shows one of them only
         self._runtime: Runtime | None = None
@@ -164,7 +165,7 @@ class Frugal(Optimizer):
         self._started = False  # any gradient was not zero, or any state has moved
         self._checked: set[tuple[int, ...]] = set()  # calls whose gradients all ranks have looked at together
         self._settled: dict[int, Seen] = {}  # what the state of each group was made with
-        self._loaded: saving.Loaded | None = None
+        self._loaded: saved_state.Loaded | None = None
         self._saved_elsewhere = False
         self._saving_checked = self._told = self._parts_told = self._summarised = False
         resolved = FrugalConfig(**given)
@@ -244,7 +245,7 @@ class Frugal(Optimizer):
 
     def _original(
         self, name: str | None, tensor: Tensor, projected: bool | None, group: int, position: int
-    ) -> Original:
+    ) -> ParamSpec:
         shape = engines.full_shape(tensor)
         named = name is not None
         name = None if name is None else clean_name(name)  # the same seeds and state names with and without wrappers
@@ -267,7 +268,7 @@ class Frugal(Optimizer):
                 f'{name}: its group says "projected": {decided}, but project and skip of Frugal say otherwise. '
                 "Leave out one of the two; split_parameters takes the same patterns."
             )
-        return Original(name, shape, decided, not matches(name, self._no_decay), group, position)
+        return ParamSpec(name, shape, decided, not matches(name, self._no_decay), group, position)
 
     def _check_shapes(self) -> None:
         for index, group in enumerate(self.param_groups):
@@ -284,7 +285,7 @@ class Frugal(Optimizer):
                 self._check_shapes()
 
     @property
-    def originals(self) -> list[Original]:
+    def originals(self) -> list[ParamSpec]:
         """The parameters as the user's model has them, in order."""
         return list(innermost(self)._originals)
 
@@ -359,16 +360,16 @@ class Frugal(Optimizer):
                 self._summarise(runtime)
         return loss
 
-    def _load(self, runtime: Runtime) -> Load:
+    def _load(self, runtime: Runtime) -> StepInputs:
         """This call's tensors. ValueError for gradients that cannot be used; at the first call on all ranks alike, also
         on those without a gradient.
         """
         if tuple(runtime.storage.call()) in self._checked:
-            return load_of(runtime, self.state)
-        return saving.together(runtime, lambda: load_of(runtime, self.state))
+            return step_inputs(runtime, self.state)
+        return saved_state.together(runtime, lambda: step_inputs(runtime, self.state))
 
-    def _starts(self, runtime: Runtime, load: Load) -> bool:
-        """Whether this is the all-zero call by which engines create the state: it leaves weights and clocks alone.
+    def _starts(self, runtime: Runtime, load: StepInputs) -> bool:
+        """Whether this is the all-zero call by which engines create the state: it leaves weights and counters alone.
 
         Only before anything has moved. ZeRO calls once for each group or sub-group, of which some may have zeros first.
         """
@@ -394,7 +395,7 @@ class Frugal(Optimizer):
 
         Zeros where nothing was refreshed. No collective.
         """
-        return RefreshFigures().take() if self._runtime is None else self._runtime.figures.take()
+        return RefreshStats().take() if self._runtime is None else self._runtime.figures.take()
 
     def _bind(self) -> Runtime:
         """Find out, once, how the engine stores the parameters. Collective on more than one rank."""
@@ -416,7 +417,7 @@ class Frugal(Optimizer):
                     before=self._before,
                 )
             )
-            saving.unpack_all(runtime, self.state, self._loaded)
+            saved_state.unpack_all(runtime, self.state, self._loaded)
             self._runtime, self._before, self._loaded = runtime, None, None
         return self._runtime
 
@@ -457,12 +458,12 @@ class Frugal(Optimizer):
                 "DeepSpeed stage 0 saves the optimizer state of rank 0 only, but with shard_state=True every rank "
                 'holds a part. Save with frugal_dist.checkpoint, or remove "shard_state".'
             )
-        packed = saving.pack_all(runtime, self.state)
+        packed = saved_state.pack_all(runtime, self.state)
         if not self.saved_elsewhere:
-            saving.refuse_to_lose(packed)
-            if not self._parts_told and saving.is_one_of_many(runtime, packed):
+            saved_state.refuse_to_lose(packed)
+            if not self._parts_told and saved_state.is_one_of_many(runtime, packed):
                 self._parts_told = True
-                notice(saving.PARTS)
+                notice(saved_state.PARTS)
         order = [tensor for group in self.param_groups for tensor in group["params"]]
         state = {number: packed[id(tensor)] for number, tensor in enumerate(order) if id(tensor) in packed}
         return {**plain, "state": state}
@@ -496,7 +497,7 @@ class Frugal(Optimizer):
         try:
             refused = self._take(state_dict)
             if refused and not settled:  # a rank that raised alone would leave the others waiting
-                self._runtime, self._before, self._loaded = None, None, saving.Loaded(refused=str(refused))
+                self._runtime, self._before, self._loaded = None, None, saved_state.Loaded(refused=str(refused))
             elif refused:
                 raise refused
             elif settled:
@@ -547,31 +548,31 @@ class Frugal(Optimizer):
         self.state = defaultdict(dict)
         for number, tensor in zip(saved.numbers, order, strict=True):
             if number in state:
-                self.state[tensor] = saving.placed(state[number], tensor.device)
+                self.state[tensor] = saved_state.placed(state[number], tensor.device)
         self._runtime, self._before = None, None
-        self._loaded = saving.Loaded(moved=saved.moved, replaced=saved.replaced)
+        self._loaded = saved_state.Loaded(moved=saved.moved, replaced=saved.replaced)
 
     @on_innermost
     def is_divided(self) -> bool:
         """Whether ranks hold different parts of the state, so that no rank's state_dict is all of it. Collective."""
-        return saving.is_divided(*self.everything())
+        return saved_state.is_divided(*self.everything())
 
     def _check_saving(self) -> None:
         """Once, and on all ranks alike: later only one of them may be asked for its state."""
         if self._saving_checked or self.saved_elsewhere:
             return
         if engines.keeps_rank_zero_only(self) and self.is_divided():
-            raise ValueError(saving.ONLY_RANK_ZERO)
+            raise ValueError(saved_state.ONLY_RANK_ZERO)
         self._saving_checked = True
 
     @torch.no_grad()
     @on_innermost
-    def everything(self) -> tuple[Runtime, Load]:
+    def everything(self) -> tuple[Runtime, StepInputs]:
         """All matrices and regular parameters with their state, for ``frugal_dist.checkpoint``. Collective at first."""
         with full_precision():
             follow_replaced(self._groups, self.param_groups)
             runtime = self._bind()
-            load = load_of(runtime, self.state, everything=True)
+            load = step_inputs(runtime, self.state, everything=True)
             ensure_state(runtime, load)
             return runtime, load
 
@@ -593,9 +594,9 @@ class Frugal(Optimizer):
         runtime = self._runtime or self._before
         if runtime is not None:
             with as_made(self._groups, self._settled):
-                packed = saving.pack_all(runtime, self.state)
+                packed = saved_state.pack_all(runtime, self.state)
             stores = {tensor: packed[id(tensor)] for tensor in self.state if id(tensor) in packed}
-            state.update(state=defaultdict(dict, stores), _loaded=saving.Loaded())
+            state.update(state=defaultdict(dict, stores), _loaded=saved_state.Loaded())
         return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Frugal:
@@ -637,7 +638,7 @@ class Frugal(Optimizer):
         self.__dict__.setdefault("_choice", Choice())
         self.__dict__.setdefault("_saved_elsewhere", False)
         was = self.__dict__.get("_loaded")  # True or False in older pickles
-        self._loaded = saving.Loaded() if was is True else was or None
+        self._loaded = saved_state.Loaded() if was is True else was or None
         if "_originals" in state:  # unpickled or copied: the sources of a DeepSpeed engine do not come along
             self._groups = list(self.param_groups)
             self._sources = [lambda: None for _ in self._originals]

@@ -138,7 +138,7 @@ record() {
 import sys
 from pathlib import Path
 
-from frugal_dist.training.metrics import METRICS_FILE, of_kind, read_metrics
+from frugal_dist.training.metrics.record import METRICS_FILE, of_kind, read_metrics
 from frugal_dist.training.recipe import read_recipe
 
 try:
@@ -160,7 +160,7 @@ from pathlib import Path
 from frugal_dist.training.optimizers import check_optimizer
 from frugal_dist.training.recipe import check_recipe, read_recipe
 from frugal_dist.training.run import FAILURE_FILE
-from frugal_dist.training.run_lock import check_free
+from frugal_dist.training.distributed.run_lock import check_free
 
 try:
     recipe = read_recipe(sys.argv[1], sys.argv[2:])

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from frugal_dist.changes import matrix_options, regular_options
 from frugal_dist.checkpoint.errors import MismatchError
 from frugal_dist.checkpoint.leftovers import leftovers
 from frugal_dist.checkpoint.parts import WEIGHT
 from frugal_dist.checkpoint.reader import Reader
 from frugal_dist.checkpoint.writing import fingerprint_of_draws
-from frugal_dist.work import Runtime
-from frugal_dist.workload import Load
+from frugal_dist.parameters.changes import matrix_options, regular_options
+from frugal_dist.step.inputs import StepInputs
+from frugal_dist.step.runtime import Runtime
 
 SHOWN = 5
 Anew = dict[str, list[str]]
@@ -21,7 +21,7 @@ frozen then and are frozen now, on an engine that keeps no state of such paramet
 """
 
 
-def compare(runtime: Runtime, now: Load, reader: Reader, model_or_engine: Any, refresh: bool) -> Anew:
+def compare(runtime: Runtime, now: StepInputs, reader: Reader, model_or_engine: Any, refresh: bool) -> Anew:
     """The names of matrices and regular parameters whose state starts anew, with the reason.
 
     MismatchError for another model, and without ``refresh`` for other hyperparameters that the state depends on.
@@ -61,7 +61,7 @@ def _some(title: str, names: list[str], describe: Callable[[str], str]) -> str:
     return f"{title}: {', '.join(describe(name) for name in names[:SHOWN])}{more}"
 
 
-def _changed(runtime: Runtime, now: Load, reader: Reader) -> Anew:
+def _changed(runtime: Runtime, now: StepInputs, reader: Reader) -> Anew:
     same_draws = reader.index.draws == fingerprint_of_draws()
     frozen = {original.name for i, original in enumerate(runtime.originals) if runtime.storage.frozen(i)}
     found: Anew = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar, cast
 
-from frugal_dist.sharding.exchange import Ranks, gather_objects
+from frugal_dist.sharding.collectives import Ranks, gather_objects
 
 T = TypeVar("T")
 

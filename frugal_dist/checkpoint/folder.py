@@ -19,7 +19,7 @@ from frugal_dist.checkpoint.opening import read_bytes
 from frugal_dist.checkpoint.writing import write_checkpoint
 from frugal_dist.notices import notice
 from frugal_dist.optimizer import Frugal
-from frugal_dist.sharding.exchange import Ranks, gather_objects
+from frugal_dist.sharding.collectives import Ranks, gather_objects
 
 LATEST = "latest"
 _STEP = re.compile(r"^step_(\d{6,})$|^\.step_(\d{6,})\.old$")

@@ -15,7 +15,7 @@ from frugal_dist.checkpoint.parts import WEIGHT, flat_shape
 from frugal_dist.checkpoint.tensors import Written
 from frugal_dist.config import HYPERPARAMETERS, config_from
 from frugal_dist.sharding.tile import Tile
-from frugal_dist.state import CLOCKS
+from frugal_dist.step.state import COUNTERS
 
 T = TypeVar("T")
 
@@ -137,7 +137,7 @@ def _index(plain: dict[str, Any]) -> Index:
         pieces=_table(plain["pieces"], "pieces", lambda value, where: _list(value, where, _piece)),
         parameters=_table(plain["parameters"], "parameters", lambda value, where: _list(value, where, _count)),
         buffers=_table(plain["buffers"], "buffers", lambda value, where: _list(value, where, _count)),
-        matrices=_table(plain["matrices"], "matrices", lambda value, where: _entry(value, where, CLOCKS)),
+        matrices=_table(plain["matrices"], "matrices", lambda value, where: _entry(value, where, COUNTERS)),
         regular=_table(plain["regular"], "regular", lambda value, where: _entry(value, where, ("step",))),
         groups=_list(plain["groups"], "groups", _group),
         model_config=None if plain["model_config"] is None else _table(plain["model_config"], "model_config", _as_is),
@@ -192,16 +192,16 @@ def _piece(value: Any, where: str) -> tuple[str, Tile]:
     return _text(name, where), Tile((top, bottom), (left, right))
 
 
-def _entry(value: Any, where: str, clocks: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+def _entry(value: Any, where: str, counters: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     found = _table(value, where, _as_is)
-    counted = _table(found["clocks"], f"{where}['clocks']", _clock)
-    missing = [name for name in clocks if name not in counted]
+    counted = _table(found["clocks"], f"{where}['clocks']", _counter)
+    missing = [name for name in counters if name not in counted]
     if missing:
         raise ValueError(f"{where} has no {missing[0]}.")
     return {"clocks": counted, "depends_on": _table(found["depends_on"], f"{where}['depends_on']", _scalar)}
 
 
-def _clock(value: Any, where: str) -> int:
+def _counter(value: Any, where: str) -> int:
     """``refreshed_at`` is -1 before the first refresh."""
     return -1 if type(value) is int and value == -1 and where.endswith("['refreshed_at']") else _count(value, where)
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from frugal_dist import engines
 from frugal_dist.checkpoint.errors import CheckpointError
 from frugal_dist.checkpoint.parts import WEIGHT, Chunk, part_chunks
-from frugal_dist.names import clean_name
-from frugal_dist.sharding.storage import Box, Part
-from frugal_dist.work import Runtime
+from frugal_dist.parameters.names import clean_name
+from frugal_dist.sharding.shard import Box, LocalShard
+from frugal_dist.step.runtime import Runtime
 
 BUFFER = "buffer/"
 """Of the names of buffers in a checkpoint."""
@@ -27,7 +27,7 @@ class Leftover:
     key: str
     name: str
     shape: tuple[int, ...]
-    part: Part
+    part: LocalShard
     local: Tensor
 
     @property
@@ -40,7 +40,7 @@ def leftovers(runtime: Runtime, model_or_engine: Any) -> list[Leftover]:
     model = module_of(model_or_engine)
     known = {original.name for original in runtime.originals}
     saved = set(model.state_dict().keys())  # first: it makes FSDP2 give up whole parameters kept from a forward pass
-    held = {id(runtime.storage.carrier(i)) for i in range(len(runtime.originals))}
+    held = {id(runtime.storage.param(i)) for i in range(len(runtime.originals))}
     found = []
     for name, param in model.named_parameters():
         plain = clean_name(name)

@@ -20,13 +20,20 @@ from frugal_dist.checkpoint.reader import Reader
 from frugal_dist.checkpoint.rng import check_rng_state, reseed, set_rng_state
 from frugal_dist.checkpoint.schedule import fitted
 from frugal_dist.config import HYPERPARAMETERS, saved_group
-from frugal_dist.groups import moved_by_schedules
 from frugal_dist.notices import notice
 from frugal_dist.optimizer import Frugal
-from frugal_dist.sharding.exchange import Ranks, gather_objects
-from frugal_dist.state import CLOCKS, MatrixState
-from frugal_dist.work import Runtime, Work, basis_piece_shapes, basis_route, coordinate_cut, moment_names
-from frugal_dist.workload import Load, Regular, create_moments, ensure_state
+from frugal_dist.parameters.groups import moved_by_schedules
+from frugal_dist.sharding.collectives import Ranks, gather_objects
+from frugal_dist.step.inputs import LocalParameter, StepInputs, create_moments, ensure_state
+from frugal_dist.step.runtime import (
+    LocalMatrix,
+    Runtime,
+    basis_piece_shapes,
+    basis_route,
+    local_selection,
+    moment_names,
+)
+from frugal_dist.step.state import COUNTERS, MatrixState
 
 META = torch.device("meta")
 
@@ -95,7 +102,7 @@ class Restoring:
     """One load. ``fresh``: matrices and regular parameters whose state starts anew."""
 
     runtime: Runtime
-    now: Load
+    now: StepInputs
     reader: Reader
     model_or_engine: Any
     fresh: Anew
@@ -111,7 +118,7 @@ class Restoring:
                 for chunk in self._state_then(work):
                     self.reader.find(chunk.name, chunk.shape, chunk.area)
 
-    def _state_then(self, work: Work) -> list[Chunk]:
+    def _state_then(self, work: LocalMatrix) -> list[Chunk]:
         """What there must be of a matrix, by its counts. DamagedError if these are not of this matrix."""
         try:
             return list(state_chunks(self.runtime, self._rebuilt(work, META)))
@@ -134,7 +141,7 @@ class Restoring:
         for one in self.now.regular:
             if self._keeps_moments(one):
                 create_moments(one)
-                self._set_clock(one)
+                self._set_counter(one)
             else:
                 _reset_regular(one)
         for work in self.now.works:
@@ -145,7 +152,7 @@ class Restoring:
             _replace_state(work, rebuilt.state)
         self._fill(self._kept_in_place(self.now.regular))
 
-    def _kept_in_place(self, regular: list[Regular]) -> Iterator[Chunk]:
+    def _kept_in_place(self, regular: list[LocalParameter]) -> Iterator[Chunk]:
         """Weights, everything the optimizer does not hold, and the moments of regular parameters."""
         yield from weight_chunks(self.runtime, self.now)
         for other in leftovers(self.runtime, self.model_or_engine):
@@ -163,11 +170,11 @@ class Restoring:
     def _starts_anew(self, name: str) -> bool:
         return name in self.fresh
 
-    def _keeps_moments(self, one: Regular) -> bool:
+    def _keeps_moments(self, one: LocalParameter) -> bool:
         """Before the first step moments are zeros, or not there: then the parameter was frozen."""
         return not self._starts_anew(one.name) and self._saved_step(one) > 0
 
-    def _with_room(self, one: Regular, device: torch.device) -> Regular:
+    def _with_room(self, one: LocalParameter, device: torch.device) -> LocalParameter:
         """As it is, or with moments of its own on ``device`` if it has none (it is frozen), but some were saved."""
         if one.state.has_moments() or not self._keeps_moments(one):
             return one
@@ -175,54 +182,54 @@ class Restoring:
         create_moments(scratch, device)
         return scratch
 
-    def _saved_step(self, one: Regular) -> int:
+    def _saved_step(self, one: LocalParameter) -> int:
         return int(self.reader.index.regular[one.name]["clocks"]["step"])
 
-    def _set_clock(self, one: Regular) -> None:
-        one.state.set_clock("step", self._saved_step(one))
+    def _set_counter(self, one: LocalParameter) -> None:
+        one.state.set_counter("step", self._saved_step(one))
 
-    def _rebuilt(self, work: Work, device: torch.device) -> Work:
+    def _rebuilt(self, work: LocalMatrix, device: torch.device) -> LocalMatrix:
         """The matrix with a state of its own that has room for what was saved; the live state is untouched."""
-        clocks = self.reader.index.matrices[work.matrix.name]["clocks"]
+        counters = self.reader.index.matrices[work.matrix.name]["clocks"]
         scratch = replace(work, state=MatrixState({}, work.state.prefix))
-        if work.empty or int(clocks["refreshes"]) == 0:
+        if work.empty or int(counters["refreshes"]) == 0:
             return self._renewed(work)
-        _set_clocks(scratch.state, clocks)
+        _set_counters(scratch.state, counters)
         names = moment_names(work.config)
         if work.family != "basis":
-            shapes = [piece.mine for piece in coordinate_cut(self.runtime, scratch).pieces]
+            shapes = [piece.mine for piece in local_selection(self.runtime, scratch).pieces]
             scratch.state.ensure_moments(names, shapes, work.dtype, device)
             return scratch
-        plan, r = basis_route(self.runtime, work), int(clocks["size"])
+        plan, r = basis_route(self.runtime, work), int(counters["size"])
         scratch.state.ensure_moments(names, basis_piece_shapes(work, plan, r), work.dtype, device)
         if plan.tiles:
             dtype = work.basis_dtype if device == META else self._basis_dtype(work)
             scratch.state.ensure_basis(work.side, (work.matrix.rows, work.matrix.cols), r, dtype, device)
         return scratch
 
-    def _basis_dtype(self, work: Work) -> torch.dtype:
+    def _basis_dtype(self, work: LocalMatrix) -> torch.dtype:
         """As it was kept: another basis_dtype counts from the next refresh, as it does in a run that goes on."""
         key = "basis_left" if work.side == "full" else "basis"
         kept = self.reader.dtype(f"state/{work.matrix.name}/{key}")
         return kept if kept == torch.bfloat16 else work.dtype
 
-    def _renewed(self, work: Work) -> Work:
+    def _renewed(self, work: LocalMatrix) -> LocalMatrix:
         """The matrix with state as before its first refresh, which is due now; its updates stay counted."""
         scratch = replace(work, state=MatrixState({}, work.state.prefix))
         ensure_state(self.runtime, replace(self.now, works=[scratch], regular=[]))
         saved = self.reader.index.matrices.get(work.matrix.name)
         if saved is not None:
-            scratch.state.set_clock("updates", int(saved["clocks"]["updates"]))
+            scratch.state.set_counter("updates", int(saved["clocks"]["updates"]))
         return scratch
 
 
-def _set_clocks(state: MatrixState, clocks: Mapping[str, Any]) -> None:
-    state.ensure_clocks()
-    for name in CLOCKS:
-        state.set_clock(name, int(clocks[name]))
+def _set_counters(state: MatrixState, counters: Mapping[str, Any]) -> None:
+    state.ensure_counters()
+    for name in COUNTERS:
+        state.set_counter(name, int(counters[name]))
 
 
-def _replace_state(work: Work, new: MatrixState) -> None:
+def _replace_state(work: LocalMatrix, new: MatrixState) -> None:
     """``new`` becomes the live state; whatever else the matrix had goes."""
     live = work.state
     for key in [key for key in live.store if key in _keys(live)]:
@@ -231,16 +238,16 @@ def _replace_state(work: Work, new: MatrixState) -> None:
 
 
 def _keys(state: MatrixState) -> set[str]:
-    names = (*CLOCKS, "exp_avg", "exp_avg_sq", "basis", "basis_left", "basis_right")
+    names = (*COUNTERS, "exp_avg", "exp_avg_sq", "basis", "basis_left", "basis_right")
     return {state.prefix + name for name in names}
 
 
-def _reset_regular(one: Regular) -> None:
+def _reset_regular(one: LocalParameter) -> None:
     for name in moment_names(one.config):
         moment = one.state.get(name)
         if moment is not None:
             moment.zero_()
-    one.state.set_clock("step", 0)
+    one.state.set_counter("step", 0)
 
 
 # --- hyperparameters that move ----------------------------------------------------------------------

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from frugal_dist.projection.coordinates import Selection
-from frugal_dist.sharding.storage import Box, Interval, Original, Part
+from frugal_dist.sharding.shard import Box, Interval, LocalShard, ParamSpec
 from frugal_dist.sharding.tile import Tile, interval_tiles
-from frugal_dist.work import (
+from frugal_dist.step.inputs import LocalParameter, StepInputs
+from frugal_dist.step.runtime import (
     CoordinatePiece,
+    LocalMatrix,
     Runtime,
-    Work,
     basis_piece_shapes,
     basis_route,
-    coordinate_cut,
+    local_selection,
     moment_names,
     whole_selection,
 )
-from frugal_dist.workload import Load, Regular
 
 WEIGHT = "weight/"
 """Of the names of parameters in a checkpoint, whether anybody optimizes them or not."""
@@ -79,7 +79,7 @@ def _once(owner: Tensor, values: Tensor | None = None) -> Tensor:
     return found
 
 
-def weight_chunks(runtime: Runtime, load: Load) -> Iterator[Chunk]:
+def weight_chunks(runtime: Runtime, load: StepInputs) -> Iterator[Chunk]:
     """The weights the optimizer updates: fp32 masters where the engine keeps them."""
     for work in load.works:
         original = runtime.originals[work.matrix.original]
@@ -92,7 +92,7 @@ def weight_chunks(runtime: Runtime, load: Load) -> Iterator[Chunk]:
         yield from part_chunks(WEIGHT + one.name, one.shape, runtime.storage.part(i), one.weight)
 
 
-def _member_chunks(original: Original, member: int, tile: Tile, weight: Tensor) -> Iterator[Chunk]:
+def _member_chunks(original: ParamSpec, member: int, tile: Tile, weight: Tensor) -> Iterator[Chunk]:
     """Part of one matrix of a stack, which is a row of the stack: whole rows of the matrix, or each of them."""
     width = original.shape[-1]
     spans = [tile.rows] if tile.width == width else [(row, row + 1) for row in range(*tile.rows)]
@@ -106,13 +106,13 @@ def _member_chunks(original: Original, member: int, tile: Tile, weight: Tensor) 
         )
 
 
-def regular_entries(runtime: Runtime, load: Load) -> list[tuple[int, Regular]]:
+def regular_entries(runtime: Runtime, load: StepInputs) -> list[tuple[int, LocalParameter]]:
     """The regular parameters of a call with their positions among the originals."""
     positions = [i for i in load.key if not runtime.originals[i].projected]
     return list(zip(positions, load.regular, strict=True))
 
 
-def regular_state_chunks(runtime: Runtime, load: Load) -> Iterator[tuple[str, Chunk]]:
+def regular_state_chunks(runtime: Runtime, load: StepInputs) -> Iterator[tuple[str, Chunk]]:
     """The moments of regular parameters, cut as their weights are, each with its parameter's name. Frozen ones may have
     none.
     """
@@ -125,15 +125,15 @@ def regular_state_chunks(runtime: Runtime, load: Load) -> Iterator[tuple[str, Ch
                 yield one.name, chunk
 
 
-def state_chunks(runtime: Runtime, work: Work) -> Iterator[Chunk]:
+def state_chunks(runtime: Runtime, work: LocalMatrix) -> Iterator[Chunk]:
     """Moments and basis of one matrix as this rank holds them."""
-    if work.empty or work.state.get("updates") is None or work.state.clock("refreshes") == 0:
+    if work.empty or work.state.get("updates") is None or work.state.counter("refreshes") == 0:
         return
     yield from _BY_FAMILY[work.family](runtime, work)
 
 
-def _basis_chunks(runtime: Runtime, work: Work) -> Iterator[Chunk]:
-    plan, r, matrix = basis_route(runtime, work), work.state.clock("size"), work.matrix
+def _basis_chunks(runtime: Runtime, work: LocalMatrix) -> Iterator[Chunk]:
+    plan, r, matrix = basis_route(runtime, work), work.state.counter("size"), work.matrix
     if not plan.tiles:
         return
     prefix = f"state/{matrix.name}/"
@@ -150,11 +150,11 @@ def _basis_chunks(runtime: Runtime, work: Work) -> Iterator[Chunk]:
             yield Chunk(prefix + name, shape, Tile(rows, cols), piece)
 
 
-def _coordinate_chunks(runtime: Runtime, work: Work) -> Iterator[Chunk]:
-    cut = coordinate_cut(runtime, work)
+def _coordinate_chunks(runtime: Runtime, work: LocalMatrix) -> Iterator[Chunk]:
+    cut = local_selection(runtime, work)
     if cut.nothing:
         return
-    whole = whole_selection(work, work.state.clock("refreshes") - 1, work.state.clock("size"))
+    whole = whole_selection(work, work.state.counter("refreshes") - 1, work.state.counter("size"))
     shape = two_dims(whole.shape(work.matrix.rows, work.matrix.cols))
     shapes = [piece.mine for piece in cut.pieces]
     for name in moment_names(work.config):
@@ -186,7 +186,7 @@ def _runs(ids: Tensor) -> Iterator[tuple[int, int, int]]:
         yield start, stop, int(ids[start])
 
 
-def part_chunks(name: str, shape: Sequence[int], part: Part, local: Tensor) -> Iterator[Chunk]:
+def part_chunks(name: str, shape: Sequence[int], part: LocalShard, local: Tensor) -> Iterator[Chunk]:
     """This rank's part of a tensor that is no projected matrix."""
     if local.numel():
         yield from _CHUNKS[type(part)](name, shape, part, local)

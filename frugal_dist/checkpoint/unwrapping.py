@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from frugal_dist.engines.wrapped import innermost
 from frugal_dist.optimizer import Frugal
-from frugal_dist.wrapped import innermost
 
 
 def unwrap(optimizer: Any) -> Frugal:

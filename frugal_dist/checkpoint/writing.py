@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from frugal_dist import engines, projection
-from frugal_dist.changes import matrix_options, regular_options
 from frugal_dist.checkpoint.errors import CheckpointError, StorageError, together
 from frugal_dist.checkpoint.files import place_of, prepare, publish, serialized, working_folder, write_bytes
 from frugal_dist.checkpoint.index import INDEX, Index, extra_file, piece_key, tensor_file
@@ -25,11 +24,12 @@ from frugal_dist.checkpoint.rng import rng_state
 from frugal_dist.checkpoint.tensors import Written, write_tensors
 from frugal_dist.config import HYPERPARAMETERS
 from frugal_dist.optimizer import Frugal
-from frugal_dist.sharding.exchange import Ranks, gather_objects
+from frugal_dist.parameters.changes import matrix_options, regular_options
+from frugal_dist.sharding.collectives import Ranks, gather_objects
 from frugal_dist.sharding.tile import Tile
-from frugal_dist.state import CLOCKS
-from frugal_dist.work import Runtime
-from frugal_dist.workload import Load
+from frugal_dist.step.inputs import StepInputs
+from frugal_dist.step.runtime import Runtime
+from frugal_dist.step.state import COUNTERS
 
 PATIENCE = 10.0
 """Seconds that a network file system gets to show rank 0's new folder to the other ranks."""
@@ -51,7 +51,7 @@ def write_checkpoint(path: Path, model_or_engine: Any, frugal: Frugal, extra: di
         together(ranks, lambda: prepare(final, working) if first else None)
         together(ranks, lambda: _wait_for(working, ranks.rank))
         written = together(ranks, lambda: _write_rank(working, ranks.rank, mine, record, token))
-        everyone = gather_objects(ranks, (written, [(chunk.name, chunk.area) for chunk in mine], _clocks(now)))
+        everyone = gather_objects(ranks, (written, [(chunk.name, chunk.area) for chunk in mine], _counters(now)))
 
         def finish() -> None:
             index = _index(runtime, now, model_or_engine, token, shapes, everyone)
@@ -65,7 +65,7 @@ def write_checkpoint(path: Path, model_or_engine: Any, frugal: Frugal, extra: di
         raise
 
 
-def _all_chunks(runtime: Runtime, now: Load, model_or_engine: Any) -> list[Chunk]:
+def _all_chunks(runtime: Runtime, now: StepInputs, model_or_engine: Any) -> list[Chunk]:
     chunks = [*weight_chunks(runtime, now), *(chunk for _, chunk in regular_state_chunks(runtime, now))]
     chunks += [chunk for work in now.works for chunk in state_chunks(runtime, work)]
     return [*chunks, *(chunk for one in leftovers(runtime, model_or_engine) for chunk in one.chunks)]
@@ -125,11 +125,13 @@ def _write_rank(working: Path, rank: int, mine: Sequence[Chunk], record: bytes, 
 
 # --- the index --------------------------------------------------------------------------------------
 
-Clocks = dict[str, dict[str, int]]
+Counters = dict[str, dict[str, int]]
 
 
-def _index(runtime: Runtime, now: Load, model_or_engine: Any, token: str, shapes: Shapes, everyone: list[Any]) -> Index:
-    clocks = _latest_clocks([counted for _, _, counted in everyone])
+def _index(
+    runtime: Runtime, now: StepInputs, model_or_engine: Any, token: str, shapes: Shapes, everyone: list[Any]
+) -> Index:
+    counters = _latest_counters([counted for _, _, counted in everyone])
     others = leftovers(runtime, model_or_engine)
     return Index(
         identity=token,
@@ -142,21 +144,21 @@ def _index(runtime: Runtime, now: Load, model_or_engine: Any, token: str, shapes
         | {one.name: list(one.shape) for one in others if one.key.startswith(WEIGHT)},
         buffers={one.name: list(one.shape) for one in others if one.key.startswith(BUFFER)},
         matrices={
-            work.matrix.name: {"clocks": clocks[work.matrix.name], "depends_on": matrix_options(work)}
+            work.matrix.name: {"clocks": counters[work.matrix.name], "depends_on": matrix_options(work)}
             for work in now.works
         },
-        regular={one.name: {"clocks": clocks[one.name], "depends_on": regular_options(one)} for one in now.regular},
+        regular={one.name: {"clocks": counters[one.name], "depends_on": regular_options(one)} for one in now.regular},
         groups=_groups(runtime),
         model_config=_model_config(model_or_engine),
     )
 
 
-def _clocks(now: Load) -> Clocks:
-    found = {work.matrix.name: {name: work.state.clock(name) for name in CLOCKS} for work in now.works}
-    return found | {one.name: {"step": one.state.clock("step")} for one in now.regular}
+def _counters(now: StepInputs) -> Counters:
+    found = {work.matrix.name: {name: work.state.counter(name) for name in COUNTERS} for work in now.works}
+    return found | {one.name: {"step": one.state.counter("step")} for one in now.regular}
 
 
-def _latest_clocks(everyone: Sequence[Clocks]) -> Clocks:
+def _latest_counters(everyone: Sequence[Counters]) -> Counters:
     """A rank that had no gradient may be behind; the others' counts hold, as they do at a refresh."""
     first = everyone[0]
     return {name: {key: max(each[name][key] for each in everyone) for key in first[name]} for name in first}

@@ -23,9 +23,9 @@ from torch import nn
 
 from frugal_dist import checkpoint, engines
 from frugal_dist.optimizer import Frugal
-from frugal_dist.parameters import split_parameters
-from frugal_dist.replicas import fingerprint
-from frugal_dist.sharding.exchange import gather_objects, ranks_of
+from frugal_dist.parameters.split import split_parameters
+from frugal_dist.sharding.collectives import gather_objects, ranks_of
+from frugal_dist.step.replicas import fingerprint
 
 if TYPE_CHECKING:
 

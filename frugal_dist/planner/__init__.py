@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from frugal_dist.planner.shapes import (
+from frugal_dist.planner.formula import (
     BASES,
     BASIS_BYTES,
     COORDINATES,

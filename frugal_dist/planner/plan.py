@@ -13,20 +13,19 @@ import torch
 from torch import Tensor
 
 from frugal_dist.optimizer import BUCKET_BYTES, Frugal
-from frugal_dist.planner.engines import EngineLayout
-from frugal_dist.planner.refreshes import RefreshPlan, common_refresh, plan_refresh
+from frugal_dist.planner.layouts import EngineLayout
 from frugal_dist.planner.solver import solver_bytes
-from frugal_dist.planner.steps import plan_step, step_buckets
 from frugal_dist.planner.totals import ITEM, papers_bytes, state_of_ranks
-from frugal_dist.sharding.exchange import Ranks
-from frugal_dist.sharding.plan import refresh_cost
-from frugal_dist.sharding.route import Crossing
-from frugal_dist.sharding.storage import Interval, Original, Part
+from frugal_dist.planner.traffic import RefreshPlan, common_refresh, plan_refresh, plan_step, step_buckets
+from frugal_dist.sharding.collectives import Ranks
+from frugal_dist.sharding.placement import refresh_cost
+from frugal_dist.sharding.redistribution import Redistribution
+from frugal_dist.sharding.shard import Interval, LocalShard, ParamSpec
 from frugal_dist.sharding.table import Matrix, Table, group_owners, number_blocks
 from frugal_dist.sharding.tile import Layout, holders
-from frugal_dist.state import MatrixState
-from frugal_dist.work import Runtime, Work, basis_route
-from frugal_dist.workload import Load, ensure_state, load_of
+from frugal_dist.step.inputs import StepInputs, ensure_state, step_inputs
+from frugal_dist.step.runtime import LocalMatrix, Runtime, basis_route
+from frugal_dist.step.state import MatrixState
 
 
 @dataclass
@@ -40,7 +39,7 @@ class RankPlan:
     moments: int = 0
     bases: int = 0
     regular: int = 0
-    clocks: int = 0
+    counters: int = 0
     selected: int = 0
     step_sent: int = 0
     step_calls: Counter[str] = field(default_factory=Counter)
@@ -49,7 +48,7 @@ class RankPlan:
     @property
     def state(self) -> int:
         """All optimizer state."""
-        return self.moments + self.bases + self.regular + self.clocks
+        return self.moments + self.bases + self.regular + self.counters
 
 
 @dataclass
@@ -84,9 +83,9 @@ class Plan:
 class _Storage:
     """A rank's parts as empty tensors."""
 
-    originals: Sequence[Original]
+    originals: Sequence[ParamSpec]
     groups: Sequence[dict[str, Any]]
-    parts: Sequence[Part]
+    parts: Sequence[LocalShard]
     weights: Sequence[Tensor]
     shares_replicas: bool
 
@@ -96,13 +95,13 @@ class _Storage:
     def moves_elsewhere(self) -> bool:
         return False
 
-    def part(self, i: int) -> Part:
+    def part(self, i: int) -> LocalShard:
         return self.parts[i]
 
     def frozen(self, i: int) -> bool:
         return not self.weights[i].requires_grad
 
-    def carrier(self, i: int) -> Tensor:
+    def param(self, i: int) -> Tensor:
         return self.weights[i]
 
     def options(self, i: int) -> dict[str, Any]:
@@ -129,22 +128,26 @@ def make_plan(
     asked = optimizer.shard_state
     share = (asked if isinstance(asked, bool) else engine.shares) and ranks > 1
 
-    crossings: dict[int, Crossing] = {}  # of basis matrices, which are the same for all ranks and take long to find
+    crossings: dict[
+        int, Redistribution
+    ] = {}  # of basis matrices, which are the same for all ranks and take long to find
 
-    def begun(rank: int) -> tuple[Runtime, Load]:
+    def begun(rank: int) -> tuple[Runtime, StepInputs]:
         storage = _Storage(originals, groups, parts[rank], _tensors(originals, parts[rank]), engine.shares)
         group = None if ranks == 1 else "planned"
         runtime = Runtime(Ranks(group, rank, ranks), storage, originals, table, share, bucket_bytes)
         runtime.routes.update({i: crossing.route(rank, i) for i, crossing in crossings.items()})
         state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
-        load = load_of(runtime, state, everything=True)
+        load = step_inputs(runtime, state, everything=True)
         ensure_state(runtime, load)
         if not crossings:
-            crossings.update({i: Crossing(table.matrices[i].storage, r.layout) for i, r in runtime.routes.items()})
+            crossings.update(
+                {i: Redistribution(table.matrices[i].storage, r.layout) for i, r in runtime.routes.items()}
+            )
         for work in load.works:
             if not work.empty:  # as after the first refresh
-                work.state.set_clock("refreshes", 1)
-                work.state.set_clock("size", work.size)
+                work.state.set_counter("refreshes", 1)
+                work.state.set_counter("size", work.size)
         return runtime, load
 
     plan = Plan(engine.name, ranks)
@@ -161,7 +164,7 @@ def make_plan(
     return plan
 
 
-def _plan_all(plan: Plan, runtime: Runtime, load: Load, parts: Sequence[Sequence[Part]]) -> None:
+def _plan_all(plan: Plan, runtime: Runtime, load: StepInputs, parts: Sequence[Sequence[LocalShard]]) -> None:
     """What one rank knows of all."""
     _note_layouts(plan, runtime, load)
     plan.states, plan.papers = state_of_ranks(runtime, load, parts), papers_bytes(load)
@@ -173,7 +176,7 @@ def _plan_all(plan: Plan, runtime: Runtime, load: Load, parts: Sequence[Sequence
             _note_solver(plan, work)
 
 
-def _note_solver(plan: Plan, work: Work) -> None:
+def _note_solver(plan: Plan, work: LocalMatrix) -> None:
     if work.empty:
         return
     rows, cols, drawn = work.matrix.rows, work.matrix.cols, work.config.projection == "random"
@@ -184,7 +187,7 @@ def _note_solver(plan: Plan, work: Work) -> None:
         plan.solver, plan.gradient = max(plan.solver, taken), max(plan.gradient, ITEM * rows * cols)
 
 
-def _table(originals: Sequence[Original], parts: Sequence[Sequence[Part]]) -> Table:
+def _table(originals: Sequence[ParamSpec], parts: Sequence[Sequence[LocalShard]]) -> Table:
     """As the ranks would build it together."""
     numbers = number_blocks(originals)
     projected = [(i, member) for i, o in enumerate(originals) if o.projected for member in range(o.stack)]
@@ -199,7 +202,7 @@ def _table(originals: Sequence[Original], parts: Sequence[Sequence[Part]]) -> Ta
     return Table(tuple(matrices), tuple(i for i, original in enumerate(originals) if not original.projected))
 
 
-def _tensors(originals: Sequence[Original], parts: Sequence[Part]) -> list[Tensor]:
+def _tensors(originals: Sequence[ParamSpec], parts: Sequence[LocalShard]) -> list[Tensor]:
     """All are taken to be trained: frozen ones would have no moments."""
     shapes = [
         [part.stop - part.start] if isinstance(part, Interval) else [stop - start for start, stop in part.spans]
@@ -208,7 +211,7 @@ def _tensors(originals: Sequence[Original], parts: Sequence[Part]) -> list[Tenso
     return [torch.empty(shape, device="meta", requires_grad=True) for shape in shapes]
 
 
-def _rank_plan(runtime: Runtime, load: Load) -> RankPlan:
+def _rank_plan(runtime: Runtime, load: StepInputs) -> RankPlan:
     """What the rank holds."""
     found = RankPlan(runtime.ranks.rank, parameters=sum(runtime.storage.weight(i).numel() for i in load.key))
     for one in load.regular:
@@ -221,7 +224,7 @@ def _rank_plan(runtime: Runtime, load: Load) -> RankPlan:
     return found
 
 
-def _selected(work: Work, rank: int) -> int:
+def _selected(work: LocalMatrix, rank: int) -> int:
     """An index for each selected entry of what the rank stores, whoever has its moments."""
     matrix = work.matrix
     total = matrix.rows * matrix.cols
@@ -240,13 +243,13 @@ def _sizes(state: MatrixState) -> list[tuple[str, int]]:
     ]
 
 
-def _note_layouts(plan: Plan, runtime: Runtime, load: Load) -> None:
+def _note_layouts(plan: Plan, runtime: Runtime, load: StepInputs) -> None:
     """Which compute layouts were chosen, by the matrices' shapes."""
     for work in load.works:
         plan.layouts[f"{work.matrix.rows}x{work.matrix.cols}: {_kind(runtime, work)}"] += 1
 
 
-def _kind(runtime: Runtime, work: Work) -> str:
+def _kind(runtime: Runtime, work: LocalMatrix) -> str:
     if runtime.ranks.alone or work.family != "basis":
         return "where it is stored"
     layout = basis_route(runtime, work).layout

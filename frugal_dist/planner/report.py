@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from textwrap import wrap
 from typing import Any, Literal
 
-from frugal_dist.planner.engines import EngineLayout
+from frugal_dist.planner.formula import LlamaShape
+from frugal_dist.planner.layouts import EngineLayout
 from frugal_dist.planner.plan import Plan, RankPlan
-from frugal_dist.planner.refreshes import RefreshPlan
-from frugal_dist.planner.shapes import LlamaShape
 from frugal_dist.planner.totals import ITEM
+from frugal_dist.planner.traffic import RefreshPlan
 from frugal_dist.planner.zero import Zero, buffer_bytes, gradient_bytes
 
 MIB = 2**20
@@ -214,7 +214,7 @@ def memory_rows(plan: Plan, engine: EngineLayout, setting: Setting) -> list[Row]
         Row("  moments of projected matrices", worst.moments, host),
         Row("  bases", worst.bases, host),
         Row("  moments of regular parameters", worst.regular, host),
-        Row("  counters", worst.clocks, host),
+        Row("  counters", worst.counters, host),
         *([Row("indices of randk's entries (estimate)", worst.selected, host)] if worst.selected else []),
         *_refresh_rows(plan, host),
         Row(f"activations of {setting.tokens:,} tokens (estimate)", activation_bytes(setting), during="pass"),

@@ -8,33 +8,33 @@ from math import prod
 from frugal_dist.projection.basis import basis_shapes
 from frugal_dist.projection.coordinates import NOTHING, Selection
 from frugal_dist.projection.numerics import compute_dtype
-from frugal_dist.sharding.storage import Interval, Part
+from frugal_dist.sharding.shard import Interval, LocalShard
 from frugal_dist.sharding.tile import split_evenly, whole
-from frugal_dist.state import MatrixState
-from frugal_dist.work import Runtime, Work, basis_route, basis_tile_shapes, moment_names, whole_selection
-from frugal_dist.workload import Load
+from frugal_dist.step.inputs import StepInputs
+from frugal_dist.step.runtime import LocalMatrix, Runtime, basis_route, basis_tile_shapes, moment_names, whole_selection
+from frugal_dist.step.state import MatrixState
 
 ITEM = 4
 """Bytes of an fp32 number: masters, moments, bases and what travels."""
 
 
-def state_of_ranks(runtime: Runtime, load: Load, parts: Sequence[Sequence[Part]]) -> list[int]:
+def state_of_ranks(runtime: Runtime, load: StepInputs, parts: Sequence[Sequence[LocalShard]]) -> list[int]:
     """Bytes of optimizer state on every rank after the first refresh. ``parts``: of each rank, by parameter."""
     found = [0] * runtime.ranks.size
     for work in load.works:
-        clocks = clock_bytes(work.state)
+        counters = clock_bytes(work.state)
         for rank, size in enumerate(_bases(runtime, work) if _has_basis(work) else _coordinates(runtime, work)):
-            found[rank] += clocks + size
+            found[rank] += counters + size
     numbers = [i for i, original in enumerate(runtime.originals) if not original.projected]
     for i, one in zip(numbers, load.regular, strict=True):
         entry = len(moment_names(one.config)) * compute_dtype(one.weight.dtype).itemsize
-        clocks = clock_bytes(one.state)
+        counters = clock_bytes(one.state)
         for rank, mine in enumerate(parts):
-            found[rank] += clocks + entry * _numel(mine[i])
+            found[rank] += counters + entry * _numel(mine[i])
     return found
 
 
-def papers_bytes(load: Load) -> int:
+def papers_bytes(load: StepInputs) -> int:
     """State as the papers count it: the moments of the whole model, once; no bases, no counters."""
     entries = sum(prod(one.shape) * len(moment_names(one.config)) for one in load.regular)
     for work in load.works:
@@ -53,11 +53,11 @@ def clock_bytes(state: MatrixState) -> int:
     return sum(tensor.element_size() for tensor in own)
 
 
-def _has_basis(work: Work) -> bool:
+def _has_basis(work: LocalMatrix) -> bool:
     return work.family == "basis" and not work.empty
 
 
-def _bases(runtime: Runtime, work: Work) -> list[int]:
+def _bases(runtime: Runtime, work: LocalMatrix) -> list[int]:
     """Moments and bases of a matrix on every rank."""
     entry = len(moment_names(work.config)) * work.dtype.itemsize
     side, r = work.side, work.size  # looked up once, not for each of a thousand ranks
@@ -68,7 +68,7 @@ def _bases(runtime: Runtime, work: Work) -> list[int]:
     return [size + basis * bool(tiles) for size, tiles in zip(moments, layout, strict=True)]
 
 
-def _coordinates(runtime: Runtime, work: Work) -> list[int]:
+def _coordinates(runtime: Runtime, work: LocalMatrix) -> list[int]:
     """Moments of a matrix on every rank; those that hold the same tile share them, or each has all."""
     found = [0] * runtime.ranks.size
     entry, selection = len(moment_names(work.config)) * work.dtype.itemsize, _selection(work)
@@ -82,11 +82,11 @@ def _coordinates(runtime: Runtime, work: Work) -> list[int]:
     return found
 
 
-def _selection(work: Work) -> Selection:
+def _selection(work: LocalMatrix) -> Selection:
     return NOTHING if work.empty else whole_selection(work, 0, work.size)
 
 
-def _numel(part: Part) -> int:
+def _numel(part: LocalShard) -> int:
     if isinstance(part, Interval):
         return part.stop - part.start
     return prod(stop - start for start, stop in part.spans)

@@ -8,9 +8,9 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any
 
-from frugal_dist.sharding.exchange import Ranks, gather_objects
-from frugal_dist.sharding.plan import assign_owners, refresh_cost
-from frugal_dist.sharding.storage import Original, Storage
+from frugal_dist.sharding.collectives import Ranks, gather_objects
+from frugal_dist.sharding.placement import assign_owners, refresh_cost
+from frugal_dist.sharding.shard import ParamSpec, Storage
 from frugal_dist.sharding.tile import Holders, Layout, check_cover, elements, holders, is_replicated
 
 
@@ -63,8 +63,8 @@ class Table:
 
 def build_table(
     ranks: Ranks,
-    originals: Sequence[Original],
-    given: Sequence[Original],
+    originals: Sequence[ParamSpec],
+    given: Sequence[ParamSpec],
     storage: Storage,
     options: Mapping[str, object],
     problem: str,
@@ -94,7 +94,7 @@ def build_table(
     return Table(tuple(matrices), tuple(i for i, original in enumerate(originals) if not original.projected))
 
 
-def group_owners(originals: Sequence[Original], ranks: int, known: Sequence[int] = ()) -> list[int]:
+def group_owners(originals: Sequence[ParamSpec], ranks: int, known: Sequence[int] = ()) -> list[int]:
     """The owner of every matrix, one group after the other: a group that is added later changes no other's owners, so
     that a program that builds all groups at once finds the state where it was saved.
 
@@ -107,7 +107,7 @@ def group_owners(originals: Sequence[Original], ranks: int, known: Sequence[int]
     return owners
 
 
-def number_blocks(originals: Sequence[Original]) -> dict[tuple[str, int], tuple[int, int]]:
+def number_blocks(originals: Sequence[ParamSpec]) -> dict[tuple[str, int], tuple[int, int]]:
     """For every matrix, by parameter name and member, its position in its group and how many the group has."""
     groups: dict[int, list[tuple[str, int]]] = {}
     for i, member, _, _ in _matrix_list(originals):
@@ -115,7 +115,7 @@ def number_blocks(originals: Sequence[Original]) -> dict[tuple[str, int], tuple[
     return {key: (position, len(keys)) for keys in groups.values() for position, key in enumerate(keys)}
 
 
-def _matrix_list(originals: Sequence[Original]) -> list[tuple[int, int, int, int]]:
+def _matrix_list(originals: Sequence[ParamSpec]) -> list[tuple[int, int, int, int]]:
     """(parameter, member, rows, cols) of every matrix, in the order of groups and parameters."""
     return [
         (i, member, *original.matrix_shape)
@@ -126,7 +126,7 @@ def _matrix_list(originals: Sequence[Original]) -> list[tuple[int, int, int, int
 
 
 def _describe(
-    originals: Sequence[Original], storage: Storage, options: Mapping[str, object], problem: str
+    originals: Sequence[ParamSpec], storage: Storage, options: Mapping[str, object], problem: str
 ) -> dict[str, Any]:
     tiles = []
     if not problem:

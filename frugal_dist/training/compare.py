@@ -12,16 +12,16 @@ from time import monotonic
 from typing import Any, Generic, TypeVar
 
 from frugal_dist.config import check_choice, config_from, preset
-from frugal_dist.training.begun import FREE, check_begun, records_of
-from frugal_dist.training.finetune_recipe import FinetuneRecipe
-from frugal_dist.training.metrics import end_of, of_kind, read_metrics
+from frugal_dist.training.distributed.place import DistEnv, find_dist_env
+from frugal_dist.training.distributed.ranks import process_group, together
+from frugal_dist.training.distributed.rollcall import PeerFailed, is_mistake
+from frugal_dist.training.distributed.signals import DIVERGED
+from frugal_dist.training.finetune.recipe import FinetuneRecipe
+from frugal_dist.training.metrics.record import end_of, of_kind, read_metrics
 from frugal_dist.training.optimizers import DEFINED, PATTERNS, check_optimizer, settled
-from frugal_dist.training.place import Place, find_place
-from frugal_dist.training.ranks import joined, together
 from frugal_dist.training.recipe import Number, Recipe, check_recipe
-from frugal_dist.training.rollcall import OthersFailed, is_mistake
+from frugal_dist.training.resume import FREE, check_begun, records_of
 from frugal_dist.training.run import environment, has_begun
-from frugal_dist.training.signals import DIVERGED
 from frugal_dist.training.spelling import NAMED, value_of
 
 R = TypeVar("R", Recipe, FinetuneRecipe)
@@ -36,7 +36,7 @@ CONTENDERS: Contenders = {
 
 
 @dataclass(frozen=True)
-class Kind(Generic[R]):
+class Contender(Generic[R]):
     """What is compared: ``check`` and ``train`` a recipe, ``check_optimizer`` of it without a model.
 
     ``free``: patterns of keys in which a finished run may differ from what is asked for.
@@ -111,14 +111,14 @@ def compare(read: Callable[[], Recipe], optimizers: Sequence[str], seeds: Sequen
     """
     from frugal_dist.training.pretrain import pretrain
 
-    kind = Kind(
+    kind = Contender(
         check_recipe, lambda one: check_optimizer(one.optimizer), pretrain, CONTENDERS, (*FREE, "evaluate_every")
     )
     return train_all(kind, read, optimizers, seeds, lambda root: _conclude(root, optimizers, seeds))
 
 
 def train_all(
-    kind: Kind[R],
+    kind: Contender[R],
     read: Callable[[], R],
     optimizers: Sequence[str],
     seeds: Sequence[int],
@@ -130,12 +130,12 @@ def train_all(
     Raises ValueError, before anything is trained, for what is not known, named twice or refused by an optimizer; on one
     rank, if several would say the same.
     """
-    place = find_place()
+    place = find_dist_env()
     try:
-        with environment(place), joined(place):
+        with environment(place), process_group(place):
             root, runs = together(lambda: _all_runs(kind, read(), optimizers, seeds))
             ended = _agreed_ends(kind, runs, place)
-    except OthersFailed as error:
+    except PeerFailed as error:
         return 2 if is_mistake(error) else 1  # what is to be said, another rank says
     codes, begun, trained = [], monotonic(), 0
     wanted = sum(one.folder not in ended for one in runs)
@@ -163,7 +163,7 @@ def _remaining(seconds: float, trained: int, wanted: int) -> str:
     return f", about {minutes:,.0f} min left" if minutes >= 1 else ", less than a minute left"
 
 
-def _all_runs(kind: Kind[R], recipe: R, optimizers: Sequence[str], seeds: Sequence[int]) -> tuple[Path, list[R]]:
+def _all_runs(kind: Contender[R], recipe: R, optimizers: Sequence[str], seeds: Sequence[int]) -> tuple[Path, list[R]]:
     """The folder, and the recipe of every run."""
     kind.check(recipe)
     if recipe.engine == "deepspeed" and len(optimizers) * len(seeds) > 1:
@@ -184,7 +184,7 @@ def _all_runs(kind: Kind[R], recipe: R, optimizers: Sequence[str], seeds: Sequen
     return root, runs
 
 
-def _agreed_ends(kind: Kind[R], runs: Sequence[R], place: Place) -> dict[str, int]:
+def _agreed_ends(kind: Contender[R], runs: Sequence[R], place: DistEnv) -> dict[str, int]:
     """Folders of finished runs and their exit codes, as rank 0 sees them. ValueError if one holds another recipe's."""
     from frugal_dist.training.engines.collectives import gathered
 
@@ -207,7 +207,7 @@ def run_folder(root: Path, name: str, seed: int) -> Path:
 
 def _conclude(root: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
     """The table on the terminal and in a file; the picture of all seeds."""
-    from frugal_dist.training.plot import plot_runs
+    from frugal_dist.training.metrics.plot import plot_runs
 
     text = "\n".join(table(root, names, seeds))
     (root / "comparison.md").write_text(text + "\n", encoding="utf-8")

@@ -11,14 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from frugal_dist.training.console import LOG_FILE, quiet_console, say
+from frugal_dist.training.distributed.console import LOG_FILE, quiet_console, say
 
 # Heavy and noisy libraries are imported inside the functions: once the terminal is protected from their output.
 if TYPE_CHECKING:
     from frugal_dist.training.engines.deepspeed import DeepSpeedEngine
     from frugal_dist.training.loop import Outcome
-    from frugal_dist.training.metrics import MetricsLog
-    from frugal_dist.training.report import Summary
+    from frugal_dist.training.metrics.record import MetricsLog
+    from frugal_dist.training.metrics.report import Summary
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ def _train(settings: DemoSettings, terminal: TextIO) -> None:
     """Build everything, train, and write what a run leaves behind."""
     import torch
 
-    from frugal_dist.training.data import Batches, TokenRows
+    from frugal_dist.training.data.prepared import open_prepared
+    from frugal_dist.training.data.tokens import Batches, TokenRows
     from frugal_dist.training.engines.deepspeed import DeepSpeedEngine, read_deepspeed_config
     from frugal_dist.training.evaluate import Validation
     from frugal_dist.training.loop import Training
-    from frugal_dist.training.metrics import METRICS_FILE, MetricsLog
+    from frugal_dist.training.metrics.progress import Progress
+    from frugal_dist.training.metrics.record import METRICS_FILE, MetricsLog
     from frugal_dist.training.models import build_llama
-    from frugal_dist.training.prepare import open_prepared
-    from frugal_dist.training.progress import Progress
 
     config = read_deepspeed_config(settings.config)
     data, train_tokens, validation_tokens = open_prepared(settings.data)
@@ -117,7 +117,7 @@ def _summary(
     engine: DeepSpeedEngine, outcome: Outcome, parameters: int, validation_tokens: int, unigram_loss: float
 ) -> Summary:
     from frugal_dist.training.evaluate import perplexity_of
-    from frugal_dist.training.report import Summary
+    from frugal_dist.training.metrics.report import Summary
 
     return Summary(
         optimizer=engine.optimizer_name,
@@ -137,8 +137,8 @@ def _finish(
     settings: DemoSettings, engine: DeepSpeedEngine, summary: Summary, metrics: MetricsLog, terminal: TextIO
 ) -> None:
     """Checkpoint on all ranks; picture and report on rank 0. The report comes last: it says that all went well."""
-    from frugal_dist.training.plot import plot_run
-    from frugal_dist.training.report import REPORT_FILE, report_text
+    from frugal_dist.training.metrics.plot import plot_run
+    from frugal_dist.training.metrics.report import REPORT_FILE, report_text
 
     engine.save(settings.run / "checkpoint", settings.steps, {})
     if engine.rank == 0:

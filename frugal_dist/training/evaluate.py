@@ -10,14 +10,14 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from frugal_dist.training.data.rows import IGNORED, SequenceRows, Tokens
 from frugal_dist.training.engines import Engine
-from frugal_dist.training.rows import IGNORED, Rows, Tokens
 
 ROWS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
-class Finding:
+class EvalResult:
     """What an evaluation found: the mean loss, figures for the metrics file, and words for the terminal."""
 
     loss: float
@@ -36,7 +36,7 @@ def perplexity_of(loss: float) -> float:
 class Evaluation(Protocol):
     """Measures a model. Every rank calls it at the same steps, and all get the same answer."""
 
-    def evaluate(self, engine: Engine, stop: Callable[[], bool]) -> Finding | None:
+    def evaluate(self, engine: Engine, stop: Callable[[], bool]) -> EvalResult | None:
         """Measure now; ``stop()``, which all ranks ask together: whether to give up, and return None."""
 
 
@@ -46,7 +46,7 @@ class Validation:
     ``at_once``: rows that go through the model together on one rank. ``short``: the text has fewer than ``tokens``.
     """
 
-    def __init__(self, rows: Rows, tokens: int, at_once: int = ROWS_AT_ONCE) -> None:
+    def __init__(self, rows: SequenceRows, tokens: int, at_once: int = ROWS_AT_ONCE) -> None:
         self.rows = rows
         self.at_once = at_once
         self.count = rows.enough(tokens)
@@ -57,12 +57,12 @@ class Validation:
         """How many tokens are predicted; positions of padding are not."""
         return self.rows.targets(self.count)
 
-    def evaluate(self, engine: Engine, stop: Callable[[], bool]) -> Finding | None:
+    def evaluate(self, engine: Engine, stop: Callable[[], bool]) -> EvalResult | None:
         loss = self.loss(engine, stop)
         if loss is None:
             return None
         perplexity = perplexity_of(loss)
-        return Finding(loss, {"perplexity": perplexity}, f"validation perplexity {perplexity:,.1f}")
+        return EvalResult(loss, {"perplexity": perplexity}, f"validation perplexity {perplexity:,.1f}")
 
     def loss(self, engine: Engine, stop: Callable[[], bool]) -> float | None:
         """Mean loss per token; None if told to stop. Row i belongs to rank i mod world."""

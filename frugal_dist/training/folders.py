@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from frugal_dist import checkpoint
-from frugal_dist.training.metrics import METRICS_FILE, of_kind, read_metrics
+from frugal_dist.training.metrics.record import METRICS_FILE, of_kind, read_metrics
 
 WHERE_CHECKPOINTS_LIE = ("checkpoints", "checkpoint")
 """In the folder of a run by recipe, and of the quickstart."""

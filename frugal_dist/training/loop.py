@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from frugal_dist.figures import RefreshReport
-from frugal_dist.training.data import Source
+from frugal_dist.step.statistics import RefreshReport
+from frugal_dist.training.data.rows import IGNORED
+from frugal_dist.training.data.tokens import Source
 from frugal_dist.training.engines import Engine
-from frugal_dist.training.evaluate import Evaluation, Finding
-from frugal_dist.training.flops import forget_peak, memory
-from frugal_dist.training.metrics import MetricsLog
-from frugal_dist.training.progress import Progress
-from frugal_dist.training.rows import IGNORED
+from frugal_dist.training.evaluate import EvalResult, Evaluation
+from frugal_dist.training.metrics.flops import forget_peak, memory
+from frugal_dist.training.metrics.progress import Progress
+from frugal_dist.training.metrics.record import MetricsLog
 
 
 class Diverged(ValueError):
@@ -73,7 +73,7 @@ class Training:
     stop: Callable[[], bool] | None = None
     bad_steps: int = 10
     flop_share: float = 0.0
-    evaluated: Callable[[int, Finding], None] | None = None
+    evaluated: Callable[[int, EvalResult], None] | None = None
     evaluate_first: bool = True
     _loss_sum: float | torch.Tensor = field(default=0.0, init=False)
     _loss_count: int = field(default=0, init=False)

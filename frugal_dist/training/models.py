@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from frugal_dist.planner import LLAMA_SHAPES
-from frugal_dist.training.hub import settle_source
+from frugal_dist.training.data.hub import settle_source
+from frugal_dist.training.data.rows import IGNORED
 from frugal_dist.training.recipe import Model
-from frugal_dist.training.rows import IGNORED
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -9,8 +9,8 @@ from torch import nn
 
 from frugal_dist.config import HYPERPARAMETERS, OLD_NAMES, check_keys, config_from, preset
 from frugal_dist.optimizer import Frugal
-from frugal_dist.parameters import split_parameters
-from frugal_dist.training.finetune_recipe import Tuning
+from frugal_dist.parameters.split import split_parameters
+from frugal_dist.training.finetune.recipe import Tuning
 from frugal_dist.training.recipe import Optimizer
 
 R = TypeVar("R", Optimizer, Tuning)

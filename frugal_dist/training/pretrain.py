@@ -8,18 +8,18 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from frugal_dist.training.distributed.place import DistEnv
+from frugal_dist.training.distributed.ranks import together
 from frugal_dist.training.optimizers import check_optimizer
-from frugal_dist.training.place import Place
-from frugal_dist.training.ranks import together
 from frugal_dist.training.recipe import Recipe, check_recipe
-from frugal_dist.training.run import Job, Start, run_begun
+from frugal_dist.training.run import Start, TrainingJob, run_begun
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from frugal_dist.training.data.sources import OpenData
     from frugal_dist.training.engines import Schedule
     from frugal_dist.training.loop import Outcome
-    from frugal_dist.training.sources import OpenData
 
 
 def pretrain(recipe: Recipe) -> int:
@@ -41,10 +41,10 @@ def _start(recipe: Recipe) -> Start:
     return Start(recipe.folder, partial(_prepare, recipe))
 
 
-def _prepare(recipe: Recipe, place: Place, stack: ExitStack) -> Job:
-    from frugal_dist.training.dropout import has_dropout, seed_masks
+def _prepare(recipe: Recipe, place: DistEnv, stack: ExitStack) -> TrainingJob:
+    from frugal_dist.training.distributed.dropout import has_dropout, seed_masks
     from frugal_dist.training.engines import build_engine
-    from frugal_dist.training.flops import flops_per_token
+    from frugal_dist.training.metrics.flops import flops_per_token
     from frugal_dist.training.optimizers import settled
 
     schedule, data, model, longer = together(partial(_materials, recipe, place))
@@ -58,17 +58,17 @@ def _prepare(recipe: Recipe, place: Place, stack: ExitStack) -> Job:
     record = {**replace(recipe, optimizer=settled(recipe.optimizer)).record(), "validation_tokens": tokens}
     less = f"There are only {tokens:,} tokens for validation; evaluation_tokens is {recipe.evaluation_tokens:,}."
     note = "\n".join(filter(None, [longer, less if data.validation.short else ""]))
-    return Job(recipe, record, parameters, engine, data.batches, data.validation, _summary, flops, note=note)
+    return TrainingJob(recipe, record, parameters, engine, data.batches, data.validation, _summary, flops, note=note)
 
 
-def _materials(recipe: Recipe, place: Place) -> tuple[Schedule, OpenData, nn.Module, str]:
+def _materials(recipe: Recipe, place: DistEnv) -> tuple[Schedule, OpenData, nn.Module, str]:
     """What each rank makes for itself, and a remark on it: most of what can be wrong shows here."""
     import torch
 
+    from frugal_dist.training.data.sources import open_data
     from frugal_dist.training.engines import check_engine
     from frugal_dist.training.models import build_model, check_positions
     from frugal_dist.training.schedule import build_schedule
-    from frugal_dist.training.sources import open_data
 
     check_engine(recipe, place)
     schedule = build_schedule(recipe.schedule, recipe.steps)

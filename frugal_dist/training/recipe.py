@@ -17,7 +17,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from frugal_dist.training.hub import nearby
+from frugal_dist.training.data.hub import nearby
+from frugal_dist.training.metrics.trackers import check_trackers
 from frugal_dist.training.spelling import (
     NAMED,
     OPTIONS,
@@ -29,7 +30,6 @@ from frugal_dist.training.spelling import (
     keys_of,
     read_changes,
 )
-from frugal_dist.training.trackers import check_trackers
 
 Number = bool | int | float | str | list[float] | list[str] | None
 """The first type that fits is taken: text stands after what would fit it as well, such as false and 1."""

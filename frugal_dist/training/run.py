@@ -17,27 +17,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from frugal_dist import checkpoint
-from frugal_dist.training.begun import GOING_ON, check_begun, records_of
-from frugal_dist.training.console import LOG_FILE, information_to, log_file, quiet_console, say, tell
-from frugal_dist.training.metrics import METRICS_FILE, end_of, of_kind
-from frugal_dist.training.place import Place, find_place
-from frugal_dist.training.ranks import agree, joined, together
+from frugal_dist.training.distributed.console import LOG_FILE, information_to, log_file, quiet_console, say, tell
+from frugal_dist.training.distributed.place import DistEnv, find_dist_env
+from frugal_dist.training.distributed.ranks import agree, process_group, together
+from frugal_dist.training.distributed.rollcall import PeerFailed, is_mistake
+from frugal_dist.training.distributed.run_lock import held
+from frugal_dist.training.distributed.shared import check_shared
+from frugal_dist.training.distributed.signals import DIVERGED, STOPPED, StoppedEarly, StopRequest, stop_requests
+from frugal_dist.training.distributed.waiting import waiting
+from frugal_dist.training.metrics.record import METRICS_FILE, end_of, of_kind
+from frugal_dist.training.metrics.surroundings import device, idle_gpus, surroundings
 from frugal_dist.training.recipe import Recipe
-from frugal_dist.training.rollcall import OthersFailed, is_mistake
-from frugal_dist.training.run_lock import held
-from frugal_dist.training.shared import check_shared
-from frugal_dist.training.signals import DIVERGED, STOPPED, StoppedEarly, StopRequest, stop_requests
-from frugal_dist.training.surroundings import device, idle_gpus, surroundings
-from frugal_dist.training.waiting import waiting
+from frugal_dist.training.resume import GOING_ON, check_begun, records_of
 
 # Heavy and noisy libraries are imported inside the functions: once the terminal is protected from their output.
 if TYPE_CHECKING:
-    from frugal_dist.training.data import Source
+    from frugal_dist.training.data.tokens import Source
     from frugal_dist.training.engines import Engine
-    from frugal_dist.training.evaluate import Evaluation, Finding
+    from frugal_dist.training.evaluate import EvalResult, Evaluation
     from frugal_dist.training.loop import Outcome, Training
-    from frugal_dist.training.metrics import MetricsLog
-    from frugal_dist.training.progress import Progress
+    from frugal_dist.training.metrics.progress import Progress
+    from frugal_dist.training.metrics.record import MetricsLog
 
 CHECKPOINTS = "checkpoints"
 FAILURE_FILE = "failed.txt"
@@ -47,7 +47,7 @@ SECONDS = "seconds"
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """A training that can start.
 
     ``record``: the user's recipe, as far as it counts, for the metrics file. ``summary(outcome)``: figures of the end,
@@ -64,14 +64,14 @@ class Job:
     validation: Evaluation
     summary: Callable[[Outcome], tuple[dict[str, Any], str]]
     flops_per_token: float = 0.0
-    evaluated: Callable[[int, Finding], None] | None = None
+    evaluated: Callable[[int, EvalResult], None] | None = None
     remember: Callable[[], dict[str, Any]] = dict
     recall: Callable[[dict[str, Any]], None] | None = None
     evaluate_first: bool = True
     note: str = ""
 
 
-Prepare = Callable[[Place, ExitStack], Job]
+Prepare = Callable[[DistEnv, ExitStack], TrainingJob]
 """``prepare(place, stack)``: builds the job; what it leaves in ``stack`` is closed at the end."""
 
 
@@ -90,12 +90,12 @@ def run_begun(begin: Callable[[], Start]) -> int:
     diverged, 2 for what the user is to mend before it can begin, 130 after Ctrl-C before it began, 1 after another
     failure. If ``begin`` raises, no rank starts; a process alone raises the same.
     """
-    place = find_place()
+    place = find_dist_env()
     log, prepare = _begun(begin, place)
     with environment(place), quiet_console(log) as terminal, stop_requests() as request:
         request.speaks, holds = place.rank == 0, False
         try:
-            with joined(place), ExitStack() as stack:
+            with process_group(place), ExitStack() as stack:
                 request.at_once = place.world == 1
                 build = together(prepare)
                 if place.world > 1:
@@ -112,7 +112,7 @@ def run_begun(begin: Callable[[], Start]) -> int:
             traceback.print_exc(file=sys.stderr)
             mistake = is_mistake(error) and not request.training
             code = 2 if mistake else 1
-            if not isinstance(error, OthersFailed):
+            if not isinstance(error, PeerFailed):
                 text = failure_text(error, mistake, place, log)
                 say(terminal, f"\n{text}")
                 if holds:
@@ -122,7 +122,7 @@ def run_begun(begin: Callable[[], Start]) -> int:
     return code
 
 
-def failure_text(error: Exception, mistake: bool, place: Place, log: Path) -> str:
+def failure_text(error: Exception, mistake: bool, place: DistEnv, log: Path) -> str:
     """What went wrong, on which rank if there are several, and where there is more about it."""
     what = str(error) if place.world == 1 and mistake else f"{type(error).__name__}: {error}"
     who = f"Rank {place.rank} failed" if place.world > 1 else "Failed"
@@ -141,7 +141,7 @@ def _note_failure(run: Path, code: int, text: str) -> None:
         file.write(f"{code}\n{text}\n")
 
 
-def _begun(begin: Callable[[], Start], place: Place) -> tuple[Path, Callable[[], Prepare]]:
+def _begun(begin: Callable[[], Start], place: DistEnv) -> tuple[Path, Callable[[], Prepare]]:
     """The file for what libraries print, and what comes next; an error is kept until all ranks can hear of it."""
     try:
         start = begin()
@@ -169,7 +169,7 @@ def _raise(error: Exception) -> Prepare:
 
 
 @contextmanager
-def environment(place: Place) -> Iterator[None]:
+def environment(place: DistEnv) -> Iterator[None]:
     """The variables that torch and DeepSpeed read, for as long as the training runs."""
     before = dict(os.environ)
     os.environ.update(place.environment())
@@ -180,7 +180,7 @@ def environment(place: Place) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _train(job: Job, terminal: TextIO, request: StopRequest) -> int:
+def _train(job: TrainingJob, terminal: TextIO, request: StopRequest) -> int:
     from frugal_dist.training.engines.collectives import gathered
     from frugal_dist.training.loop import Diverged
 
@@ -227,14 +227,14 @@ def has_begun(run: Path) -> bool:
     return checkpoint.latest(run / CHECKPOINTS) is not None
 
 
-def _check_folder(job: Job) -> None:
+def _check_folder(job: TrainingJob) -> None:
     """ValueError, on rank 0, which writes the folder, if it would go on with a run of another recipe."""
     folder = Path(job.recipe.folder)
     if job.engine.rank == 0 and has_begun(folder):
         check_begun(folder, job.record, GOING_ON)
 
 
-def _ended(job: Job) -> str:
+def _ended(job: TrainingJob) -> str:
     """What to say if the run has ended before, evaluated as it would be now; nothing if there is something to do."""
     folder = Path(job.recipe.folder)
     records = records_of(folder)
@@ -248,7 +248,7 @@ def _ended(job: Job) -> str:
     return f"{text}. To train on, raise --steps; to train anew, choose another --folder."
 
 
-def _headline(job: Job, start: int) -> str:
+def _headline(job: TrainingJob, start: int) -> str:
     import torch
 
     from frugal_dist.training.optimizers import described
@@ -262,11 +262,11 @@ def _headline(job: Job, start: int) -> str:
     )
 
 
-def _run(job: Job, start: int, seconds: float, terminal: TextIO, request: StopRequest) -> Outcome:
+def _run(job: TrainingJob, start: int, seconds: float, terminal: TextIO, request: StopRequest) -> Outcome:
     from frugal_dist.training.loop import Diverged
-    from frugal_dist.training.metrics import MetricsLog
-    from frugal_dist.training.progress import Progress
-    from frugal_dist.training.trackers import Trackers
+    from frugal_dist.training.metrics.progress import Progress
+    from frugal_dist.training.metrics.record import MetricsLog
+    from frugal_dist.training.metrics.trackers import Trackers
 
     recipe, engine = job.recipe, job.engine
     folder, first = Path(recipe.folder), engine.rank == 0
@@ -317,11 +317,11 @@ def _state(engine: Engine) -> dict[str, Any]:
 
 
 def _training(
-    job: Job, start: int, seconds: float, metrics: MetricsLog, progress: Progress, request: StopRequest
+    job: TrainingJob, start: int, seconds: float, metrics: MetricsLog, progress: Progress, request: StopRequest
 ) -> Training:
     from frugal_dist.training.engines.collectives import gathered
-    from frugal_dist.training.flops import peak_flops
     from frugal_dist.training.loop import Training
+    from frugal_dist.training.metrics.flops import peak_flops
 
     recipe = job.recipe
     peak = peak_flops(recipe.precision, recipe.peak_tflops)

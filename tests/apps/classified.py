@@ -85,7 +85,7 @@ def write_glue(folder: Path, train: int = 40, validation: int = 13) -> Path:
     import pyarrow
     from pyarrow import parquet
 
-    from frugal_dist.training.glue import TASKS
+    from frugal_dist.training.finetune.glue import TASKS
 
     configs = ""
     for name, task in TASKS.items():

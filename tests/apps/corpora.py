@@ -6,8 +6,8 @@ import gzip
 import json
 from pathlib import Path
 
-from frugal_dist.training.text import demo_corpus
-from frugal_dist.training.tokenizer import train_tokenizer
+from frugal_dist.training.data.corpora import demo_corpus
+from frugal_dist.training.data.tokenizer import train_tokenizer
 
 _LENGTHS = (1500, 40, 700, 90, 15)  # in five different shards: ranks have different numbers of real tokens
 C4_README = """---

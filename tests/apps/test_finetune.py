@@ -24,12 +24,12 @@ pytest.importorskip("transformers")
 from sklearn import metrics as metrics_of_sklearn
 
 from frugal_dist.cli import main
-from frugal_dist.training.classifiers import TuningOptimizer, build_classifier, read_config
-from frugal_dist.training.examples import read_examples
-from frugal_dist.training.finetune import finetune
-from frugal_dist.training.finetune_recipe import Data, FinetuneRecipe, Tuning, check_finetune, density_of
-from frugal_dist.training.glue import TASKS, measure
-from frugal_dist.training.metrics import of_kind, read_metrics
+from frugal_dist.training.finetune.classifiers import TuningOptimizer, build_classifier, read_config
+from frugal_dist.training.finetune.examples import read_examples
+from frugal_dist.training.finetune.glue import TASKS, measure
+from frugal_dist.training.finetune.recipe import Data, FinetuneRecipe, Tuning, check_finetune, density_of
+from frugal_dist.training.finetune.run import finetune
+from frugal_dist.training.metrics.record import of_kind, read_metrics
 from frugal_dist.training.optimizers import frugal_options
 from frugal_dist.training.recipe import read_recipe, shipped
 

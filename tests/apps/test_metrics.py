@@ -19,14 +19,14 @@ pytest.importorskip("transformers")
 pytest.importorskip("jsonargparse")
 
 from frugal_dist.cli import main
-from frugal_dist.training.dropout import has_dropout, seed_masks
+from frugal_dist.training.distributed.dropout import has_dropout, seed_masks
 from frugal_dist.training.evaluate import perplexity_of
-from frugal_dist.training.flops import flops_per_token, forget_peak, known_flops, memory, peak_flops
-from frugal_dist.training.looks import Look, grouped
-from frugal_dist.training.metrics import MetricsLog, of_kind, read_metrics
+from frugal_dist.training.metrics.flops import flops_per_token, forget_peak, known_flops, memory, peak_flops
+from frugal_dist.training.metrics.looks import Look, grouped
+from frugal_dist.training.metrics.plot import _drawn, plot_runs
+from frugal_dist.training.metrics.record import MetricsLog, of_kind, read_metrics
+from frugal_dist.training.metrics.trackers import OPEN, Tracker, Trackers, check_trackers, identity
 from frugal_dist.training.models import build_llama
-from frugal_dist.training.plot import _drawn, plot_runs
-from frugal_dist.training.trackers import OPEN, Tracker, Trackers, check_trackers, identity
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.timeout(300)
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps of a small model in a process of its own, watched by both trackers; W&B offline."""
-    from frugal_dist.training.prepare import prepare_demo
+    from frugal_dist.training.data.prepared import prepare_demo
 
     pytest.importorskip("tensorboard")
     pytest.importorskip("wandb")
@@ -324,6 +324,6 @@ def test_trouble_with_a_tracker_is_told_and_ends_there(tmp_path: Path, monkeypat
 
 
 def test_a_missing_package_is_an_error_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("frugal_dist.training.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("frugal_dist.training.metrics.trackers.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"trackers has 'wandb'.*frugal_dist\[tracking\]"):
         check_trackers(["wandb"])

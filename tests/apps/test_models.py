@@ -12,9 +12,9 @@ import torch
 pytest.importorskip("jsonargparse")
 pytest.importorskip("transformers")
 
-from frugal_dist.training.metrics import of_kind, read_metrics
+from frugal_dist.training.data.prepared import prepare_demo
+from frugal_dist.training.metrics.record import of_kind, read_metrics
 from frugal_dist.training.models import build_model, check_positions
-from frugal_dist.training.prepare import prepare_demo
 from frugal_dist.training.pretrain import pretrain
 from frugal_dist.training.recipe import Model, read_recipe
 

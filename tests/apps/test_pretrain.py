@@ -21,11 +21,11 @@ pytest.importorskip("transformers")
 
 from frugal_dist.cli import main
 from frugal_dist.training.compare import run_folder
-from frugal_dist.training.metrics import of_kind, read_metrics
+from frugal_dist.training.distributed.run_lock import LOCK_FILE, check_free
+from frugal_dist.training.distributed.signals import STOPPED
+from frugal_dist.training.metrics.record import of_kind, read_metrics
 from frugal_dist.training.pretrain import pretrain
 from frugal_dist.training.recipe import Recipe, read_recipe
-from frugal_dist.training.run_lock import LOCK_FILE, check_free
-from frugal_dist.training.signals import STOPPED
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = """{
@@ -54,7 +54,7 @@ pytestmark = pytest.mark.timeout(600)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe, its data and its model."""
-    from frugal_dist.training.prepare import prepare_demo
+    from frugal_dist.training.data.prepared import prepare_demo
 
     found = tmp_path_factory.mktemp("pretrain")
     prepare_demo(found / "data", source="topics", vocab_size=512)

@@ -16,7 +16,7 @@ psutil = pytest.importorskip("psutil", reason="the quickstart needs DeepSpeed, w
 pytest.importorskip("deepspeed", reason="the quickstart needs DeepSpeed")
 
 from frugal_dist import checkpoint  # noqa: E402
-from frugal_dist.training.metrics import of_kind, read_metrics  # noqa: E402
+from frugal_dist.training.metrics.record import of_kind, read_metrics  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "quickstart.sh"

@@ -16,14 +16,14 @@ from frugal_dist.cli import main
 from frugal_dist.config import HYPERPARAMETERS, config_from
 from frugal_dist.optimizer import Frugal
 from frugal_dist.planner import LLAMA_SHAPES
-from frugal_dist.training.begun import GOING_ON, check_begun
 from frugal_dist.training.compare import contender
+from frugal_dist.training.distributed.place import find_dist_env, first_host
 from frugal_dist.training.engines import check_engine
 from frugal_dist.training.engines.deepspeed import recipe_json
-from frugal_dist.training.finetune_recipe import FinetuneRecipe
+from frugal_dist.training.finetune.recipe import FinetuneRecipe
 from frugal_dist.training.optimizers import OWN, build_optimizer, frugal_options
-from frugal_dist.training.place import find_place, first_host
 from frugal_dist.training.recipe import Data, Optimizer, Recipe, Saving, Schedule, check_recipe, read_recipe, shipped
+from frugal_dist.training.resume import GOING_ON, check_begun
 from frugal_dist.training.schedule import build_schedule
 
 PAPERS = {"9m": 128, "20m": 256, "60m": 512, "130m": 768, "350m": 1024, "1b": 2048, "3b": 2560, "7b": 4096}
@@ -448,7 +448,7 @@ STARTS["srun with PMI-2"] = {**STARTS["srun"], "PMI_RANK": "3", "PMI_SIZE": "4"}
 
 @pytest.mark.parametrize("launcher", STARTS)
 def test_every_launcher_tells_the_place(launcher: str) -> None:
-    place = find_place(STARTS[launcher])
+    place = find_dist_env(STARTS[launcher])
     assert (place.rank, place.world, place.local_rank, place.address) == (3, 4, 1, "node1")
     assert place.local_world == (4 if launcher == "deepspeed" else 2)
     assert place.port > 0
@@ -463,28 +463,28 @@ SHELLS = {
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_process_alone(shell: str) -> None:
-    place = find_place(SHELLS[shell])
+    place = find_dist_env(SHELLS[shell])
     assert (place.rank, place.world, place.launcher) == (0, 1, "none")
     assert place.port > 0
 
 
 def test_nodes_of_different_size() -> None:
     uneven = {**STARTS["srun"], "SLURM_STEP_TASKS_PER_NODE": "1,3", "SLURM_LOCALID": "2"}
-    assert find_place(uneven).local_world == 3
+    assert find_dist_env(uneven).local_world == 3
 
 
 def test_deepspeed_in_an_interactive_step_of_slurm() -> None:
     """It says nothing of the node's ranks; what Slurm says of the shell's step is not about them."""
     shell = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_PROCID": "0"}
-    place = find_place({**STARTS["deepspeed"], **shell})
+    place = find_dist_env({**STARTS["deepspeed"], **shell})
     assert (place.rank, place.local_rank, place.local_world) == (3, 1, 4)
 
 
 def test_left_over_ranks_under_srun_are_refused() -> None:
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **MEETING}
     with pytest.raises(ValueError, match="srun started 4 tasks, but WORLD_SIZE=1"):
-        find_place({**STARTS["srun"], **alone})
-    assert find_place({**STARTS["srun"], **alone, "TORCHELASTIC_RUN_ID": "mine"}).world == 1
+        find_dist_env({**STARTS["srun"], **alone})
+    assert find_dist_env({**STARTS["srun"], **alone, "TORCHELASTIC_RUN_ID": "mine"}).world == 1
 
 
 @pytest.mark.parametrize(
@@ -499,12 +499,12 @@ def test_left_over_ranks_under_srun_are_refused() -> None:
 )
 def test_contradictions_are_named(change: dict[str, str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        find_place({**STARTS["torchrun"], **change})
+        find_dist_env({**STARTS["torchrun"], **change})
 
 
 def test_a_world_without_a_rank() -> None:
     with pytest.raises(ValueError, match="RANK is not set"):
-        find_place({"WORLD_SIZE": "2"})
+        find_dist_env({"WORLD_SIZE": "2"})
 
 
 @pytest.mark.parametrize(
@@ -734,7 +734,7 @@ def test_kernels_that_one_rank_lacks_are_found_before_training(monkeypatch: pyte
     """``check_engine`` runs where all ranks hear of it."""
     monkeypatch.setenv("FRUGAL_KERNELS", "trition")
     with pytest.raises(ValueError, match=r"FRUGAL_KERNELS='trition' .* auto, torch, triton"):
-        check_engine(read_recipe("reviews_5m"), find_place({}))
+        check_engine(read_recipe("reviews_5m"), find_dist_env({}))
 
 
 def test_keys_of_the_recipe_are_not_short_for_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

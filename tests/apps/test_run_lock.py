@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from frugal_dist.training import run_lock
-from frugal_dist.training.run_lock import LOCK_FILE, Holder, check_free, held, own_holder
+from frugal_dist.training.distributed import run_lock
+from frugal_dist.training.distributed.run_lock import LOCK_FILE, Holder, check_free, held, own_holder
 
 
 def put(run: Path, holder: Holder) -> Path:

@@ -12,12 +12,12 @@ import pytest
 pytest.importorskip("jsonargparse")
 
 from frugal_dist.config import FrugalConfig, config_from, preset
-from frugal_dist.training.begun import FREE, GOING_ON, check_begun
 from frugal_dist.training.compare import CONTENDERS, contender
-from frugal_dist.training.finetune_compare import TUNED
-from frugal_dist.training.finetune_recipe import FinetuneRecipe
+from frugal_dist.training.finetune.compare import TUNED
+from frugal_dist.training.finetune.recipe import FinetuneRecipe
 from frugal_dist.training.optimizers import DEFINED, check_optimizer, described, frugal_options, settled
 from frugal_dist.training.recipe import Optimizer, Recipe, read_recipe, shipped
+from frugal_dist.training.resume import FREE, GOING_ON, check_begun
 
 MEANING = {
     "galore": {"projection": "svd", "on_refresh": "keep", "state_free": "none", "density": 0.25},

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 
 pytest.importorskip("jsonargparse")
 
+from frugal_dist.training.distributed.place import find_dist_env
 from frugal_dist.training.engines.plain import PlainEngine
-from frugal_dist.training.place import find_place
 from frugal_dist.training.recipe import Recipe
 
 
@@ -53,7 +53,7 @@ def test_fsdp2_never_has_model_or_gradient_whole(one_rank: None) -> None:
     recipe = Recipe(engine="fsdp2", batch=6, micro_batch=2, precision="fp32")
     model = Stack()
     start = [parameter.detach().clone() for parameter in model.parameters()]
-    engine = PlainEngine(model, recipe, lambda step: 1.0, find_place({}), losses)
+    engine = PlainEngine(model, recipe, lambda step: 1.0, find_dist_env({}), losses)
     engine.train_step(torch.randn(6, 4))
     assert reduced == [False, True, True], "the first micro-batches' gradients wait, whole, for the last"
     weights = [parameter.detach().full_tensor() for parameter in model.parameters()]

@@ -11,10 +11,10 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("jsonargparse")
 
+from frugal_dist.training.distributed.place import find_dist_env
 from frugal_dist.training.engines import build_engine
-from frugal_dist.training.place import find_place
+from frugal_dist.training.metrics.spikes import FIRST, SpikeGuard
 from frugal_dist.training.recipe import Model, Recipe, check_recipe
-from frugal_dist.training.spikes import FIRST, SpikeGuard
 
 
 def test_a_norm_far_above_the_mean_does_not_pass_nor_count() -> None:
@@ -46,7 +46,7 @@ def test_the_engine_leaves_weights_alone_and_remembers_the_mean(tmp_path: Path) 
 
     model = build_llama("quick", 64, 8)
     start = copy.deepcopy(model.state_dict())
-    engine = build_engine(model, recipe, lambda step: 1.0, find_place({}))
+    engine = build_engine(model, recipe, lambda step: 1.0, find_dist_env({}))
     rows = torch.randint(64, (2, 9))
     for _ in range(FIRST):
         engine.train_step(rows)
@@ -58,7 +58,7 @@ def test_the_engine_leaves_weights_alone_and_remembers_the_mean(tmp_path: Path) 
     assert all(torch.equal(model.state_dict()[name], weight) for name, weight in before.items())
 
     fresh = build_llama("quick", 64, 8)
-    again = build_engine(fresh, recipe, lambda step: 1.0, find_place({}))
+    again = build_engine(fresh, recipe, lambda step: 1.0, find_dist_env({}))
     assert again.resume(tmp_path) is not None
     again.train_step(rows)
     again.train_step(rows, targets=1e-3)

@@ -74,7 +74,7 @@ def _tokenizer(folder: Path) -> Path:
     """A tokenizer.json alone, as prepared data has it; what ends documents stands in the description of the data."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from frugal_dist.training.prepare import PreparedData, write_description
+    from frugal_dist.training.data.prepared import PreparedData, write_description
 
     words = {word: number for number, word in enumerate(("<pad>", "<end>", "<unk>", "a", "b", "c"))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))

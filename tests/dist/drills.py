@@ -15,9 +15,9 @@ import torch.distributed as dist
 from cases import GAP, LAYOUTS, STEPS, gradients, weights
 from storages import Held, Named, replicas
 
-import frugal_dist.bases
+import frugal_dist.step.basis_refresh
 from frugal_dist.projection.basis import exact_svd
-from frugal_dist.state import CLOCKS
+from frugal_dist.step.state import COUNTERS
 
 NAMES = ("tall", "wide", "square", "experts", "norm")
 OTHER_NAME = {"wide": "other"}
@@ -32,7 +32,7 @@ class Outcome:
 
     error: str
     weights: Named
-    clocks: dict[str, int]
+    counters: dict[str, int]
     steps: int
 
 
@@ -69,7 +69,7 @@ class Drill:
     def patched(self) -> contextlib.AbstractContextManager[Any]:
         if self.svd is None:
             return contextlib.nullcontext()
-        return mock.patch.object(frugal_dist.bases, "exact_svd", self.svd())
+        return mock.patch.object(frugal_dist.step.basis_refresh, "exact_svd", self.svd())
 
     def alone(self) -> Outcome:
         """On one process, which sees what the spoiled rank sees."""
@@ -96,7 +96,7 @@ class Drill:
         except (ValueError, RuntimeError) as problem:
             error = f"{type(problem).__name__}: {problem}"
         full = held.full() if held is not None and not error else {}
-        return Outcome(error, full, _clocks(held), step)
+        return Outcome(error, full, _counters(held), step)
 
 
 def _gradient(step: int, name: str, shape: torch.Size) -> torch.Tensor:
@@ -104,13 +104,13 @@ def _gradient(step: int, name: str, shape: torch.Size) -> torch.Tensor:
     return gradients()[step][known.get(name, name)].clone().view(shape)
 
 
-def _clocks(held: Held | None) -> dict[str, int]:
+def _counters(held: Held | None) -> dict[str, int]:
     stores = held.optimizer.state.values() if held is not None else ()
     return {
         f"{number}/{key}": int(value)
         for number, store in enumerate(stores)
         for key, value in store.items()
-        if key.rpartition("/")[2] in CLOCKS
+        if key.rpartition("/")[2] in COUNTERS
     }
 
 

@@ -12,9 +12,9 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 from frugal_dist import Frugal
-from frugal_dist.training import shared
-from frugal_dist.training.ranks import together
-from frugal_dist.training.rollcall import RollCall, own_name
+from frugal_dist.training.distributed import shared
+from frugal_dist.training.distributed.ranks import together
+from frugal_dist.training.distributed.rollcall import RollCall, own_name
 
 
 def beginning(failing: dict[int, str]) -> str:

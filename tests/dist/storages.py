@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from frugal_dist import Frugal, engines
-from frugal_dist.sharding.storage import Box, Interval, Original, Part
+from frugal_dist.sharding.shard import Box, Interval, LocalShard, ParamSpec
 
 Named = dict[str, Tensor]
 Groups = set[str] | Sequence[dict[str, Any]]
@@ -119,7 +119,7 @@ class FlatStorage:
 
     shares_replicas = True
 
-    def __init__(self, originals: Sequence[Original], weights: Named, subgroups: int, each: bool) -> None:
+    def __init__(self, originals: Sequence[ParamSpec], weights: Named, subgroups: int, each: bool) -> None:
         self.originals, self.each = originals, each
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.members: list[list[int]] = [list(range(len(originals)))[k::subgroups] for k in range(subgroups)]
@@ -162,10 +162,10 @@ class FlatStorage:
     def frozen(self, i: int) -> bool:
         return False
 
-    def part(self, i: int) -> Part:
+    def part(self, i: int) -> LocalShard:
         return self.parts[i][1]
 
-    def carrier(self, i: int) -> Tensor:
+    def param(self, i: int) -> Tensor:
         return self.flats[self.parts[i][0]]
 
     def options(self, i: int) -> dict[str, Any]:
@@ -176,10 +176,10 @@ class FlatStorage:
         return flat[offset : offset + part.stop - part.start]
 
     def weight(self, i: int) -> Tensor:
-        return self._slice(i, self.carrier(i).detach())
+        return self._slice(i, self.param(i).detach())
 
     def grad(self, i: int) -> Tensor | None:
-        grad = self.carrier(i).grad
+        grad = self.param(i).grad
         return None if grad is None else self._slice(i, grad)
 
 

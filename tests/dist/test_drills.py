@@ -68,7 +68,7 @@ def check_like_alone(drill: Drill, outcomes: list[Outcome]) -> None:
         assert not outcome.error
         for name, weight in want.weights.items():
             torch.testing.assert_close(outcome.weights[name], weight, rtol=0, atol=1e-10, equal_nan=True)
-        assert outcome.clocks == outcomes[0].clocks
+        assert outcome.counters == outcomes[0].counters
 
 
 def check_failing(name: str, outcome: Outcome) -> None:
@@ -95,8 +95,8 @@ def check_agreement(name: str, outcomes: list[Outcome], told: list[str]) -> None
         for key, weight in first.weights.items():
             assert torch.equal(outcome.weights[key].nan_to_num(), weight.nan_to_num()), key
         if ALL[name].options["projection"] in ("svd", "random"):
-            late = {key: value for key, value in outcome.clocks.items() if "refreshe" in key}
-            assert late == {key: first.clocks[key] for key in late}
+            late = {key: value for key, value in outcome.counters.items() if "refreshe" in key}
+            assert late == {key: first.counters[key] for key in late}
     if name.startswith("another weight"):
         assert any("had different weights" in text and VICTIM in text for text in told)
 

@@ -11,7 +11,7 @@ from storages import replicas
 from threads import run_ranks
 
 from frugal_dist import Frugal
-from frugal_dist.figures import RefreshReport
+from frugal_dist.step.statistics import RefreshReport
 
 RANKS = 4
 

@@ -14,7 +14,7 @@ from test_collectives import RANKS, SHAPES, Meter, Traffic, metered
 from threads import run_ranks
 
 from frugal_dist import Frugal
-from frugal_dist.planner.engines import engine_layout
+from frugal_dist.planner.layouts import engine_layout
 from frugal_dist.planner.plan import Plan, make_plan
 from frugal_dist.projection.coordinates import Flat
 

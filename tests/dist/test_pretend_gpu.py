@@ -19,8 +19,8 @@ from pretend_gpu import gpu, installed, on_cpu
 from storages import Held
 from threads import run_ranks
 
+from frugal_dist.engines import deepspeed_hooks
 from frugal_dist.projection.basis import exact_svd
-from frugal_dist.sharding import deepspeed_hooks
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build device_guard.cpp"),
@@ -112,7 +112,9 @@ def test_offloaded_matrices_are_refreshed_on_the_gpu(monkeypatch: pytest.MonkeyP
     seen = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr("frugal_dist.bases.exact_svd", lambda grad, *rest: seen.append(grad) or exact_svd(grad, *rest))
+    monkeypatch.setattr(
+        "frugal_dist.step.basis_refresh.exact_svd", lambda grad, *rest: seen.append(grad) or exact_svd(grad, *rest)
+    )
     case = Case("svd", "std", "reset", more=(("process_group", None),))
     with gpu():
         start = {name: weights()[name] for name in ("tall", "norm")}

@@ -15,9 +15,9 @@ from processes import Fleet
 from torch import distributed
 from torch.distributed import HashStore
 
-from frugal_dist.training import waiting as waits
-from frugal_dist.training.place import Place, find_place
-from frugal_dist.training.ranks import _agreed_gpu, gpu_index, joined
+from frugal_dist.training.distributed import waiting as waits
+from frugal_dist.training.distributed.place import DistEnv, find_dist_env
+from frugal_dist.training.distributed.ranks import _agreed_gpu, gpu_index, process_group
 
 
 def test_what_works_everywhere_goes_on(fleet: Fleet) -> None:
@@ -73,26 +73,26 @@ def test_a_rank_that_failed_alone_does_not_wait_to_leave(backend: str) -> None:
     """NCCL's group is left by all ranks or by none; torch's fake one stands for it here."""
     from torch.testing._internal.distributed import fake_pg  # noqa: F401  # makes the backend known
 
-    place = Place(0, 1, 0, 1, "127.0.0.1", 1, "none")
+    place = DistEnv(0, 1, 0, 1, "127.0.0.1", 1, "none")
     for fails in (True, False):
         if not distributed.is_initialized():
             distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-        with suppress(ZeroDivisionError), joined(place):
+        with suppress(ZeroDivisionError), process_group(place):
             assert 1 / (not fails)
         assert distributed.is_initialized() == (fails and backend != "gloo")
 
 
 def test_each_rank_has_a_gpu_of_its_own() -> None:
-    place = Place(5, 8, 1, 4, "node1", 29500, "Slurm")
+    place = DistEnv(5, 8, 1, 4, "node1", 29500, "Slurm")
     assert gpu_index(place, 4) == 1
     assert gpu_index(place, 1) == 0  # the launcher shows each rank only its own
     with pytest.raises(ValueError, match="rank 5 is number 3 of its host"):
-        gpu_index(Place(5, 8, 3, 4, "node1", 29500, "Slurm"), 2)
+        gpu_index(DistEnv(5, 8, 3, 4, "node1", 29500, "Slurm"), 2)
 
 
 def test_a_rank_without_a_gpu_is_heard_by_all() -> None:
     """On a host with fewer GPUs than ranks, or with a broken driver: told before there is a group."""
-    places = [Place(rank, 2, rank, 2, "node1", 29500, "Slurm") for rank in range(2)]
+    places = [DistEnv(rank, 2, rank, 2, "node1", 29500, "Slurm") for rank in range(2)]
     for counts, expected, words in (
         ((2, 2), [0, 1], "None"),
         ((0, 0), [None, None], "None"),
@@ -111,17 +111,17 @@ def test_a_rank_without_a_gpu_is_heard_by_all() -> None:
 def test_without_mpi4py_or_an_address_the_error_says_what_to_export(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "mpi4py", None)
     with pytest.raises(ValueError, match="export MASTER_ADDR"):
-        find_place({"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"})
+        find_dist_env({"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"})
 
 
 def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
-        place = Place(0, 2, 0, 2, "127.0.0.1", taken.getsockname()[1], "torchrun or deepspeed")
+        place = DistEnv(0, 2, 0, 2, "127.0.0.1", taken.getsockname()[1], "torchrun or deepspeed")
         for name, value in place.environment().items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(ValueError, match=f"MASTER_PORT={place.port} is taken"), joined(place):
+        with pytest.raises(ValueError, match=f"MASTER_PORT={place.port} is taken"), process_group(place):
             pass
 
 

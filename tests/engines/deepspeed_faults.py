@@ -94,7 +94,7 @@ def bad_gradient(situation: str, projection: str, value: float, bad_step: int) -
         with poisoned(engine, VICTIM, ranks - 1, value):
             cases.train(engine, [bad_step])
         after = cases.full_weights(engine)
-        counts = tuple(sorted(clocks(engine).items()))
+        counts = tuple(sorted(counters(engine).items()))
         cases.train(engine, range(bad_step + 1, bad_step + 1 + cases.GAP))
         end = cases.full_weights(engine)
     skipped = int(engine.skipped_steps)
@@ -105,13 +105,13 @@ def bad_gradient(situation: str, projection: str, value: float, bad_step: int) -
     return Outcome(skipped, VICTIM in moved, bool(moved - {VICTIM}), counts, finite, cases.digest(end), learns)
 
 
-def clocks(engine: Any) -> dict[str, int]:
+def counters(engine: Any) -> dict[str, int]:
     """How often each matrix and parameter was updated, by this rank's count; parts that are not here are left out."""
     found = {}
     for number, store in enumerate(engine.basic_optimizer.state.values()):
         for key, value in store.items():
-            name, _, clock = key.rpartition("/")
-            if clock == "updates" or (clock == "step" and f"{name}/updates".lstrip("/") not in store):
+            name, _, counter = key.rpartition("/")
+            if counter == "updates" or (counter == "step" and f"{name}/updates".lstrip("/") not in store):
                 found[name or f"tensor {number}"] = int(value)
     return found
 
@@ -123,9 +123,9 @@ def after_building(setting: str) -> tuple[list[str], set[int], set[int]]:
     engine = cases.start(cases.config_of(options, chosen.zero, torch.distributed.get_world_size(), **chosen.more))
     found, want = cases.full_weights(engine), dict(cases.small_llama().to(chosen.half).named_parameters())
     moved = [name for name in want if not torch.equal(found[name], want[name].detach().float())]
-    at_first = set(clocks(engine).values())
+    at_first = set(counters(engine).values())
     cases.train(engine, [0])
-    after = set(clocks(engine).values())
+    after = set(counters(engine).values())
     engine.destroy()
     return moved, at_first, after
 
@@ -141,7 +141,7 @@ def overflowing_scale(stage: int) -> tuple[int, tuple[int, ...], str, bool]:
         untouched = all(torch.equal(first[name], value) for name, value in cases.full_weights(engine).items())
         cases.train(engine, range(1, 16))
     found = cases.full_weights(engine)
-    result = (int(engine.skipped_steps), tuple(sorted(set(clocks(engine).values()))), cases.digest(found), untouched)
+    result = (int(engine.skipped_steps), tuple(sorted(set(counters(engine).values()))), cases.digest(found), untouched)
     engine.destroy()
     return result
 
@@ -163,12 +163,12 @@ def fp16_at_stage0() -> str:
 
 def failing_svd(stage: int, attempts: int) -> tuple[str, list[str], str]:
     """The SVD of one matrix fails on its owner at ``attempts`` refreshes: (error, warnings, digest of the weights)."""
-    from frugal_dist import bases
+    from frugal_dist.step import basis_refresh
 
     ranks = torch.distributed.get_world_size()
     options = {**copy.deepcopy(cases.SMOOTH), "projection": "svd"}
     engine = cases.start(cases.config_of(options, {"stage": stage}, ranks))
-    real, error, left = bases.exact_svd, "", [attempts * 3]  # CPU and fp64 are tried as well
+    real, error, left = basis_refresh.exact_svd, "", [attempts * 3]  # CPU and fp64 are tried as well
 
     def failing(grad: Tensor, side: str, size: int) -> Any:
         if tuple(grad.shape) == (101, 48) and torch.distributed.get_rank() == ranks - 1 and left[0]:
@@ -177,7 +177,7 @@ def failing_svd(stage: int, attempts: int) -> tuple[str, list[str], str]:
         return real(grad, side, size)
 
     cases.train(engine, range(cases.GAP))
-    bases.exact_svd = failing
+    basis_refresh.exact_svd = failing
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -185,7 +185,7 @@ def failing_svd(stage: int, attempts: int) -> tuple[str, list[str], str]:
     except RuntimeError as raised:
         error = str(raised)
     finally:
-        bases.exact_svd = real
+        basis_refresh.exact_svd = real
     found = "" if error else cases.digest(cases.full_weights(engine))
     engine.destroy()
     return error, [str(one.message) for one in caught if "refresh failed" in str(one.message)], found

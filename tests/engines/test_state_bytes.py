@@ -11,7 +11,7 @@ from fleet import Fleet
 
 from frugal_dist import Frugal, split_parameters
 from frugal_dist.planner import MOMENT_BYTES, Weight, adamw_bytes, frugal_bytes
-from frugal_dist.planner.engines import engine_layout
+from frugal_dist.planner.layouts import engine_layout
 from frugal_dist.planner.plan import make_plan
 
 Fleets = Callable[[int], Fleet]

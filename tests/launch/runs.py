@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 from hosts import ROOT
 
-from frugal_dist.training.metrics import METRICS_FILE, of_kind, read_metrics
-from frugal_dist.training.place import find_place
+from frugal_dist.training.distributed.place import find_dist_env
+from frugal_dist.training.metrics.record import METRICS_FILE, of_kind, read_metrics
 
 MODEL = """{
  "model_type": "llama", "vocab_size": 512, "hidden_size": 48, "intermediate_size": 101, "num_hidden_layers": 3,
@@ -54,7 +54,7 @@ class Workshop:
     """A folder with recipe, data and model, in which runs are made."""
 
     def __init__(self, folder: Path) -> None:
-        from frugal_dist.training.prepare import prepare_demo
+        from frugal_dist.training.data.prepared import prepare_demo
 
         self.folder = folder
         self.recipe = folder / "recipe.yaml"
@@ -137,7 +137,7 @@ class Run:
                 continue
             if str(self.folder) in words and not any("launcher" in word or "torchrun" in word for word in words[:4]):
                 try:
-                    place = find_place({**environ, "MASTER_ADDR": "x", "MASTER_PORT": "1"})
+                    place = find_dist_env({**environ, "MASTER_ADDR": "x", "MASTER_PORT": "1"})
                 except ValueError:
                     continue
                 if place.launcher != "none" and "python" in words[0]:

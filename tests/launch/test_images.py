@@ -27,7 +27,7 @@ from hosts import need as need_hosts
 from images import Container, Store
 from runs import wait_until
 
-from frugal_dist.training.metrics import of_kind, read_metrics
+from frugal_dist.training.metrics.record import of_kind, read_metrics
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(3600), pytest.mark.xdist_group("images")]
 ARGUMENTS = {"TORCH": "torch==2.13.0+cpu", "EXTRAS": "all,dev", "WITH_SSH": "1", "APT_PACKAGES": "bsdextrautils"}

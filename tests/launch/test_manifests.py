@@ -23,8 +23,8 @@ from compose import services
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from frugal_dist.training.distributed.signals import DIVERGED
 from frugal_dist.training.recipe import Recipe, read_recipe
-from frugal_dist.training.signals import DIVERGED
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"

@@ -6,7 +6,7 @@ import re
 
 from hosts import ROOT
 
-from frugal_dist.training.planning import plan_recipe
+from frugal_dist.training.plan import plan_recipe
 from frugal_dist.training.recipe import read_recipe
 
 README = (ROOT / "launch" / "README.md").read_text()

@@ -54,7 +54,7 @@ def weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in parameters_of(optimizer)]
 
 
-def clocks(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, int]:
+def counters(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, int]:
     """The counters of one parameter that exist, as plain numbers."""
     state = optimizer.state[parameter]
     return {key: int(state[key]) for key in ("step", "updates", "refreshes", "refreshed_at") if key in state}

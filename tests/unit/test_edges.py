@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from building import DENSITY, PROJECTIONS, build, clocks, parameters_of, set_grads, train, weight, weights
+from building import DENSITY, PROJECTIONS, build, counters, parameters_of, set_grads, train, weight, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from frugal_dist import Frugal
@@ -230,8 +230,8 @@ def test_a_step_without_gradient_does_not_count(projection: str) -> None:
         set_grads(first, step)
         first.step()
         assert torch.equal(skipping, straight)
-    assert clocks(first, skipping) == clocks(second, straight)
-    assert clocks(first, skipping)["updates"] == 8
+    assert counters(first, skipping) == counters(second, straight)
+    assert counters(first, skipping)["updates"] == 8
 
 
 def test_one_parameter_without_gradient_does_not_disturb_the_others() -> None:
@@ -245,8 +245,8 @@ def test_one_parameter_without_gradient_does_not_disturb_the_others() -> None:
         both.step()
         single.step()
     assert torch.equal(a, alone)
-    assert clocks(both, a)["updates"] == 7
-    assert clocks(both, b)["updates"] == 4
+    assert counters(both, a)["updates"] == 7
+    assert counters(both, b)["updates"] == 4
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
@@ -478,7 +478,7 @@ def test_float64_gradients_beyond_the_range_of_float32(scale: float) -> None:
         w.grad = scale * ordinary.grad
         extreme.step()
         plain.step()
-    assert clocks(extreme, w)["refreshes"] == 2
+    assert counters(extreme, w)["refreshes"] == 2
     assert torch.allclose(w, ordinary, atol=1e-10, rtol=0)
 
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from frugal_dist import Frugal, kernels
+from frugal_dist import Frugal
 from frugal_dist.config import FrugalConfig
-from frugal_dist.kernels.jobs import Job
-from frugal_dist.kernels.tables import MOST, Tables
 from frugal_dist.projection.basis import Basis
 from frugal_dist.projection.coordinates import Columns, Everything, Flat, Rows, Selection
-from frugal_dist.update import basis_step_, state_free_, step_tiles
+from frugal_dist.update import kernels
+from frugal_dist.update.kernels.jobs import TileUpdate
+from frugal_dist.update.kernels.tables import MOST, Tables
+from frugal_dist.update.local import basis_step_, state_free_, step_tiles
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
@@ -41,7 +42,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def starts(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What kernels were started with."""
-    from frugal_dist.kernels import launch
+    from frugal_dist.update.kernels import launch
 
     found: list[Any] = []
     start = launch._start
@@ -79,7 +80,7 @@ def steps(dtype: torch.dtype, decay: float) -> list[Tensor]:
         for (shape, selection), own in zip(chosen, moments, strict=True):
             weight = buffer[start : start + prod(shape)].view(shape)
             grad = (torch.randn(shape) * (torch.rand(shape) > 0.1)).to(dtype)
-            jobs.append(Job(weight, grad, selection, own if selection is not None else (), step, decay, CONFIG))
+            jobs.append(TileUpdate(weight, grad, selection, own if selection is not None else (), step, decay, CONFIG))
             start += prod(shape)
         step_tiles(jobs)
     return [buffer, *(moment for own in moments for moment in own)]
@@ -104,10 +105,10 @@ def test_many_matrices_at_once(
 
 @needs_triton
 def test_a_start_takes_so_many_matrices_and_entries(starts: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from frugal_dist.kernels import launch
+    from frugal_dist.update.kernels import launch
 
     def step(number: int) -> None:
-        step_tiles(Job(one, torch.ones(1, 3), None, (), 1, 0.0, CONFIG) for one in weights[:number].split(1))
+        step_tiles(TileUpdate(one, torch.ones(1, 3), None, (), 1, 0.0, CONFIG) for one in weights[:number].split(1))
 
     weights = torch.zeros(130, 3)
     step(130)
@@ -183,7 +184,7 @@ def test_what_they_are_not_made_for_is_left_to_torch(
     fused = kernels.fused_for(weight)
     assert fused is not None
     moments = (torch.zeros(16, 2), torch.zeros(16, 2))
-    job = Job(weight, weight, Columns(torch.tensor([1, 5])), moments, 1, 0.0, replace(CONFIG, **options))
+    job = TileUpdate(weight, weight, Columns(torch.tensor([1, 5])), moments, 1, 0.0, replace(CONFIG, **options))
     assert fused.kind_of(job) is None
     assert not fused.Launches().take(job)
 
@@ -252,12 +253,12 @@ class Wrapped(Tensor):
 
 @needs_triton
 def test_tensors_without_memory_are_left_to_torch(interpreter: None) -> None:
-    from frugal_dist.kernels import launch
+    from frugal_dist.update.kernels import launch
 
     plain = torch.ones(8, 8)
-    assert launch.kind_of(Job(plain, plain, None, (), 1, 0.0, CONFIG)) is not None
-    assert launch.kind_of(Job(Wrapped(plain), plain, None, (), 1, 0.0, CONFIG)) is None
-    assert launch.kind_of(Job(plain, Wrapped(plain), None, (), 1, 0.0, CONFIG)) is None
+    assert launch.kind_of(TileUpdate(plain, plain, None, (), 1, 0.0, CONFIG)) is not None
+    assert launch.kind_of(TileUpdate(Wrapped(plain), plain, None, (), 1, 0.0, CONFIG)) is None
+    assert launch.kind_of(TileUpdate(plain, Wrapped(plain), None, (), 1, 0.0, CONFIG)) is None
     assert not launch.sign_step_(Wrapped(plain), plain, 0.1)
 
 
@@ -275,7 +276,7 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_triton_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """An import that fails, as on a machine without the package."""
     monkeypatch.setenv(kernels.VARIABLE, "triton")
-    monkeypatch.setitem(__import__("sys").modules, "frugal_dist.kernels.launch", None)
+    monkeypatch.setitem(__import__("sys").modules, "frugal_dist.update.kernels.launch", None)
     kernels._load.cache_clear()
     wanted = pytest.raises(ValueError, match="FRUGAL_KERNELS=triton, but triton cannot be imported")
     with pytest.warns(UserWarning, match="triton cannot be imported"), wanted:

@@ -16,7 +16,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from frugal_dist.kernels import fused, launch
+from frugal_dist.update.kernels import fused, launch
 
 def compiled(kernel, told, constants, warps=4):
     kinds = {"table": "*i64", "w_ptr": told, "g_ptr": told, "rest_ptr": told, "numel": "i32", "cols": "i32"}

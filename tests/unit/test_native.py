@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from frugal_dist import Frugal, kernels
+from frugal_dist import Frugal
 from frugal_dist.config import FrugalConfig
-from frugal_dist.kernels import native
-from frugal_dist.kernels.jobs import Job, Noise
 from frugal_dist.projection.coordinates import Columns, Everything, Flat, Rows, Selection
-from frugal_dist.update import step_tiles
+from frugal_dist.update import kernels
+from frugal_dist.update.kernels import native
+from frugal_dist.update.kernels.jobs import Noise, TileUpdate
+from frugal_dist.update.local import step_tiles
 
 CONFIG = FrugalConfig(lr=1e-2, state_free_lr_scale=0.3, projection="columns")
 # Multiples of nothing, of 16, less than a line and many of them; wide rows; more than a thread takes at a time.
@@ -50,7 +51,7 @@ def steps(weight_dtype: torch.dtype, grad_dtype: torch.dtype, decay: float, numb
             own = () if selection is None else [torch.zeros(selection.shape(rows, cols)) for _ in "mv"]
             for step in range(1, number + 1):
                 grad = (torch.randn(rows, cols) * (torch.rand(rows, cols) > 0.1)).to(grad_dtype)
-                step_tiles([Job(weight, grad, selection, own, step, decay, CONFIG)])
+                step_tiles([TileUpdate(weight, grad, selection, own, step, decay, CONFIG)])
             results += [weight, *own]
     return results
 
@@ -105,11 +106,11 @@ def test_a_tile_of_a_matrix_gets_the_bits_of_the_whole(monkeypatch: pytest.Monke
     rows, cols = 29, 83
     weight, grad, index = torch.randn(rows, cols), torch.randn(rows, cols), drawn(cols, 0.4)
     whole, moments = weight.clone(), [torch.zeros(rows, index.numel()) for _ in "mv"]
-    step_tiles([Job(whole, grad, Columns(index), moments, 1, 0.1, CONFIG)])
+    step_tiles([TileUpdate(whole, grad, Columns(index), moments, 1, 0.1, CONFIG)])
     for start, stop in ((0, 17), (17, 50), (50, 83)):
         selection = Columns(index).local(type("R", (), {"rows": (0, rows), "cols": (start, stop)}))  # type: ignore[arg-type]
         part, own = weight[:, start:stop].clone(), [torch.zeros(rows, selection.index.numel()) for _ in "mv"]
-        step_tiles([Job(part, grad[:, start:stop].clone(), selection, own, 1, 0.1, CONFIG)])
+        step_tiles([TileUpdate(part, grad[:, start:stop].clone(), selection, own, 1, 0.1, CONFIG)])
         assert torch.equal(part, whole[:, start:stop])
 
 
@@ -138,7 +139,7 @@ def test_single_entries_of_a_part_of_the_columns_are_left_to_torch_if_they_are_r
     weight, moments = torch.zeros(4, 8, dtype=torch.bfloat16), (torch.zeros(2), torch.zeros(2))
     selection = Flat(torch.tensor([1, 9], dtype=torch.int32), 8)
     for stride, taken in ((8, True), (16, False)):
-        job = Job(weight, weight, selection, moments, 1, 0.0, CONFIG, Noise((1, 2), 0, stride))
+        job = TileUpdate(weight, weight, selection, moments, 1, 0.0, CONFIG, Noise((1, 2), 0, stride))
         assert (native.kind_of(job) is not None) is taken
 
 
@@ -154,7 +155,7 @@ def test_single_entries_of_a_part_of_the_columns_are_left_to_torch_if_they_are_r
 )
 def test_what_it_is_not_made_for_is_left_to_torch(options: dict[str, Any], weight: Tensor) -> None:
     moments = (torch.zeros(16, 2), torch.zeros(16, 2))
-    job = Job(weight, weight, Columns(torch.tensor([1, 5])), moments, 1, 0.0, replace(CONFIG, **options))
+    job = TileUpdate(weight, weight, Columns(torch.tensor([1, 5])), moments, 1, 0.0, replace(CONFIG, **options))
     assert native.kind_of(job) is None
     assert not native.Launches().take(job)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from building import PROJECTIONS, build, clocks, parameters_of, set_grads, train, weight, weights
+from building import PROJECTIONS, build, counters, parameters_of, set_grads, train, weight, weights
 from torch.distributed.checkpoint.state_dict_saver import _stateful_to_state_dict
 
 from frugal_dist import Frugal, FrugalConfig, preset
@@ -237,7 +237,7 @@ def test_parameters_without_names_but_with_projected_work() -> None:
         [{"params": [w], "projected": True}, {"params": [b], "projected": False}], density=0.5, update_gap=3
     )
     train(optimizer, 1, 4)
-    assert clocks(optimizer, w)["refreshes"] == 2
+    assert counters(optimizer, w)["refreshes"] == 2
 
 
 def test_two_parameters_of_one_name_are_refused() -> None:

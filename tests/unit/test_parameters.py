@@ -13,9 +13,8 @@ from model_zoo import ZOO, build
 from torch import nn
 
 from frugal_dist import Frugal
-from frugal_dist.holdings import StateBytes
-from frugal_dist.names import is_head
-from frugal_dist.parameters import (
+from frugal_dist.parameters.names import is_head
+from frugal_dist.parameters.split import (
     ParameterInfo,
     check_patterns,
     check_selection,
@@ -26,6 +25,7 @@ from frugal_dist.parameters import (
     report,
     split_parameters,
 )
+from frugal_dist.parameters.summary import StateBytes
 
 Q_PROJ = "model.layers.3.self_attn.q_proj.weight"
 
@@ -350,12 +350,12 @@ def test_the_first_step_tells_what_is_projected_and_saved(caplog: pytest.LogCapt
             for param in params.values():
                 param.grad = torch.ones_like(param) if param.requires_grad else None
             optimizer.step()
-    clocks, moments = 8 * 5, 4 * 2
+    counters, moments = 8 * 5, 4 * 2
     sizes = {row.name: row.state_bytes for row in optimizer.parameter_report_rows()}
     assert sizes == {
-        "q_proj.weight": moments * 64 + clocks,
-        "experts.up": moments * 192 + 3 * clocks,
-        "k_proj.weight": clocks,
+        "q_proj.weight": moments * 64 + counters,
+        "experts.up": moments * 192 + 3 * counters,
+        "k_proj.weight": counters,
         "norm.weight": moments * 8 + 8,
     }
     held, adamw = sum(size or 0 for size in sizes.values()), moments * (128 + 384 + 8)

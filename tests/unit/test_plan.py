@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frugal_dist.sharding.plan import assign_owners, compute_layout, free_cut, owner_layout, refresh_cost
-from frugal_dist.sharding.route import Crossing, fill_buckets, limit_for_owners
+from frugal_dist.sharding.placement import assign_owners, compute_layout, free_cut, owner_layout, refresh_cost
+from frugal_dist.sharding.redistribution import Redistribution, fill_buckets, limit_for_owners
 from frugal_dist.sharding.tile import (
     Layout,
     Tile,
@@ -51,7 +51,7 @@ def test_what_is_sent_is_what_is_received(rows: int, cols: int, cuts: list[int],
     """Both ends of a message list the same pieces in the same order."""
     storage = flat_shards(rows, cols, cuts)
     layout = free_cut(storage, rows, cols, free_dim, index=0)
-    crossing = Crossing(storage, layout)
+    crossing = Redistribution(storage, layout)
     routes = [crossing.route(rank, 0) for rank in range(len(storage))]
     for sender, mine in enumerate(routes):
         for receiver, theirs in enumerate(routes):

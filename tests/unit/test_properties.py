@@ -18,7 +18,7 @@ from torch import Tensor
 
 import frugal_dist.projection
 from frugal_dist import Frugal, FrugalConfig, preset
-from frugal_dist.planner.shapes import Weight, frugal_bytes
+from frugal_dist.planner.formula import Weight, frugal_bytes
 from frugal_dist.projection import Basis, down, exact_svd, random_basis, select_indices, up
 from frugal_dist.projection.shapes import coordinate_count, floor_of, round_of
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from building import PROJECTIONS, build, clocks, parameters_of, set_grads, train, weight, weights
+from building import PROJECTIONS, build, counters, parameters_of, set_grads, train, weight, weights
 
 from frugal_dist import Frugal
 
@@ -27,9 +27,9 @@ def refresh_steps(optimizer: Frugal, parameter: torch.Tensor, first: int, last: 
     """The steps from `first` to `last` at which the number of refreshes grew."""
     seen = []
     for step in range(first, last + 1):
-        before = clocks(optimizer, parameter).get("refreshes", 0)
+        before = counters(optimizer, parameter).get("refreshes", 0)
         train(optimizer, step, step)
-        if clocks(optimizer, parameter)["refreshes"] > before:
+        if counters(optimizer, parameter)["refreshes"] > before:
             seen.append(step)
     return seen
 
@@ -54,7 +54,7 @@ def test_a_non_finite_gradient_at_a_refresh_skips_the_whole_matrix(value: float,
     for key, value in before.items():
         assert torch.equal(optimizer.state[w][key], value), key
     assert not torch.equal(other, other_old), "the other matrices go on"
-    assert clocks(optimizer, other)["refreshes"] == 2
+    assert counters(optimizer, other)["refreshes"] == 2
 
 
 def test_a_skipped_refresh_is_retried_at_the_next_step() -> None:
@@ -66,10 +66,10 @@ def test_a_skipped_refresh_is_retried_at_the_next_step() -> None:
     assert w.grad is not None
     w.grad.fill_(math.nan)
     optimizer.step()
-    assert clocks(optimizer, w)["updates"] == 3
+    assert counters(optimizer, w)["updates"] == 3
     for step, updates in ((5, 3), (8, 6), (11, 9)):
         assert refresh_steps(optimizer, w, step, step) == [step]
-        assert clocks(optimizer, w)["refreshed_at"] == updates
+        assert counters(optimizer, w)["refreshed_at"] == updates
         assert refresh_steps(optimizer, w, step + 1, step + 2) == []
 
 
@@ -84,7 +84,7 @@ def test_many_non_finite_gradients_in_a_row() -> None:
     assert torch.equal(w, old)
     train(optimizer, 9, 9)
     assert torch.isfinite(w).all()
-    assert clocks(optimizer, w)["refreshes"] == 2
+    assert counters(optimizer, w)["refreshes"] == 2
 
 
 def test_a_non_finite_gradient_at_the_very_first_step() -> None:
@@ -121,7 +121,7 @@ def test_coordinates_need_no_gradient_to_refresh(projection: str) -> None:
     assert w.grad is not None
     w.grad[2, 1] = math.nan
     optimizer.step()
-    assert clocks(optimizer, w)["refreshes"] == 1
+    assert counters(optimizer, w)["refreshes"] == 1
     w.data[2, 1] = 0.0  # NaN where it was selected; where not, sign(NaN) is 0
     assert torch.isfinite(w).all()
 
@@ -145,7 +145,7 @@ def test_a_zero_gradient_at_a_refresh_keeps_the_projector_and_goes_on(side: str)
         o.step()
     assert torch.equal(w, late), "as a step without refresh: momentum moves the weight"
     assert torch.equal(bases(optimizer, w), basis)
-    assert clocks(optimizer, w)["step"] == 4, "no reset without a refresh"
+    assert counters(optimizer, w)["step"] == 4, "no reset without a refresh"
     assert refresh_steps(optimizer, w, 5, 10) == [5, 7, 10]
 
 
@@ -161,8 +161,8 @@ def test_a_zero_gradient_of_one_matrix_at_the_very_first_step() -> None:
     assert not torch.equal(other, other_old)
     train(optimizer, 2, 2)
     assert not torch.equal(w, old)
-    assert clocks(optimizer, w)["refreshes"] == 1
-    assert clocks(optimizer, w)["step"] == 1
+    assert counters(optimizer, w)["refreshes"] == 1
+    assert counters(optimizer, w)["step"] == 1
 
 
 @pytest.mark.parametrize("projection", ["columns", "rows", "randk", "randperm", "blockwise"])
@@ -172,7 +172,7 @@ def test_a_zero_gradient_is_an_ordinary_gradient_for_coordinates(projection: str
     train(optimizer, 1, 3)
     w.grad = torch.zeros(8, 6, dtype=torch.float64)
     optimizer.step()
-    assert clocks(optimizer, w)["refreshes"] == 2
+    assert counters(optimizer, w)["refreshes"] == 2
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
@@ -190,7 +190,7 @@ def test_the_initialising_step_changes_nothing(projection: str, state_full: str)
         assert torch.equal(old, new)
     for parameter in parameters_of(optimizer):
         assert optimizer.state[parameter], "state is there"
-        assert not any(clocks(optimizer, parameter).get(key, 0) for key in ("step", "updates", "refreshes"))
+        assert not any(counters(optimizer, parameter).get(key, 0) for key in ("step", "updates", "refreshes"))
     created = [{k: v.shape for k, v in optimizer.state[p].items()} for p in parameters_of(optimizer)]
     for step in range(1, 8):
         train(optimizer, step, step)
@@ -235,7 +235,7 @@ def test_one_failing_svd_is_repaired_in_the_same_step(
         patch.setattr(torch.linalg, "svd", failing)
         train(optimizer, 1, 1)
     assert failing.calls == 2
-    assert clocks(optimizer, w)["refreshes"] == 1
+    assert counters(optimizer, w)["refreshes"] == 1
     assert torch.allclose(w, expected, atol=1e-5 if dtype == torch.float32 else 1e-12, rtol=0)
 
 

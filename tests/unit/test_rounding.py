@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from frugal_dist import Frugal, workload
-from frugal_dist.rounding import random_bits, round_stochastically_, row_starts
+from frugal_dist import Frugal
+from frugal_dist.step import inputs
+from frugal_dist.update.rounding import random_bits, round_stochastically_, row_starts
 
 KEY = {"seed": 3, "name": "w", "step": 5}
 
@@ -90,7 +91,7 @@ def test_regular_parameters_in_slices_step_as_whole_ones(rounding: str, monkeypa
     """Low-precision ones are stepped some rows at a time, to bound their fp32 copies."""
     found = []
     for size in (1 << 24, 30):
-        monkeypatch.setattr(workload, "SLICE", size)
+        monkeypatch.setattr(inputs, "SLICE", size)
         generator = torch.Generator().manual_seed(0)
         shapes = {"w": (32, 32), "embedding": (23, 7), "norm": (50,), "scale": ()}
         named = {n: torch.nn.Parameter(torch.randn(s, generator=generator).bfloat16()) for n, s in shapes.items()}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from building import PROJECTIONS, build, clocks, parameters_of, set_grads, train, weight, weights
+from building import PROJECTIONS, build, counters, parameters_of, set_grads, train, weight, weights
 
 from frugal_dist import Frugal
 
@@ -437,7 +437,7 @@ def test_clocks_count_what_they_say() -> None:
     seen = []
     for step in range(1, 6):
         train(optimizer, step, step)
-        seen.append(clocks(optimizer, w))
+        seen.append(counters(optimizer, w))
     assert [c["step"] for c in seen] == [1, 2, 3, 1, 2]
     assert [c["updates"] for c in seen] == [1, 2, 3, 4, 5]
     assert [c["refreshes"] for c in seen] == [1, 1, 1, 2, 2]
@@ -448,13 +448,13 @@ def test_clocks_count_what_they_say() -> None:
 def test_step_goes_on_where_the_state_does(on_refresh: str) -> None:
     optimizer = build_all(on_refresh=on_refresh)
     train(optimizer, 1, 5)
-    assert clocks(optimizer, parameters_of(optimizer)[0])["step"] == 5
+    assert counters(optimizer, parameters_of(optimizer)[0])["step"] == 5
 
 
 def test_regular_parameters_are_never_reset() -> None:
     optimizer = build_all()
     train(optimizer, 1, 5)
-    assert clocks(optimizer, parameters_of(optimizer)[-1])["step"] == 5
+    assert counters(optimizer, parameters_of(optimizer)[-1])["step"] == 5
 
 
 # shapes and bytes

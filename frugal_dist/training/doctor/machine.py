@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
-from frugal_dist.training.accelerator import settle_accelerator
+from frugal_dist.training.distributed.accelerator import settle_accelerator
 from frugal_dist.training.doctor.finding import FAIL, NOTE, OK, Finding
-from frugal_dist.training.surroundings import unused_gpus
+from frugal_dist.training.metrics.surroundings import unused_gpus
 
 GIB, MIB = 2**30, 2**20
 

@@ -13,8 +13,8 @@ from dataclasses import astuple
 from importlib.util import find_spec
 from pathlib import Path
 
+from frugal_dist.training.distributed.place import LAUNCHERS
 from frugal_dist.training.doctor.finding import FAIL, NOTE, OK, Finding
-from frugal_dist.training.place import LAUNCHERS
 
 PATIENCE = 300
 """Seconds after which a trial counts as hung."""
@@ -100,7 +100,7 @@ def _prepare(scratch: Path) -> Path:
     """A recipe, its model and its data: counting upwards, which any model learns."""
     import numpy as np
 
-    from frugal_dist.training.prepare import FORMAT, PreparedData, write_description
+    from frugal_dist.training.data.prepared import FORMAT, PreparedData, write_description
 
     (scratch / "model").mkdir()
     (scratch / "model" / "config.json").write_text(json.dumps(_MODEL))
@@ -130,7 +130,7 @@ def _prepare(scratch: Path) -> Path:
 
 
 def _train(engine: str, count: int, recipe: Path, reference: float | None) -> tuple[Finding, float | None]:
-    from frugal_dist.training.metrics import of_kind, read_metrics
+    from frugal_dist.training.metrics.record import of_kind, read_metrics
 
     what, run = f"training, {engine}", recipe.parent / engine
     stage = ["--engine", "deepspeed", "--deepspeed", str(recipe.parent / f"{engine}.json")]

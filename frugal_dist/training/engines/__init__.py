@@ -6,15 +6,15 @@ from collections.abc import Callable
 
 from torch import nn
 
-from frugal_dist.kernels import chosen
 from frugal_dist.optimizer import Frugal
+from frugal_dist.training.distributed.place import DistEnv
 from frugal_dist.training.engines.protocol import Engine, Losses, Schedule
 from frugal_dist.training.models import token_losses
-from frugal_dist.training.place import Place
 from frugal_dist.training.recipe import Recipe
+from frugal_dist.update.kernels import chosen
 
 
-def check_engine(recipe: Recipe, place: Place) -> None:
+def check_engine(recipe: Recipe, place: DistEnv) -> None:
     """Raises ValueError if the recipe's engine does not fit the number of ranks, or its JSON cannot be used.
 
     Or if FRUGAL_KERNELS asks for what this rank does not have: a step would find out while other ranks wait.
@@ -34,7 +34,7 @@ def build_engine(
     model: nn.Module,
     recipe: Recipe,
     schedule: Schedule,
-    place: Place,
+    place: DistEnv,
     losses: Losses = token_losses,
     optimizer: Callable[[nn.Module], Frugal] | None = None,
 ) -> Engine:

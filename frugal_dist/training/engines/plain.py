@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from frugal_dist import checkpoint
 from frugal_dist.optimizer import Frugal
+from frugal_dist.training.distributed.place import DistEnv
 from frugal_dist.training.engines import collectives
 from frugal_dist.training.engines.protocol import (
     Losses,
@@ -22,12 +23,11 @@ from frugal_dist.training.engines.protocol import (
     count_state_kinds,
     refresh_figures,
 )
+from frugal_dist.training.metrics.spikes import SpikeGuard
 from frugal_dist.training.models import token_losses
 from frugal_dist.training.optimizers import build_optimizer
-from frugal_dist.training.place import Place
 from frugal_dist.training.recipe import Recipe
 from frugal_dist.training.schedule import jump
-from frugal_dist.training.spikes import SpikeGuard
 
 _CPU = torch.device("cpu")
 Sync = Callable[[nn.Module, bool], AbstractContextManager[None]]
@@ -42,7 +42,7 @@ class PlainEngine:
         model: nn.Module,
         recipe: Recipe,
         schedule: Schedule,
-        place: Place,
+        place: DistEnv,
         losses: Losses = token_losses,
         optimizer: Callable[[nn.Module], Frugal] | None = None,
     ) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from frugal_dist.figures import RefreshFigures
+from frugal_dist.step.statistics import RefreshStats
 
 Losses = Callable[[nn.Module, Tensor], Tensor]
 """What is trained: from a model and rows to the loss of every target, as many for each full row."""
@@ -51,7 +51,7 @@ class Engine(Protocol):
         """What AdamW's state would take on this rank under the same engine."""
 
     def refresh_figures(self) -> list[float]:
-        """This rank's sums of the refreshes since the last call, see ``frugal_dist.figures``."""
+        """This rank's sums of the refreshes since the last call, see ``frugal_dist.step.statistics``."""
 
     def learning_rate(self) -> float:
         """The rate of the next step."""
@@ -83,7 +83,7 @@ def count_adamw_bytes(parameters: Iterable[torch.Tensor]) -> int:
 
 
 def count_state_kinds(optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Bytes of the tensors in ``optimizer.state`` on this rank by kind; other: clocks and counters."""
+    """Bytes of the tensors in ``optimizer.state`` on this rank by kind; other: counters."""
     parts = {"exp_avg": "moments", "basis": "bases"}
     found = {"moments": 0, "bases": 0, "other": 0}
     for state in optimizer.state.values():
@@ -96,7 +96,7 @@ def count_state_kinds(optimizer: torch.optim.Optimizer) -> dict[str, int]:
 
 def refresh_figures(optimizer: Any) -> list[float]:
     """Of Frugal; zeros for another optimizer, which a DeepSpeed JSON may name."""
-    take = getattr(optimizer, "take_refresh_figures", RefreshFigures().take)
+    take = getattr(optimizer, "take_refresh_figures", RefreshStats().take)
     found: list[float] = take()
     return found
 

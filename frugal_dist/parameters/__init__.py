@@ -1,0 +1,1 @@
+"""Which parameters are projected: names, groups, the split of a model."""

@@ -1,0 +1,121 @@
+"""What state depends on, and what becomes of hyperparameters that change in ``param_groups`` while training.
+
+``config.TAKEN_UP`` says when a change is taken up. What state depends on cannot change under it: the step is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from frugal_dist.config import NEVER, NOW, TAKEN_UP, FrugalConfig, config_from
+from frugal_dist.projection.blocks import active_count
+from frugal_dist.projection.shapes import family, selection_size
+from frugal_dist.sharding.shard import ParamSpec
+from frugal_dist.step.inputs import LocalParameter
+from frugal_dist.step.runtime import LocalMatrix
+
+WATCHED = tuple(key for key, when in TAKEN_UP.items() if when != NOW)
+Seen = tuple[dict[str, Any], FrugalConfig]
+"""The watched values of a group as they stood in it, and its configuration."""
+
+
+def depends_on(config: FrugalConfig) -> tuple[str, ...]:
+    """The hyperparameters without which the state of a projected matrix means something else."""
+    keys = ["projection", "density", "state_full"]
+    if family(config) == "basis" or config.projection == "randperm":
+        keys.append("side")
+    if family(config) == "coordinates":
+        keys.append("seed")
+    if family(config) == "blocks":
+        keys += ["block_order", "seed"]
+    return tuple(keys)
+
+
+def matrix_options(work: LocalMatrix) -> dict[str, Any]:
+    """What must not change if the state of a matrix is to be kept."""
+    found = {key: getattr(work.config, key) for key in depends_on(work.config)}
+    if "side" in found:
+        found["side"] = work.side
+    if work.family == "blocks":
+        found["position"] = f"{work.matrix.block} of {work.matrix.blocks} blocks"
+    return found
+
+
+def regular_options(one: LocalParameter) -> dict[str, Any]:
+    """The same for a regular parameter."""
+    return {"state_full": one.config.state_full}
+
+
+# --- while training ---------------------------------------------------------------------------------------------------
+
+
+def seen(group: Mapping[str, Any]) -> Seen:
+    """A group's settings, to be compared with later ones."""
+    return {key: group.get(key) for key in WATCHED}, config_from(group)
+
+
+def settle(groups: Sequence[Mapping[str, Any]], originals: Sequence[ParamSpec], before: dict[int, Seen]) -> None:
+    """Take up what changed in ``groups`` since ``before``, and note groups that have state from now on.
+
+    ValueError, naming group and key, for a change that the state does not survive. Looks at nothing but settings: all
+    ranks change them alike, so all raise alike.
+    """
+    for number, group in enumerate(groups):
+        if number in before and all(_same(value, group.get(key)) for key, value in before[number][0].items()):
+            continue
+        now = seen(group)
+        if number in before:
+            projected = [original for original in originals if original.group == number and original.projected]
+            _refuse(number, before[number][1], now[1], bool(projected))
+            check_sizes(now[1], projected)
+        before[number] = now
+
+
+@contextmanager
+def as_made(groups: Sequence[dict[str, Any]], before: Mapping[int, Seen]) -> Iterator[None]:
+    """While state is looked at to be saved: groups with what it was made with, should a change wait to be refused."""
+    changed: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for number, (values, config) in before.items():
+        group = groups[number]
+        fixed = {key: value for key, value in values.items() if key in _fixed(config, projected=True) and key in group}
+        changed.append((group, {key: group[key] for key in fixed}))
+        group.update(fixed)
+    try:
+        yield
+    finally:
+        for group, present in changed:
+            group.update(present)
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other or bool(one == other)
+
+
+def _fixed(config: FrugalConfig, projected: bool) -> set[str]:
+    """What cannot change under the state of a group."""
+    if not projected:
+        return {"state_full"}
+    return {key for key in (*depends_on(config), "compute_layout") if TAKEN_UP[key] == NEVER}
+
+
+def _refuse(number: int, before: FrugalConfig, now: FrugalConfig, projected: bool) -> None:
+    for key in _fixed(before, projected):
+        then, here = getattr(before, key), getattr(now, key)
+        if then != here:
+            raise ValueError(
+                f"param_groups[{number}]: {key} was changed from {then!r} to {here!r} while training, but the state "
+                f"was made with {then!r}. Set it back; for other settings build a new optimizer, to which "
+                'frugal_dist.checkpoint.load(..., on_mismatch="refresh") brings weights and what state still fits.'
+            )
+
+
+def check_sizes(config: FrugalConfig, projected: Sequence[ParamSpec]) -> None:
+    """ValueError, naming the parameter, if a group's settings leave nothing of one of its matrices state-full."""
+    projected = [original for original in projected if original.stack]  # an empty stack has no matrices
+    if family(config) == "blocks" and projected:
+        active_count(config, sum(original.stack for original in projected))
+        return
+    for original in projected:
+        selection_size(config, original.name, *original.matrix_shape)

@@ -1,0 +1,243 @@
+"""What a step and a refresh send on one rank, and which moments change ranks at a refresh."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from frugal_dist.planner.totals import ITEM
+from frugal_dist.projection.basis import basis_shapes
+from frugal_dist.projection.coordinates import Selection
+from frugal_dist.sharding.placement import Transfer, owner_layout, transfers_for
+from frugal_dist.sharding.tile import elements, owned, whole
+from frugal_dist.step import matrices, refresh
+from frugal_dist.step.moments import moves_between_ranks
+from frugal_dist.step.runtime import (
+    CoordinatePiece,
+    LocalMatrix,
+    Runtime,
+    basis_route,
+    cut_selection,
+    local_selection,
+    moment_names,
+    whole_selection,
+)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Matrices that travel together, by position. ``padded``: elements that each replica sends, None if none are."""
+
+    works: tuple[int, ...]
+    padded: int | None
+
+
+def step_buckets(runtime: Runtime, works: Sequence[LocalMatrix]) -> list[Bucket]:
+    """The same on every rank."""
+    position = {work.matrix.index: i for i, work in enumerate(works)}
+    found = []
+    for bucket in matrices.buckets_of(runtime, [work for work in works if matrices.travels(runtime, work)]):
+        padded = None
+        if bucket[0].matrix.replicated:
+            padded = max(map(sum, zip(*(_shares(runtime, work) for work in bucket), strict=True)))
+        found.append(Bucket(tuple(position[work.matrix.index] for work in bucket), padded))
+    return found
+
+
+def plan_step(runtime: Runtime, works: Sequence[LocalMatrix], buckets: Sequence[Bucket]) -> tuple[Counter[str], int]:
+    """Collectives, and bytes that this rank sends."""
+    calls: Counter[str] = Counter()
+    sent, rank = 0, runtime.ranks.rank
+    for bucket in buckets:
+        members = [works[i] for i in bucket.works]
+        routes = [basis_route(runtime, work) for work in members if work.family == "basis"]
+        if any(route.travels_in for route in routes):
+            calls["all_to_all"] += 1
+            sent += sum(away(route.gradient_in, rank) for route in routes)
+        if bucket.padded is not None:
+            calls["all_gather"] += 1
+            sent += bucket.padded * (runtime.ranks.size - 1)
+        else:
+            calls["all_to_all"] += 1
+            sent += sum(_sent_back(runtime, work) for work in members)
+    return calls, ITEM * sent
+
+
+def away(legs: Iterable[Transfer], rank: int) -> int:
+    """Elements that ``rank`` sends to others."""
+    return sum(leg.area.numel for leg in legs if leg.source == rank != leg.target)
+
+
+def _shares(runtime: Runtime, work: LocalMatrix) -> list[int]:
+    """Elements of the update that each replica computes for all."""
+    if work.family == "basis":
+        return [elements(tiles) for tiles in basis_route(runtime, work).layout]
+    pieces = local_selection(runtime, work).pieces
+    return [sum(prod(piece.share_shape(rank)) for piece in pieces) for rank in range(runtime.ranks.size)]
+
+
+def _sent_back(runtime: Runtime, work: LocalMatrix) -> int:
+    """Elements of updates that this rank computed for others."""
+    if work.family == "basis":
+        return away(basis_route(runtime, work).update_out, runtime.ranks.rank)
+    pieces = local_selection(runtime, work).pieces
+    return sum(prod(piece.mine) * (len(piece.holders) - 1) for piece in pieces)
+
+
+# What a refresh sends and holds on one rank, beside the step.
+
+
+INTEGER = 8
+"""Bytes of what ranks agree on."""
+
+
+@dataclass
+class RefreshPlan:
+    """``calls`` counts collectives; ``sent`` and ``gathered`` are bytes.
+
+    ``gathered``: what the rank holds at most of gradients, and of bases that a refresh starts from, on their way to
+    their owners, and as an owner.
+    """
+
+    calls: Counter[str] = field(default_factory=Counter)
+    sent: int = 0
+    gathered: int = 0
+
+
+@dataclass(frozen=True)
+class CommonRefresh:
+    """What is the same on every rank: how many integers all agree on, the bytes of moments that each rank sends, and
+    the matrices with bases that travel together, by position.
+    """
+
+    agreed: int
+    moves: int
+    moved: list[int]
+    buckets: list[list[int]]
+
+
+def common_refresh(runtime: Runtime, works: Sequence[LocalMatrix]) -> CommonRefresh:
+    """A refresh of all matrices, later than their first."""
+    moving = [work for work in works if moves_between_ranks(runtime, work, (1, work.size))]
+    moved = [sum(sent) for sent in zip(*(moments_sent(runtime, work) for work in moving), strict=True)]
+    bases = [work for work in works if work.family == "basis" and not work.empty]
+    position = {work.matrix.index: i for i, work in enumerate(works)}
+    return CommonRefresh(
+        refresh.numbers_agreed(runtime, works),
+        len(moving),
+        moved or [0] * runtime.ranks.size,
+        [[position[work.matrix.index] for work in bucket] for bucket in refresh.buckets_of(runtime, bases)],
+    )
+
+
+def plan_refresh(runtime: Runtime, works: Sequence[LocalMatrix], common: CommonRefresh) -> RefreshPlan:
+    """That refresh on this rank."""
+    found = RefreshPlan()
+    if runtime.ranks.alone:
+        return found
+    found.calls["all_reduce"] += common.agreed > 0
+    found.calls["all_to_all"] += common.moves
+    found.sent += INTEGER * common.agreed + common.moved[runtime.ranks.rank]
+    for bucket in common.buckets:
+        _plan_bucket(runtime, [works[i] for i in bucket], found)
+    return found
+
+
+def _plan_bucket(runtime: Runtime, works: Sequence[LocalMatrix], found: RefreshPlan) -> None:
+    """Gradients go to their owners, and the bases that these start from and lack; then bases to those who use them."""
+    rank, gathered = runtime.ranks.rank, 0
+    travels = False
+    for work in works:
+        matrix, elements = work.matrix, _basis_elements(work)
+        if (source := refresh.warm_source(runtime, work)) is not None:
+            travels = True
+            found.sent += ITEM * elements * (rank == source)
+            gathered += elements * ((rank == source) + 2 * (rank == matrix.owner))  # packed, and unpacked
+        if owned(matrix.storage[matrix.owner], whole(matrix.rows, matrix.cols)[0]) is None:
+            travels = True
+            target = owner_layout(runtime.ranks.size, matrix.owner, matrix.rows, matrix.cols)
+            legs = transfers_for(matrix.held, target, rank, matrix.index)
+            found.sent += ITEM * away(legs, rank)
+            gathered += away(legs, rank) + _arriving(legs, rank)
+            gathered += matrix.rows * matrix.cols * (rank == matrix.owner)
+        if rank == matrix.owner:
+            published = elements if refresh.used_by_others(runtime, work) else 0
+            found.sent += ITEM * (1 + published)  # 1: the status
+    found.calls["all_to_all"] += travels
+    found.calls["broadcast"] += len({work.matrix.owner for work in works})
+    found.gathered = max(found.gathered, ITEM * gathered)
+
+
+def _arriving(legs: Iterable[Transfer], rank: int) -> int:
+    return sum(leg.area.numel for leg in legs if leg.target == rank != leg.source)
+
+
+def _basis_elements(work: LocalMatrix) -> int:
+    return sum(prod(s) for s in basis_shapes(work.side, work.matrix.rows, work.matrix.cols, work.size).values())
+
+
+# Moments that change ranks at a refresh of coordinates, on all ranks at once: who holds what before and after it.
+
+
+def moments_sent(runtime: Runtime, work: LocalMatrix) -> list[int]:
+    """Bytes that each rank sends to others at the second refresh, by "keep" or "project". Later ones draw anew.
+
+    Replicas that do not share send what they hold to everyone who holds it afterwards, each of them the same.
+    """
+    work = replace(work, device=torch.device("cpu"))  # what is drawn counts, also where tensors are empty
+    old, new = (whole_selection(work, refresh, work.size) for refresh in (0, 1))
+    before, after = _holder_of_each(runtime, work, old), _holder_of_each(runtime, work, new)
+    if work.config.on_refresh == "project":  # a moment follows its entry, with "keep" its place in R
+        before, after = _by_entry(work, old, before), _by_entry(work, new, after)
+    wanted = before[(before >= 0) & (after >= 0)]
+    staying = before[(before >= 0) & (before == after)]
+    size, copies = runtime.ranks.size, 1 if runtime.shard_replicas else work.matrix.copies
+    sent = copies * torch.bincount(wanted, minlength=size) - torch.bincount(staying, minlength=size)
+    entry = ITEM * len(moment_names(work.config))
+    return [entry * int(sent[first]) for first in _firsts(work, size, alone=copies == 1)]
+
+
+def _firsts(work: LocalMatrix, size: int, alone: bool) -> list[int]:
+    """For every rank the first one that holds the same: itself if it is ``alone`` with its moments."""
+    found = list(range(size))
+    for ranks in () if alone else work.matrix.held.values():
+        for rank in ranks:
+            found[rank] = ranks[0]
+    return found
+
+
+def _holder_of_each(runtime: Runtime, work: LocalMatrix, selection: Selection) -> Tensor:
+    """For every entry of R, flat, the rank that holds its moments; the first one of replicas that do not share."""
+    matrix = work.matrix
+    (everything,), held = whole(matrix.rows, matrix.cols), matrix.held
+    where = torch.empty(matrix.rows, matrix.cols, dtype=torch.int32, device="cpu")
+    for number, tile in enumerate(held):
+        where[tile.within(everything)] = number
+    tiles = selection.take(where).reshape(-1)
+    found = torch.tensor([ranks[0] for ranks in held.values()], device="cpu")[tiles]
+    if runtime.shard_replicas and matrix.copies > 1:
+        for number, (tile, ranks) in enumerate(held.items()):
+            (piece,) = (one for one in cut_selection(runtime, work, selection, ranks[0]) if one.tile == tile)
+            found[tiles == number] = _sharers(piece)
+    return found
+
+
+def _sharers(piece: CoordinatePiece) -> Tensor:
+    """Which of its holders has the state of each entry of a piece, flat."""
+    widths = torch.tensor([stop - start for start, stop in piece.bounds], device="cpu")
+    line = torch.tensor(piece.holders, device="cpu").repeat_interleave(widths)
+    lying = [-1 if dim == piece.selection.free_dim else 1 for dim in range(len(piece.shape))]
+    return line.view(lying).expand(piece.shape).reshape(-1)
+
+
+def _by_entry(work: LocalMatrix, selection: Selection, held: Tensor) -> Tensor:
+    """``held`` of the entries of R, as that of all entries of the matrix; -1 for those that are not selected."""
+    rows, cols = work.matrix.rows, work.matrix.cols
+    found = torch.full((rows, cols), -1, dtype=held.dtype, device="cpu")
+    selection.put_(found, held.view(selection.shape(rows, cols)))
+    return found.view(-1)

@@ -1,0 +1,1 @@
+"""Who holds which part of every matrix, who computes, what travels."""

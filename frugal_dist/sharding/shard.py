@@ -1,0 +1,118 @@
+"""What an engine must tell: where this rank's part of each parameter lies, and its tensors at this moment.
+
+An engine is one class with these methods; nothing above this file knows which engine runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from frugal_dist.sharding.tile import Tile, Tiles, box_tiles, interval_tiles
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """A parameter as the user's model has it. ``shape`` is the full shape, whatever this rank holds."""
+
+    name: str
+    shape: tuple[int, ...]
+    projected: bool
+    decay: bool
+    group: int
+    position: int
+
+    @property
+    def stack(self) -> int:
+        """Number of matrices: 1, or the leading dim of expert weights."""
+        return self.shape[0] if len(self.shape) == 3 else 1
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        return self.shape[-2], self.shape[-1]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangular part of a parameter: one half-open range per dim."""
+
+    spans: tuple[Span, ...]
+
+    def tiles(self, original: ParamSpec, matrix: int) -> Tiles:
+        stack = self.spans[0] if len(self.spans) == 3 else (0, 1)
+        inside = stack[0] <= matrix < stack[1]
+        return box_tiles(self.spans[-2], self.spans[-1]) if inside else ()
+
+    def views(self, local: Tensor, original: ParamSpec, matrix: int, tiles: Tiles) -> list[Tensor]:
+        """2-D tensors, one for each of ``tiles``, which are those of that matrix."""
+        if not tiles:
+            return []
+        return [local if local.dim() == 2 else local[matrix - self.spans[0][0]]]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A flat row-major interval of a parameter, as ZeRO cuts it."""
+
+    start: int
+    stop: int
+
+    def tiles(self, original: ParamSpec, matrix: int) -> Tiles:
+        first, last = self._clip(original, matrix)
+        return interval_tiles(first, last, original.matrix_shape[1])
+
+    def views(self, local: Tensor, original: ParamSpec, matrix: int, tiles: Tiles) -> list[Tensor]:
+        """2-D views of the flat ``local``, one for each of ``tiles``, which are those of that matrix."""
+        size, cols = original.matrix_shape[0] * original.matrix_shape[1], original.matrix_shape[1]
+        offset = matrix * size - self.start
+        return [local[_flat_span(tile, cols, offset)].view(tile.height, tile.width) for tile in tiles]
+
+    def _clip(self, original: ParamSpec, matrix: int) -> Span:
+        size = original.matrix_shape[0] * original.matrix_shape[1]
+        return max(self.start - matrix * size, 0), min(self.stop - matrix * size, size)
+
+
+LocalShard = Box | Interval
+
+
+def _flat_span(tile: Tile, cols: int, offset: int) -> slice:
+    """A tile of an interval is contiguous: part of one row, or whole rows."""
+    start = tile.rows[0] * cols + tile.cols[0] + offset
+    return slice(start, start + tile.numel)
+
+
+class Storage(Protocol):
+    """One engine's storage. ``i`` counts the original parameters. Tensors are looked up anew on every call."""
+
+    @property
+    def shares_replicas(self) -> bool:
+        """Whether replicas share the low-rank state unless told otherwise."""
+
+    def call(self) -> Sequence[int]:
+        """The parameters that this step() call is about, the same on every rank."""
+
+    def part(self, i: int) -> LocalShard:
+        """Which part of parameter i this rank holds."""
+
+    def moves_elsewhere(self) -> bool:
+        """Whether another call of the same training step has, or may have, gradients that are not zero. Agreed."""
+
+    def param(self, i: int) -> Tensor:
+        """The tensor in ``param_groups`` that parameter i lives in: the key of its state."""
+
+    def frozen(self, i: int) -> bool:
+        """Whether the program has frozen parameter i (``requires_grad``); it is the same program on every rank."""
+
+    def options(self, i: int) -> dict[str, Any]:
+        """The parameter group, with the hyperparameters of this moment."""
+
+    def weight(self, i: int) -> Tensor:
+        """This rank's part, a plain tensor: shaped as the box, or flat."""
+
+    def grad(self, i: int) -> Tensor | None:
+        """The gradient of that part, averaged and accumulated; None if there is none."""

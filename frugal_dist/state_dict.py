@@ -1,0 +1,445 @@
+"""The state as it goes into ``state_dict`` and comes back: same engine, same ranks, bit for bit.
+
+Two things differ from the live state. Keys of tensors of which a rank holds only its part name the rank, because
+torch.distributed.checkpoint takes equal keys for copies. And where the number of selected entries on a rank changes
+from refresh to refresh, that one gets moments in the shape of the stored tile: its template, made before loading, must
+fit. For everyone else this would only be several times the bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from frugal_dist.engines.plain import PlainStorage
+from frugal_dist.engines.torch_checkpoint import is_asking, losing_option
+from frugal_dist.notices import notice
+from frugal_dist.projection.basis import basis_shapes
+from frugal_dist.projection.shapes import FAMILY
+from frugal_dist.sharding.collectives import gather_objects
+from frugal_dist.sharding.placement import owner_layout
+from frugal_dist.sharding.shard import Box
+from frugal_dist.sharding.tile import is_replicated
+from frugal_dist.step.inputs import LocalParameter, StepInputs, check_density, create_state, step_inputs
+from frugal_dist.step.runtime import (
+    CoordinatePiece,
+    LocalMatrix,
+    Runtime,
+    basis_layout,
+    basis_piece_shapes,
+    basis_route,
+    basis_tile_shapes,
+    local_selection,
+    moment_names,
+    route_to,
+    same_slots,
+)
+from frugal_dist.step.state import BASES, COUNTERS, MOMENTS, MatrixState, Shape
+
+_PART = re.compile(r"^(?P<key>.*)@rank(?P<rank>\d+)of(?P<size>\d+)$")
+Store = dict[str, Tensor]
+T = TypeVar("T")
+
+ONLY_RANK_ZERO = (
+    "Every rank holds a part of the optimizer's state, but checkpoints of Accelerate, Lightning and the HF Trainer "
+    "keep rank 0's only. DDP: leave out shard_state=True, or give the HF Trainer "
+    "callbacks=[FrugalCallback()] from frugal_dist.integrations.transformers. FSDP2: "
+    '"state_dict_type": "SHARDED_STATE_DICT" with Accelerate, ModelParallelStrategy(save_distributed_checkpoint=True) '
+    "with Lightning. Who saves with frugal_dist.checkpoint instead says so after building the optimizer: "
+    "optimizer.saved_elsewhere = True."
+)
+
+PARTS = (
+    "state_dict(): the ranks share the optimizer's state, so this is only rank 0's part of it. Let every rank save its "
+    "own file, or use torch.distributed.checkpoint or frugal_dist.checkpoint; with shard_state=False each rank has all."
+)
+
+
+def pack_all(runtime: Runtime, state: MutableMapping[Tensor, Store]) -> dict[int, Store]:
+    """The state of every parameter, by its id, in saved form. Tensors that need no change are not copied."""
+    template = is_asking()
+    load = step_inputs(runtime, state, everything=True)
+    packed = {id(param): dict(store) for param, store in state.items() if store}
+    owner = {id(store): id(param) for param, store in state.items()}
+    for work in load.works:
+        if work.state.has_moments():
+            saved = MatrixState(packed[owner[id(work.state.store)]], work.state.prefix)
+            dense = template and _sizes_change(runtime, work)
+            for name in moment_names(work.config):
+                value = _to_dense(runtime, work, name) if dense else work.state.get(name)
+                saved.put(name, None)
+                saved.put(_key(runtime, name, _is_part(runtime, work)), value)
+    for one in load.regular:
+        if one.state.has_moments() and _is_regular_part(runtime, one):
+            saved = MatrixState(packed[owner[id(one.state.store)]], one.state.prefix)
+            for name in moment_names(one.config):
+                value = saved.get(name)
+                saved.put(name, None)
+                saved.put(_key(runtime, name, True), value)
+    return packed
+
+
+def has_parts(packed: Mapping[int, Store]) -> bool:
+    """Whether other ranks hold the rest of some tensor."""
+    return any(_PART.match(key) for store in packed.values() for key in store)
+
+
+def is_one_of_many(runtime: Runtime, packed: Mapping[int, Store]) -> bool:
+    """Whether this is rank 0's part of what replicas share; under DDP people are used to saving rank 0's alone."""
+    return runtime.ranks.rank == 0 and isinstance(runtime.storage, PlainStorage) and has_parts(packed)
+
+
+def refuse_to_lose(packed: Mapping[int, Store]) -> None:
+    """ValueError if whoever asked for this state would keep one rank's parts only. Not a collective, but all ranks
+    raise alike: which tensors are divided follows from the layout, and the options are the program's.
+    """
+    if not has_parts(packed):
+        return
+    option = losing_option()
+    if option:
+        raise ValueError(
+            f"Every rank holds a part of the optimizer's state; with {option}=True torch.distributed.checkpoint would "
+            "lose the others' parts. Leave it out for the optimizer (dcp.save and dcp.load write and read all parts), "
+            "or use frugal_dist.checkpoint."
+        )
+
+
+def is_divided(runtime: Runtime, load: StepInputs) -> bool:
+    """Whether ``load``'s ranks hold different parts of the state. Collective."""
+    here = any(_is_part(runtime, work) for work in load.works)
+    here = here or any(_is_regular_part(runtime, one) for one in load.regular)
+    return any(gather_objects(runtime.ranks, here))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was loaded and is not live yet. ``moved``, ``replaced``: as in groups.Saved. ``refused``: why it was not."""
+
+    moved: str = ""
+    replaced: str = ""
+    refused: str = ""
+
+
+def unpack_all(runtime: Runtime, state: MutableMapping[Tensor, Store], loaded: Loaded | None) -> None:
+    """Turn what was loaded into live state. Collective; ValueError on all ranks alike if anything does not fit."""
+    if not _all_loaded(runtime, loaded is not None):
+        return
+    assert loaded is not None
+
+    def strip() -> None:
+        if loaded.refused:
+            raise ValueError(loaded.refused)
+        _check_order(runtime, loaded.moved)
+        for store in state.values():
+            _strip_parts(runtime, store)
+
+    together(runtime, strip)
+    load = step_inputs(runtime, state, everything=True)
+    together(runtime, lambda: _check_keys(runtime, load, state))
+    everyone = gather_objects(runtime.ranks, _summaries(load))
+    _compare_counters(everyone)
+    for work in load.works:
+        _settle_layout(runtime, work, [summaries[work.matrix.name] for summaries in everyone])
+
+    def adopt() -> None:
+        for work in load.works:
+            _adopt(runtime, work)
+        for one in load.regular:
+            _check_regular(runtime, one)
+
+    together(runtime, adopt)
+    if loaded.replaced and runtime.ranks.rank == 0:
+        notice(loaded.replaced)
+
+
+def _check_order(runtime: Runtime, moved: str) -> None:
+    """Where a matrix stands among the others decides who computes it, and which blocks are active."""
+    blocks = any(runtime.storage.options(i).get("projection") == "blockwise" for i in range(len(runtime.originals)))
+    if moved and (blocks or not runtime.ranks.alone):
+        raise ValueError(
+            f"{moved} stands elsewhere among the parameters than when the state was saved. Its state would be another "
+            "one's: build the layers in the order they had, or load with frugal_dist.checkpoint."
+        )
+
+
+def _check_keys(runtime: Runtime, load: StepInputs, state: Mapping[Tensor, Store]) -> None:
+    """Nothing that belongs to nobody, and nobody who has nothing while others of the group have state."""
+    known: dict[int, set[str]] = {}
+    groups: dict[int, list[tuple[str, bool, bool]]] = {}
+    by_name = {original.name: original for original in runtime.originals}
+    for work in load.works:
+        keys = {work.state.prefix + key for key in (*COUNTERS, *MOMENTS, *BASES)}
+        known.setdefault(id(work.state.store), set()).update(keys)
+        group = runtime.originals[work.matrix.original].group
+        groups.setdefault(group, []).append((work.matrix.name, work.state.get("updates") is not None, work.frozen))
+    for one in load.regular:
+        keys = {one.state.prefix + key for key in ("step", *MOMENTS)}
+        known.setdefault(id(one.state.store), set()).update(keys)
+        group = by_name[one.name].group
+        groups.setdefault(group, []).append((one.name, one.state.get("step") is not None, one.frozen))
+    for store in state.values():
+        for key in store.keys() - known.get(id(store), store.keys()):
+            raise ValueError(f"{_named(runtime, state, store)}the loaded state has {key!r}, which has no place here. "
+                             "It was saved by another optimizer, or for parameters that were called otherwise or "
+                             "treated otherwise (projected or not).")  # fmt: skip
+    for members in groups.values():
+        bare = [name for name, counted, frozen in members if not (counted or frozen)]
+        if bare and any(counted for _, counted, _ in members):
+            raise ValueError(
+                f"{bare[0]}: the loaded state has nothing for it, but for others of its group. Parts of it are "
+                "missing; parameters that are new need a group of their own."
+            )
+
+
+def _named(runtime: Runtime, state: Mapping[Tensor, Store], store: Store) -> str:
+    """The parameter that a state is of, if it is of one."""
+    names = [o.name for i, o in enumerate(runtime.originals) if state.get(runtime.storage.param(i)) is store]
+    return f"{names[0]}: " if len(names) == 1 else ""
+
+
+def together(runtime: Runtime, action: Callable[[], T]) -> T:
+    """Run ``action`` on every rank; if it fails anywhere, raise the same ValueError on all of them. Collective."""
+    result, problem = None, ""
+    try:
+        result = action()
+    except Exception as error:  # a rank that raised alone would leave the others waiting
+        problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    for rank, text in enumerate(gather_objects(runtime.ranks, problem)):
+        if text:
+            raise ValueError(text if runtime.ranks.alone else f"rank {rank}: {text}")
+    return cast("T", result)
+
+
+def _all_loaded(runtime: Runtime, loaded: bool) -> bool:
+    answers = gather_objects(runtime.ranks, loaded)
+    if any(answers) and not all(answers):
+        raise ValueError(
+            f"load_state_dict was called on rank {answers.index(True)}, but not on rank {answers.index(False)}. "
+            "All ranks must load or none."
+        )
+    return loaded
+
+
+@dataclass(frozen=True)
+class StateSummary:
+    """What must fit together: the counts of a matrix or a regular parameter, and how much of it is here."""
+
+    counters: tuple[int | None, ...]
+    elements: int
+
+
+def _summaries(load: StepInputs) -> dict[str, StateSummary]:
+    entries = [(work.matrix.name, work.state, work.config) for work in load.works]
+    entries += [(one.name, one.state, one.config) for one in load.regular]
+    found = {}
+    for name, state, config in entries:
+        counters = [state.get(counter) for counter in COUNTERS]
+        moment = state.get(moment_names(config)[0])
+        counts = tuple(None if counter is None else int(counter) for counter in counters)
+        found[name] = StateSummary(counts, 0 if moment is None else moment.numel())
+    return found
+
+
+def _compare_counters(everyone: Sequence[dict[str, StateSummary]]) -> None:
+    for name, first in everyone[0].items():
+        for rank, summaries in enumerate(everyone):
+            if summaries[name].counters != first.counters:
+                raise ValueError(
+                    f"{name}: rank 0 loaded the counts {_counts(first)}, rank {rank} {_counts(summaries[name])}. "
+                    "The ranks' files were saved at different steps, or one of them is missing."
+                )
+
+
+def _counts(summary: StateSummary) -> str:
+    listed = [f"{name}={value}" for name, value in zip(COUNTERS, summary.counters, strict=True) if value is not None]
+    return ", ".join(listed) or "nothing"
+
+
+def _settle_layout(runtime: Runtime, work: LocalMatrix, everyone: Sequence[StateSummary]) -> None:
+    """Compute where the saved run did. The cost rule may choose otherwise now, if the density was changed meanwhile,
+    and the owner may have been another one: groups that are added later change none.
+    """
+    size, matrix = work.state.get("size"), work.matrix
+    if work.family != "basis" or work.empty or size is None:
+        return
+    elements = [summary.elements for summary in everyone]
+    layouts = [basis_layout(runtime, work, choice) for choice in (work.config.compute_layout, "cut", "owner")]
+    holders = [rank for rank, number in enumerate(elements) if number]
+    if len(holders) == 1:
+        layouts.append(owner_layout(len(elements), holders[0], matrix.rows, matrix.cols))
+    for layout in layouts:
+        shapes = [basis_tile_shapes(work.side, tiles, int(size)) for tiles in layout]
+        if [sum(map(prod, own)) for own in shapes] == elements:
+            runtime.routes[matrix.index] = route_to(runtime, work, layout)
+            if layout is layouts[-1] and len(holders) == 1:
+                runtime.give_to(matrix.index, holders[0])
+            return
+
+
+def placed(store: Mapping[str, Tensor], device: torch.device) -> Store:
+    """A copy for live use: counts on the CPU, the rest with the parameter, dtypes as saved."""
+    found = {}
+    for key, value in store.items():
+        is_counter = key.rpartition("/")[2] in COUNTERS
+        found[key] = value.detach().clone().to("cpu" if is_counter else device)
+    return found
+
+
+def _key(runtime: Runtime, name: str, part: bool) -> str:
+    return f"{name}@rank{runtime.ranks.rank}of{runtime.ranks.size}" if part else name
+
+
+def _is_part(runtime: Runtime, work: LocalMatrix) -> bool:
+    """Whether ranks hold different moments of this matrix."""
+    if runtime.ranks.alone:
+        return False
+    if work.family == "basis" and not work.empty:
+        return not is_replicated(basis_route(runtime, work).layout)
+    return runtime.shard_replicas or not is_replicated(work.matrix.storage)
+
+
+def _is_regular_part(runtime: Runtime, one: LocalParameter) -> bool:
+    return not runtime.ranks.alone and tuple(one.weight.shape) != one.shape
+
+
+def _sizes_change(runtime: Runtime, work: LocalMatrix) -> bool:
+    boxed = isinstance(runtime.storage.part(work.matrix.original), Box)
+    return boxed and FAMILY[work.config.projection] != "basis" and not work.empty and not same_slots(work)
+
+
+def _to_dense(runtime: Runtime, work: LocalMatrix, name: str) -> Tensor:
+    """On the CPU: as large as AdamW's moments, it may not fit beside the model."""
+    if len(work.tiles) != 1:
+        return torch.zeros(0, dtype=work.dtype, device="cpu")
+    dense = torch.zeros(work.tiles[0].height, work.tiles[0].width, dtype=work.dtype, device="cpu")
+    if work.state.counter("refreshes"):  # otherwise they are zeros, in whatever size the first density made them
+        (piece,) = local_selection(runtime, work).pieces
+        values = torch.zeros(piece.shape, dtype=work.dtype, device="cpu")
+        (own,) = work.state.pieces(name, [piece.mine])
+        _share(piece, values).copy_(own)
+        piece.selection.to(dense.device).put_(dense, values)
+    return dense
+
+
+def _from_dense(work: LocalMatrix, piece: CoordinatePiece, saved: Tensor) -> Tensor:
+    dense = saved.view(piece.size)
+    kept = _share(piece, piece.selection.take(dense)).contiguous().clone()
+    if int(torch.count_nonzero(kept)) != int(torch.count_nonzero(dense)):
+        raise ValueError(
+            f"{work.matrix.name}: the loaded moments are of other entries than this run's selection. They were saved "
+            "with another seed, or layers stood in another order."
+        )
+    return kept
+
+
+def _share(piece: CoordinatePiece, values: Tensor) -> Tensor:
+    start, stop = piece.my_bounds
+    return values.narrow(piece.selection.free_dim, start, stop - start)
+
+
+def _strip_parts(runtime: Runtime, store: Store) -> None:
+    for key in list(store):
+        match = _PART.match(key)
+        if match is None:
+            continue
+        rank, size = int(match["rank"]), int(match["size"])
+        if (rank, size) != (runtime.ranks.rank, runtime.ranks.size):
+            raise ValueError(
+                f"{match['key']!r} was saved by rank {rank} of {size}, but this is rank {runtime.ranks.rank} of "
+                f"{runtime.ranks.size}. state_dict holds a rank's own part: save one file per rank or use "
+                "torch.distributed.checkpoint; for another number of ranks use frugal_dist.checkpoint."
+            )
+        store[match["key"]] = store.pop(key)
+
+
+def _adopt(runtime: Runtime, work: LocalMatrix) -> None:
+    state = work.state
+    counts = [count for count in map(state.get, COUNTERS) if count is not None]
+    if not state.has_moments() and (not counts or (len(counts) == len(COUNTERS) and state.counter("refreshes") == 0)):
+        return  # never stepped when it was saved, or frozen
+    missing = [name for name in (*COUNTERS, *moment_names(work.config)) if state.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"{work.matrix.name}: the loaded state has no {', '.join(missing)} for this rank. It was saved by another "
+            "optimizer, another number of ranks, or only by rank 0."
+        )
+    check_density(work)
+    if state.counter("refreshes") == 0:  # zeros, in whatever size the density at that time made them
+        state.drop()
+        create_state(runtime, work)
+        return
+    if work.family == "basis" and not work.empty:
+        _check_basis(runtime, work)
+        shapes = basis_piece_shapes(work, basis_route(runtime, work), state.counter("size"))
+        _check_moments(runtime, work, shapes)
+    else:
+        _adopt_coordinates(runtime, work)
+    state.convert(work.dtype)
+
+
+def _adopt_coordinates(runtime: Runtime, work: LocalMatrix) -> None:
+    """Also from the shape of the stored tile, which torch.distributed.checkpoint brings."""
+    pieces = local_selection(runtime, work).pieces
+    for piece in pieces if _sizes_change(runtime, work) else ():  # one: shards are boxes
+        for name in moment_names(work.config):
+            value = work.state.get(name)
+            if value is not None and value.shape == piece.size != piece.mine:
+                work.state.put(name, _from_dense(work, piece, value))
+    _check_moments(runtime, work, [piece.mine for piece in pieces])
+
+
+def _check_moments(runtime: Runtime, work: LocalMatrix, shapes: Sequence[Shape]) -> None:
+    needed = shapes[0] if len(shapes) == 1 else (sum(map(prod, shapes)),)
+    for name in moment_names(work.config):
+        _check_shape(runtime, work, name, needed)
+
+
+def _check_basis(runtime: Runtime, work: LocalMatrix) -> None:
+    if not basis_route(runtime, work).tiles:
+        return
+    for part, shape in basis_shapes(work.side, work.matrix.rows, work.matrix.cols, work.state.counter("size")).items():
+        _check_shape(runtime, work, "basis" if work.side != "full" else f"basis_{part}", shape)
+
+
+def _check_shape(runtime: Runtime, work: LocalMatrix, name: str, needed: Shape) -> None:
+    value = work.state.get(name)
+    nothing = value is not None and value.numel() == 0 == prod(needed)  # the shape of nothing is what it was at first
+    if value is None or (tuple(value.shape) != needed and not nothing):
+        described = "nothing" if value is None else f"shape {tuple(value.shape)}"
+        raise ValueError(
+            f"{work.matrix.name}: the loaded {name} has {described}, but density={work.config.density:g}, projection="
+            f"{work.config.projection!r} on this rank needs {needed}. Load with the hyperparameters it was saved with."
+            + _other_ranks(runtime)
+        )
+
+
+def _check_regular(runtime: Runtime, one: LocalParameter) -> None:
+    step = one.state.get("step")
+    if not one.state.has_moments() and (step is None or int(step) == 0):
+        return  # never stepped when it was saved, or frozen
+    if step is None:
+        raise ValueError(f"{one.name}: the loaded state has moments, but no step." + _other_ranks(runtime))
+    for name in moment_names(one.config):
+        value = one.state.get(name)
+        if value is None or value.shape != one.weight.shape:
+            described = "nothing" if value is None else f"shape {tuple(value.shape)}"
+            raise ValueError(
+                f"{one.name}: the loaded {name} has {described}, this rank needs {tuple(one.weight.shape)}."
+                + _other_ranks(runtime)
+            )
+
+
+def _other_ranks(runtime: Runtime) -> str:
+    """What else may be wrong where the state may be divided."""
+    if runtime.ranks.alone:
+        return ""
+    return (
+        " If another number of ranks or another shard_state saved it: load with shard_state as it was then (False for "
+        "what one process saved), or save and load with frugal_dist.checkpoint, which fits all."
+    )

@@ -1,0 +1,303 @@
+"""From parameters to work: the tensors and state of one step() call, and the step of the regular parameters."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from frugal_dist.config import FrugalConfig, config_from
+from frugal_dist.projection.numerics import compute_dtype
+from frugal_dist.projection.shapes import FAMILY
+from frugal_dist.sharding.redistribution import fill_buckets
+from frugal_dist.sharding.shard import Box, LocalShard, ParamSpec
+from frugal_dist.sharding.table import Matrix
+from frugal_dist.step.runtime import (
+    LocalMatrix,
+    Runtime,
+    basis_piece_shapes,
+    basis_route,
+    cut_selection,
+    moment_names,
+    whole_selection,
+)
+from frugal_dist.step.state import MatrixState, bring_clocks_home
+from frugal_dist.update.local import update_regular
+from frugal_dist.update.rounding import round_stochastically_, rounds_stochastically, row_starts
+
+State = MutableMapping[Tensor, dict[str, Tensor]]
+SLICE = 1 << 24
+"""Elements of low-precision regular parameters that are stepped at once, in fp32."""
+
+
+@dataclass
+class LocalParameter:
+    """A regular parameter, or this rank's part of it; ``shape`` is the whole one's."""
+
+    name: str
+    shape: tuple[int, ...]
+    config: FrugalConfig
+    decay: float
+    state: MatrixState
+    weight: Tensor
+    grad: Tensor | None
+    part: LocalShard
+    frozen: bool
+
+
+@dataclass
+class StepInputs:
+    """One call: its matrices and its regular parameters. ``key`` names the call."""
+
+    key: tuple[int, ...]
+    works: list[LocalMatrix]
+    regular: list[LocalParameter]
+    device: torch.device
+
+    @property
+    def states(self) -> list[MatrixState]:
+        """Of its matrices and regular parameters."""
+        return [work.state for work in self.works] + [one.state for one in self.regular]
+
+    def follow_weights(self) -> None:
+        """Take state that was moved elsewhere to where the weights are: a kernel would read at a wrong address."""
+        for work in self.works:
+            work.state.follow(work.device)
+        for one in self.regular:
+            one.state.follow(one.weight.device)
+
+    def has_run(self) -> bool:
+        """Whether any state has ever moved."""
+        counts = [work.state.counter("updates") for work in self.works] + [
+            one.state.counter("step") for one in self.regular
+        ]
+        return any(counts)
+
+    def has_gradient(self) -> bool:
+        """Whether any local gradient is not all zeros (a NaN counts)."""
+        grads = [grad for work in self.works for grad in work.grads or []]
+        grads += [one.grad for one in self.regular if one.grad is not None]
+        return any(bool(grad.any()) for grad in grads)
+
+    def lacks_gradients(self) -> bool:
+        """Whether there are parameters here, and none of them has a gradient, not even of zeros."""
+        grads = [work.grads for work in self.works] + [one.grad for one in self.regular]
+        return bool(grads) and all(grad is None for grad in grads)
+
+
+def step_inputs(runtime: Runtime, state: State, everything: bool = False) -> StepInputs:
+    """Look up everything anew: engines replace parameters and gradients between calls.
+
+    ``everything``: all parameters, not only those that this step() call is about.
+    """
+    call = tuple(range(len(runtime.originals)) if everything else runtime.storage.call())
+    configs: dict[int, FrugalConfig] = {}
+    works: list[LocalMatrix] = []
+    regular: list[LocalParameter] = []
+    matrices = runtime.by_original
+    device = torch.device("cpu")
+    for i in call:
+        original = runtime.originals[i]
+        options = runtime.storage.options(i)
+        if id(options) not in configs:
+            configs[id(options)] = config_from(options)
+        config = configs[id(options)]
+        weight, grad = runtime.storage.weight(i), runtime.storage.grad(i)
+        device = weight.device
+        if runtime.shapes.setdefault(i, weight.shape) != weight.shape:
+            raise ValueError(_resized(original, runtime.shapes[i], weight.shape))
+        _check_gradient(original, grad)
+        _check_rounding(original, config, weight)
+        store = state[runtime.storage.param(i)]
+        decay = config.weight_decay if original.decay else 0.0
+        if original.projected:
+            works += [_work(runtime, i, matrix, config, decay, store, weight, grad) for matrix in matrices[i]]
+        else:
+            prefix = "" if isinstance(runtime.storage.part(i), Box) else f"{original.name}/"
+            regular.append(
+                LocalParameter(
+                    original.name,
+                    original.shape,
+                    config,
+                    decay,
+                    MatrixState(store, prefix),
+                    weight,
+                    grad,
+                    runtime.storage.part(i),
+                    frozen=runtime.storage.frozen(i),
+                )
+            )
+    return StepInputs(call, works, regular, device)
+
+
+def _work(runtime: Runtime, i: int, matrix: Matrix, config: FrugalConfig, decay: float,
+          store: dict[str, Tensor], weight: Tensor, grad: Tensor | None) -> LocalMatrix:  # fmt: skip
+    original, part = runtime.originals[i], runtime.storage.part(i)
+    alone_here = isinstance(part, Box) and original.stack == 1
+    tiles = matrix.storage[runtime.ranks.rank]
+    return LocalMatrix(
+        matrix=matrix,
+        config=config,
+        decay=decay,
+        state=MatrixState(store, "" if alone_here else f"{matrix.name}/"),
+        tiles=tiles,
+        weights=part.views(weight, original, matrix.member, tiles),
+        grads=None if grad is None else part.views(grad, original, matrix.member, tiles),
+        device=weight.device,
+        weight_dtype=weight.dtype,
+        frozen=runtime.storage.frozen(i),
+    )
+
+
+def _resized(original: ParamSpec, before: Sequence[int], now: Sequence[int]) -> str:
+    return (
+        f"{original.name} had shape {tuple(before)} at the last step and has {tuple(now)} now: its state does not fit "
+        "any more. Resize parameters before the first step, or build a new optimizer afterwards."
+    )
+
+
+def _check_gradient(original: ParamSpec, grad: Tensor | None) -> None:
+    if grad is None:
+        return
+    if grad.layout != torch.strided:
+        raise ValueError(
+            f"{original.name} has a sparse gradient; Frugal needs dense ones. Use nn.Embedding(..., sparse=False)."
+        )
+    if not grad.is_floating_point():
+        raise ValueError(f"{original.name} has a gradient of dtype {grad.dtype}; Frugal needs real floating point.")
+
+
+def _check_rounding(original: ParamSpec, config: FrugalConfig, weight: Tensor) -> None:
+    if config.rounding == "stochastic" and weight.dtype == torch.float16:
+        raise ValueError(
+            f"{original.name} is float16, but rounding='stochastic' is made for bfloat16 weights. Use bfloat16, or "
+            "leave rounding out."
+        )
+
+
+def ensure_state(runtime: Runtime, load: StepInputs) -> None:
+    """Create whatever state is missing. Idempotent; the shapes are those after the first refresh.
+
+    Frozen parameters have counts and nothing else until they are unfrozen: beside adapters they are most of a model.
+    """
+    bring_clocks_home(load.states)
+    for work in load.works:
+        work.state.ensure_counters()
+        moment = work.state.first_moment()
+        later = work.frozen and not work.empty  # then the first refresh creates it, if there ever is one
+        if moment is None and not later:
+            create_state(runtime, work)
+        elif moment is not None and moment.dtype != work.dtype:  # loaded, or the model was cast
+            work.state.convert(work.dtype)
+        check_density(work)
+    for one in load.regular:
+        if one.state.get("step") is None:
+            one.state.put("step", torch.tensor(0, device="cpu"))
+        moment, dtype = one.state.first_moment(), compute_dtype(one.weight.dtype)
+        if moment is None and not (one.frozen and one.grad is None):
+            create_moments(one)
+        elif moment is not None and moment.dtype != dtype:
+            one.state.convert(dtype)
+
+
+def create_moments(one: LocalParameter, device: torch.device | None = None) -> None:
+    """Zero moments of a regular parameter that has none, where it is or on ``device``."""
+    names, dtype = moment_names(one.config), compute_dtype(one.weight.dtype)
+    one.state.ensure_moments(names, [tuple(one.weight.shape)], dtype, device or one.weight.device)
+
+
+def check_density(work: LocalMatrix) -> None:
+    """A basis projection at density 0 has no basis, and its state is another one."""
+    before, now = work.state.counter("size"), work.config.density
+    started = FAMILY[work.config.projection] == "basis" and not work.empty and work.state.counter("refreshes")
+    if started and (before == 0) != (now == 0.0):
+        raise ValueError(
+            f"{work.matrix.name}: a density schedule cannot go to 0 or leave it with projection="
+            f"{work.config.projection!r} (now {now:g}). Stay above 0, or build a new optimizer."
+        )
+
+
+def create_state(runtime: Runtime, work: LocalMatrix) -> None:
+    """Moments of zeros, and bases, for the present density."""
+    names = moment_names(work.config)
+    if work.family != "basis" or work.empty:
+        size = 0 if work.empty else work.size
+        pieces = cut_selection(runtime, work, whole_selection(work, 0, size), runtime.ranks.rank)
+        work.state.ensure_moments(names, [piece.mine for piece in pieces], work.dtype, work.device)
+        return
+    plan = basis_route(runtime, work)
+    work.state.set_counter("size", work.size)
+    work.state.ensure_moments(names, basis_piece_shapes(work, plan, work.size), work.dtype, work.device)
+    if plan.tiles:
+        work.state.ensure_basis(
+            work.side, (work.matrix.rows, work.matrix.cols), work.size, work.basis_dtype, work.device
+        )
+
+
+def step_regular(load: StepInputs) -> None:
+    """The state-full rule alone, one fused call for all parameters that share settings and count."""
+    groups: dict[tuple[object, ...], list[LocalParameter]] = {}
+    for one in load.regular:
+        if one.grad is not None:  # an empty shard counts too: its counter is saved as everyone's
+            one.state.set_counter("step", one.state.counter("step") + 1)
+            key = (one.config, one.decay, one.state.counter("step"), one.weight.dtype, one.weight.device)
+            groups.setdefault(key, []).append(one)
+    for members in groups.values():
+        _step_group(members)
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Some rows of a regular parameter, from ``row`` on."""
+
+    one: LocalParameter
+    row: int
+    weight: Tensor
+    grad: Tensor
+    moments: tuple[Tensor, ...]
+
+
+def _slices(one: LocalParameter, most: int) -> list[_Slice]:
+    """A parameter in slices of at most about ``most`` elements."""
+    assert one.grad is not None
+    names = moment_names(one.config)
+    moments = tuple(one.state.pieces(name, [tuple(one.weight.shape)])[0] for name in names)
+    if one.weight.numel() <= most or one.weight.dim() == 0:
+        return [_Slice(one, 0, one.weight, one.grad, moments)]
+    rows = max(1, most * len(one.weight) // one.weight.numel())
+    parts = zip(*(tensor.split(rows) for tensor in (one.weight, one.grad, *moments)), strict=True)
+    return [_Slice(one, number * rows, part[0], part[1], part[2:]) for number, part in enumerate(parts)]
+
+
+def _step_group(members: Sequence[LocalParameter]) -> None:
+    """Low-precision parameters need fp32 copies: of bounded size at a time."""
+    first = members[0]
+    narrow = first.weight.dtype != compute_dtype(first.weight.dtype)
+    most = SLICE if narrow else sum(one.weight.numel() for one in members)
+    slices = [part for one in members for part in _slices(one, most)]
+    whole = [list(range(len(slices)))]
+    for bucket in fill_buckets([(part.weight.numel(),) for part in slices], most) if narrow else whole:
+        _step_slices([slices[i] for i in bucket], first.state.counter("step"), first.decay, first.config)
+
+
+def _step_slices(slices: Sequence[_Slice], step: int, decay: float, config: FrugalConfig) -> None:
+    weights = [part.weight for part in slices]
+    rounds = rounds_stochastically(config, weights[0].dtype)
+    updated = [weight.float() for weight in weights] if rounds else weights
+    update_regular(updated, [part.grad for part in slices], [part.moments for part in slices], step, decay, config)
+    if rounds:
+        for part, wide in zip(slices, updated, strict=True):
+            _round(part, wide, step)
+
+
+def _round(part: _Slice, wide: Tensor, step: int) -> None:
+    one, whole = part.one, part.one.part
+    spans = whole.spans if isinstance(whole, Box) else ((whole.start, whole.stop),)
+    shape = one.shape if isinstance(whole, Box) else (whole.stop,)
+    if spans:
+        begin = spans[0][0] + part.row
+        spans = ((begin, begin + len(part.weight)), *spans[1:])
+    starts = row_starts(spans, shape, part.weight.device)
+    round_stochastically_(part.weight, wide, starts, seed=one.config.seed, name=one.name, step=step)

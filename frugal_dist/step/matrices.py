@@ -1,0 +1,391 @@
+"""The step of all matrices of one call: what is stored where it computes first, then the rest in packed exchanges.
+
+Which matrices communicate, in which buckets and with what sizes follows from the table alone; a rank without a gradient
+sends zeros and takes part all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from frugal_dist.projection.basis import Basis
+from frugal_dist.sharding.collectives import all_gather, all_to_all
+from frugal_dist.sharding.redistribution import RedistributionPlan, fill_buckets
+from frugal_dist.sharding.tile import Tile
+from frugal_dist.step.runtime import (
+    CoordinatePiece,
+    LocalMatrix,
+    Runtime,
+    basis_piece_shapes,
+    basis_route,
+    local_selection,
+    moments_of,
+)
+from frugal_dist.update.kernels.jobs import Noise, TileUpdate
+from frugal_dist.update.local import (
+    add_coordinates_,
+    basis_delta,
+    basis_step_,
+    coordinate_share,
+    decay_,
+    rounds_once,
+    step_tiles,
+)
+from frugal_dist.update.rounding import keys_of, round_stochastically_, rounds_stochastically, row_starts
+
+Lists = list[list[Tensor]]
+
+
+def step_matrices(runtime: Runtime, works: Sequence[LocalMatrix], stepped: Sequence[LocalMatrix]) -> None:
+    """Update the matrices ``stepped``; ``works`` are all of the call, so that every rank joins every exchange."""
+    active = {work.matrix.index for work in stepped}
+    for work in stepped:
+        work.state.set_counter("step", work.state.counter("step") + 1)
+    remote = [work for work in works if travels(runtime, work)]
+    far = {work.matrix.index for work in remote}
+    _step_here(runtime, [work for work in stepped if work.matrix.index not in far])
+    for bucket in buckets_of(runtime, remote):
+        _step_bucket(runtime, bucket, active)
+    for work in stepped:
+        work.state.set_counter("updates", work.state.counter("updates") + 1)
+
+
+def _decays_narrow(work: LocalMatrix) -> bool:
+    """Low-precision weights would lose weight decay by itself: it is below their last place."""
+    return work.decay != 0.0 and work.weight_dtype != work.dtype
+
+
+def _rounds(work: LocalMatrix) -> bool:
+    return rounds_stochastically(work.config, work.weight_dtype)
+
+
+def _widened(work: LocalMatrix) -> LocalMatrix:
+    """The matrix with fp32 weights of its own for the time of the step, where a step is more than one rounding."""
+    if not (_decays_narrow(work) or _rounds(work)):
+        return work
+    return replace(work, weights=[weight.float() for weight in work.weights])
+
+
+def _round_back(work: LocalMatrix, wide: LocalMatrix) -> None:
+    if wide is work:
+        return
+    matrix, updates = work.matrix, work.state.counter("updates")
+    stochastic = _rounds(work)
+    for tile, weight, value in zip(work.tiles, work.weights, wide.weights, strict=True):
+        if not stochastic:
+            weight.copy_(value)
+            continue
+        starts = row_starts((tile.rows, tile.cols), (matrix.rows, matrix.cols), weight.device)
+        round_stochastically_(weight, value, starts, seed=work.config.seed, name=matrix.name, step=updates)
+
+
+def _decay(work: LocalMatrix) -> None:
+    for weight in work.weights:
+        decay_(weight, work.config.lr, work.decay)
+
+
+# --- matrices that compute where they are stored ---------------------------------------------------
+
+
+def _step_here(runtime: Runtime, works: Sequence[LocalMatrix]) -> None:
+    """Coordinates and blocks together; one by one what needs memory of its own for the time of its step."""
+    together: list[LocalMatrix] = []
+    alone: list[LocalMatrix] = []
+    for work in works:
+        (alone if _needs_memory(runtime, work) else together).append(work)
+    step_tiles(job for work in together for job in _jobs(runtime, work))
+    for work in alone:
+        wide = _widened(work)
+        if work.family == "basis":
+            _basis_tiles_in_place(wide, basis_route(runtime, wide), wide.decay)
+        else:
+            step_tiles(_jobs(runtime, wide))
+        _round_back(work, wide)
+
+
+def _needs_memory(runtime: Runtime, work: LocalMatrix) -> bool:
+    """For a residual, or for weights in fp32."""
+    if work.family == "basis":
+        return True
+    return (_decays_narrow(work) or _rounds(work)) and not all(rounds_once(job) for job in _jobs(runtime, work))
+
+
+def _jobs(runtime: Runtime, work: LocalMatrix) -> list[TileUpdate]:
+    """The tiles of a coordinate or block projection."""
+    cut, step = local_selection(runtime, work), work.state.counter("step")
+    assert work.grads is not None
+    if cut.nothing:
+        return [
+            TileUpdate(weight, grad, None, (), step, work.decay, work.config, noise)
+            for weight, grad, noise in zip(work.weights, work.grads, _noises(work), strict=True)
+        ]
+    moments = moments_of(work, [piece.mine for piece in cut.pieces])
+    return [
+        TileUpdate(weight, grad, piece.selection, own, step, work.decay, work.config, noise)
+        for weight, grad, piece, own, noise in zip(
+            work.weights, work.grads, cut.pieces, moments, _noises(work), strict=True
+        )
+    ]
+
+
+def _noises(work: LocalMatrix) -> list[Noise | None]:
+    """How each tile is rounded by a kernel that can; to the nearest where its weights are fp32 copies by now."""
+    if not _rounds(work) or any(weight.dtype != work.weight_dtype for weight in work.weights):
+        return [None] * len(work.tiles)
+    keys = keys_of(work.config.seed, work.matrix.name, work.state.counter("updates"))
+    cols = work.matrix.cols
+    return [Noise(keys, tile.rows[0] * cols + tile.cols[0], cols) for tile in work.tiles]
+
+
+def _basis_tiles_in_place(work: LocalMatrix, plan: RedistributionPlan, decay: float) -> None:
+    moments = _basis_moments(work, plan)
+    basis = work.basis()
+    for tile, home, here, moment in zip(plan.tiles, plan.home, plan.in_place, moments, strict=True):
+        if here:
+            assert basis is not None and home is not None
+            area = tile.within(home)
+            weight, grad = work.local_weight(home)[area], work.local_grad(home)[area]
+            basis_step_(weight, grad, basis, work.side, moment, work.state.counter("step"), decay, work.config)
+
+
+def _basis_moments(work: LocalMatrix, plan: RedistributionPlan) -> list[tuple[Tensor, ...]]:
+    return moments_of(work, basis_piece_shapes(work, plan, work.state.counter("size")))
+
+
+# --- matrices that need an exchange ----------------------------------------------------------------
+
+
+@dataclass
+class PendingUpdate:
+    """What one matrix sends and receives, per rank; ``finish`` runs when everything has arrived."""
+
+    send: Lists
+    recv: Lists
+    finish: Callable[[], None]
+
+
+@dataclass
+class Packing:
+    """All parcels of a bucket, in matrix order."""
+
+    size: int
+    parcels: list[PendingUpdate] = field(default_factory=list)
+
+    def merged(self, which: str) -> Lists:
+        lists: Lists = [[] for _ in range(self.size)]
+        for parcel in self.parcels:
+            for rank, pieces in enumerate(getattr(parcel, which)):
+                lists[rank].extend(pieces)
+        return lists
+
+
+def travels(runtime: Runtime, work: LocalMatrix) -> bool:
+    """Whether any rank exchanges anything for this matrix; the same answer on every rank.
+
+    A matrix that never was refreshed is not stepped by anyone.
+    """
+    if runtime.ranks.alone or work.empty or work.state.counter("refreshes") == 0:
+        return False
+    if work.family == "basis":
+        plan = basis_route(runtime, work)
+        return plan.travels_in or plan.travels_out
+    if not runtime.shard_replicas or work.matrix.copies == 1:
+        return False
+    return not local_selection(runtime, work).nothing
+
+
+def buckets_of(runtime: Runtime, works: Sequence[LocalMatrix]) -> list[list[LocalMatrix]]:
+    """Equal dtype and equal kind of collective in a bucket, bounded by ``bucket_bytes``.
+
+    Routes and parts are fixed for the run, so the same matrices always fall into the same buckets.
+    """
+    key = tuple(work.matrix.index for work in works)
+    if key not in runtime.buckets:
+        runtime.buckets[key] = _fill(runtime, works)
+    return [[works[i] for i in bucket] for bucket in runtime.buckets[key]]
+
+
+def _fill(runtime: Runtime, works: Sequence[LocalMatrix]) -> list[list[int]]:
+    groups: dict[tuple[str, bool], list[int]] = {}
+    for i, work in enumerate(works):
+        groups.setdefault((str(work.dtype), work.matrix.replicated), []).append(i)
+    buckets = []
+    for key in sorted(groups):
+        same = groups[key]
+        loads = [_load(runtime, works[i]) for i in same]
+        limit = runtime.bucket_bytes // works[same[0]].dtype.itemsize
+        buckets += [[same[i] for i in bucket] for bucket in fill_buckets(loads, limit)]
+    return buckets
+
+
+def _load(runtime: Runtime, work: LocalMatrix) -> tuple[int, ...]:
+    if work.family == "basis":
+        return basis_route(runtime, work).load
+    return work.matrix.sizes
+
+
+def _step_bucket(runtime: Runtime, works: Sequence[LocalMatrix], active: set[int]) -> None:
+    ranks, like = runtime.ranks, torch.empty(0, dtype=works[0].dtype, device=works[0].device)
+    narrow = {work.matrix.index: work for work in works}
+    works = [_widened(work) if work.matrix.index in active else work for work in works]
+    for work in works:
+        if work.matrix.index in active:
+            _decay(work)
+    gradients = _fetch_gradients(runtime, works, like)
+    packing = Packing(ranks.size)
+    for work in works:
+        prepare = _basis_parcel if work.family == "basis" else _coordinate_parcel
+        packing.parcels.append(prepare(runtime, work, gradients, work.matrix.index in active))
+    if works[0].matrix.replicated:
+        mine = packing.merged("send")[ranks.rank]
+        all_gather(ranks, mine, packing.merged("recv"), like)
+    else:
+        all_to_all(ranks, packing.merged("send"), packing.merged("recv"), like)
+    for parcel, work in zip(packing.parcels, works, strict=True):
+        parcel.finish()
+        _round_back(narrow[work.matrix.index], work)
+
+
+def _fetch_gradients(runtime: Runtime, works: Sequence[LocalMatrix], like: Tensor) -> dict[tuple[int, Tile], Tensor]:
+    """The gradients of compute tiles that are not part of one local storage tile."""
+    ranks = runtime.ranks
+    send: Lists = [[] for _ in range(ranks.size)]
+    recv: Lists = [[] for _ in range(ranks.size)]
+    found: dict[tuple[int, Tile], Tensor] = {}
+    plans = [(work, basis_route(runtime, work)) for work in works if work.family == "basis"]
+    for work, plan in plans:
+        for tile, home in zip(plan.tiles, plan.home, strict=True):
+            if home is None:
+                found[work.matrix.index, tile] = torch.empty(
+                    tile.height, tile.width, dtype=like.dtype, device=like.device
+                )
+        for move in plan.gradient_in:
+            if move.source == ranks.rank:
+                piece = work.local_grad(move.source_tile)[move.area.within(move.source_tile)]
+                if move.target == ranks.rank:
+                    found[work.matrix.index, move.target_tile][move.area.within(move.target_tile)] = piece
+                else:
+                    send[move.target].append(piece)
+            else:
+                target = found[work.matrix.index, move.target_tile]
+                recv[move.source].append(target[move.area.within(move.target_tile)])
+    if any(plan.travels_in for _, plan in plans):
+        all_to_all(ranks, send, recv, like)
+    return found
+
+
+def _basis_parcel(
+    runtime: Runtime, work: LocalMatrix, gradients: dict[tuple[int, Tile], Tensor], active: bool
+) -> PendingUpdate:
+    """Compute this rank's tiles; send each holder of a tile its part of the update."""
+    plan, rank = basis_route(runtime, work), runtime.ranks.rank
+    if active:
+        _basis_tiles_in_place(work, plan, 0.0)  # their weights have decayed, with those of all other tiles
+    deltas = _deltas(work, plan, gradients, active)
+    if plan.gathered:
+        return _gathered_parcel(runtime, work, plan, deltas)
+    send: Lists = [[] for _ in range(runtime.ranks.size)]
+    recv: Lists = [[] for _ in range(runtime.ranks.size)]
+    arrivals: list[tuple[Tile, Tile, Tensor]] = []
+    for move in plan.update_out:
+        if move.source == rank:
+            piece = deltas[move.source_tile][move.area.within(move.source_tile)]
+            if move.target != rank:
+                send[move.target].append(piece)
+        else:
+            piece = torch.empty(move.area.height, move.area.width, dtype=work.dtype, device=work.device)
+            recv[move.source].append(piece)
+        if move.target == rank:
+            arrivals.append((move.target_tile, move.area, piece))
+    return PendingUpdate(send, recv, lambda: _add_all(work, arrivals))
+
+
+def _gathered_parcel(
+    runtime: Runtime, work: LocalMatrix, plan: RedistributionPlan, deltas: dict[Tile, Tensor]
+) -> PendingUpdate:
+    """Replicas: everyone gets everyone's update, so all add identical bits."""
+    home = work.tiles[0]
+    send: Lists = [[] for _ in range(runtime.ranks.size)]
+    send[runtime.ranks.rank] = [deltas[tile] for tile in plan.tiles]
+    recv = [
+        [torch.empty(tile.height, tile.width, dtype=work.dtype, device=work.device) for tile in tiles]
+        for tiles in plan.layout
+    ]
+    arrivals = [
+        (home, tile, piece)
+        for tiles, pieces in zip(plan.layout, recv, strict=True)
+        for tile, piece in zip(tiles, pieces, strict=True)
+    ]
+    return PendingUpdate(send, recv, lambda: _add_all(work, arrivals))
+
+
+def _add_all(work: LocalMatrix, arrivals: Sequence[tuple[Tile, Tile, Tensor]]) -> None:
+    for home, area, piece in arrivals:
+        work.local_weight(home)[area.within(home)].add_(piece)
+
+
+def _deltas(
+    work: LocalMatrix, plan: RedistributionPlan, gradients: dict[tuple[int, Tile], Tensor], active: bool
+) -> dict[Tile, Tensor]:
+    """The updates of the compute tiles that are not stepped in place; zeros for a matrix that is skipped."""
+    found: dict[Tile, Tensor] = {}
+    basis: Basis | None = work.basis()
+    moments = _basis_moments(work, plan) if plan.tiles else []
+    for tile, home, here, moment in zip(plan.tiles, plan.home, plan.in_place, moments, strict=True):
+        if here:
+            continue
+        if not active:
+            found[tile] = torch.zeros(tile.height, tile.width, dtype=work.dtype, device=work.device)
+            continue
+        assert basis is not None
+        key = (work.matrix.index, tile)
+        grad = gradients[key] if home is None else work.local_grad(home)[tile.within(home)]
+        found[tile] = basis_delta(grad, basis, work.side, moment, work.state.counter("step"), work.config)
+    return found
+
+
+def _coordinate_parcel(runtime: Runtime, work: LocalMatrix, gradients: object, active: bool) -> PendingUpdate:
+    """Each holder of a tile computes its share of the state-full update; the state-free step is everybody's own."""
+    ranks = runtime.ranks
+    pieces = local_selection(runtime, work).pieces
+    moments = moments_of(work, [piece.mine for piece in pieces])
+    gathered = work.matrix.replicated
+    send: Lists = [[] for _ in range(ranks.size)]
+    recv: Lists = [[] for _ in range(ranks.size)]
+    updates = []
+    for position, (piece, moment) in enumerate(zip(pieces, moments, strict=True)):
+        update = torch.zeros(piece.shape, dtype=work.dtype, device=work.device)
+        updates.append(update)
+        share = torch.zeros(piece.mine, dtype=work.dtype, device=work.device)
+        if active and work.grads is not None:
+            grad, counter = work.grads[position], work.state.counter("step")
+            share = coordinate_share(grad, piece.selection, piece.my_bounds, moment, counter, work.config)
+        _post(piece, share, update, send, recv, gathered)
+    return PendingUpdate(send, recv, lambda: _finish_coordinates(work, pieces, updates, active))
+
+
+def _post(piece: CoordinatePiece, share: Tensor, update: Tensor, send: Lists, recv: Lists, gathered: bool) -> None:
+    for holder, (start, stop) in zip(piece.holders, piece.bounds, strict=True):
+        window = update.narrow(piece.selection.free_dim, start, stop - start)
+        if holder == piece.rank:
+            window.copy_(share)
+            if gathered:
+                send[holder].append(share)
+                recv[holder].append(window)
+        else:
+            recv[holder].append(window)
+            if not gathered:
+                send[holder].append(share)
+
+
+def _finish_coordinates(
+    work: LocalMatrix, pieces: Sequence[CoordinatePiece], updates: Sequence[Tensor], active: bool
+) -> None:
+    if not active or work.grads is None:
+        return
+    for piece, weight, grad, update in zip(pieces, work.weights, work.grads, updates, strict=True):
+        add_coordinates_(weight, grad, piece.selection, update, work.config)

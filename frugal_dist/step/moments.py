@@ -1,0 +1,175 @@
+"""What becomes of the moments at a refresh: reset, keep, or project into the new subspace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from frugal_dist.projection.basis import Basis, carry_first, carry_second
+from frugal_dist.projection.coordinates import Selection
+from frugal_dist.projection.shapes import FAMILY, dim_left_free, takes_everything
+from frugal_dist.sharding.collectives import all_to_all
+from frugal_dist.sharding.redistribution import RedistributionPlan
+from frugal_dist.sharding.tile import Tile
+from frugal_dist.step.runtime import (
+    CoordinatePiece,
+    LocalMatrix,
+    Runtime,
+    basis_piece_shapes,
+    cut_selection,
+    moment_names,
+    same_slots,
+    whole_selection,
+)
+
+CARRY = {"exp_avg": carry_first, "exp_avg_sq": carry_second}
+
+
+def carry_basis_moments(work: LocalMatrix, plan: RedistributionPlan, new: Basis, names: Sequence[str]) -> None:
+    """Treat the state at a basis refresh. With "keep", moments of another r (density changed) are projected."""
+    state, mode = work.state, work.config.on_refresh
+    old_shapes = basis_piece_shapes(work, plan, state.counter("size"))
+    shapes = basis_piece_shapes(work, plan, work.size)
+    old = work.basis()
+    carried: dict[str, list[Tensor]] = {}
+    if old is not None and (mode == "project" or (mode == "keep" and old_shapes != shapes)):
+        for name in names:
+            carried[name] = [CARRY[name](piece, old, new) for piece in state.pieces(name, old_shapes)]
+    state.ensure_moments(names, shapes, work.dtype, work.device)
+    for name, pieces in carried.items():
+        for target, piece in zip(state.pieces(name, shapes), pieces, strict=True):
+            target.copy_(piece)
+    if mode == "reset":
+        state.reset()
+
+
+def may_move_between_ranks(work: LocalMatrix) -> bool:
+    """Whether "keep" may ever move moments between ranks that hold no replicas of each other."""
+    coordinates = FAMILY[work.config.projection] == "coordinates" and not work.empty
+    return coordinates and work.config.on_refresh == "keep" and not same_slots(work)
+
+
+def moves_between_ranks(runtime: Runtime, work: LocalMatrix, old_counters: tuple[int, int]) -> bool:
+    """Whether "keep" or "project" of a coordinate projection moves moments from rank to rank at a refresh.
+
+    Decided from the layout and agreed counts alone; ``old_counters`` are (refreshes, size) before it. "project" follows
+    entries, and entries stay where they are stored; only replicas that share a list of single entries hand them around,
+    or those that begin or cease to share a whole matrix, along its longer dim.
+    """
+    mode = _treatment(work, old_counters)
+    if runtime.ranks.alone or work.family != "coordinates" or mode == "reset" or work.size == 0:
+        return False
+    rows, cols = work.matrix.rows, work.matrix.cols
+    if mode == "keep":
+        every_slot_stays = takes_everything(work.config, rows, cols, work.size)
+        return not (every_slot_stays or same_slots(work))
+    if not runtime.shard_replicas or work.matrix.copies == 1:
+        return False
+    before, now = (dim_left_free(work.config, rows, cols, size) for size in (old_counters[1] or work.size, work.size))
+    return now is None or before != now
+
+
+def _treatment(work: LocalMatrix, old_counters: tuple[int, int]) -> str:
+    """With another density there are other slots: then "keep" can only keep the entries that stay selected."""
+    mode, (refreshes, size) = work.config.on_refresh, old_counters
+    return "project" if mode == "keep" and refreshes and size != work.size else mode
+
+
+def move_coordinate_moments(
+    runtime: Runtime,
+    work: LocalMatrix,
+    old: Sequence[CoordinatePiece],
+    new: Sequence[CoordinatePiece],
+    old_counters: tuple[int, int],
+) -> None:
+    """Treat the state at a coordinate or block refresh; ``old_counters`` are (refreshes, size) before it.
+
+    keep: slot i of the new selection takes over slot i of the old one. project: entries that stay selected keep their
+    moments, new ones start at zero. Blocks are always cleared.
+    """
+    state, names, mode = work.state, moment_names(work.config), _treatment(work, old_counters)
+    first = old_counters[0] == 0
+    shapes = [piece.mine for piece in new]
+    if first or mode == "reset" or work.family == "blocks":
+        state.ensure_moments(names, shapes, work.dtype, work.device)
+        state.reset()
+        return
+    travels = moves_between_ranks(runtime, work, old_counters)
+    if mode == "keep" and not travels:
+        return  # the same slots stay here, in the same order
+    before = {name: state.get(name) for name in names}
+    old_values = {name: value.view(-1) for name, value in before.items() if value is not None}
+    old_ids = _ids(work, old, whole_selection(work, old_counters[0] - 1, old_counters[1]), mode)
+    new_ids = _ids(work, new, whole_selection(work, old_counters[0], work.size), mode)
+    for name in names:
+        state.put(name, None)
+    state.ensure_moments(names, shapes, work.dtype, work.device)
+    columns = [state.pieces(name, [(sum(prod(shape) for shape in shapes),)])[0] for name in names]
+    values = [old_values[name] for name in names]
+    _place(columns, new_ids, values, old_ids)
+    if travels:
+        _trade(runtime, work, mode, old_counters, columns, new_ids, values, old_ids)
+
+
+def _trade(runtime: Runtime, work: LocalMatrix, mode: str, old_counters: tuple[int, int], columns: Sequence[Tensor],
+           new_ids: Tensor, values: Sequence[Tensor], old_ids: Tensor) -> None:  # fmt: skip
+    """Fetch the moments that other ranks held. Every rank draws every rank's selections, so nothing is negotiated."""
+    ranks = runtime.ranks
+    old_whole = whole_selection(work, old_counters[0] - 1, old_counters[1])
+    new_whole = whole_selection(work, old_counters[0], work.size)
+    send: list[list[Tensor]] = [[] for _ in range(ranks.size)]
+    recv: list[list[Tensor]] = [[] for _ in range(ranks.size)]
+    landing = []
+    for other in range(ranks.size):
+        if other == ranks.rank:
+            continue
+        theirs_new = _ids(work, cut_selection(runtime, work, new_whole, other), new_whole, mode)
+        theirs_old = _ids(work, cut_selection(runtime, work, old_whole, other), old_whole, mode)
+        outgoing, incoming = _common(old_ids, theirs_new), _common(new_ids, theirs_old)
+        send[other] = [value[_positions(old_ids, outgoing)] for value in values]
+        recv[other] = [torch.empty(len(incoming), dtype=work.dtype, device=work.device) for _ in values]
+        landing.append((incoming, recv[other]))
+    all_to_all(ranks, send, recv, torch.empty(0, dtype=work.dtype, device=work.device))
+    for incoming, buffers in landing:
+        where = _positions(new_ids, incoming)
+        for column, buffer in zip(columns, buffers, strict=True):
+            column[where] = buffer
+
+
+def _ids(work: LocalMatrix, pieces: Sequence[CoordinatePiece], selection: Selection, mode: str) -> Tensor:
+    """What each moment on a rank belongs to: a slot of R ("keep") or an entry of the matrix ("project"), flat."""
+    parts = []
+    for piece in pieces:
+        ids = selection.slots(piece.tile) if mode == "keep" else _entries(piece, work.matrix.cols)
+        start, stop = piece.my_bounds
+        parts.append(ids.reshape(piece.shape).narrow(piece.selection.free_dim, start, stop - start).reshape(-1))
+    return torch.cat(parts).to(work.device) if parts else torch.empty(0, dtype=torch.int64, device=work.device)
+
+
+def _entries(piece: CoordinatePiece, cols: int) -> Tensor:
+    """Flat positions in the matrix of a piece's entries, shaped as its R."""
+    tile: Tile = piece.tile
+    rows = torch.arange(*tile.rows, device="cpu").view(-1, 1) * cols
+    grid = rows + torch.arange(*tile.cols, device="cpu").view(1, -1)
+    return piece.selection.to(torch.device("cpu")).take(grid)
+
+
+def _common(a: Tensor, b: Tensor) -> Tensor:
+    """Sorted common values."""
+    return a[torch.isin(a, b)].sort().values
+
+
+def _positions(ids: Tensor, wanted: Tensor) -> Tensor:
+    """Where each of ``wanted`` stands in ``ids`` (all present)."""
+    order = ids.argsort()
+    return order[torch.searchsorted(ids[order], wanted)]
+
+
+def _place(columns: Sequence[Tensor], new_ids: Tensor, values: Sequence[Tensor], old_ids: Tensor) -> None:
+    common = _common(new_ids, old_ids)
+    target, source = _positions(new_ids, common), _positions(old_ids, common)
+    for column, value in zip(columns, values, strict=True):
+        column[target] = value[source]

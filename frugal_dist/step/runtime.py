@@ -1,0 +1,285 @@
+"""What one step() call works on: every matrix with its tensors of this moment, its state and its layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from frugal_dist.config import FrugalConfig
+from frugal_dist.projection.basis import Basis
+from frugal_dist.projection.blocks import active_blocks, active_count
+from frugal_dist.projection.coordinates import NOTHING, Selection
+from frugal_dist.projection.draw import draw_selection, whole_block
+from frugal_dist.projection.numerics import compute_dtype
+from frugal_dist.projection.shapes import FAMILY, family, resolve_side, selection_size
+from frugal_dist.sharding.collectives import Ranks
+from frugal_dist.sharding.placement import compute_layout
+from frugal_dist.sharding.redistribution import Redistribution, RedistributionPlan
+from frugal_dist.sharding.shard import ParamSpec, Storage
+from frugal_dist.sharding.table import Matrix, Table
+from frugal_dist.sharding.tile import Layout, Tile, Tiles, split_evenly
+from frugal_dist.step.state import MatrixState, Shape
+from frugal_dist.step.statistics import RefreshStats
+from frugal_dist.update.rules import STATE_FULL
+
+
+@dataclass
+class Agreed:
+    """Counts of a matrix that all ranks agreed on, and how many calls ago.
+
+    ``asleep``: it was frozen on all ranks, and none had a gradient; nobody is asked again before it is unfrozen.
+    """
+
+    updates: int
+    refreshed_at: int
+    calls: int = 0
+    asleep: bool = False
+
+
+@dataclass
+class Runtime:
+    """Everything that is fixed once the first step has seen the engine. Nothing in it is saved; all of it derives."""
+
+    ranks: Ranks
+    storage: Storage
+    originals: Sequence[ParamSpec]
+    table: Table
+    shard_replicas: bool
+    bucket_bytes: int
+    routes: dict[int, RedistributionPlan] = field(default_factory=dict)
+    cuts: dict[int, LocalSelection] = field(default_factory=dict)
+    agreed: dict[int, Agreed] = field(default_factory=dict)
+    failures: dict[int, int] = field(default_factory=dict)
+    buckets: dict[tuple[int, ...], list[list[int]]] = field(default_factory=dict)
+    shapes: dict[int, torch.Size] = field(default_factory=dict)
+    figures: RefreshStats = field(default_factory=RefreshStats)
+
+    def give_to(self, index: int, owner: int) -> None:
+        """Matrix ``index`` is computed and refreshed by ``owner``, whoever the table says."""
+        matrices = list(self.table.matrices)
+        matrices[index] = replace(matrices[index], owner=owner)
+        self.table = replace(self.table, matrices=tuple(matrices))
+        self.__dict__.pop("by_original", None)
+
+    @cached_property
+    def by_original(self) -> dict[int, list[Matrix]]:
+        """The matrices of every projected parameter."""
+        found: dict[int, list[Matrix]] = {i: [] for i, one in enumerate(self.originals) if one.projected}
+        for matrix in self.table.matrices:  # an empty stack has none
+            found[matrix.original].append(matrix)
+        return found
+
+
+@dataclass
+class LocalMatrix:
+    """One matrix in one call. ``weights`` and ``grads`` are 2-D views, one for each of ``tiles``, this rank's part."""
+
+    matrix: Matrix
+    config: FrugalConfig
+    decay: float
+    state: MatrixState
+    tiles: Tiles
+    weights: list[Tensor]
+    grads: list[Tensor] | None
+    device: torch.device
+    weight_dtype: torch.dtype
+    frozen: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of moments, bases and exchanged pieces."""
+        return compute_dtype(self.weight_dtype)
+
+    @property
+    def basis_dtype(self) -> torch.dtype:
+        """Of bases between refreshes; they compute in ``dtype``."""
+        return torch.bfloat16 if self.config.basis_dtype == "bf16" else self.dtype
+
+    def basis(self) -> Basis | None:
+        """The basis to compute with, or None before the first refresh and on ranks that do not use it."""
+        kept = self.state.basis(self.side)
+        return None if kept is None else kept.to(self.dtype)
+
+    @property
+    def family(self) -> str:
+        return family(self.config)
+
+    @property
+    def side(self) -> str:
+        return resolve_side(self.config.side, self.matrix.rows, self.matrix.cols)
+
+    @property
+    def size(self) -> int:
+        """What the next refresh will select: r, or a number of columns, rows, entries or blocks."""
+        if self.family == "blocks":
+            return active_count(self.config, self.matrix.blocks)
+        return selection_size(self.config, self.matrix.name, self.matrix.rows, self.matrix.cols)
+
+    def local_grad(self, tile: Tile) -> Tensor:
+        """The gradient of one storage tile of this rank; zeros if there is none."""
+        position = self.tiles.index(tile)
+        return self.grads[position] if self.grads is not None else torch.zeros_like(self.weights[position])
+
+    def local_weight(self, tile: Tile) -> Tensor:
+        """The weights of one storage tile of this rank."""
+        return self.weights[self.tiles.index(tile)]
+
+    @property
+    def empty(self) -> bool:
+        return self.matrix.rows * self.matrix.cols == 0
+
+
+_RANDPERM = {"right": "columns", "left": "rows", "full": "submatrix"}
+
+
+def same_slots(work: LocalMatrix) -> bool:
+    """Whether a rank keeps the same slots of R whatever is selected: columns stored at full width, rows at full height.
+
+    Otherwise how many selected entries a rank holds changes from refresh to refresh.
+    """
+    kind = _RANDPERM[work.side] if work.config.projection == "randperm" else work.config.projection
+    tiles = [tile for rank in work.matrix.storage for tile in rank]
+    rows_whole = all(tile.height == work.matrix.rows for tile in tiles)
+    cols_whole = all(tile.width == work.matrix.cols for tile in tiles)
+    needed = {"columns": cols_whole, "rows": rows_whole, "blockwise": False}
+    return needed.get(kind, rows_whole and cols_whole)
+
+
+@dataclass(frozen=True)
+class CoordinatePiece:
+    """The selected entries of one storage tile, and this rank's share of their state among the tile's holders."""
+
+    tile: Tile
+    selection: Selection
+    shape: Shape
+    holders: tuple[int, ...]
+    bounds: tuple[tuple[int, int], ...]
+    rank: int
+
+    @property
+    def size(self) -> Shape:
+        return self.tile.height, self.tile.width
+
+    @property
+    def shared(self) -> bool:
+        return len(self.holders) > 1
+
+    def share_shape(self, rank: int) -> Shape:
+        start, stop = self.bounds[self._place(rank)]
+        dim = self.selection.free_dim
+        return (*self.shape[:dim], stop - start, *self.shape[dim + 1 :])
+
+    @property
+    def mine(self) -> Shape:
+        return self.share_shape(self.rank)
+
+    @property
+    def my_bounds(self) -> tuple[int, int]:
+        return self.bounds[self._place(self.rank)]
+
+    def _place(self, rank: int) -> int:
+        """Where a rank stands among the holders; with all ranks, a search for each would be quadratic."""
+        all_hold = rank < len(self.holders) and self.holders[rank] == rank
+        return rank if all_hold else self.holders.index(rank)
+
+
+@dataclass(frozen=True)
+class LocalSelection:
+    """A selection on this rank. ``nothing``: no rank has a state-full entry."""
+
+    key: tuple[int, int, torch.device]
+    pieces: list[CoordinatePiece]
+    nothing: bool
+
+
+def basis_route(runtime: Runtime, work: LocalMatrix) -> RedistributionPlan:
+    """Where a basis matrix computes; the same answer on every rank, and for the whole run: the state lies there."""
+    if work.matrix.index not in runtime.routes:
+        runtime.routes[work.matrix.index] = route_to(runtime, work, basis_layout(runtime, work))
+    return runtime.routes[work.matrix.index]
+
+
+def basis_layout(runtime: Runtime, work: LocalMatrix, choice: str | None = None) -> Layout:
+    """The compute layout for the present density; ``choice`` overrides the configured one."""
+    return compute_layout(
+        work.matrix.storage,
+        work.matrix.rows,
+        work.matrix.cols,
+        work.side,
+        work.size,
+        work.matrix.index,
+        work.matrix.owner,
+        choice or work.config.compute_layout,
+        runtime.shard_replicas,
+    )
+
+
+def route_to(runtime: Runtime, work: LocalMatrix, layout: Layout) -> RedistributionPlan:
+    """This rank's route from storage to a compute layout."""
+    return Redistribution(work.matrix.storage, layout).route(runtime.ranks.rank, work.matrix.index)
+
+
+def whole_selection(work: LocalMatrix, refresh: int, size: int) -> Selection:
+    """The state-full entries of the whole matrix after refresh number ``refresh`` (0 first)."""
+    matrix, config = work.matrix, work.config
+    if FAMILY[config.projection] == "blocks":  # also at density 0, where earlier refreshes had active ones
+        active = matrix.block in active_blocks(config, matrix.blocks, refresh, size)
+        return whole_block(matrix.rows, matrix.cols) if active else NOTHING
+    return draw_selection(config, matrix.name, matrix.rows, matrix.cols, refresh, size)
+
+
+def local_selection(runtime: Runtime, work: LocalMatrix) -> LocalSelection:
+    """The selection of a coordinate or block projection since its last refresh, cut for this rank; drawn once."""
+    refreshes, size = work.state.counter("refreshes"), work.state.counter("size")
+    known = runtime.cuts.get(work.matrix.index)
+    key = (refreshes, size, work.device)
+    if known is None or known.key != key:
+        selection = whole_selection(work, refreshes - 1, size) if refreshes else NOTHING
+        pieces = cut_selection(runtime, work, selection, runtime.ranks.rank)
+        known = LocalSelection(key, pieces, selection is NOTHING)
+        runtime.cuts[work.matrix.index] = known
+    return known
+
+
+def cut_selection(runtime: Runtime, work: LocalMatrix, selection: Selection, rank: int) -> list[CoordinatePiece]:
+    """The pieces of a selection on ``rank``: one per storage tile, shared evenly among the tile's holders."""
+    pieces = []
+    for tile in work.matrix.storage[rank]:
+        ranks = work.matrix.held[tile] if runtime.shard_replicas else (rank,)
+        local = selection.local(tile)
+        shape = local.shape(tile.height, tile.width)
+        bounds = split_evenly(shape[local.free_dim], len(ranks), work.matrix.index)
+        pieces.append(CoordinatePiece(tile, local.to(work.device), shape, ranks, tuple(bounds), rank))
+    return pieces
+
+
+def basis_piece_shapes(work: LocalMatrix, plan: RedistributionPlan, r: int) -> list[Shape]:
+    """R's shape on each compute tile of this rank."""
+    return basis_tile_shapes(work.side, plan.tiles, r)
+
+
+def basis_tile_shapes(side: str, tiles: Tiles, r: int) -> list[Shape]:
+    """R's shape on each of some compute tiles."""
+    return [_BASIS_TILE_SHAPE[side](tile, r) for tile in tiles]
+
+
+_BASIS_TILE_SHAPE: dict[str, Callable[[Tile, int], Shape]] = {
+    "right": lambda tile, r: (tile.height, r),
+    "left": lambda tile, r: (r, tile.width),
+    "full": lambda tile, r: (r, r),
+}
+
+
+def moment_names(config: FrugalConfig) -> tuple[str, ...]:
+    """The moments of the state-full rule."""
+    return STATE_FULL[config.state_full].moments
+
+
+def moments_of(work: LocalMatrix, shapes: Sequence[Shape]) -> list[tuple[Tensor, ...]]:
+    """For each piece its tuple of moments."""
+    columns = [work.state.pieces(name, shapes) for name in moment_names(work.config)]
+    return list(zip(*columns, strict=True))

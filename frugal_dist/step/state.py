@@ -1,0 +1,154 @@
+"""The state of one matrix on this rank: a window on ``optimizer.state``. Tensors only, so weights-only loads work."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from frugal_dist.projection.basis import Basis, basis_shapes
+
+COUNTERS = ("step", "updates", "refreshes", "refreshed_at", "size")
+"""step: Adam's t since the last reset. updates: k, never reset. refreshes: so far. refreshed_at: k then, -1: never.
+size: r, or the number of selected columns, rows, entries or blocks, at the last refresh."""
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+BASES = ("basis", "basis_left", "basis_right")
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MatrixState:
+    """``store`` is the state of the tensor that carries it; ``prefix`` tells matrices apart that share one."""
+
+    store: MutableMapping[str, Tensor]
+    prefix: str = ""
+
+    def ensure_counters(self) -> None:
+        """Create what is missing, on the CPU."""
+        for key in (self.prefix + name for name in COUNTERS):
+            if key not in self.store:
+                self.store[key] = torch.tensor(-1 if key.endswith("refreshed_at") else 0, device="cpu")
+
+    def follow(self, device: torch.device) -> None:
+        """Take moments and bases to where the weights are now. People keep state on the CPU between two phases."""
+        for key in (self.prefix + name for name in (*MOMENTS, *BASES)):
+            value = self.store.get(key)
+            if value is not None and value.device != device:
+                self.store[key] = value.to(device)
+
+    def counter(self, name: str) -> int:
+        value: int = self.store[self.prefix + name].item()  # type: ignore[assignment]  # integers, twice as fast as int()
+        return value
+
+    def set_counter(self, name: str, value: int) -> None:
+        self.store[self.prefix + name].fill_(value)
+
+    def get(self, name: str) -> Tensor | None:
+        return self.store.get(self.prefix + name)
+
+    def put(self, name: str, value: Tensor | None) -> None:
+        if value is None:
+            self.store.pop(self.prefix + name, None)
+        else:
+            self.store[self.prefix + name] = value
+
+    def ensure_moments(self, names: Sequence[str], shapes: Sequence[Shape], dtype: torch.dtype, device: object) -> None:
+        """Zero moments where there are none of the right size; one tensor per moment, whatever the number of pieces."""
+        for name in MOMENTS:
+            if name not in names:
+                self.put(name, None)
+                continue
+            size = sum(prod(shape) for shape in shapes)
+            present = self.get(name)
+            if present is None or present.numel() != size or present.dtype != dtype:
+                shape = shapes[0] if len(shapes) == 1 else (size,)
+                self.put(name, torch.zeros(shape, dtype=dtype, device=torch.device(str(device))))
+
+    def convert(self, dtype: torch.dtype) -> None:
+        """Moments and bases as this run computes with them. Bases kept in bf16 stay so until their refresh."""
+        for name in MOMENTS:
+            moment = self.get(name)
+            if moment is not None:
+                self.put(name, moment.to(dtype))
+        for name in BASES:
+            basis = self.get(name)
+            if basis is not None and basis.dtype != torch.bfloat16:
+                self.put(name, basis.to(dtype))
+
+    def drop(self) -> None:
+        """Forget everything but the counts."""
+        for name in (*MOMENTS, *BASES):
+            self.put(name, None)
+
+    def has_moments(self) -> bool:
+        """Whether there are moments, be they empty: not so before the first step, and while a parameter is frozen."""
+        return self.first_moment() is not None
+
+    def first_moment(self) -> Tensor | None:
+        return next((moment for moment in map(self.get, MOMENTS) if moment is not None), None)
+
+    def reset(self) -> None:
+        """Zero the moments and Adam's t."""
+        for name in MOMENTS:
+            moment = self.get(name)
+            if moment is not None:
+                moment.zero_()
+        self.set_counter("step", 0)
+
+    def pieces(self, name: str, shapes: Sequence[Shape]) -> list[Tensor]:
+        """Views of one moment, one per piece."""
+        whole = self.store[self.prefix + name]
+        if len(shapes) == 1 and whole.shape == shapes[0]:  # nearly always
+            return [whole]
+        flat = whole.view(-1)
+        found, start = [], 0
+        for shape in shapes:
+            found.append(flat[start : start + prod(shape)].view(shape))
+            start += prod(shape)
+        assert start == flat.numel(), f"{self.prefix}{name}: {flat.numel()} elements, pieces need {start}"
+        return found
+
+    def basis(self, side: str) -> Basis | None:
+        """The basis, or None before the first refresh and on ranks that do not use it."""
+        if self.counter("refreshes") == 0:
+            return None
+        if side == "full":
+            left, right = self.get("basis_left"), self.get("basis_right")
+            return Basis(left, right) if left is not None else None
+        only = self.get("basis")
+        return None if only is None else Basis(**{side: only})
+
+    def ensure_basis(self, side: str, shape: tuple[int, int], r: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Zero bases of a rows x cols matrix where there are none of the right size."""
+        for part, size in basis_shapes(side, *shape, r).items():
+            key = "basis" if side != "full" else f"basis_{part}"
+            present = self.get(key)
+            if present is None or tuple(present.shape) != size:
+                self.put(key, torch.zeros(size, dtype=dtype, device=device))
+
+    def set_basis(self, side: str, basis: Basis) -> None:
+        if side == "full":
+            self.put("basis_left", basis.left)
+            self.put("basis_right", basis.right)
+        else:
+            self.put("basis", basis.parts[0])
+
+
+def bring_clocks_home(states: Sequence[MatrixState]) -> None:
+    """Counters lie on the CPU: on a GPU every look at one would make the host wait. Who moves all state there and back
+    takes them along; they return in one transfer.
+    """
+    astray = [
+        (state, name, counter)
+        for state in states
+        for name in COUNTERS
+        if (counter := state.get(name)) is not None and not counter.is_cpu
+    ]
+    if astray:
+        values = torch.stack([counter.to(astray[0][2].device) for _, _, counter in astray]).cpu()
+        for (state, name, _), value in zip(astray, values, strict=True):
+            state.put(name, value.clone())

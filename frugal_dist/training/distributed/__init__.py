@@ -1,0 +1,1 @@
+"""A training's processes: their place among the ranks, how they meet, stop and end."""

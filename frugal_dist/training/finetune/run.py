@@ -1,0 +1,133 @@
+"""Fine-tuning by recipe: a pretrained encoder on labelled texts. Started again, a run goes on where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from math import nan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from frugal_dist.training.distributed.console import LOG_FILE
+from frugal_dist.training.distributed.place import DistEnv
+from frugal_dist.training.distributed.ranks import together
+from frugal_dist.training.finetune.recipe import FinetuneRecipe, check_finetune
+from frugal_dist.training.optimizers import check_tuning
+from frugal_dist.training.run import Start, TrainingJob, run_begun
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from frugal_dist.training.engines import Schedule
+    from frugal_dist.training.finetune.classification import Classifier, ExampleRows
+    from frugal_dist.training.loop import Outcome
+    from frugal_dist.training.recipe import Recipe
+
+
+def finetune(recipe: FinetuneRecipe) -> int:
+    """Train as one rank of whatever launcher started this process; the exit code of ``run.run_begun``.
+
+    Raises ValueError, in a process alone, for a recipe that cannot be trained, before anything is started.
+    """
+    return finetune_from(lambda: recipe)
+
+
+def finetune_from(read: Callable[[], FinetuneRecipe]) -> int:
+    """As ``finetune``, with the recipe that ``read`` returns; if it raises on one rank, all of them stop."""
+    return run_begun(lambda: _start(read()))
+
+
+def _start(recipe: FinetuneRecipe) -> Start:
+    check_finetune(recipe)
+    check_tuning(recipe.optimizer)
+    return Start(recipe.folder, partial(_prepare, recipe))
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What each rank makes for itself: most of what can be wrong shows here."""
+
+    run: Recipe
+    schedule: Schedule
+    train: ExampleRows
+    validation: ExampleRows
+    metrics: tuple[str, ...]
+    tokenizer: Any
+    config: Any
+    model: nn.Module
+    classifier: Classifier
+
+
+def _materials(recipe: FinetuneRecipe, place: DistEnv) -> Materials:
+    import torch
+
+    from frugal_dist.training.engines import check_engine
+    from frugal_dist.training.finetune.classification import Classifier, encode
+    from frugal_dist.training.finetune.classifiers import build_classifier, read_config, read_tokenizer
+    from frugal_dist.training.finetune.examples import read_examples
+    from frugal_dist.training.models import check_positions
+    from frugal_dist.training.schedule import build_schedule
+
+    data = read_examples(recipe.data)
+    tokenizer = read_tokenizer(recipe.model.path)
+    config = read_config(recipe.model, data.classes)
+    train, held_back = (encode(tokenizer, half, recipe.length) for half in (data.train, data.validation))
+    run = recipe.as_run(train.count, config.hidden_size)
+    check_engine(run, place)
+    _check_batch(run, train.count, place)
+    schedule = build_schedule(run.schedule, run.steps)
+    torch.manual_seed(recipe.seed)
+    model = build_classifier(recipe, config)
+    check_positions(model, int(max(train.sizes.max(), held_back.sizes.max())))
+    classifier = Classifier(tokenizer.pad_token_id, "token_type_ids" in tokenizer.model_input_names, not data.classes)
+    return Materials(run, schedule, train, held_back, data.metrics, tokenizer, config, model, classifier)
+
+
+def _prepare(recipe: FinetuneRecipe, place: DistEnv, stack: ExitStack) -> TrainingJob:
+    from frugal_dist.training.data.tokens import Batches
+    from frugal_dist.training.distributed.dropout import seed_masks
+    from frugal_dist.training.engines import build_engine
+    from frugal_dist.training.finetune.classifiers import TuningOptimizer, build_classifier, count
+    from frugal_dist.training.finetune.scoring import Best, Scoring
+    from frugal_dist.training.optimizers import settled
+
+    made = together(partial(_materials, recipe, place))
+    run, model = made.run, made.model
+    parameters, trained = count(model, trained=False), count(model, trained=True)
+    seed_masks(recipe.seed, place.rank)
+    optimizer = TuningOptimizer(recipe, made.config.hidden_size)
+    engine = build_engine(model, run, made.schedule, place, made.classifier.losses, optimizer)
+    build = partial(build_classifier, recipe, made.config)
+    best = Best(Path(recipe.folder), engine, build, made.tokenizer, recipe.saving.on_error)
+
+    def summary(outcome: Outcome) -> tuple[dict[str, Any], str]:
+        figures: dict[str, Any] = {**best.last, "best": {"step": best.step, **best.figures}}
+        figures |= {"parameters": parameters, "trained": trained, "epochs": recipe.epochs, "asked": recipe.steps}
+        score = best.figures.get("score", nan)  # none if no checkpoint could be saved
+        lost = f"; {best.lost} better model(s) could not be saved, see {LOG_FILE}" if best.lost else ""
+        return figures, f"score {best.last['score']:.4f}, best {score:.4f} after step {best.step}{lost}"
+
+    record = replace(recipe, optimizer=settled(recipe.optimizer)).record()
+    return TrainingJob(
+        run,
+        {**record, "examples": made.train.count, "validation_examples": made.validation.count},
+        parameters,
+        engine,
+        Batches(made.train, recipe.batch, recipe.seed),
+        Scoring(made.validation, made.classifier, made.metrics),
+        summary,
+        evaluated=best.evaluated,
+        remember=best.remember,
+        recall=best.recall,
+        evaluate_first=False,  # an untrained head
+    )
+
+
+def _check_batch(run: Recipe, examples: int, place: DistEnv) -> None:
+    """ValueError, on all ranks alike, if the examples or the ranks do not make a batch."""
+    if examples < run.batch:
+        raise ValueError(f"there are {examples} training examples, fewer than a batch of {run.batch}; lower batch.")
+    if run.batch % place.world:
+        raise ValueError(f"batch is {run.batch}, which {place.world} ranks cannot share equally; change it.")

@@ -1,0 +1,111 @@
+"""What a folder's run was begun with: runs go on, and finished ones are taken over, under the same recipe only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from frugal_dist.config import config_from, preset
+from frugal_dist.training.finetune import recipe as finetune_recipe
+from frugal_dist.training.metrics.record import METRICS_FILE, of_kind, read_metrics
+
+FREE = (
+    "folder", "engine", "deepspeed", "micro_batch", "log_every", "trackers", "peak_tflops", "bad_steps", "saving.*",
+    "model.attention", "model.checkpointing", "model.compile", "data.workers", "data.epochs",
+    "optimizer.options.compute_layout",
+)  # fmt: skip
+"""Patterns of keys on which the result does not depend, but for rounding."""
+GOING_ON = (
+    *FREE, "steps", "epochs", "spike", "evaluate_every", "evaluation_tokens", "validation_examples", "data.validation*",
+    "data.metrics", "data.streams", "data.shuffle_buffer", "validation_tokens",
+)  # fmt: skip
+"""A run that goes on may also become longer and be evaluated otherwise. Streams check their own keys."""
+
+
+def records_of(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run; none if nothing was begun there."""
+    return read_metrics(run) if (run / METRICS_FILE).is_file() else []
+
+
+def check_begun(run: Path, recipe: dict[str, Any], free: Collection[str]) -> None:
+    """ValueError if the run in this folder was begun, or went on, with other values of keys that are not ``free``.
+
+    ``recipe``: the record of the recipe that is asked for now. Keys that only one of the two has are not compared.
+    """
+    now = _flat(json.loads(json.dumps(recipe)))
+    for record in of_kind(records_of(run), "run"):
+        before = _flat(record)
+        changed = [
+            key
+            for key in now
+            if key in before
+            and before[key] != now[key]
+            and not _fits(key, free)
+            and not (_fits(key, _PATHS) and _same_place(before[key], now[key]))
+        ]
+        if changed == ["optimizer.name"] and not {before[changed[0]], now[changed[0]]} & set(finetune_recipe.PRESETS):
+            continue  # two names of the same settings
+        if changed:
+            said = ", ".join(f"{key} {before[key]!r} (now {now[key]!r})" for key in changed)
+            how = f"Set that back, or begin in another --folder.{_weights_alone(run, changed)}"
+            raise ValueError(f"{run} holds a run with {said}. {how}")
+
+
+def _weights_alone(run: Path, changed: list[str]) -> str:
+    """How to train the same weights on with another optimizer, whose state must begin anew, or another schedule."""
+    if not all(key.startswith(("optimizer.", "schedule.")) for key in changed):
+        return ""
+    return (
+        f" To train its weights on under new settings: frugal-dist export {run}/checkpoints --out DIR, then the recipe "
+        "with --model.llama null --model.path DIR --model.pretrained true --folder ANOTHER."
+    )
+
+
+_PATHS = ("model.path", "data.path", "data.tokenizer", "data.validation_path", "data.train", "data.validation")
+
+
+def _same_place(before: object, now: object) -> bool:
+    """Whether two paths are one, said from different folders: recipes find what lies beside them from anywhere.
+
+    Of a path that was relative to another folder only its end is known: it counts if nothing else is there under it.
+    """
+    if not (isinstance(before, str) and isinstance(now, str)):
+        return False
+    old, new = Path(before), Path(now)
+    if old.exists() and new.exists():
+        return old.samefile(new)
+    shorter, longer = sorted((old.parts, new.parts), key=len)
+    return not old.exists() and not old.is_absolute() and bool(shorter) and longer[-len(shorter) :] == shorter
+
+
+def _fits(key: str, patterns: Collection[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    """Every key with a meaning for the result, nested ones by their whole name; options of the optimizer in full."""
+    found: dict[str, Any] = {}
+    for key, value in record.items():
+        inner = _optimizer(value) if key == "optimizer" else value
+        if isinstance(inner, dict):
+            found |= {f"{key}.{name}": one for name, one in inner.items()}
+        else:
+            found[key] = inner
+    if found.get("optimizer.name") != "lora":
+        found = {key: value for key, value in found.items() if not key.startswith("lora.")}
+    return found
+
+
+def _optimizer(record: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer with every hyperparameter, also those that the recipe left to the optimizer's name."""
+    found = {key: value for key, value in record.items() if key != "options"}
+    if found["name"] in finetune_recipe.WITHOUT_RANK:
+        found = {key: value for key, value in found.items() if key not in ("rank", "stateful")}
+    plain = finetune_recipe.PRESETS.get(found["name"], found["name"])
+    config = asdict(config_from(preset(plain, **record["options"])))
+    options = {f"options.{key}": value for key, value in config.items() if key not in found}
+    return {**found, **json.loads(json.dumps(options))}

@@ -1,0 +1,1 @@
+"""One step on local tensors, without communication: rules, arithmetic of the split, rounding, kernels."""

@@ -1,0 +1,226 @@
+"""The Triton kernels: each program steps one block of one of many matrices, which a table describes (``tables``).
+
+Weights and gradients may be fp32, bf16 or fp16, moments are fp32; arithmetic is fp32, rounded once. Square roots and
+quotients are the GPU's fast ones, right to about 2e-7: the exact ones take as many instructions as all the rest.
+ALIGNED promises that addresses and sizes are multiples of 16, so that four numbers are read and written at a time.
+Products and sums are joined by name (``tl.fma``), or each compilation would join others, and replicas drift apart.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from frugal_dist.update.kernels import tables
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+"""Of weights and gradients."""
+
+MOST = tl.constexpr(tables.MOST)
+BLOCK = tl.constexpr(tables.BLOCK)
+HIGH, WIDE = tl.constexpr(tables.HIGH), tl.constexpr(tables.WIDE)
+WEIGHT, GRAD = tl.constexpr(tables.WEIGHT), tl.constexpr(tables.GRAD)
+FIRST, SECOND = tl.constexpr(tables.FIRST), tl.constexpr(tables.SECOND)
+INDEX, BEFORE = tl.constexpr(tables.INDEX), tl.constexpr(tables.BEFORE)
+ROWS, COLS, COUNT = tl.constexpr(tables.ROWS), tl.constexpr(tables.COLS), tl.constexpr(tables.COUNT)
+
+
+@triton.jit
+def _found(table: tl.tensor) -> tl.tensor:
+    """Which matrix this program works on, and on which block of it."""
+    program = tl.program_id(0)
+    begun = tl.load(table + tl.arange(0, MOST)) <= program
+    matrix = tl.sum(begun.to(tl.int32), 0) - 1
+    return matrix, program - tl.load(table + matrix).to(tl.int32)
+
+
+@triton.jit
+def _address(
+    table: tl.tensor, entry: tl.constexpr, matrix: tl.tensor, kind: tl.constexpr, aligned: tl.constexpr
+) -> tl.tensor:
+    pointer = tl.load(table + entry * MOST + matrix).to(tl.pointer_type(kind))
+    if aligned:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _number(table: tl.tensor, entry: tl.constexpr, matrix: tl.tensor, aligned: tl.constexpr) -> tl.tensor:
+    number = tl.load(table + entry * MOST + matrix).to(tl.int32)
+    if aligned:
+        number = tl.multiple_of(number, 16)
+    return number
+
+
+@triton.jit
+def _signed(x: tl.tensor, size: tl.tensor) -> tl.tensor:
+    """Size * sign(x)."""
+    return tl.where(x > 0, size, tl.where(x < 0, -size, 0.0))
+
+
+@triton.jit
+def _signed_block(
+    w_ptr: tl.tensor, g_ptr: tl.tensor, block: tl.tensor, numel: tl.tensor, keep: tl.tensor, size: tl.tensor
+) -> None:
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    inside = at < numel
+    w = tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(w_ptr + at, tl.fma(w, keep, -_signed(g, size)), mask=inside)
+
+
+@triton.jit
+def sign_one(w_ptr: tl.tensor, g_ptr: tl.tensor, numel: tl.tensor, keep: tl.tensor, size: tl.tensor) -> None:
+    """A signed step of one matrix, without a table."""
+    _signed_block(w_ptr, g_ptr, tl.program_id(0), numel, keep, size)
+
+
+@triton.jit
+def sign_above(
+    w_ptr: tl.tensor,
+    rest_ptr: tl.tensor,
+    g_ptr: tl.tensor,
+    cols: tl.tensor,
+    keep: tl.tensor,
+    size: tl.tensor,
+    threshold: tl.tensor,
+) -> None:
+    """A signed step by those rows of ``rest`` whose norm is above ``threshold`` times the gradient's; one row each."""
+    start = tl.program_id(0) * cols
+    squares = tl.zeros((BLOCK,), tl.float32)
+    wanted = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, cols, BLOCK):
+        col = begin + tl.arange(0, BLOCK)
+        rest = tl.load(rest_ptr + start + col, mask=col < cols, other=0.0)
+        g = tl.load(g_ptr + start + col, mask=col < cols, other=0.0)
+        squares += rest * rest
+        wanted += g * g
+    noise = tl.sqrt(tl.sum(squares, 0)) <= threshold * tl.sqrt(tl.sum(wanted, 0))
+    size = tl.where(noise, 0.0, size)
+    for begin in range(0, cols, BLOCK):
+        col = begin + tl.arange(0, BLOCK)
+        w = tl.load(w_ptr + start + col, mask=col < cols, other=0.0)
+        rest = tl.load(rest_ptr + start + col, mask=col < cols, other=0.0)
+        tl.store(w_ptr + start + col, tl.fma(w, keep, -_signed(rest, size)), mask=col < cols)
+
+
+@triton.jit
+def sign(
+    table: tl.tensor,
+    keep: tl.tensor,
+    size: tl.tensor,
+    W: tl.constexpr,
+    G: tl.constexpr,
+    ALIGNED: tl.constexpr,
+) -> None:
+    """Signed steps; ROWS counts all entries."""
+    matrix, block = _found(table)
+    w_ptr = _address(table, WEIGHT, matrix, W, ALIGNED)
+    g_ptr = _address(table, GRAD, matrix, G, ALIGNED)
+    _signed_block(w_ptr, g_ptr, block, _number(table, ROWS, matrix, ALIGNED), keep, size)
+
+
+@triton.jit
+def _mixed(
+    w_ptr: tl.tensor,
+    g_ptr: tl.tensor,
+    m_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    inside: tl.tensor,
+    picked: tl.tensor,
+    keep: tl.tensor,
+    size: tl.tensor,
+    rate: tl.tensor,
+    rest1: tl.tensor,
+    beta2: tl.tensor,
+    rest2: tl.tensor,
+    eps: tl.tensor,
+    inverse: tl.tensor,
+) -> None:
+    """AdamW for entries that are ``picked``, a signed step for the others; the pointers are one for each entry.
+
+    rate: lr s over the first bias correction. inverse: 1 over the root of the second. rest1, rest2: 1 - beta.
+    """
+    w = tl.load(w_ptr, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(g_ptr, mask=inside, other=0.0).to(tl.float32)
+    m = tl.load(m_ptr, mask=picked, other=0.0)
+    v = tl.load(v_ptr, mask=picked, other=0.0)
+    m = tl.fma(rest1, g - m, m)
+    v = tl.fma(rest2 * g, g, beta2 * v)
+    tl.store(m_ptr, m, mask=picked)
+    tl.store(v_ptr, v, mask=picked)
+    adam = rate * (m / tl.fma(tl.sqrt(v), inverse, eps))
+    tl.store(w_ptr, tl.fma(w, keep, -tl.where(picked, adam, _signed(g, size))), mask=inside)
+
+
+@triton.jit
+def lines(
+    table: tl.tensor,
+    keep: tl.tensor,
+    size: tl.tensor,
+    rate: tl.tensor,
+    rest1: tl.tensor,
+    beta2: tl.tensor,
+    rest2: tl.tensor,
+    eps: tl.tensor,
+    inverse: tl.tensor,
+    W: tl.constexpr,
+    G: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    ALIGNED: tl.constexpr,
+) -> None:
+    """Columns or rows, in blocks of HIGH x WIDE; INDEX: for each line its place among COUNT selected ones, or -1."""
+    matrix, block = _found(table)
+    cols = _number(table, COLS, matrix, ALIGNED)
+    across = tl.cdiv(cols, WIDE)
+    row = block // across * HIGH + tl.arange(0, HIGH)
+    col = block % across * WIDE + tl.arange(0, WIDE)
+    low, left = row < _number(table, ROWS, matrix, False), col < cols
+    slots = _address(table, INDEX, matrix, tl.int32, False)
+    if BY_ROW:
+        line = tl.load(slots + row, mask=low, other=-1)[:, None]
+        slot = line * cols + col[None, :]
+    else:
+        line = tl.load(slots + col, mask=left, other=-1)[None, :]
+        slot = row[:, None] * _number(table, COUNT, matrix, False) + line
+    at, inside = row[:, None] * cols + col[None, :], low[:, None] & left[None, :]
+    _mixed(
+        _address(table, WEIGHT, matrix, W, ALIGNED) + at,
+        _address(table, GRAD, matrix, G, ALIGNED) + at,
+        _address(table, FIRST, matrix, tl.float32, ALIGNED) + slot,
+        _address(table, SECOND, matrix, tl.float32, ALIGNED) + slot,
+        inside, inside & (line >= 0), keep, size, rate, rest1, beta2, rest2, eps, inverse,
+    )  # fmt: skip
+
+
+@triton.jit
+def flat(
+    table: tl.tensor,
+    keep: tl.tensor,
+    size: tl.tensor,
+    rate: tl.tensor,
+    rest1: tl.tensor,
+    beta2: tl.tensor,
+    rest2: tl.tensor,
+    eps: tl.tensor,
+    inverse: tl.tensor,
+    W: tl.constexpr,
+    G: tl.constexpr,
+    ALIGNED: tl.constexpr,
+) -> None:
+    """Single entries; INDEX: a bit for each tells which, BEFORE: how many are selected before each block."""
+    matrix, block = _found(table)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    inside = at < _number(table, ROWS, matrix, ALIGNED)
+    bits = _address(table, INDEX, matrix, tl.int32, False)
+    before = _address(table, BEFORE, matrix, tl.int32, False)
+    bit = (tl.load(bits + at // 32, mask=inside, other=0) >> (at % 32)) & 1
+    slot = tl.load(before + block) + tl.cumsum(bit, 0) - bit
+    _mixed(
+        _address(table, WEIGHT, matrix, W, ALIGNED) + at,
+        _address(table, GRAD, matrix, G, ALIGNED) + at,
+        _address(table, FIRST, matrix, tl.float32, False) + slot,
+        _address(table, SECOND, matrix, tl.float32, False) + slot,
+        inside, bit == 1, keep, size, rate, rest1, beta2, rest2, eps, inverse,
+    )  # fmt: skip

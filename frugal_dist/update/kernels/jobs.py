@@ -1,0 +1,38 @@
+"""What the step of one tile needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from frugal_dist.config import FrugalConfig
+from frugal_dist.projection.coordinates import Selection
+
+
+class Noise(NamedTuple):
+    """How bf16 weights are rounded stochastically (``rounding``): the keys of this step, the index of the tile's first
+    entry in the whole matrix, and how far it is from one row to the next.
+    """
+
+    keys: tuple[int, int]
+    first: int
+    stride: int
+
+
+class TileUpdate(NamedTuple):
+    """A tile of a coordinate or block projection; ``weight`` and ``grad`` are 2-D, all is on one device.
+
+    ``selection``: its state-full entries, None: there are none in the whole matrix. ``moments`` are of R's shape.
+    ``noise``: None for weights that are rounded to the nearest.
+    """
+
+    weight: Tensor
+    grad: Tensor
+    selection: Selection | None
+    moments: Sequence[Tensor]
+    step: int
+    decay: float
+    config: FrugalConfig
+    noise: Noise | None = None

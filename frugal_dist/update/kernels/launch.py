@@ -1,0 +1,250 @@
+"""Which tiles go into one start of a Triton kernel, and what it is told. Importing this needs triton.
+
+A kernel takes all tiles of one kind, dtype and set of scalars, up to ``RUN`` entries: then it starts, and the GPU works
+while Python goes through the next ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from frugal_dist.config import FrugalConfig
+from frugal_dist.projection.coordinates import Columns, Flat, Rows
+from frugal_dist.update.kernels import fused
+from frugal_dist.update.kernels.jobs import TileUpdate
+from frugal_dist.update.kernels.tables import BLOCK, HIGH, MOST, WIDE, Entry, Tables
+
+RUN = 1 << 27
+"""Entries after which a kernel is started: they keep an H100 busy for half a millisecond."""
+_WORD = 32
+_AT_ONCE = 1 << 22
+"""Entries whose temporary int64 numbers are held at the same time."""
+_TABLES = Tables()
+
+
+class Kind(NamedTuple):
+    """A kernel, with what it needs to know of a tile beyond weight and gradient.
+
+    ``lookup(job)``: addresses of INDEX and BEFORE, and COUNT. ``by_line``: rows and columns are told apart, in blocks
+    of HIGH x WIDE. ``warps``: of 32 threads that share a block.
+    """
+
+    kernel: Any
+    options: dict[str, Any]
+    lookup: Callable[[TileUpdate], tuple[int, int, int]]
+    by_line: bool = False
+    warps: int = 8
+
+
+def _nothing(job: TileUpdate) -> tuple[int, int, int]:
+    return 0, 0, 0
+
+
+def _column_slots(job: TileUpdate) -> tuple[int, int, int]:
+    return _slots(job, job.weight.shape[1])
+
+
+def _row_slots(job: TileUpdate) -> tuple[int, int, int]:
+    return _slots(job, job.weight.shape[0])
+
+
+def _slots(job: TileUpdate, lines: int) -> tuple[int, int, int]:
+    """For each line its place among the selected ones, or -1."""
+    selection: Any = job.selection
+    memo, index = selection.memo, selection.index
+    if "slots" not in memo:
+        slots = torch.full((lines,), -1, dtype=torch.int32, device=index.device)
+        slots[index] = torch.arange(index.numel(), dtype=torch.int32, device=index.device)
+        memo["slots"] = slots
+    return memo["slots"].data_ptr(), 0, index.numel()
+
+
+def _bits(job: TileUpdate) -> tuple[int, int, int]:
+    selection: Any = job.selection
+    memo = selection.memo
+    if "bits" not in memo:
+        memo["bits"], memo["before"] = packed(selection.index, job.weight.numel())
+    return memo["bits"].data_ptr(), memo["before"].data_ptr(), 0
+
+
+def packed(index: Tensor, numel: int) -> tuple[Tensor, Tensor]:
+    """A sorted flat index as one bit per entry (int32 words), and the number of selected entries before each block."""
+    blocks = ceil(numel / BLOCK)
+    marks = torch.zeros(blocks * BLOCK, dtype=torch.bool, device=index.device)
+    for part in index.split(_AT_ONCE):
+        marks[part.long()] = True
+    weights = torch.ones(_WORD, dtype=torch.int64, device=index.device) << torch.arange(_WORD, device=index.device)
+    parts = marks.view(-1, _WORD).split(_AT_ONCE // _WORD)
+    words = torch.cat([(part * weights).sum(1).to(torch.int32) for part in parts])  # bit 31 wraps to the sign bit
+    counts = marks.view(blocks, BLOCK).sum(1)
+    return words, (counts.cumsum(0) - counts).to(torch.int32)
+
+
+# With eight warps a thread of the mixed kernels has four entries, and an H100 has registers for 4 to 6 thousand entries
+# of a multiprocessor at a time; with four warps and eight entries each it would have them for half as many threads.
+_SIGN = Kind(fused.sign, {}, _nothing, warps=4)
+_KINDS = {
+    Columns: Kind(fused.lines, {"BY_ROW": False}, _column_slots, by_line=True),
+    Rows: Kind(fused.lines, {"BY_ROW": True}, _row_slots, by_line=True),
+    Flat: Kind(fused.flat, {}, _bits),
+}
+
+
+def kind_of(job: TileUpdate) -> Kind | None:
+    """The kernel for a tile, None for one that is left to torch.
+
+    They do AdamW with sign, where the tile has selected entries, and the signed step; on contiguous tensors.
+    """
+    config, selection = job.config, job.selection
+    if config.state_free != "sign" or job.noise is not None or not _fit(job.weight, job.grad):
+        return None
+    if selection is None or job.moments[0].numel() == 0:
+        return _SIGN
+    kind = _KINDS.get(type(selection))
+    if kind is None or config.state_full != "adamw":
+        return None
+    fit = all(moment.dtype == torch.float32 and moment.is_contiguous() for moment in job.moments)
+    return kind if fit else None
+
+
+def _fit(weight: Tensor, grad: Tensor) -> bool:
+    if not 0 < weight.numel() < 2**31:  # positions are int32
+        return False
+    dtypes = weight.dtype in fused.DTYPES and grad.dtype in fused.DTYPES
+    # A wrapper of other tensors (torchao's float8 weights) has no memory of its own: its address is 0.
+    return dtypes and all(one.is_contiguous() and one.data_ptr() != 0 for one in (weight, grad))
+
+
+def _changed(*weights: Tensor) -> None:
+    """Tell autograd, as torch's operations do: a backward that needs the old values must fail, not use the new ones."""
+    torch.autograd.graph.increment_version(weights)
+
+
+@dataclass
+class _Group:
+    """Tiles that start together. The jobs keep their tensors alive until then."""
+
+    kind: Kind
+    aligned: bool
+    jobs: list[TileUpdate] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+    begins: list[int] = field(default_factory=list)
+    blocks: int = 0
+    total: int = 0
+
+    def add(self, job: TileUpdate, entry: Entry) -> None:
+        rows, cols = entry[6:8]
+        self.jobs.append(job)
+        self.entries.append(entry)
+        self.begins.append(self.blocks)
+        self.blocks += ceil(rows / HIGH) * ceil(cols / WIDE) if self.kind.by_line else ceil(rows / BLOCK)
+        self.total += job.weight.numel()
+
+    @property
+    def full(self) -> bool:
+        return self.total >= RUN or len(self.jobs) == MOST
+
+
+class Launches:
+    """Tiles that wait for their kernel. ``take`` them all, then ``finish``."""
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[object, ...], _Group] = {}
+
+    def take(self, job: TileUpdate) -> bool:
+        """Whether a kernel does, or has done, this tile. Its tensors must not change until ``finish``."""
+        kind = kind_of(job)
+        if kind is None:
+            return False
+        entry = _entry(kind, job)
+        aligned = _aligned(kind, entry)
+        weight = job.weight
+        step = 0 if kind is _SIGN else job.step
+        key = (id(kind), aligned, weight.dtype, job.grad.dtype, weight.device, id(job.config), job.decay, step)
+        group = self._groups.get(key)
+        if group is None:
+            group = self._groups[key] = _Group(kind, aligned)
+        group.add(job, entry)
+        if group.full:
+            _start(self._groups.pop(key))
+        return True
+
+    def finish(self) -> None:
+        """Start what waits."""
+        while self._groups:
+            _start(self._groups.popitem()[1])
+
+
+def _entry(kind: Kind, job: TileUpdate) -> Entry:
+    weight = job.weight
+    first, second = (0, 0) if kind is _SIGN else (job.moments[0].data_ptr(), job.moments[1].data_ptr())
+    index, before, count = kind.lookup(job)
+    rows, cols = weight.shape if kind.by_line else (weight.numel(), 0)
+    return weight.data_ptr(), job.grad.data_ptr(), first, second, index, before, rows, cols, count
+
+
+def _aligned(kind: Kind, entry: Entry) -> bool:
+    weight, grad, first, second, _, _, rows, cols, _ = entry
+    return (weight | grad | (first | second | cols if kind.by_line else rows)) % 16 == 0
+
+
+def _start(group: _Group) -> None:
+    job = group.jobs[0]
+    device = job.weight.device
+    with _on(device):
+        table = _TABLES.of(group.begins, group.entries, device)
+        group.kind.kernel[(group.blocks,)](
+            table,
+            *_scalars(group.kind, job.step, job.decay, job.config),
+            W=fused.DTYPES[job.weight.dtype],
+            G=fused.DTYPES[job.grad.dtype],
+            ALIGNED=group.aligned,
+            num_warps=group.kind.warps,
+            **group.kind.options,
+        )
+    _changed(*(job.weight for job in group.jobs))
+
+
+def _scalars(kind: Kind, step: int, decay: float, config: FrugalConfig) -> Sequence[float]:
+    rate = float(config.lr * config.projected_lr_scale)
+    free = (1.0 - config.lr * decay, rate * config.state_free_lr_scale)
+    if kind is _SIGN:
+        return free
+    beta1, beta2 = config.beta_pair
+    inverse = (1.0 - beta2**step) ** -0.5
+    return (*free, rate / (1.0 - beta1**step), 1.0 - beta1, beta2, 1.0 - beta2, config.eps, inverse)
+
+
+def sign_step_(weight: Tensor, grad: Tensor, size: float, keep: float = 1.0) -> bool:
+    """W <- keep W - size sign(G) at once, for a gradient that will not live until others have come.
+
+    False, and nothing done, if the tensors are not made for it.
+    """
+    if not _fit(weight, grad):
+        return False
+    with _on(weight.device):
+        fused.sign_one[(ceil(weight.numel() / BLOCK),)](weight, grad, weight.numel(), keep, size)
+    _changed(weight)
+    return True
+
+
+def sign_step_above_(weight: Tensor, rest: Tensor, grad: Tensor, size: float, keep: float, threshold: float) -> bool:
+    """The same by those rows of the residual whose norm is above ``threshold`` times the gradient's; all in fp32."""
+    tensors = (weight, rest, grad)
+    if not (_fit(weight, grad) and rest.is_contiguous()) or any(one.dtype != torch.float32 for one in tensors):
+        return False
+    with _on(weight.device):
+        fused.sign_above[(len(weight),)](weight, rest, grad, weight.shape[1], keep, size, threshold)
+    _changed(weight)
+    return True
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

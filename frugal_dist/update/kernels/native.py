@@ -1,0 +1,255 @@
+"""The C++ kernel of CPU tensors: built once with the machine's compiler, called with addresses.
+
+It does what ``update.step_tiles`` does for AdamW with sign, in one pass over weights and gradients instead of several:
+what an offloaded optimizer spends its time on is memory. ``native.cpp`` has the arithmetic.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from array import array
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from frugal_dist.config import FrugalConfig
+from frugal_dist.projection.coordinates import Columns, Flat, Rows
+from frugal_dist.update.kernels.jobs import TileUpdate
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared",
+         "-fPIC")  # fmt: skip
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""Of weights and gradients, as the kernel numbers them."""
+
+
+LINE = 1024
+"""Entries that the kernel steps at a time where there are no rows."""
+FIELDS = 13
+"""Numbers that describe a tile."""
+
+
+class Kind(NamedTuple):
+    """What the kernel does with a tile: its number there. ``lookup(job)``: addresses of what tells which entries are
+    selected, and how many before each line; and how many lines are selected.
+    """
+
+    number: int
+    lookup: Callable[[TileUpdate], tuple[int, int, int]]
+
+
+def _nothing(job: TileUpdate) -> tuple[int, int, int]:
+    return 0, 0, 0
+
+
+def _columns(job: TileUpdate) -> tuple[int, int, int]:
+    selection: Any = job.selection
+    memo = selection.memo
+    if "columns" not in memo:
+        memo["columns"] = bits_of(selection.index, job.weight.shape[1])
+    return memo["columns"].data_ptr(), 0, selection.index.numel()
+
+
+def _rows(job: TileUpdate) -> tuple[int, int, int]:
+    selection: Any = job.selection
+    memo, index = selection.memo, selection.index
+    if "rows" not in memo:
+        slots = torch.full((job.weight.shape[0],), -1, dtype=torch.int32)
+        slots[index] = torch.arange(index.numel(), dtype=torch.int32)
+        memo["rows"] = slots
+    return memo["rows"].data_ptr(), 0, 0
+
+
+def _entries(job: TileUpdate) -> tuple[int, int, int]:
+    selection: Any = job.selection
+    memo, index = selection.memo, selection.index
+    if "entries" not in memo:
+        numel = job.weight.numel()
+        memo["entries"] = bits_of(index, numel)
+        begins = torch.arange(0, numel, LINE, dtype=index.dtype)
+        memo["before"] = torch.searchsorted(index, begins).to(torch.int32)
+    return memo["entries"].data_ptr(), memo["before"].data_ptr(), 0
+
+
+def bits_of(index: Tensor, length: int) -> Tensor:
+    """A sorted index below ``length`` as one bit for each number, lowest first, in bytes; a multiple of 8 of them."""
+    marks = torch.zeros(-(-length // 64) * 64, dtype=torch.uint8)
+    for part in index.split(1 << 22):
+        marks[part.long()] = 1
+    weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8)
+    return (marks.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+
+
+_SIGN = Kind(0, _nothing)
+_SINGLE = Kind(3, _entries)
+_KINDS = {Columns: Kind(1, _columns), Rows: Kind(2, _rows), Flat: _SINGLE}
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def library() -> Callable[..., None]:
+    """The kernel, built if this machine has none yet. Raises OSError or RuntimeError where that cannot be done."""
+    path = _folder() / f"frugal_dist_native_{_fingerprint()}.so"
+    if not path.exists():
+        _build(path)
+    step = ctypes.CDLL(str(path)).frugal_step
+    step.argtypes = [ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_int] * 4, ctypes.c_void_p, ctypes.c_int]
+    step.restype = None
+    return step
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "c++"))
+
+
+def _folder() -> Path:
+    """Where torch keeps extensions that it compiled."""
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return Path(given) if given else Path.home() / ".cache" / "torch_extensions"
+
+
+def _fingerprint() -> str:
+    """Of source, flags, compiler and processor: nodes of a cluster share home folders, but not always instructions."""
+    processor = platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        processor += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    parts = [SOURCE.read_text(), *FLAGS, *_compiler(), processor]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _build(path: Path) -> None:
+    """Under a name of its own, then renamed: ranks that build at the same time do not wait for each other, and a build
+    that is killed leaves no lock behind (torch's own builder does, see pytorch issue 189245).
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, working = tempfile.mkstemp(prefix=".frugal_dist_native_", suffix=".so", dir=path.parent)
+    except OSError:
+        raise RuntimeError(f"{path.parent} cannot be written; set TORCH_EXTENSIONS_DIR to a folder that can") from None
+    os.close(handle)
+    native = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
+    command = [*_compiler(), *FLAGS, native, str(SOURCE), "-o", working]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{shlex.join(command)} failed: {done.stderr.strip()[-500:]}")
+        os.chmod(working, 0o755)
+        os.replace(working, path)
+    except FileNotFoundError:
+        raise RuntimeError(f"there is no C++ compiler {command[0]!r}; install g++ or set CXX") from None
+    finally:
+        Path(working).unlink(missing_ok=True)
+
+
+# --- stepping --------------------------------------------------------------------------------------------------------
+
+
+def kind_of(job: TileUpdate) -> Kind | None:
+    """The kind of a tile, None for one that is left to torch.
+
+    The kernel does AdamW with sign, where the tile has selected entries, and the signed step; on contiguous tensors.
+    """
+    config, selection = job.config, job.selection
+    if config.state_free != "sign" or not _fit(job.weight, job.grad):
+        return None
+    if selection is None or job.moments[0].numel() == 0:
+        return _SIGN
+    kind = _KINDS.get(type(selection))
+    if kind is _SINGLE and job.noise is not None and job.noise.stride != job.weight.shape[1]:
+        return None  # it knows no rows
+    if kind is None or config.state_full != "adamw":
+        return None
+    fit = all(moment.dtype == torch.float32 and moment.is_contiguous() for moment in job.moments)
+    return kind if fit else None
+
+
+def _fit(weight: Tensor, grad: Tensor) -> bool:
+    dtypes = weight.dtype in DTYPES and grad.dtype in DTYPES
+    return dtypes and all(one.is_contiguous() and one.device.type == "cpu" and one.data_ptr() for one in (weight, grad))
+
+
+class Launches:
+    """Tiles that wait for their call. ``take`` them all, then ``finish``."""
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[object, ...], tuple[Kind, list[TileUpdate]]] = {}
+
+    def take(self, job: TileUpdate) -> bool:
+        """Whether the kernel will do this tile. Its tensors must not change until ``finish``."""
+        kind = kind_of(job)
+        if kind is None:
+            return False
+        step = 0 if kind is _SIGN else job.step
+        key = (kind, job.weight.dtype, job.grad.dtype, id(job.config), job.decay, step, job.noise is not None)
+        self._groups.setdefault(key, (kind, []))[1].append(job)
+        return True
+
+    def finish(self) -> None:
+        """Step what waits."""
+        while self._groups:
+            kind, jobs = self._groups.popitem()[1]
+            _call(kind, jobs)
+
+
+def _call(kind: Kind, jobs: list[TileUpdate]) -> None:
+    table = array("q")
+    for job in jobs:
+        rows, cols = job.weight.shape
+        selected, before, count = kind.lookup(job)
+        first, second = (0, 0) if kind is _SIGN else (moment.data_ptr() for moment in job.moments)
+        keys, start, stride = job.noise or ((0, 0), 0, cols)
+        weight, grad = job.weight.data_ptr(), job.grad.data_ptr()
+        table.extend((weight, grad, first, second, selected, before, rows, cols, count, start, stride, *keys))
+    job = jobs[0]
+    scalars = _scalars(kind, job.step, job.decay, job.config)
+    _run(table, kind, job.weight.dtype, job.grad.dtype, scalars, job.noise is not None)
+    torch.autograd.graph.increment_version([job.weight for job in jobs])
+
+
+def _run(
+    table: array[int], kind: Kind, weight: torch.dtype, grad: torch.dtype, scalars: array[float], noise: bool = False
+) -> None:
+    library()(
+        table.buffer_info()[0], len(table) // FIELDS, kind.number, DTYPES[weight], DTYPES[grad], noise,
+        scalars.buffer_info()[0], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _scalars(kind: Kind, step: int, decay: float, config: FrugalConfig) -> array[float]:
+    rate = float(config.lr * config.projected_lr_scale)
+    free = (1.0 - config.lr * decay, rate * config.state_free_lr_scale)
+    if kind is _SIGN:
+        return array("f", (*free, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0))
+    beta1, beta2 = config.beta_pair
+    inverse = (1.0 - beta2**step) ** -0.5
+    return array("f", (*free, rate / (1.0 - beta1**step), beta1, 1.0 - beta1, beta2, 1.0 - beta2, config.eps, inverse))
+
+
+def sign_step_(weight: Tensor, grad: Tensor, size: float, keep: float = 1.0) -> bool:
+    """W <- keep W - size sign(G). False, and nothing done, if the tensors are not made for it."""
+    if weight.dim() != 2 or not _fit(weight, grad):
+        return False
+    rows, cols = weight.shape
+    table = array("q", (weight.data_ptr(), grad.data_ptr(), 0, 0, 0, 0, rows, cols, 0, 0, cols, 0, 0))
+    _run(table, _SIGN, weight.dtype, grad.dtype, array("f", (keep, size, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0)))
+    torch.autograd.graph.increment_version([weight])
+    return True
+
+
+def sign_step_above_(weight: Tensor, rest: Tensor, grad: Tensor, size: float, keep: float, threshold: float) -> bool:
+    """Not here: torch's operations do it."""
+    return False

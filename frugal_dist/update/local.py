@@ -1,0 +1,211 @@
+"""One step of one tile: the formulas of FRUGAL on local tensors. No communication, no counters.
+
+W <- W (1 - lr wd); R = down(G); W <- W - lr s up(U(R)) - lr s s_free free(G - up(R))   (FRUGAL, Algorithm 1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frugal_dist.config import FrugalConfig
+from frugal_dist.projection.basis import Basis, add_up_, down, residual, silence_noise_, spans_everything
+from frugal_dist.projection.coordinates import Selection
+from frugal_dist.projection.numerics import compute_dtype
+from frugal_dist.update.kernels import fused_for
+from frugal_dist.update.kernels.jobs import TileUpdate
+from frugal_dist.update.rules import STATE_FREE, STATE_FULL
+
+Moments = Sequence[Tensor]
+
+
+def decay_(weight: Tensor, lr: float, decay: float) -> None:
+    """Decoupled weight decay, before everything else, with the unscaled lr."""
+    if decay != 0.0:
+        weight.mul_(1.0 - lr * decay)
+
+
+def state_full_(params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Moments], step: int,
+                lr: float, decay: float, config: FrugalConfig) -> None:  # fmt: skip
+    """Move ``params`` by the state-full rule; ``moments`` holds one tuple for each of them."""
+    rule = STATE_FULL[config.state_full]
+    columns = [[own[k] for own in moments] for k in range(len(rule.moments))]
+    rule.update(params, grads, columns, step, lr, decay, config)
+
+
+def state_free_(weight: Tensor, grad: Tensor, config: FrugalConfig, decay: float = 0.0) -> None:
+    """W <- W (1 - lr decay) - lr s s_free free(G)."""
+    direction = STATE_FREE[config.state_free]
+    size = config.lr * config.projected_lr_scale * config.state_free_lr_scale
+    fused = fused_for(weight)
+    keep = 1.0 - config.lr * decay
+    if fused is not None and config.state_free == "sign" and fused.sign_step_(weight, grad, size, keep):
+        return
+    decay_(weight, config.lr, decay)
+    if direction is not None:
+        weight.add_(direction(grad), alpha=-size)
+
+
+def update_regular(params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Moments], step: int,
+                   decay: float, config: FrugalConfig) -> None:  # fmt: skip
+    """Regular parameters: the state-full rule alone. Low-precision ones are updated in fp32 and rounded once."""
+    wide = [_dense(param) for param in params]
+    state_full_(wide, [_dense(grad) for grad in grads], moments, step, config.lr, decay, config)
+    for param, result in zip(params, wide, strict=True):
+        if result is not param:
+            param.copy_(result)
+
+
+def step_tiles(jobs: Iterable[TileUpdate]) -> None:
+    """Weight decay; then selected entries move by the state-full rule, all others by the state-free one.
+
+    Kernels take many tiles at once. In torch's operations they go one by one, so that buffers stay in the cache; only
+    tiles that are state-full as they are wait for each other, and share one fused call.
+    """
+    launches: dict[torch.device, Any] = {}
+    complete: dict[tuple[object, ...], list[TileUpdate]] = {}
+    for job in jobs:
+        device = job.weight.device
+        if device not in launches:
+            fused = fused_for(job.weight)
+            launches[device] = None if fused is None else fused.Launches()
+        if launches[device] is not None and launches[device].take(job):
+            continue
+        assert job.noise is None, "torch's operations round to the nearest"
+        if _moves_in_place(job):
+            key = (id(job.config), job.decay, job.step, job.weight.dtype, device)
+            complete.setdefault(key, []).append(job)
+        else:
+            _step_tile(job)
+    for started in launches.values():
+        if started is not None:
+            started.finish()
+    for group in complete.values():
+        _step_complete(group)
+
+
+def rounds_once(job: TileUpdate) -> bool:
+    """Whether low-precision weights are rounded once, decay included: the kernels compute in fp32."""
+    fused = fused_for(job.weight)
+    return fused is not None and fused.kind_of(job) is not None
+
+
+def _moves_in_place(job: TileUpdate) -> bool:
+    """Whether all of the tile is state-full, and the fused rules can take its tensors."""
+    weight, grad = job.weight, job.grad
+    if job.selection is None or not job.selection.complete:
+        return False
+    dense = weight.is_contiguous() and grad.is_contiguous()
+    return dense and weight.dtype == grad.dtype == compute_dtype(weight.dtype)
+
+
+def _step_complete(jobs: Sequence[TileUpdate]) -> None:
+    config, weights = jobs[0].config, [job.weight for job in jobs]
+    if jobs[0].decay != 0.0:
+        torch._foreach_mul_(weights, 1.0 - config.lr * jobs[0].decay)
+    state_full_(weights, [job.grad for job in jobs], [job.moments for job in jobs], jobs[0].step,
+                config.lr * config.projected_lr_scale, 0.0, config)  # fmt: skip
+
+
+def _step_tile(job: TileUpdate) -> None:
+    """In torch's operations: the selected gradients are gathered, the fused rule computes their update, which joins the
+    state-free one: the weights are read and written once.
+    """
+    weight, selection, config = job.weight, job.selection, job.config
+    if selection is None:
+        state_free_(weight, job.grad, config, job.decay)
+        return
+    decay_(weight, config.lr, job.decay)
+    low = _dense(selection.take(job.grad))
+    moved = _dense(weight) if selection.complete else torch.zeros_like(low)
+    state_full_([moved], [low], [job.moments], job.step, config.lr * config.projected_lr_scale, 0.0, config)
+    if selection.complete:
+        selection.put_(weight, moved)
+    else:
+        add_coordinates_(weight, job.grad, selection, moved, config)
+
+
+def add_coordinates_(weight: Tensor, grad: Tensor, selection: Selection, moved: Tensor, config: FrugalConfig) -> None:
+    """Add the update ``moved`` (-lr s U, in R's shape) to the selected entries and the state-free step to the others.
+
+    Both are put together in one small buffer that stays in the cache: writing scattered entries is cheap only there.
+    """
+    direction = STATE_FREE[config.state_free]
+    if selection.complete:
+        weight.add_(moved)
+    elif direction is None:
+        selection.put_(weight, (_wide(selection.take(weight)) + moved).to(weight.dtype))
+    else:
+        wide = _wide(grad)
+        free = direction(wide)
+        scale = -config.lr * config.projected_lr_scale * config.state_free_lr_scale
+        delta = free.mul(scale) if free is grad else free.mul_(scale)
+        selection.put_(delta, moved)
+        weight.add_(delta)
+
+
+def coordinate_share(grad: Tensor, selection: Selection, bounds: tuple[int, int], moments: Moments, step: int,
+                     config: FrugalConfig) -> Tensor:  # fmt: skip
+    """This replica's share of -lr s U: the range ``bounds`` of R along the selection's free dim."""
+    low = _wide(selection.take(grad)).narrow(selection.free_dim, bounds[0], bounds[1] - bounds[0]).contiguous()
+    return _step_from_zero(low, moments, step, config)
+
+
+def basis_step_(weight: Tensor, grad: Tensor, basis: Basis, side: str, moments: Moments, step: int, decay: float,
+                config: FrugalConfig) -> None:  # fmt: skip
+    """Weight decay and a basis projection of one tile, in place."""
+    if weight.dtype != compute_dtype(weight.dtype):
+        decay_(weight, config.lr, decay)
+        weight.add_(basis_delta(grad, basis, side, moments, step, config))
+        return
+    grad = _wide(grad)
+    low = down(grad, basis)
+    if STATE_FREE[config.state_free] is not None and not spans_everything(basis):
+        rest = residual(grad, low, basis)
+        if not _free_rows_(weight, rest, grad, side, config, decay):
+            state_free_(weight, silence_noise_(rest, grad, side, config.residual_threshold), config, decay)
+        del rest
+    else:
+        decay_(weight, config.lr, decay)
+    add_up_(weight, _step_from_zero(low, moments, step, config), basis)
+
+
+def _free_rows_(weight: Tensor, rest: Tensor, grad: Tensor, side: str, config: FrugalConfig, decay: float) -> bool:
+    """``silence_noise_`` and ``state_free_`` in one kernel, where there is one: by rows, with a threshold."""
+    if config.residual_threshold == 0.0 or side == "left" or config.state_free != "sign":
+        return False
+    fused = fused_for(weight)
+    size, keep = config.lr * config.projected_lr_scale * config.state_free_lr_scale, 1.0 - config.lr * decay
+    return fused is not None and fused.sign_step_above_(weight, rest, grad, size, keep, config.residual_threshold)
+
+
+def basis_delta(grad: Tensor, basis: Basis, side: str, moments: Moments, step: int, config: FrugalConfig) -> Tensor:
+    """The same as a tensor to add to the weights (without weight decay), for weights that lie elsewhere."""
+    grad = _wide(grad)
+    low = down(grad, basis)
+    direction = STATE_FREE[config.state_free]
+    if direction is None or spans_everything(basis):
+        delta = torch.zeros_like(grad, memory_format=torch.contiguous_format)
+    else:
+        rest = silence_noise_(residual(grad, low, basis), grad, side, config.residual_threshold)
+        delta = direction(rest).mul_(-config.lr * config.projected_lr_scale * config.state_free_lr_scale)
+    return add_up_(delta, _step_from_zero(low, moments, step, config), basis)
+
+
+def _step_from_zero(low: Tensor, moments: Moments, step: int, config: FrugalConfig) -> Tensor:
+    """-lr s U(low), by moving zeros: the fused rules only know how to move parameters."""
+    moved = torch.zeros_like(low, memory_format=torch.contiguous_format)
+    state_full_([moved], [low], [moments], step, config.lr * config.projected_lr_scale, 0.0, config)
+    return moved
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(compute_dtype(tensor.dtype))
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Wide and contiguous: the fused rules walk memory without looking at strides."""
+    return _wide(tensor).contiguous()
