@@ -218,8 +218,12 @@ def _rank_plan(runtime: Runtime, load: StepInputs) -> RankPlan:
         found.regular += sum(size for _, size in _sizes(one.state))
     for work in load.works:
         for name, size in _sizes(work.state):
-            kind = "bases" if name.startswith("basis") else "moments" if name.startswith("exp_avg") else "clocks"
-            setattr(found, kind, getattr(found, kind) + size)
+            if name.startswith("basis"):
+                found.bases += size
+            elif name.startswith("exp_avg"):
+                found.moments += size
+            else:
+                found.counters += size
         found.selected += _selected(work, runtime.ranks.rank)
     return found
 

@@ -22,13 +22,13 @@ def state_of_ranks(runtime: Runtime, load: StepInputs, parts: Sequence[Sequence[
     """Bytes of optimizer state on every rank after the first refresh. ``parts``: of each rank, by parameter."""
     found = [0] * runtime.ranks.size
     for work in load.works:
-        counters = clock_bytes(work.state)
+        counters = counter_bytes(work.state)
         for rank, size in enumerate(_bases(runtime, work) if _has_basis(work) else _coordinates(runtime, work)):
             found[rank] += counters + size
     numbers = [i for i, original in enumerate(runtime.originals) if not original.projected]
     for i, one in zip(numbers, load.regular, strict=True):
         entry = len(moment_names(one.config)) * compute_dtype(one.weight.dtype).itemsize
-        counters = clock_bytes(one.state)
+        counters = counter_bytes(one.state)
         for rank, mine in enumerate(parts):
             found[rank] += counters + entry * _numel(mine[i])
     return found
@@ -47,7 +47,7 @@ def papers_bytes(load: StepInputs) -> int:
     return ITEM * entries
 
 
-def clock_bytes(state: MatrixState) -> int:
+def counter_bytes(state: MatrixState) -> int:
     """Of the counters, which every rank has."""
     own = [tensor for key, tensor in state.store.items() if key.startswith(state.prefix) and tensor.dim() == 0]
     return sum(tensor.element_size() for tensor in own)

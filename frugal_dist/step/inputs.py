@@ -23,7 +23,7 @@ from frugal_dist.step.runtime import (
     moment_names,
     whole_selection,
 )
-from frugal_dist.step.state import MatrixState, bring_clocks_home
+from frugal_dist.step.state import MatrixState, bring_counters_home
 from frugal_dist.update.local import update_regular
 from frugal_dist.update.rounding import round_stochastically_, rounds_stochastically, row_starts
 
@@ -182,7 +182,7 @@ def ensure_state(runtime: Runtime, load: StepInputs) -> None:
 
     Frozen parameters have counts and nothing else until they are unfrozen: beside adapters they are most of a model.
     """
-    bring_clocks_home(load.states)
+    bring_counters_home(load.states)
     for work in load.works:
         work.state.ensure_counters()
         moment = work.state.first_moment()

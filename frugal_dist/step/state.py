@@ -138,7 +138,7 @@ class MatrixState:
             self.put("basis", basis.parts[0])
 
 
-def bring_clocks_home(states: Sequence[MatrixState]) -> None:
+def bring_counters_home(states: Sequence[MatrixState]) -> None:
     """Counters lie on the CPU: on a GPU every look at one would make the host wait. Who moves all state there and back
     takes them along; they return in one transfer.
     """

@@ -147,7 +147,7 @@ WRONG: dict[str, Callable[[dict[str, Any]], object]] = {
     "members are numbers": lambda plain: plain["groups"][0].update(members=[1]),
     "no groups": lambda plain: plain.pop("groups"),
     "no depends_on": lambda plain: first(plain["matrices"]).pop("depends_on"),
-    "clocks are a list": lambda plain: first(plain["matrices"]).update(counters=[1, 2]),
+    "clocks are a list": lambda plain: first(plain["matrices"]).update(clocks=[1, 2]),
     "a clock is missing": lambda plain: first(plain["matrices"])["clocks"].pop("updates"),
     "a clock is negative": lambda plain: first(plain["matrices"])["clocks"].update(updates=-1),
     "a clock is a fraction": lambda plain: first(plain["regular"])["clocks"].update(step=1.5),
