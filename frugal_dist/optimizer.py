@@ -353,7 +353,7 @@ class Frugal(Optimizer):
             if self._starts(runtime, load):
                 return loss
             self._check_saving()
-            stepped = refresh(runtime, load.works)
+            stepped = refresh(runtime, load.works, load.regular)
             step_matrices(runtime, load.works, stepped)
             step_regular(load)
             if not self._summarised:
@@ -516,6 +516,7 @@ class Frugal(Optimizer):
         def take(_: Optimizer, changed: dict[str, Any]) -> dict[str, Any]:
             try:
                 saved = read_groups(changed["param_groups"], before, self._names())
+                saved_state.check_tensors(changed["state"])
             except ValueError as error:
                 refused.append(error)
                 raise

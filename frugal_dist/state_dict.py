@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -280,6 +280,17 @@ def _settle_layout(runtime: Runtime, work: LocalMatrix, everyone: Sequence[State
             if layout is layouts[-1] and len(holders) == 1:
                 runtime.give_to(matrix.index, holders[0])
             return
+
+
+def check_tensors(state: Mapping[int, Mapping[str, Any]]) -> None:
+    """ValueError, naming it, for an entry that is no tensor, as torch leaves for a key that it looked for in vain."""
+    for number, store in state.items():
+        for key, value in store.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"The loaded state of parameter {number} has {key!r} of type {type(value).__name__}, where a "
+                    "tensor belongs. It was saved by another optimizer, or with another state_full or projection."
+                )
 
 
 def placed(store: Mapping[str, Tensor], device: torch.device) -> Store:

@@ -50,7 +50,8 @@ def _described(error: Exception) -> tuple[str, str]:
     if isinstance(error, CheckpointError):
         return next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _KINDS), str(error)
     if isinstance(error, OSError):
-        place = f"{error.filename}: " if error.filename else ""
+        at = error.filename2 or error.filename  # of a rename: the name that could not be taken
+        place = f"{at}: " if at else ""
         return StorageError.__name__, f"{place}{error.strerror or error}"
     if isinstance(error, ValueError):
         return CheckpointError.__name__, str(error)

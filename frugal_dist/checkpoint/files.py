@@ -78,7 +78,7 @@ def prepare(final: Path, working: Path) -> None:
             f"{final} exists and is no checkpoint: it holds {', '.join(foreign[:3])}. It is not replaced; choose "
             "another name."
         )
-    final.parent.mkdir(parents=True, exist_ok=True)
+    place_of(final.parent).mkdir(parents=True, exist_ok=True)  # what a link leads to may still have to be made
     clear_stale(final.parent, re.escape(final.name))
     working.mkdir()
 
@@ -111,7 +111,7 @@ def publish(working: Path, final: Path) -> None:
 
 def _clear(leftover: Path) -> None:
     """Make room, whatever lies there; what a link leads to stays."""
-    if leftover.is_symlink():
+    if leftover.is_symlink() or leftover.is_file():
         leftover.unlink()
     else:
         shutil.rmtree(leftover, ignore_errors=True)

@@ -22,7 +22,7 @@ from frugal_dist.optimizer import Frugal
 from frugal_dist.sharding.collectives import Ranks, gather_objects
 
 LATEST = "latest"
-_STEP = re.compile(r"^step_(\d{6,})$|^\.step_(\d{6,})\.old$")
+_STEP = re.compile(r"^step_(\d{6,18})$|^\.step_(\d{6,18})\.old$")
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -32,8 +32,12 @@ def step_folder(root: Path, step: int) -> Path:
 
 def steps_in(root: Path) -> list[int]:
     """The steps of all complete checkpoints, ascending. Whether their files are sound is seen when they are loaded."""
-    if not root.is_dir():
+    if not root.exists():
         return []
+    if not root.is_dir():
+        raise CheckpointError(
+            f"{root} is a file, but checkpoints are kept in a folder. Remove it, or choose another name."
+        )
     found = {step for entry in root.iterdir() if (step := _step_of(entry.name)) is not None}
     return sorted(step for step in found if (complete_folder(step_folder(root, step)) / INDEX).exists())
 

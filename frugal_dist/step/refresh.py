@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from frugal_dist.config import FrugalConfig
 from frugal_dist.notices import notice
 from frugal_dist.projection.basis import Basis, basis_shapes
 from frugal_dist.projection.shapes import FAMILY
@@ -20,6 +21,7 @@ from frugal_dist.sharding.placement import owner_layout, transfers_for
 from frugal_dist.sharding.redistribution import fill_buckets, limit_for_owners
 from frugal_dist.sharding.tile import owned, whole
 from frugal_dist.step.basis_refresh import compute_basis
+from frugal_dist.step.inputs import LocalParameter
 from frugal_dist.step.moments import carry_basis_moments, may_move_between_ranks, move_coordinate_moments
 from frugal_dist.step.replicas import fingerprints, mismatched, replicated, resynchronise
 from frugal_dist.step.runtime import (
@@ -50,10 +52,13 @@ class Report:
     zero: bool = False
 
 
-def refresh(runtime: Runtime, works: Sequence[LocalMatrix]) -> list[LocalMatrix]:
-    """Refresh what is due; return the works to be stepped now (without those that have no gradient or are skipped)."""
+def refresh(runtime: Runtime, works: Sequence[LocalMatrix], regular: Sequence[LocalParameter]) -> list[LocalMatrix]:
+    """Refresh what is due; return the works to be stepped now (without those that have no gradient or are skipped).
+
+    ``regular``: the call's regular parameters. Nothing of them is refreshed, but their settings are compared as well.
+    """
     suspects = _suspects(runtime, works)
-    reports = _agree(runtime, suspects) if suspects else {}
+    reports = _agree(runtime, suspects, regular) if suspects else {}
     _refresh_coordinates(runtime, works, reports)
     due_bases = [work for work in suspects if work.family == "basis" and _due(work)]
     _refresh_bases(runtime, [work for work in due_bases if _usable(work, reports[work.matrix.index])])
@@ -118,10 +123,11 @@ def _suspects(runtime: Runtime, works: Sequence[LocalMatrix]) -> list[LocalMatri
     return found
 
 
-def _agree(runtime: Runtime, suspects: Sequence[LocalMatrix]) -> dict[int, Report]:
+def _agree(runtime: Runtime, suspects: Sequence[LocalMatrix], regular: Sequence[LocalParameter]) -> dict[int, Report]:
     """One small all-reduce: counts, presence and health of the gradients, equality of settings and of replicas."""
-    settings = zlib.crc32(repr([(work.config, work.decay) for work in suspects]).encode())
-    values = [settings, -settings]
+    settings = _settings(suspects, regular)
+    mark = 0 if runtime.ranks.alone else zlib.crc32(repr(settings).encode())
+    values = [mark, -mark]
     for work, (finite, nonzero) in zip(suspects, _gradient_health(suspects), strict=True):
         updates = work.state.counter("updates")
         presence = _GRADIENT if work.grads is not None else _FROZEN if work.frozen else _TRAINED
@@ -130,7 +136,7 @@ def _agree(runtime: Runtime, suspects: Sequence[LocalMatrix]) -> dict[int, Repor
     agreed = agree_max(runtime.ranks, [*values, *fingerprints(runtime, compared)], suspects[0].device)
     if agreed[0] != -agreed[1]:
         raise ValueError(
-            f"The ranks have different hyperparameters at this refresh: {_difference(runtime, suspects)}. Change them "
+            f"The ranks have different hyperparameters at this refresh: {_difference(runtime, settings)}. Change them "
             "on all ranks alike."
         )
     agreed = agreed[2:]
@@ -153,9 +159,18 @@ def _agree(runtime: Runtime, suspects: Sequence[LocalMatrix]) -> dict[int, Repor
     return reports
 
 
-def _difference(runtime: Runtime, works: Sequence[LocalMatrix]) -> str:
+Settings = list[tuple[str, FrugalConfig, float]]
+
+
+def _settings(suspects: Sequence[LocalMatrix], regular: Sequence[LocalParameter]) -> Settings:
+    """By name what all ranks step with: replicas that are stepped otherwise on one of them drift apart."""
+    found = [(work.matrix.name, work.config, work.decay) for work in suspects]
+    return found + [(one.name, one.config, one.decay) for one in regular]
+
+
+def _difference(runtime: Runtime, settings: Settings) -> str:
     """The first hyperparameter that is another one on some rank. Collective."""
-    own = [(work.matrix.name, vars(work.config) | {"weight_decay": work.decay}) for work in works]
+    own = [(name, vars(config) | {"weight_decay": decay}) for name, config, decay in settings]
     everyone = gather_objects(runtime.ranks, own)
     for rank, theirs in enumerate(everyone):
         for (name, first), (_, options) in zip(everyone[0], theirs, strict=False):

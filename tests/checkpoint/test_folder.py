@@ -66,6 +66,19 @@ def test_nothing_there(tmp_path: Path) -> None:
     assert checkpoint.load_latest(tmp_path / "no such folder", MODEL, alone().optimizer) is None
 
 
+def test_a_file_is_no_folder_of_checkpoints(tmp_path: Path) -> None:
+    """Nor "none yet": the run would begin anew, and fail at its first save."""
+    (tmp_path / "run").write_text("notes")
+    with pytest.raises(checkpoint.CheckpointError, match="run is a file"):
+        checkpoint.load_latest(tmp_path / "run", MODEL, alone().optimizer)
+
+
+def test_what_lies_in_the_place_of_latest_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latest").mkdir()
+    with pytest.raises(checkpoint.StorageError, match="/latest: Is a directory"):
+        save(tmp_path, 1)
+
+
 # --- which stay -------------------------------------------------------------------------------------
 
 STEPS = list(range(100, 1001, 100))
@@ -112,8 +125,7 @@ def test_what_killed_jobs_left_goes_too(tmp_path: Path) -> None:
 
 def test_folders_and_checkpoints_may_be_links(tmp_path: Path) -> None:
     """A checkpoint that was moved to a larger disk is loaded there, and goes from there when its time has come."""
-    (tmp_path / "scratch").mkdir()
-    (tmp_path / "run").symlink_to(tmp_path / "scratch")
+    (tmp_path / "run").symlink_to(tmp_path / "scratch")  # which the first save makes
     save(tmp_path / "run", 1, 2)
     (tmp_path / "scratch" / "step_000002").rename(tmp_path / "moved")
     (tmp_path / "run" / "step_000002").symlink_to(tmp_path / "moved")
@@ -148,7 +160,7 @@ def test_latest_is_followed_even_if_there_are_newer_ones(tmp_path: Path) -> None
     assert checkpoint.load_latest(tmp_path, MODEL, alone().optimizer) == (2, {"step": 2})
 
 
-@pytest.mark.parametrize("content", [None, "a pipe", b"", b"\xff\xfe", b"step_two\n"])
+@pytest.mark.parametrize("content", [None, "a pipe", b"", b"\xff\xfe", b"step_two\n", b"step_" + b"9" * 5000])
 def test_without_a_readable_latest_the_newest_is_taken(content: bytes | str | None, tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
     (tmp_path / "latest").unlink()

@@ -199,6 +199,8 @@ def test_a_link_is_written_through(target: str, tmp_path: Path) -> None:
         assert sound(link)
     (real.parent / ".saved.old").symlink_to(tmp_path)  # whoever made it: it is in the way
     saved(link)
+    (real.parent / ".saved.old").write_text("a file")
+    saved(link)
     assert names_in(real.parent) == ["saved"]
     shutil.move(real, real.parent / ".saved.old")
     assert sound(link)

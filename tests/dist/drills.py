@@ -263,10 +263,14 @@ def freeze(at: Sequence[int]) -> Callable[[int, int, Held], None]:
     return change
 
 
-def forget_schedule(rank: int, step: int, held: Held) -> None:
+def forget_schedule(group: int) -> Callable[[int, int, Held], None]:
     """A learning rate that is changed on one rank only."""
-    if rank == SPOILED and step == 2:
-        held.optimizer.param_groups[0]["lr"] = 1e-3
+
+    def change(rank: int, step: int, held: Held) -> None:
+        if rank == SPOILED and step == 2:
+            held.optimizer.param_groups[group]["lr"] = 1e-3
+
+    return change
 
 
 def halve_density(rank: int, step: int, held: Held) -> None:
@@ -380,7 +384,9 @@ def _failing() -> dict[str, Drill]:
         found[f"density goes to 0, {layout}"] = Drill(layout, SVD, before=density_to_zero, ranks=_ranks(layout))
         found[f"structure changes, {layout}"] = Drill(layout, SVD, before=structure_changes, ranks=_ranks(layout))
     for layout in (*REPLICATED, "Shard(0)", "HSDP 2x2"):
-        found[f"a schedule on one rank, {layout}"] = Drill(layout, SVD, before=forget_schedule, ranks=_ranks(layout))
+        for group, kind in enumerate(("projected", "regular")):
+            drill = Drill(layout, SVD, before=forget_schedule(group), ranks=_ranks(layout))
+            found[f"a schedule of {kind} parameters on one rank, {layout}"] = drill
     return found
 
 

@@ -25,7 +25,7 @@ REAL = (
     "another shape, Shard(0)",
     "SVD keeps failing, Shard(0)",
     "memory keeps failing, replicas, shared state",
-    "a schedule on one rank, Shard(0)",
+    "a schedule of regular parameters on one rank, Shard(0)",
     "another weight, replicas, shared state",
     "no gradient on one rank at step 3, replicas, shared state",
     "no gradients on one rank at (3,), svd, Shard(0)",

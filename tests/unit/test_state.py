@@ -355,6 +355,11 @@ def strange(saved: dict[str, Any]) -> None:
     saved["state"][1]["momentum_buffer"] = torch.zeros(16, 40)
 
 
+def no_tensor(saved: dict[str, Any]) -> None:
+    """As torch.distributed.checkpoint makes of a key that it does not find."""
+    saved["state"][4]["exp_avg_sq"] = {}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -367,6 +372,7 @@ def strange(saved: dict[str, Any]) -> None:
         (other_basis, "wide: the loaded basis has shape"),
         (transposed, "odd: the loaded exp_avg has shape"),
         (resized, "norm: the loaded exp_avg has shape (9,), this rank needs (11,)"),
+        (no_tensor, "parameter 4 has 'exp_avg_sq' of type dict, where a tensor belongs"),
         (strange, "wide: the loaded state has 'momentum_buffer'"),
     ],
 )
