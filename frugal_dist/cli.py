@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 _OTHER_COMMANDS = {
-    "generate": "frugal-dist export makes a model folder, with which transformers generates: docs/training.md.",
+    "help": "frugal-dist --help lists them; frugal-dist COMMAND --help says what one takes.",
+    "generate": "frugal-dist export makes a model folder, with which transformers generates: docs/data.md.",
     "train": "Did you mean 'pretrain' or 'finetune'?",
     "resume": "The same pretrain command goes on where its run was.",
     "evaluate": "frugal-dist export makes a model folder, which any evaluation harness reads.",
@@ -64,6 +65,8 @@ def _check_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> Non
         takes_recipe = any(action.dest == "recipe" for action in parser._actions)
         if takes_recipe and word.startswith("-") and word.partition("=")[0] not in parser._option_string_actions:
             raise ValueError(f"the recipe comes first, then its keys: {parser.prog} RECIPE {word} ...")
+        if known and word.startswith("--") and word not in parser._option_string_actions:
+            raise ValueError(f"there is no option {word}{_close_options(parser, (), [word])}".rstrip("."))
         if not known or word.startswith("-"):
             return
         if word not in known:

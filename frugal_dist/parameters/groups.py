@@ -107,11 +107,11 @@ _AS_ARGUMENTS = {
 """In a group these may be the program's own notes."""
 
 
-def without_foreign(options: dict[str, Any]) -> dict[str, Any]:
+def without_foreign(options: dict[str, Any], where: str = "Frugal") -> dict[str, Any]:
     """Arguments without those of torch's optimizers that are off. ValueError with a sentence for other optimizers'."""
     for key, why in {**_OF_TORCH, **_OF_OTHERS, **_AS_ARGUMENTS}.items():
         if key in options and not (key in _OF_TORCH and not options[key]):
-            raise ValueError(f"Frugal({key}={options[key]!r}): {why}.")
+            raise ValueError(f"{where}({key}={options[key]!r}): {why}.")
     return {key: value for key, value in options.items() if key not in _OF_TORCH}
 
 

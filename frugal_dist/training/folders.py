@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from frugal_dist import checkpoint
+from frugal_dist.checkpoint.folder import LATEST
+from frugal_dist.checkpoint.index import INDEX
 from frugal_dist.training.metrics.record import METRICS_FILE, of_kind, read_metrics
 
 WHERE_CHECKPOINTS_LIE = ("checkpoints", "checkpoint")
@@ -14,7 +16,9 @@ WHERE_CHECKPOINTS_LIE = ("checkpoints", "checkpoint")
 
 def checkpoint_in(path: Path) -> Path:
     """The checkpoint that is meant by itself, by the folder of checkpoints it is the latest of, or by its run."""
-    if (path / "index.json").exists():
+    if path.is_file() and path.name in (METRICS_FILE, INDEX, LATEST):
+        path = path.parent  # whose file it is
+    if (path / INDEX).exists():
         return path
     places = (path, *(path / name for name in WHERE_CHECKPOINTS_LIE))
     found = next((found for place in places if (found := checkpoint.latest(place)) is not None), path)

@@ -43,17 +43,32 @@ def build_model(recipe: Model, vocab_size: int, length: int, separator: int | No
         try:
             model = auto.from_pretrained(recipe.path, config=config, dtype="float32")
         except (OSError, ValueError) as error:
-            raise ValueError(f"model.pretrained: no weights can be read from {recipe.path!r}: {error}") from error
+            why = _no_causal_model(recipe, config, error)
+            raise ValueError(f"model.pretrained: no weights can be read from {recipe.path!r}: {why}") from error
     elif recipe.llama is not None:
         model = LlamaForCausalLM(config)
     else:
-        model = auto.from_config(config)
+        try:
+            model = auto.from_config(config)
+        except ValueError as error:
+            raise ValueError(_no_causal_model(recipe, config, error)) from error
     if recipe.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.compile:
         model.compile()
     found: nn.Module = model
     return found
+
+
+def _no_causal_model(recipe: Model, config: Any, error: Exception) -> str:
+    """Why transformers cannot build it, by the words of its error."""
+    text = str(error).strip()
+    if "attention implementation" in text and recipe.attention in text.replace("scaled_dot_product_attention", "sdpa"):
+        kind = config.model_type
+        return f"model.attention is {recipe.attention!r}, which a {kind} model does not have. Set it to eager."
+    if "Unrecognized configuration class" in text:
+        return f"model.path is {recipe.path!r}, a {config.model_type} model: it is no causal language model."
+    return text
 
 
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_target_positions")
@@ -112,7 +127,8 @@ def read_causal_config(path: str) -> Any:
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model.path is {path!r}, where no model's config.json can be read: {error}") from error
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"model.path is {path!r}, where no model's config.json can be read: {reason}") from error
 
 
 def llama_config(size: str, vocab_size: int, length: int, separator: int | None = None) -> LlamaConfig:

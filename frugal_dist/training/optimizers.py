@@ -9,6 +9,7 @@ from torch import nn
 
 from frugal_dist.config import HYPERPARAMETERS, OLD_NAMES, check_keys, config_from, preset
 from frugal_dist.optimizer import Frugal
+from frugal_dist.parameters.groups import without_foreign
 from frugal_dist.parameters.split import split_parameters
 from frugal_dist.training.finetune.recipe import Tuning
 from frugal_dist.training.recipe import Optimizer
@@ -37,6 +38,7 @@ def frugal_options(recipe: Optimizer) -> dict[str, Any]:
     for key in OWN:
         if key in recipe.options:
             raise ValueError(f"optimizer.options.{key}: set optimizer.{key} instead.")
+    without_foreign(recipe.options, "optimizer.options")
     check_keys(recipe.options, KNOWN, "optimizer.options")
     options = preset(recipe.name, lr=recipe.lr, weight_decay=recipe.weight_decay, **settled(recipe).options)
     patterns = {key: getattr(recipe, key) for key in PATTERNS}

@@ -444,7 +444,8 @@ def _path_of(name: str, kind: type[Any]) -> Path:
     if path.is_file():
         return path
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else nearby(name)
+    file = next((f"{name}{ending}" for ending in (".yaml", ".yml") if Path(f"{name}{ending}").is_file()), "")
+    hint = f" Did you mean {(file or close[0])!r}?" if file or close else nearby(name)
     for folder, commands in COMMANDS.items():
         if (Path(str(resources.files("frugal_dist.training"))) / folder / f"{name}.yaml").is_file():
             hint = f" That one is for frugal-dist {commands}."

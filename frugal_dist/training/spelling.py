@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -91,8 +92,25 @@ def check_keys_of(values: Mapping[str, Any], keys: Keys, above: str = "") -> Non
         if not is_key(whole, keys):
             section = f" in {above.rstrip('.')!r}" if above else ""
             raise ValueError(f"there is no key {str(name)!r}{section}.{meant(whole, keys)}")
-        if isinstance(value, dict) and is_dataclass(keys.get(whole)):
+        if not is_dataclass(keys.get(whole)):
+            continue
+        if isinstance(value, dict):
             check_keys_of(value, keys, f"{whole}.")
+        elif not _is_file(value):
+            raise ValueError(_no_section(whole, value, keys))
+
+
+def _is_file(value: Any) -> bool:
+    """A section may be a file of its own."""
+    return isinstance(value, str) and Path(value).is_file()
+
+
+def _no_section(name: str, value: Any, keys: Keys) -> str:
+    """Of a section that is given a value, as if it were one key: `schedule: cosine`."""
+    below = [key for key in keys if key.startswith(f"{name}.") and not is_dataclass(keys[key])]
+    main = next((key for key in below if key.rpartition(".")[2] in ("name", "path")), below[0])
+    hint = " It is empty: remove it, or give it keys." if value is None else f" Did you mean {main!r}?"
+    return f"{name} is {value!r}, but it is a section with the keys {', '.join(below)}.{hint}"
 
 
 def fitted_file(values: Mapping[str, Any], keys: Keys, above: str = "") -> dict[str, Any]:
@@ -122,7 +140,8 @@ def fitted(key: str, value: Any, keys: Keys) -> Any:
         return value if number is None else number
     allowed = [choice for one in types if get_origin(one) is Literal for choice in get_args(one)]
     if allowed and isinstance(value, str) and value not in (*allowed, *_more_names(key)):
-        close = difflib.get_close_matches(value, [*allowed, *_more_names(key)], n=1)
+        close = [one for one in allowed if value.lower() == "adam" and one == "adamw"]
+        close = close or difflib.get_close_matches(value.lower(), [*allowed, *_more_names(key)], n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         if type(None) not in types or value not in ("null", "None", "~", ""):
             raise ValueError(f"{key} is {value!r}; choose one of {', '.join(map(repr, allowed))}.{hint}")
@@ -170,11 +189,14 @@ def read_changes(words: Sequence[str], keys: Keys) -> list[tuple[str, str]]:
         if not word.startswith("--"):
             raise ValueError(_no_change(word, name, value, keys))
         if not is_key(name.removesuffix("+"), keys):
-            raise ValueError(f"there is no key --{name}.{meant(name, keys)}")
+            hint = " Did you mean --print_config?" if name == "print-config" else meant(name, keys)
+            raise ValueError(f"there is no key --{name}.{hint}")
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise ValueError(f"--{name} needs a value: --{name} VALUE.")
             value = rest.pop(0)
+        if is_dataclass(keys.get(name)) and not value.lstrip().startswith("{") and not _is_file(value):
+            raise ValueError(_no_section(name, value, keys))
         changes.append((name, value))
     return changes
 

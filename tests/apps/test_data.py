@@ -340,9 +340,9 @@ def test_damaged_text(name: str, words: str, folder: Path, tmp_path: Path) -> No
 LATE = 3000
 """Where damage is: beyond the 10 MB that are read when a file is opened."""
 DEEP = {
-    "latin-1.txt": (rf"latin-1.txt cannot be read any further: .*latin-1.txt, line {LATE}: no UTF-8: .*b'\\xe9'"),
+    "latin-1.txt": rf"latin-1.txt, line {LATE}: no UTF-8: .*b'\\xe9'",
     "latin-1.jsonl": rf"latin-1.jsonl, line {LATE}: no UTF-8",
-    "cut.jsonl": rf"cut.jsonl cannot be read any further: .*cut.jsonl, line {LATE}: no JSON",
+    "cut.jsonl": rf"cut.jsonl, line {LATE}: no JSON",
     "null.jsonl": rf"null.jsonl, line {LATE}: column 'text' holds null where text should be. Remove that document",
     "lacks.jsonl": rf"lacks.jsonl, line {LATE}: column 'text' holds null",
     "null.parquet": rf"null.parquet, row {LATE}: column 'text' holds null where text should be. Remove",
@@ -486,7 +486,7 @@ def test_bad_documents_are_left_out_and_counted(
     wanted = replace(wanted, skip_bad=True, validation_path=str(held_back))
     made = prepare(wanted)
     said = capsys.readouterr().out
-    assert f"Left out {len(BAD_LINES)} documents of {source}. texts.jsonl, line 2: no JSON" in said
+    assert f"Left out {len(BAD_LINES)} documents: {source}, line 2: no JSON" in said
     counts = [int((tokens == made.separator).sum()) for tokens in open_prepared(tmp_path / "out")[1:]]
     assert counts == [len(good), 3]
     documents = open_documents(Data(kind="files", path=str(source)), skip=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,17 @@ def test_pretraining_beyond_the_positions_ends_before_it_begins(
     changes = [f"--model.path={tmp_path}", f"--folder={tmp_path / 'run'}", "--model.attention=eager", "--length=33"]
     assert pretrain(read_recipe(str(folder / "recipe.yaml"), changes)) != 0
     assert "positions for 32 (n_positions). Lower length" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "bloom", "n_layer": 1}, "model.attention is 'sdpa', which a bloom model does not have"),
+        ({"model_type": "t5", "d_model": 8, "num_layers": 1}, "a t5 model: it is no causal language model"),
+    ],
+)
+def test_models_that_cannot_be_built_are_told_why(config: dict[str, Any], said: str, tmp_path: Path) -> None:
+    small = {"vocab_size": 64, "hidden_size": 8, "n_head": 2, "num_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps({**small, **config}))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        build_model(Model(path=str(tmp_path)), 64, 16)

@@ -185,6 +185,11 @@ def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
         ("--steps", "--steps needs a value"),
         ("--engine fsdp", "Did you mean 'fsdp2'?"),
         ("--optimizer.name frugal-svdd", "Did you mean 'frugal-svd'?"),
+        ("--optimizer.name Adam", "Did you mean 'adamw'?"),
+        ("--schedule cosine", "Did you mean 'schedule.name'?"),
+        ("--data no/such", "Did you mean 'data.path'?"),
+        ("--optimizer=frugal", "Did you mean 'optimizer.name'?"),
+        ("--print-config", "Did you mean --print_config?"),
     ],
 )
 def test_words_that_are_no_keys_are_told_which_is_meant(words: str, said: str) -> None:
@@ -199,6 +204,8 @@ def test_words_that_are_no_keys_are_told_which_is_meant(words: str, said: str) -
         ("density: 0.5", "Did you mean 'optimizer.options.density'?"),
         ("optimizer: {density: 0.5}", "no key 'density' in 'optimizer'. Did you mean 'optimizer.options.density'?"),
         ("lr: 1", "Did you mean 'optimizer.lr'?"),
+        ("schedule: cosine", "schedule is 'cosine', but it is a section with the keys schedule.name, "),
+        ("data:", "data is None, but it is a section"),
         ("steps: 4\nbatch: 8\nsteps: 5", "'steps' stands twice, in lines 1 and 3"),
         ("data:\n  kind: c4\n  kind: hub", "'data.kind' stands twice, in lines 2 and 3"),
         ("model:\n\tpath: x", "line 2 begins with a tab"),
@@ -321,6 +328,8 @@ def test_what_a_recipe_says_is_shown(capsys: pytest.CaptureFixture[str]) -> None
         ("data prepar x", "Did you mean 'prepare'?"),
         ("generate", "export makes a model folder"),
         ("plot runs/a --ot x", "Did you mean --out?"),
+        ("--verson", "Did you mean --version?"),
+        ("help", "frugal-dist --help"),
     ],
 )
 def test_misspelt_commands_and_options(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -364,6 +373,8 @@ def test_values_that_do_not_fit_each_other(changes: dict[str, object], key: str)
 def test_optimizer_options_are_frugals() -> None:
     assert frugal_options(Optimizer(name="galore"))["state_free"] == "none"
     assert frugal_options(Optimizer(name="adamw"))["density"] == 1.0
+    with pytest.raises(ValueError, match=r"optimizer\.options\(rank=8\): .*density=0\.25"):
+        frugal_options(Optimizer(options={"rank": 8}))
     with pytest.raises(ValueError, match=r"optimizer\.options: unknown key 'densty'.*Did you mean 'density'"):
         frugal_options(Optimizer(options={"densty": 0.1}))
     with pytest.raises(ValueError, match=r"set optimizer\.lr instead"):

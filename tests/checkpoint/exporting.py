@@ -98,7 +98,10 @@ def what_is_found_of_a_run(root: Path) -> None:
     data = {"kind": "tokens", "path": str(_tokenizer(root / "data"))}
     write_record(run, data=data)
     os.umask(0o027)
-    for number, named in enumerate((run, run / "checkpoints", run / "checkpoints" / "step_000002")):
+    checkpoints = run / "checkpoints"
+    for number, named in enumerate(
+        (run, checkpoints, checkpoints / "step_000002", checkpoints / "latest", run / "metrics.jsonl")
+    ):
         out = root / f"out{number}"
         if number == 1:
             (root / "disk").mkdir()

@@ -90,7 +90,8 @@ class Documents:
                 else:
                     raise NoText(no_text(text, self.column))
         except NoText as error:
-            raise ValueError(f"{self.label}: {find_damage(self.files, self.column) or f'{error}. {MEND}.'}") from error
+            where = find_damage(self.files, self.column)
+            raise ValueError(where or f"{self.label}: {error}. {MEND}.") from error
         except Exception as error:  # of datasets, pyarrow, the unpacker, the network; many of them are ValueErrors
             raise ValueError(_unreadable(error, self.label, self.files, self.column, " any further")) from error
         return texts, skipped
@@ -143,7 +144,10 @@ def _first(dataset: Any, label: str, files: Sequence[Path], column: str) -> dict
 
 def _unreadable(error: Exception, label: str, files: Sequence[Path], column: str, further: str = "") -> str:
     """Where reading failed, if that can be found, and why."""
-    return f"{label} cannot be read{further}: {find_damage(files, column) or short(error) + '.'}"
+    where = find_damage(files, column)
+    if where and label in map(str, files):  # it names the file already
+        return where
+    return f"{label} cannot be read{further}: {where or short(error) + '.'}"
 
 
 def short(error: BaseException) -> str:

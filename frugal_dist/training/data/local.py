@@ -141,17 +141,16 @@ def find_damage(files: Sequence[Path], column: str) -> str:
 def _damages(files: Sequence[Path], column: str) -> Iterator[Damage]:
     left = LOOKED_AT
     for file in files:
-        name = file.name if len(files) == 1 else file  # of a single file the message says where it is
         number, (look, what) = 0, _LOOKS.get(kind_of(file) or "", (_nothing, ""))
         try:
             for number, trouble, size in look(file, column):
                 if trouble:
-                    yield Damage(f"{name}, {what} {number}", trouble)
+                    yield Damage(f"{file}, {what} {number}", trouble)
                 left -= size
                 if left < 0:
                     return
         except Exception as error:  # of gzip and pyarrow
-            yield Damage(f"{name}, after {what} {number}", str(error).rstrip("."), cut=True)
+            yield Damage(f"{file}, after {what} {number}", str(error).rstrip("."), cut=True)
 
 
 def _lines(file: Path) -> Iterator[bytes]:

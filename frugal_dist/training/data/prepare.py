@@ -183,7 +183,7 @@ def _make(wanted: Preparation, encoder: Encoder, texts: dict[str, Documents], re
         parts += [(job.folder, part) for part in found]
         if skipped := sum(part.skipped for part in found):
             where = find_damage(documents.files, wanted.column).removesuffix(f" {MEND}.")
-            print(f"Left out {skipped:,} document{'s' * (skipped > 1)} of {documents.label}. {where}")
+            print(f"Left out {skipped:,} document{'s' * (skipped > 1)}: {where or documents.label}")
     counts = {half: sum(part.tokens[half] for _, part in parts) for half in HALVES}
     for half, count in counts.items():
         if not count:
@@ -261,6 +261,10 @@ def _troubles_of_disks(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(
-            f"--out {out}: {error.strerror or error}; finished parts are kept, the same command goes on."
-        ) from error
+        raise ValueError(f"--out {out} cannot be written: {error.strerror or error}.{_kept(out)}") from error
+
+
+def _kept(out: Path) -> str:
+    if not (out / PARTS).exists():
+        return " Name another folder."
+    return " Finished parts are kept: once that is mended, the same command goes on."
