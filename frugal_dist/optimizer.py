@@ -145,7 +145,7 @@ class Frugal(Optimizer):
         own(self)
         engines.refuse_to_be_given_a_part()
         given = {key: value for key, value in locals().items() if key in HYPERPARAMETERS}
-        unknown = without_foreign(unknown)
+        unknown = without_foreign(unknown, weight_decay=weight_decay)
         old = {key: value for key in OLD_NAMES if (value := unknown.pop(key, "auto")) != "auto"}
         if old and projected_lr_scale not in (1.0, "auto"):
             old["projected_lr_scale"] = projected_lr_scale

@@ -22,7 +22,7 @@ from frugal_dist.checkpoint.leftovers import BUFFER, leftovers, module_of
 from frugal_dist.checkpoint.parts import WEIGHT, Chunk, regular_state_chunks, state_chunks, weight_chunks
 from frugal_dist.checkpoint.rng import rng_state
 from frugal_dist.checkpoint.tensors import Written, write_tensors
-from frugal_dist.config import HYPERPARAMETERS
+from frugal_dist.config import HYPERPARAMETERS, plain
 from frugal_dist.optimizer import Frugal
 from frugal_dist.parameters.changes import matrix_options, regular_options
 from frugal_dist.sharding.collectives import Ranks, gather_objects
@@ -175,12 +175,12 @@ def _groups(runtime: Runtime) -> list[dict[str, Any]]:
 
 
 def _plain_options(options: dict[str, Any]) -> dict[str, Any]:
-    found = {}
-    for key, value in options.items():
-        plain = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-        if key in HYPERPARAMETERS or (isinstance(plain, (int, float, str, bool)) and key != "projected"):
-            found[key] = plain
-    return found
+    kept = {key: plain(value) for key, value in options.items() if key != "projected"}
+    return {
+        key: value
+        for key, value in kept.items()
+        if key in HYPERPARAMETERS or isinstance(value, (int, float, str, bool))
+    }
 
 
 def _model_config(model_or_engine: Any) -> dict[str, Any] | None:

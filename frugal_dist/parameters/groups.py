@@ -9,11 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from frugal_dist import engines
-from frugal_dist.config import HYPERPARAMETERS, NEVER, TAKEN_UP, saved_group
+from frugal_dist.config import HYPERPARAMETERS, NEVER, TAKEN_UP, plain, saved_group
 from frugal_dist.parameters.names import Choice, clean_name, is_table_name
 from frugal_dist.sharding.shard import ParamSpec
 
@@ -95,24 +94,41 @@ _OF_OTHERS = {
     "proj_type": "it is called side here, with the same values",
     "proj_side": "it is called side here",
 }
+_DECOUPLED = "there is no L2 penalty like Adam's; Frugal's weight decay is AdamW's. Leave it out, or set weight_decay=0"
+_UNBIASED = "moments are always corrected for their bias. Leave it out"
+_AS_HERE = {
+    "decoupled_weight_decay": _DECOUPLED,
+    "weight_decouple": _DECOUPLED,
+    "adam_w_mode": _DECOUPLED,
+    "adamw_mode": _DECOUPLED,
+    "bias_correction": _UNBIASED,
+    "correct_bias": _UNBIASED,
+}
+"""On, these say what is done here; off, the sentence says why it cannot be."""
 _AS_ARGUMENTS = {
     "scale": "it is called projected_lr_scale here",
     "learning_rate": "it is called lr here",
     "wd": "it is called weight_decay here",
     "beta1": "give both as betas=(beta1, beta2)",
     "beta2": "give both as betas=(beta1, beta2)",
-    "bias_correction": "moments are always corrected for their bias. Leave it out",
-    "correct_bias": "moments are always corrected for their bias. Leave it out",
 }
 """In a group these may be the program's own notes."""
 
 
-def without_foreign(options: dict[str, Any], where: str = "Frugal") -> dict[str, Any]:
-    """Arguments without those of torch's optimizers that are off. ValueError with a sentence for other optimizers'."""
+def without_foreign(options: dict[str, Any], where: str = "Frugal", weight_decay: Any = 0.0) -> dict[str, Any]:
+    """Arguments without those of others that mean what is done anyway. ValueError with a sentence for the rest."""
     for key, why in {**_OF_TORCH, **_OF_OTHERS, **_AS_ARGUMENTS}.items():
         if key in options and not (key in _OF_TORCH and not options[key]):
             raise ValueError(f"{where}({key}={options[key]!r}): {why}.")
-    return {key: value for key, value in options.items() if key not in _OF_TORCH}
+    _check_as_here(where, {**options, "weight_decay": weight_decay})
+    return {key: value for key, value in options.items() if key not in _OF_TORCH and key not in _AS_HERE}
+
+
+def _check_as_here(where: str, options: Mapping[str, Any]) -> None:
+    for key, why in _AS_HERE.items():
+        idle = why == _DECOUPLED and not options.get("weight_decay")
+        if options.get(key) is False and not idle:
+            raise ValueError(f"{where}: {key}=False: {why}.")
 
 
 def check_group_keys(group: dict[str, Any]) -> None:
@@ -122,11 +138,7 @@ def check_group_keys(group: dict[str, Any]) -> None:
     for key, why in {**_OF_TORCH, **_OF_OTHERS}.items():
         if group.get(key) and why != _KERNELS:
             raise ValueError(f"Parameter group: {key}={group[key]!r}: {why}.")
-    if group.get("decoupled_weight_decay") is False and group.get("weight_decay"):
-        raise ValueError(
-            "Parameter group: decoupled_weight_decay=False is Adam's L2 penalty, but Frugal's weight decay is AdamW's. "
-            "Leave the key out, or set weight_decay=0."
-        )
+    _check_as_here("Parameter group", group)
     known = (*HYPERPARAMETERS, "projected")
     for key in group:
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
@@ -261,7 +273,7 @@ def _replaced(saved: Sequence[Mapping[str, Any]], present: Sequence[Mapping[str,
     changes: dict[str, None] = {}
     for then, now in zip(saved, present, strict=True):
         for key in HYPERPARAMETERS:
-            if key in now and key not in moved_by_schedules(then) and _plain(then[key]) != _plain(now[key]):
+            if key in now and key not in moved_by_schedules(then) and plain(then[key]) != plain(now[key]):
                 bound = " (fixed by the state)" if TAKEN_UP[key] == NEVER else ""
                 changes[f"{key}={then[key]!r} instead of {now[key]!r}{bound}"] = None
     if not changes:
@@ -276,8 +288,3 @@ def _replaced(saved: Sequence[Mapping[str, Any]], present: Sequence[Mapping[str,
 def moved_by_schedules(group: Mapping[str, Any]) -> tuple[str, ...]:
     """Hyperparameters that learning-rate schedules change while training; cyclic ones leave a mark in the group."""
     return ("lr", "betas", "momentum") if "base_momentum" in group else ("lr",)
-
-
-def _plain(value: Any) -> Any:
-    value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-    return tuple(value) if isinstance(value, list) else value

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import pickle
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from building import PROJECTIONS, build, counters, parameters_of, set_grads, train, weight, weights
+from torch import nn
 from torch.distributed.checkpoint.state_dict_saver import _stateful_to_state_dict
 
-from frugal_dist import Frugal, FrugalConfig, preset
+from frugal_dist import Frugal, FrugalConfig, checkpoint, preset
 from frugal_dist.config import HYPERPARAMETERS, TAKEN_UP
 
 # refusals
@@ -121,6 +125,39 @@ def test_arguments_of_torch_that_are_off_mean_nothing() -> None:
     off = {"fused": False, "foreach": None, "amsgrad": False, "maximize": False, "capturable": False, "nesterov": False}
     optimizer = build({"w": weight(8, 6)}, **off)
     assert not set(off) & set(optimizer.param_groups[0])
+
+
+def test_arguments_of_others_that_say_what_is_done_here() -> None:
+    """Whoever comes from AdamW may hand over all of its defaults, or the JSON of DeepSpeed's Adam."""
+    defaults = torch.optim.AdamW([weight(2)], weight_decay=0.1).defaults
+    assert build({"w": weight(8, 6)}, **defaults).param_groups[0]["weight_decay"] == 0.1
+    build({"w": weight(8, 6)}, adam_w_mode=True, bias_correction=True, decoupled_weight_decay=False)
+    with pytest.raises(ValueError, match="adam_w_mode=False: there is no L2 penalty"):
+        build({"w": weight(8, 6)}, adam_w_mode=False, weight_decay=0.1)
+    with pytest.raises(ValueError, match="bias_correction=False: moments are always corrected"):
+        build({"w": weight(8, 6)}, bias_correction=False)
+
+
+@pytest.mark.parametrize("key", ["lr", "update_gap", "seed"])
+@pytest.mark.parametrize(
+    "value", [(1e-30, 1e-3), {}, [1], math.nan, math.inf, True, torch.ones(2), np.array([1.0, 2.0])]
+)
+def test_what_is_no_number_is_refused_by_name(key: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{key}=.* must be"):
+        FrugalConfig(**{key: value})
+
+
+def test_numbers_of_torch_and_numpy_are_numbers(tmp_path: Path) -> None:
+    """Schedules written with NumPy leave its numbers in the groups; a checkpoint keeps Python's."""
+    model = nn.Linear(6, 8)
+    optimizer = Frugal(model.named_parameters(), projection="columns", update_gap=np.int64(3), process_group=None)
+    for group in optimizer.param_groups:
+        group.update(lr=np.float32(0.25), betas=(torch.tensor(0.5), np.float64(0.75)), mine=np.int32(7))
+    checkpoint.save(tmp_path / "saved", model, optimizer)
+    for group in optimizer.param_groups:
+        group.update(lr=0.0, mine=0)
+    checkpoint.load(tmp_path / "saved", model, optimizer)
+    assert [(group["lr"], group["mine"]) for group in optimizer.param_groups] == [(0.25, 7)]
 
 
 @pytest.mark.parametrize(
