@@ -200,16 +200,16 @@ def _suggestion(value: object, allowed: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def plain(value: Any) -> Any:
+def python_value(value: Any) -> Any:
     """A number of torch or NumPy as Python's, a list as a tuple: schedules and JSON put them into groups."""
     if isinstance(value, (list, tuple)):
-        return tuple(plain(entry) for entry in value)
+        return tuple(python_value(entry) for entry in value)
     single = hasattr(value, "item") and math.prod(getattr(value, "shape", (0,))) == 1
     return value.item() if single else value
 
 
 def _number(key: str, value: Any, low: float, high: float = math.inf) -> float:
-    given = plain(value)
+    given = python_value(value)
     if isinstance(given, bool) or not isinstance(given, (int, float)):
         raise ValueError(f"{key}={value!r} must be a number, not {type(value).__name__}.")
     number = float(given)
@@ -220,7 +220,7 @@ def _number(key: str, value: Any, low: float, high: float = math.inf) -> float:
 
 
 def _integer(key: str, value: Any, low: int) -> int:
-    given = plain(value)
+    given = python_value(value)
     numeric = isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given)
     if not numeric or int(given) != given or int(given) < low:
         raise ValueError(f"{key}={value!r} must be a whole number, at least {low}.")
@@ -228,7 +228,7 @@ def _integer(key: str, value: Any, low: int) -> int:
 
 
 def _pair_of_betas(betas: Any) -> tuple[float, float]:
-    pair: tuple[Any, ...] = plain(betas) if isinstance(betas, (list, tuple)) else ()
+    pair: tuple[Any, ...] = python_value(betas) if isinstance(betas, (list, tuple)) else ()
     if len(pair) != 2 or not all(isinstance(b, (int, float)) and 0.0 <= b < 1.0 for b in pair):
         raise ValueError(f"betas={betas!r} must be two numbers, each at least 0 and below 1.")
     return float(pair[0]), float(pair[1])

@@ -19,7 +19,7 @@ from frugal_dist.checkpoint.parts import Chunk, regular_state_chunks, state_chun
 from frugal_dist.checkpoint.reader import Reader
 from frugal_dist.checkpoint.rng import check_rng_state, reseed, set_rng_state
 from frugal_dist.checkpoint.schedule import fitted
-from frugal_dist.config import HYPERPARAMETERS, plain, saved_group
+from frugal_dist.config import HYPERPARAMETERS, python_value, saved_group
 from frugal_dist.notices import notice
 from frugal_dist.optimizer import Frugal
 from frugal_dist.parameters.groups import moved_by_schedules
@@ -276,8 +276,8 @@ def _restore_groups(runtime: Runtime, reader: Reader) -> list[str]:
 
 
 def _restore_option(options: dict[str, Any], key: str, value: Any, moved: Sequence[str]) -> set[str]:
-    value, present = plain(value), options.get(key)
-    if plain(present) == value:
+    value, present = python_value(value), options.get(key)
+    if python_value(present) == value:
         return set()
     if key not in HYPERPARAMETERS or key in moved:
         if isinstance(present, Tensor):
@@ -285,4 +285,4 @@ def _restore_option(options: dict[str, Any], key: str, value: Any, moved: Sequen
         else:
             options[key] = value
         return set()
-    return {f"{key} {value!r} -> {plain(present)!r}"}
+    return {f"{key} {value!r} -> {python_value(present)!r}"}

@@ -22,7 +22,7 @@ from frugal_dist.checkpoint.leftovers import BUFFER, leftovers, module_of
 from frugal_dist.checkpoint.parts import WEIGHT, Chunk, regular_state_chunks, state_chunks, weight_chunks
 from frugal_dist.checkpoint.rng import rng_state
 from frugal_dist.checkpoint.tensors import Written, write_tensors
-from frugal_dist.config import HYPERPARAMETERS, plain
+from frugal_dist.config import HYPERPARAMETERS, python_value
 from frugal_dist.optimizer import Frugal
 from frugal_dist.parameters.changes import matrix_options, regular_options
 from frugal_dist.sharding.collectives import Ranks, gather_objects
@@ -175,7 +175,7 @@ def _groups(runtime: Runtime) -> list[dict[str, Any]]:
 
 
 def _plain_options(options: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: plain(value) for key, value in options.items() if key != "projected"}
+    kept = {key: python_value(value) for key, value in options.items() if key != "projected"}
     return {
         key: value
         for key, value in kept.items()

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from frugal_dist.config import HYPERPARAMETERS, plain
+from frugal_dist.config import HYPERPARAMETERS, python_value
 from frugal_dist.engines import accelerate, deepspeed, join, lightning, zero, zero_redundancy
 from frugal_dist.engines.plain import PlainStorage
 from frugal_dist.sharding.collectives import Ranks, is_initialized, ranks_of
@@ -150,7 +150,7 @@ def _settings(request: Request) -> dict[str, object]:
     found: dict[str, object] = {"shard_state": request.shard_state}
     for number, group in enumerate(request.groups):
         where = "" if one else f" of group {number}"
-        found.update({key + where: plain(group.get(key)) for key in HYPERPARAMETERS})
+        found.update({key + where: python_value(group.get(key)) for key in HYPERPARAMETERS})
     return found
 
 

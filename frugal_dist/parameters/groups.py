@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from frugal_dist import engines
-from frugal_dist.config import HYPERPARAMETERS, NEVER, TAKEN_UP, plain, saved_group
+from frugal_dist.config import HYPERPARAMETERS, NEVER, TAKEN_UP, python_value, saved_group
 from frugal_dist.parameters.names import Choice, clean_name, is_table_name
 from frugal_dist.sharding.shard import ParamSpec
 
@@ -273,7 +273,7 @@ def _replaced(saved: Sequence[Mapping[str, Any]], present: Sequence[Mapping[str,
     changes: dict[str, None] = {}
     for then, now in zip(saved, present, strict=True):
         for key in HYPERPARAMETERS:
-            if key in now and key not in moved_by_schedules(then) and plain(then[key]) != plain(now[key]):
+            if key in now and key not in moved_by_schedules(then) and python_value(then[key]) != python_value(now[key]):
                 bound = " (fixed by the state)" if TAKEN_UP[key] == NEVER else ""
                 changes[f"{key}={then[key]!r} instead of {now[key]!r}{bound}"] = None
     if not changes:
