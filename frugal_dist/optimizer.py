@@ -516,7 +516,7 @@ class Frugal(Optimizer):
         def take(_: Optimizer, changed: dict[str, Any]) -> dict[str, Any]:
             try:
                 saved = read_groups(changed["param_groups"], before, self._names())
-                saved_state.check_tensors(changed["state"])
+                saved_state.check_entries(changed["state"])
             except ValueError as error:
                 refused.append(error)
                 raise

@@ -282,8 +282,10 @@ def _settle_layout(runtime: Runtime, work: LocalMatrix, everyone: Sequence[State
             return
 
 
-def check_tensors(state: Mapping[int, Mapping[str, Any]]) -> None:
-    """ValueError, naming it, for an entry that is no tensor, as torch leaves for a key that it looked for in vain."""
+def check_entries(state: Mapping[int, Mapping[str, Any]]) -> None:
+    """ValueError, naming it, for an entry that is no tensor, as torch leaves for a key that it looked for in vain, and
+    for a count that is none, as casting all of the state leaves them.
+    """
     for number, store in state.items():
         for key, value in store.items():
             if not isinstance(value, Tensor):
@@ -291,14 +293,34 @@ def check_tensors(state: Mapping[int, Mapping[str, Any]]) -> None:
                     f"The loaded state of parameter {number} has {key!r} of type {type(value).__name__}, where a "
                     "tensor belongs. It was saved by another optimizer, or with another state_full or projection."
                 )
+            if _is_counter(key) and not _is_exact(value):
+                raise ValueError(
+                    f"The loaded state of parameter {number} has {key}={value.tolist()} in {value.dtype}, which is no "
+                    "exact count. Cast moments only, and leave counts the integers they were."
+                )
+
+
+def _is_counter(key: str) -> bool:
+    return key.rpartition("/")[2] in COUNTERS
+
+
+def _is_exact(counter: Tensor) -> bool:
+    """Whether it is one whole number, and its dtype tells it from its neighbours."""
+    if counter.numel() != 1 or counter.dtype == torch.bool or counter.is_complex():
+        return False
+    if not counter.is_floating_point():
+        return True
+    value = float(counter)
+    return value.is_integer() and abs(value) < 2 / torch.finfo(counter.dtype).eps
 
 
 def placed(store: Mapping[str, Tensor], device: torch.device) -> Store:
-    """A copy for live use: counts on the CPU, the rest with the parameter, dtypes as saved."""
+    """A copy for live use: counts on the CPU, the rest with the parameter, in its dtype, contiguous."""
     found = {}
-    for key, value in store.items():
-        is_counter = key.rpartition("/")[2] in COUNTERS
-        found[key] = value.detach().clone().to("cpu" if is_counter else device)
+    with torch.inference_mode(False):  # what is made in it can be changed in it only
+        for key, value in store.items():
+            copied = value.detach().clone(memory_format=torch.contiguous_format)
+            found[key] = copied.to("cpu", torch.int64).view(()) if _is_counter(key) else copied.to(device)
     return found
 
 

@@ -155,6 +155,39 @@ def test_loading_keeps_the_dtypes_that_were_saved(projection: str, dtype: torch.
             assert torch.equal(resumed.state[b][key], value), key
 
 
+def other_strides(value: torch.Tensor) -> torch.Tensor:
+    return value.T.contiguous().T if value.dim() == 2 else value
+
+
+def made_in_inference(value: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return value.clone()
+
+
+def all_floats(value: torch.Tensor) -> torch.Tensor:
+    """Also the counts, as casting everything leaves them."""
+    return value.float()
+
+
+@pytest.mark.parametrize("change", [other_strides, made_in_inference, all_floats])
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_how_loaded_tensors_lie_does_not_matter(
+    projection: str, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    alone, saved, resumed = (build_all(torch.float32, projection=projection, on_refresh="keep") for _ in range(3))
+    train(alone, 1, 7)
+    train(saved, 1, 4)
+    train(resumed, 1, 4)
+    state_dict = saved.state_dict()
+    state_dict["state"] = {
+        number: {key: change(value) for key, value in store.items()} for number, store in state_dict["state"].items()
+    }
+    with torch.inference_mode(change is made_in_inference):
+        resumed.load_state_dict(state_dict)
+    train(resumed, 5, 7)
+    assert all(torch.equal(a, b) for a, b in zip(weights(alone), weights(resumed), strict=True))
+
+
 def test_loaded_state_is_a_copy() -> None:
     source, target = build_all(), build_all()
     train(source, 1, 2)
@@ -355,6 +388,11 @@ def strange(saved: dict[str, Any]) -> None:
     saved["state"][1]["momentum_buffer"] = torch.zeros(16, 40)
 
 
+def rounded_count(saved: dict[str, Any]) -> None:
+    """In bf16 257 is 256."""
+    saved["state"][4]["step"] = torch.tensor(257, dtype=torch.bfloat16)
+
+
 def no_tensor(saved: dict[str, Any]) -> None:
     """As torch.distributed.checkpoint makes of a key that it does not find."""
     saved["state"][4]["exp_avg_sq"] = {}
@@ -373,6 +411,7 @@ def no_tensor(saved: dict[str, Any]) -> None:
         (transposed, "odd: the loaded exp_avg has shape"),
         (resized, "norm: the loaded exp_avg has shape (9,), this rank needs (11,)"),
         (no_tensor, "parameter 4 has 'exp_avg_sq' of type dict, where a tensor belongs"),
+        (rounded_count, "step=256.0 in torch.bfloat16, which is no exact count"),
         (strange, "wide: the loaded state has 'momentum_buffer'"),
     ],
 )
