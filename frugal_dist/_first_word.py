@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from itertools import pairwise
+from types import FrameType
 
 COMMANDS = ("pretrain", "finetune", "compare", "plan", "doctor", "export")
 RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
@@ -23,5 +25,19 @@ def _is_first() -> bool:
     return next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0"
 
 
+def _stopped(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C while modules are loaded: a sentence, not the place in torch where that was."""
+    os.write(2, b"\nStopped before it began (SIGINT); the same command starts it.\n" if _is_first() else b"")
+    os._exit(130)
+
+
+def hear_again() -> None:
+    """All is loaded: Ctrl-C is KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is _stopped:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+if _command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _stopped)
 if _command() and _is_first() and not {"-h", "--help", "--quick"} & set(sys.orig_argv):
     print(f"frugal-dist {_command()}: loading PyTorch ...", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from frugal_dist._first_word import hear_again
 from frugal_dist.training.distributed.ending import end_process
 
 
@@ -21,6 +22,7 @@ def console() -> NoReturn:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command and return the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    hear_again()
     try:
         words = _joined(sys.argv[1:] if arguments is None else arguments)
         parser = _parser()

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from frugal_dist import checkpoint
+from frugal_dist.checkpoint.folder import LATEST
+from frugal_dist.checkpoint.index import INDEX
 from frugal_dist.training.distributed.console import LOG_FILE, information_to, log_file, quiet_console, say, tell
 from frugal_dist.training.distributed.place import DistEnv, find_dist_env
 from frugal_dist.training.distributed.ranks import agree, process_group, together
@@ -145,12 +147,22 @@ def _begun(begin: Callable[[], Start], place: DistEnv) -> tuple[Path, Callable[[
     """The file for what libraries print, and what comes next; an error is kept until all ranks can hear of it."""
     try:
         start = begin()
-        log = _writable(Path(start.folder), log_file(place.rank))
+        log = _writable(_folder_of_a_run(start.folder), log_file(place.rank))
     except Exception as error:
         if place.world == 1:
             raise
         return Path(os.devnull), partial(_raise, error)
     return log, lambda: start.prepare
+
+
+def _folder_of_a_run(folder: str) -> Path:
+    """ValueError for what is no folder of its own: nothing, or another run's checkpoints."""
+    run = Path(folder)
+    if not folder.strip():
+        raise ValueError("folder is empty; name one for what the run leaves behind.")
+    if (run / LATEST).is_file() or (run / INDEX).is_file():
+        raise ValueError(f"folder is {folder!r}, which holds checkpoints; name the run's own folder, the one above.")
+    return run
 
 
 def _writable(run: Path, name: str) -> Path:

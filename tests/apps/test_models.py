@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("jsonargparse")
 pytest.importorskip("transformers")
 
+from frugal_dist.cli import main
 from frugal_dist.training.data.prepared import prepare_demo
 from frugal_dist.training.metrics.record import of_kind, read_metrics
 from frugal_dist.training.models import build_model, check_positions
@@ -110,6 +111,25 @@ def test_what_the_keys_build(folder: Path) -> None:
     for tied in (False, True):
         model = build_model(Model(path=path, tied=tied), VOCABULARY, 32)
         assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied  # type: ignore[operator]
+
+
+def test_weights_are_trained_on_under_another_optimizer(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A run of AdamW is refused to FRUGAL by name; its weights are taken over as the message says."""
+    before = losses(folder, "adamw", "--optimizer.name", "adamw")
+    run, words = folder / "adamw", ["pretrain", str(folder / "recipe.yaml"), "--folder"]
+    assert main([*words, str(run)]) == 2
+    assert "optimizer.name 'adamw' (now 'frugal')" in (said := capfd.readouterr().err)
+    assert f"frugal-dist export {run / 'checkpoints'} --out DIR" in said
+    assert main(["export", str(run / "checkpoints"), "--out", str(folder / "exported")]) == 0
+    after = losses(folder, "frugal", "--model.path", str(folder / "exported"), "--model.pretrained", "true")
+    assert after[3] == before[4], "validation before the first step is that after the last of AdamW"
+    assert after[4] < after[3]
+
+
+def test_a_run_has_a_folder_of_its_own(folder: Path, plain: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    for named, words in (("", "folder is empty"), (str(folder / "plain" / "checkpoints"), "holds checkpoints")):
+        assert main(["pretrain", str(folder / "recipe.yaml"), "--folder", named]) == 2
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.timeout(900)
