@@ -446,6 +446,8 @@ def _path_of(name: str, kind: type[Any]) -> Path:
     close = difflib.get_close_matches(name, known, n=1)
     file = next((f"{name}{ending}" for ending in (".yaml", ".yml") if Path(f"{name}{ending}").is_file()), "")
     hint = f" Did you mean {(file or close[0])!r}?" if file or close else nearby(name)
+    if path.is_dir():
+        hint = " It is a folder, a recipe is a YAML file; the folder of a model is named by --model.path."
     for folder, commands in COMMANDS.items():
         if (Path(str(resources.files("frugal_dist.training"))) / folder / f"{name}.yaml").is_file():
             hint = f" That one is for frugal-dist {commands}."

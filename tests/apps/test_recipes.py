@@ -340,6 +340,15 @@ def test_misspelt_commands_and_options(words: str, said: str, capsys: pytest.Cap
     assert (code, said in capsys.readouterr().err) == (2, True)
 
 
+def test_a_recipe_is_no_folder_and_may_lack_its_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "own.yaml").write_text("steps: 3")
+    for name, said in (("model", "It is a folder"), ("own", "Did you mean 'own.yaml'?")):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            read_recipe(name)
+
+
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
