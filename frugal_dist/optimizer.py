@@ -515,8 +515,8 @@ class Frugal(Optimizer):
 
         def take(_: Optimizer, changed: dict[str, Any]) -> dict[str, Any]:
             try:
+                saved_state.check_entries(changed)
                 saved = read_groups(changed["param_groups"], before, self._names())
-                saved_state.check_entries(changed["state"])
             except ValueError as error:
                 refused.append(error)
                 raise

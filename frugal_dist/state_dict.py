@@ -282,11 +282,17 @@ def _settle_layout(runtime: Runtime, work: LocalMatrix, everyone: Sequence[State
             return
 
 
-def check_entries(state: Mapping[int, Mapping[str, Any]]) -> None:
+def check_entries(state_dict: Mapping[str, Any]) -> None:
     """ValueError, naming it, for an entry that is no tensor, as torch leaves for a key that it looked for in vain, and
     for a count that is none, as casting all of the state leaves them.
     """
-    for number, store in state.items():
+    missing = [key for key in ("state", "param_groups") if key not in state_dict]
+    if missing:
+        keys = ", ".join(map(repr, list(state_dict)[:5])) or "nothing"
+        raise ValueError(
+            f"The loaded state has no {missing[0]!r}, but {keys}: it is not what state_dict() of an optimizer gave."
+        )
+    for number, store in state_dict["state"].items():
         for key, value in store.items():
             if not isinstance(value, Tensor):
                 raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from frugal_dist import engines
-from frugal_dist.config import HYPERPARAMETERS, NEVER, TAKEN_UP, python_value, saved_group
+from frugal_dist.config import HYPERPARAMETERS, NEVER, TAKEN_UP, config_from, python_value, saved_group
 from frugal_dist.parameters.names import Choice, clean_name, is_table_name
 from frugal_dist.sharding.shard import ParamSpec
 
@@ -243,6 +243,11 @@ def read_groups(saved: Sequence[Mapping[str, Any]], present: Sequence[Mapping[st
         {**{key: now[key] for key in HYPERPARAMETERS if key in now}, **saved_group(group, now)}
         for group, now in zip(saved, present, strict=True)
     ]
+    for number, group in enumerate(groups):
+        try:
+            config_from(group)
+        except ValueError as error:
+            raise ValueError(f"Group {number} of the loaded state: {error}") from error
     return Saved(groups, numbers, moved, _replaced(groups, present))
 
 

@@ -388,6 +388,16 @@ def strange(saved: dict[str, Any]) -> None:
     saved["state"][1]["momentum_buffer"] = torch.zeros(16, 40)
 
 
+def whole_checkpoint(saved: dict[str, Any]) -> None:
+    inner = dict(saved)
+    saved.clear()
+    saved.update(model={}, optimizer=inner)
+
+
+def bad_value(saved: dict[str, Any]) -> None:
+    saved["param_groups"][1]["lr"] = "fast"
+
+
 def rounded_count(saved: dict[str, Any]) -> None:
     """In bf16 257 is 256."""
     saved["state"][4]["step"] = torch.tensor(257, dtype=torch.bfloat16)
@@ -411,6 +421,11 @@ def no_tensor(saved: dict[str, Any]) -> None:
         (transposed, "odd: the loaded exp_avg has shape"),
         (resized, "norm: the loaded exp_avg has shape (9,), this rank needs (11,)"),
         (no_tensor, "parameter 4 has 'exp_avg_sq' of type dict, where a tensor belongs"),
+        (
+            whole_checkpoint,
+            "has no 'state', but 'model', 'optimizer': it is not what state_dict() of an optimizer gave",
+        ),
+        (bad_value, "Group 1 of the loaded state: lr='fast' must be a number"),
         (rounded_count, "step=256.0 in torch.bfloat16, which is no exact count"),
         (strange, "wide: the loaded state has 'momentum_buffer'"),
     ],
