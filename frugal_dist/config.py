@@ -196,7 +196,8 @@ def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
 
 
 def _suggestion(value: object, allowed: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(value), list(allowed), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(value), list(allowed), n=3, cutoff=0.5)
+    close = sorted(near, key=lambda one: not one.startswith(str(value)))  # adam is adamw rather than badam
     return f" Did you mean {close[0]!r}?" if close else ""
 
 

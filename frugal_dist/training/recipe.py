@@ -458,7 +458,10 @@ def _explained(message: str, parser: Any) -> str:
     """The library's words, shorter, with the known key that is closest to an unknown one."""
     text = " ".join(message.split())
     text = re.sub(r"a typing\.Literal\[([^\]]*)\]", r"one of \1", text)
-    text = re.sub(r"a <class '(\w+)'>", r"\1", text)
+    text = re.sub(r"(?:a )?<class '(\w+)'>", r"\1", text).replace("NoneType", "null")
+    union = r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: "
+    text = re.sub(union, lambda kinds: f"Expected {kinds.group(1).replace(', ', ' or ')}. Got value: ", text)
+    text = re.sub(r'Parser key "([\w.]+)": ', r"\1: ", text)
     known = [action.dest for action in parser._actions]
     group = re.search(r"Group '([\w.]+)'", text)
     words = [f"{group.group(1)}.{word}" if group else word for word in re.findall(r"[\w.]+", text)]

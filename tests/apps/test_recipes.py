@@ -190,6 +190,8 @@ def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
         ("--data no/such", "Did you mean 'data.path'?"),
         ("--optimizer=frugal", "Did you mean 'optimizer.name'?"),
         ("--print-config", "Did you mean --print_config?"),
+        ("--steps two", "llama_60m: steps: Expected int. Got value: two."),
+        ("--micro_batch two", "llama_60m: micro_batch: Expected int or null. Got value: two."),
     ],
 )
 def test_words_that_are_no_keys_are_told_which_is_meant(words: str, said: str) -> None:
