@@ -94,19 +94,51 @@ class Frugal(Optimizer):
     Each projected matrix is updated by a state-full rule on a low-rank or coordinate part of its gradient and by a
     state-free rule on the rest; all other parameters by the state-full rule alone.
 
-    ``params``: ``model.named_parameters()``, or torch-style groups whose members are tensors or (name, tensor) tuples.
-    A group's ``"projected": True/False`` decides for its members, otherwise their names decide; any hyperparameter may
-    be set per group. See ``FrugalConfig`` for what they mean, ``split_parameters`` to choose by module.
+    Args:
+        params: ``model.named_parameters()``, or torch-style groups whose members are tensors or (name, tensor) tuples.
+            A group's ``"projected": True/False`` decides for its members, otherwise their names decide; any
+            hyperparameter may be set per group. ``split_parameters`` chooses by module.
+        lr: step size of the regular parameters; projected ones use ``lr * projected_lr_scale``.
+        betas: AdamW's or Lion's; None means the rule's own: (0.9, 0.999), Lion (0.9, 0.99).
+        eps: AdamW's epsilon.
+        weight_decay: decoupled, applied first, with the unscaled ``lr``.
+        density: the share of each matrix that is updated with state, 0 to 1 (``blockwise``: of the matrices).
+        update_gap: updates between two projector refreshes.
+        projection: how that share is chosen: "svd", "random", "randperm", "columns", "rows", "randk" or "blockwise".
+        side: of svd, random and randperm: "std" (right if rows >= columns, else left), "reverse_std", "right", "left",
+            "full".
+        block_order: in which order ``blockwise`` makes whole matrices state-full: "random", "ascending", "descending",
+            "mirror".
+        state_full: the rule of the state-full part and of regular parameters: "adamw", "lion" or "sgdm".
+        state_free: the rule of the rest: "sign", "sgd" or "none".
+        momentum: of "sgdm".
+        projected_lr_scale: scales both parts of a projected matrix' step.
+        state_free_lr_scale: scales the state-free part once more; 1 for pre-training, 0.1 for fine-tuning.
+        on_refresh: what becomes of the moments at a refresh: "reset", "keep", or "project" into the new basis.
+        svd_method: how svd's basis is computed: "exact", "subspace" (several times faster, nearly as good) or
+            "gram64".
+        basis_dtype: of bases between refreshes: "full" or "bf16".
+        rounding: of bf16 weights without fp32 masters: "nearest" or "stochastic".
+        refresh_schedule: "together" (the paper), or "staggered": matrices take turns within ``update_gap``.
+        compute_layout: where sharded bases compute: "auto" (by cost), "cut" or "owner".
+        residual_threshold: relative size below which a residual's row (column for a left basis) counts as rounding
+            noise and is not stepped; 0 turns it off.
+        shard_state: whether replicas share the low-rank state. "auto": yes, except where checkpoints keep rank 0's
+            state only: under DeepSpeed stage 0, and under DDP of Accelerate, the Trainer or Lightning.
+        process_group: the ranks that hold replicas of ordinary tensors. "auto": the default group if there is one.
+            None: this process is alone, no collectives ever.
+        project: name patterns as in ``split_parameters``, for groups that do not say ``"projected"``.
+        skip: the same for what is not projected.
+        no_decay: name patterns without weight decay.
+        seed: of the random selections.
+        **unknown: arguments of other optimizers: refused, each with what it is called here.
 
-    ``process_group``: the ranks that hold replicas of ordinary tensors. "auto": the default group if there is one.
-    None: this process is alone, no collectives ever. ``shard_state``: whether replicas share the low-rank state;
-    "auto": yes, except where checkpoints keep rank 0's state only: under DeepSpeed stage 0, and under DDP of Accelerate
-    or the Trainer. ``project``, ``skip``: name patterns as in ``split_parameters``, for groups that do not say
-    ``"projected"``. ``no_decay``: name patterns without weight decay. A hyperparameter that is "auto" has its default:
-    JSON configs say so.
+    A hyperparameter that is "auto" has its default: JSON configs say so. ``FrugalConfig`` has the sources.
 
-    Raises ValueError, naming the parameter or key, for unknown or bad hyperparameters, unnamed parameters without
-    ``"projected"``, a pattern that matches nothing, nothing projected, and shapes that leave nothing state-full.
+    Raises:
+        ValueError: naming the parameter or key, for unknown or bad hyperparameters, unnamed parameters without
+            ``"projected"``, a pattern that matches nothing, nothing projected, and shapes that leave nothing
+            state-full.
     """
 
     def __init__(
@@ -373,7 +405,6 @@ class Frugal(Optimizer):
 
         Only before anything has moved. ZeRO calls once for each group or sub-group, of which some may have zeros first.
         """
-        load.follow_weights()
         ensure_state(runtime, load)
         if not self._started:
             moving = load.has_run() or load.has_gradient() or runtime.storage.moves_elsewhere()

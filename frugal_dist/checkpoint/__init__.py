@@ -44,14 +44,21 @@ def save(
 ) -> bool:
     """Save weights, optimizer state, learning rates, RNG states and ``extra`` to the folder ``path``: did it work?
 
-    Collective: every rank calls it. ``optimizer`` is a Frugal or a wrapper around one (``engine.optimizer``). ``extra``
-    is the rank's own: numbers, text, tensors, and lists, tuples and dicts of them, such as data positions and
-    ``state_dict()`` of schedulers. A folder of the same name is replaced only when the new one is complete, and only if
-    it is a checkpoint.
+    Collective: every rank calls it.
 
-    Raises CheckpointError (a ValueError) on all ranks alike if any of them fails; no partial files stay, the previous
-    checkpoint is untouched, and training can go on. ``on_error="warn"``: if the disk is to blame (full, read-only, not
-    shared), rank 0 warns instead, and all ranks return False.
+    Args:
+        path: the checkpoint's folder. One of the same name is replaced only when the new one is complete, and only if
+            it is a checkpoint.
+        model_or_engine: the model, wrapped or not, or DeepSpeed's engine.
+        optimizer: a Frugal or a wrapper around one (``engine.optimizer``).
+        extra: this rank's own: numbers, text, tensors, and lists, tuples and dicts of them, such as data positions and
+            ``state_dict()`` of schedulers.
+        on_error: "raise", or "warn": if the disk is to blame (full, read-only, not shared), rank 0 warns and all ranks
+            return False.
+
+    Raises:
+        CheckpointError: (a ValueError) on all ranks alike if any of them fails; no partial files stay, the previous
+            checkpoint is untouched, and training can go on.
     """
     frugal = unwrap(optimizer)
     return _tolerant(frugal, on_error, lambda: write_checkpoint(Path(path), model_or_engine, frugal, extra))
@@ -71,11 +78,17 @@ def load(
     Collective. With as many ranks as saved it, every rank gets its own ``extra`` and RNG states back; further ranks get
     rank 0's ``extra`` and RNG streams of their own.
 
-    ``on_mismatch``: "error", or "refresh": where hyperparameters changed that the low-rank state depends on, keep the
-    weights and counts and start with a fresh subspace at the next step. ``verify``: compare the checksums of all files
-    first, shared among the ranks. ``rng``: restore the generators of torch, Python and NumPy.
+    Args:
+        path: the checkpoint's folder.
+        model_or_engine: the model, wrapped or not, or DeepSpeed's engine.
+        optimizer: a Frugal or a wrapper around one.
+        on_mismatch: "error", or "refresh": where hyperparameters changed that the low-rank state depends on, keep the
+            weights and counts and start with a fresh subspace at the next step.
+        verify: compare the checksums of all files first, shared among the ranks.
+        rng: restore the generators of torch, Python and NumPy.
 
-    Raises CheckpointError (a ValueError) on all ranks alike, naming the file and what differs; nothing is changed then.
+    Raises:
+        CheckpointError: (a ValueError) on all ranks alike, naming the file and what differs; nothing is changed then.
     """
     check_choice("on_mismatch", on_mismatch, ("error", "refresh"))
     return read_checkpoint(Path(path), model_or_engine, unwrap(optimizer), on_mismatch, verify, rng)
@@ -94,7 +107,15 @@ def save_step(
 ) -> bool:
     """``save`` to ``root/step_000123``, name it the latest, then remove old checkpoints; whether it worked.
 
-    ``keep_last``: how many of the newest stay (None: all). ``keep_every``: steps divisible by it stay as well.
+    Args:
+        root: the folder of all checkpoints of a run.
+        step: the number of updates made so far.
+        model_or_engine: as for ``save``.
+        optimizer: as for ``save``.
+        extra: as for ``save``.
+        keep_last: how many of the newest stay (None: all).
+        keep_every: steps divisible by it stay as well.
+        on_error: as for ``save``.
     """
     for key, value in (("keep_last", keep_last), ("keep_every", keep_every)):
         if value is not None and value < 1:
@@ -117,7 +138,14 @@ def load_latest(
 ) -> tuple[int, dict[str, Any]] | None:
     """``load`` the checkpoint that ``root/latest`` names; (step, this rank's extra), or None if there is none yet.
 
-    ``on_damaged``: "error", or "previous": warn and take the one before if files are missing, cut off or changed.
+    Args:
+        root: the folder of all checkpoints of a run.
+        model_or_engine: as for ``load``.
+        optimizer: as for ``load``.
+        on_mismatch: as for ``load``.
+        on_damaged: "error", or "previous": warn and take the one before if files are missing, cut off or changed.
+        verify: as for ``load``.
+        rng: as for ``load``.
     """
     check_choice("on_mismatch", on_mismatch, ("error", "refresh"))
     check_choice("on_damaged", on_damaged, ("error", "previous"))

@@ -46,14 +46,12 @@ class DTensorStorage:
     def options(self, i: int) -> dict[str, Any]:
         return self.groups[self.originals[i].group]
 
-    def weight(self, i: int) -> Tensor:
-        return _local(self.param(i)).detach()
-
-    def grad(self, i: int) -> Tensor | None:
+    def tensors(self, i: int) -> tuple[Tensor, Tensor, Tensor | None, bool]:
         param = self.param(i)
-        if isinstance(param.grad, DTensor) and isinstance(param, DTensor):
-            _check_gradient(self.originals[i].name, param, param.grad)
-        return None if param.grad is None else _local(param.grad)
+        grad = param.grad
+        if isinstance(grad, DTensor) and isinstance(param, DTensor):
+            _check_gradient(self.originals[i].name, param, grad)
+        return param, _local(param).detach(), None if grad is None else _local(grad), not param.requires_grad
 
 
 def stored_part(name: str, tensor: Tensor) -> tuple[LocalShard, Tensor]:

@@ -47,10 +47,10 @@ class PlainStorage:
     def options(self, i: int) -> dict[str, Any]:
         return self.groups[self.originals[i].group]
 
-    def weight(self, i: int) -> Tensor:
-        return self.param(i).detach()
-
-    def grad(self, i: int) -> Tensor | None:
-        if self.models and self.frozen(i):
-            return None  # the engine makes zeros of it
-        return self.param(i).grad
+    def tensors(self, i: int) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+        original = self.originals[i]
+        param: Tensor = self.groups[original.group]["params"][original.position]
+        if not self.models:
+            return param, param.detach(), param.grad, not param.requires_grad
+        frozen = not self.models[i].requires_grad
+        return param, param.detach(), None if frozen else param.grad, frozen  # the engine makes zeros of it

@@ -84,14 +84,12 @@ class ZeroStorage:
     def options(self, i: int) -> Group:
         return self.groups[self.originals[i].group]
 
-    def weight(self, i: int) -> Tensor:
-        return _slice(self.places[i], self.param(i).detach())
-
-    def grad(self, i: int) -> Tensor | None:
-        if self.frozen(i):
-            return None  # what DeepSpeed hands over are zeros, or the gradient of an earlier step
-        grad = self.param(i).grad
-        return None if grad is None else _slice(self.places[i], grad)
+    def tensors(self, i: int) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+        place = self.places[i]
+        flat, frozen = place.flat(), self.frozen(i)
+        # What DeepSpeed hands over for a frozen one are zeros, or the gradient of an earlier step.
+        grad = None if frozen or flat.grad is None else _slice(place, flat.grad)
+        return flat, _slice(place, flat.detach()), grad, frozen
 
 
 def storage_under_deepspeed(
@@ -294,7 +292,7 @@ def _checked(process_group: Any, storage: ZeroStorage) -> tuple[Any, Sequence[Pa
                 f"DeepSpeed keeps {flat.dtype} master weights. Frugal needs fp32 ones: remove "
                 "bf16_master_weights_and_grads / fp16_master_weights_and_grads from the config."
             )
-        low, high = place.low(), storage.weight(i)
+        low, high = place.low(), storage.tensors(i)[1]
         if low is not None and not torch.equal(high.to(low.device, low.dtype), low):
             raise ValueError(
                 f"{original.name}: elements {place.start} to {place.start + place.numel} are not where DeepSpeed says "

@@ -27,7 +27,8 @@ class StateBytes:
 def state_bytes(runtime: Runtime, state: State) -> StateBytes:
     """Of everything on this rank; AdamW's moments have the dtype of the weights that the optimizer is given."""
     storage = runtime.storage
-    weights = [storage.weight(i) for i in range(len(runtime.originals)) if storage.param(i).requires_grad]
+    looked_up = [storage.tensors(i) for i in range(len(runtime.originals))]
+    weights = [weight for param, weight, _, _ in looked_up if param.requires_grad]
     held = sum(_bytes(store.values()) for store in state.values())
     return StateBytes(held, 2 * _bytes(weights))
 

@@ -107,11 +107,8 @@ class _Storage:
     def options(self, i: int) -> dict[str, Any]:
         return self.groups[self.originals[i].group]
 
-    def weight(self, i: int) -> Tensor:
-        return self.weights[i].detach()
-
-    def grad(self, i: int) -> Tensor | None:
-        return None
+    def tensors(self, i: int) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+        return self.weights[i], self.weights[i].detach(), None, self.frozen(i)
 
 
 def make_plan(
@@ -213,7 +210,7 @@ def _tensors(originals: Sequence[ParamSpec], parts: Sequence[LocalShard]) -> lis
 
 def _rank_plan(runtime: Runtime, load: StepInputs) -> RankPlan:
     """What the rank holds."""
-    found = RankPlan(runtime.ranks.rank, parameters=sum(runtime.storage.weight(i).numel() for i in load.key))
+    found = RankPlan(runtime.ranks.rank, parameters=sum(runtime.storage.tensors(i)[1].numel() for i in load.key))
     for one in load.regular:
         found.regular += sum(size for _, size in _sizes(one.state))
     for work in load.works:

@@ -86,7 +86,8 @@ def residual(grad: Tensor, low: Tensor, basis: Basis) -> Tensor:
 
 def spans_everything(basis: Basis) -> bool:
     """Whether no gradient has a residual (density 1): what is left would be rounding noise, whose signs are steps."""
-    return all(part.shape[0] == part.shape[1] for part in basis.parts)
+    left, right = basis.left, basis.right
+    return (left is None or left.shape[0] == left.shape[1]) and (right is None or right.shape[0] == right.shape[1])
 
 
 def silence_noise_(rest: Tensor, grad: Tensor, side: str, threshold: float) -> Tensor:

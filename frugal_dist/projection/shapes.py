@@ -35,14 +35,17 @@ def family(config: FrugalConfig) -> str:
     return FAMILY[config.projection] if config.density > 0 else "coordinates"
 
 
+SIDES = {
+    (side, tall): {"std": ("left", "right"), "reverse_std": ("right", "left")}.get(side, (side, side))[tall]
+    for side in ("std", "reverse_std", "right", "left", "full")
+    for tall in (False, True)
+}
+"""(asked for, rows >= cols): one of "right", "left" and "full"; in the paper right if rows >= cols, else left."""
+
+
 def resolve_side(side: str, rows: int, cols: int) -> str:
-    """One of "right", "left" and "full" for a matrix (paper: right if rows >= cols, else left)."""
-    tall = rows >= cols
-    if side == "std":
-        return "right" if tall else "left"
-    if side == "reverse_std":
-        return "left" if tall else "right"
-    return side
+    """One of "right", "left" and "full" for a matrix."""
+    return SIDES[side, rows >= cols]
 
 
 _LARGEST_DENOMINATOR = 10**6

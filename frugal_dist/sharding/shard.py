@@ -111,8 +111,7 @@ class Storage(Protocol):
     def options(self, i: int) -> dict[str, Any]:
         """The parameter group, with the hyperparameters of this moment."""
 
-    def weight(self, i: int) -> Tensor:
-        """This rank's part, a plain tensor: shaped as the box, or flat."""
-
-    def grad(self, i: int) -> Tensor | None:
-        """The gradient of that part, averaged and accumulated; None if there is none."""
+    def tensors(self, i: int) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+        """``param``; this rank's part of it, a plain tensor: shaped as the box, or flat; the gradient of that part,
+        averaged and accumulated, None if there is none; and ``frozen``.
+        """

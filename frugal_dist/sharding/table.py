@@ -33,6 +33,11 @@ class Matrix:
     owner: int
 
     @cached_property
+    def empty(self) -> bool:
+        """Whether it has no entries at all."""
+        return self.rows * self.cols == 0
+
+    @cached_property
     def held(self) -> Holders:
         """Every tile with the ranks that hold it."""
         return holders(self.storage)

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from frugal_dist.config import FrugalConfig, config_from
 from frugal_dist.projection.numerics import compute_dtype
-from frugal_dist.projection.shapes import FAMILY
+from frugal_dist.projection.shapes import FAMILY, SIDES, family
 from frugal_dist.sharding.redistribution import fill_buckets
 from frugal_dist.sharding.shard import Box, LocalShard, ParamSpec
-from frugal_dist.sharding.table import Matrix
 from frugal_dist.step.runtime import (
     LocalMatrix,
     Runtime,
@@ -56,24 +55,10 @@ class StepInputs:
     regular: list[LocalParameter]
     device: torch.device
 
-    @property
-    def states(self) -> list[MatrixState]:
-        """Of its matrices and regular parameters."""
-        return [work.state for work in self.works] + [one.state for one in self.regular]
-
-    def follow_weights(self) -> None:
-        """Take state that was moved elsewhere to where the weights are: a kernel would read at a wrong address."""
-        for work in self.works:
-            work.state.follow(work.device)
-        for one in self.regular:
-            one.state.follow(one.weight.device)
-
     def has_run(self) -> bool:
         """Whether any state has ever moved."""
-        counts = [work.state.counter("updates") for work in self.works] + [
-            one.state.counter("step") for one in self.regular
-        ]
-        return any(counts)
+        counts = [work.state.counts["updates"] for work in self.works]
+        return any(counts) or any(one.state.counts["step"] for one in self.regular)
 
     def has_gradient(self) -> bool:
         """Whether any local gradient is not all zeros (a NaN counts)."""
@@ -92,63 +77,46 @@ def step_inputs(runtime: Runtime, state: State, everything: bool = False) -> Ste
 
     ``everything``: all parameters, not only those that this step() call is about.
     """
-    call = tuple(range(len(runtime.originals)) if everything else runtime.storage.call())
-    configs: dict[int, FrugalConfig] = {}
+    storage, originals, sites, shapes = runtime.storage, runtime.originals, runtime.sites, runtime.shapes
+    call = tuple(range(len(originals)) if everything else storage.call())
+    configs: dict[int, tuple[FrugalConfig, str]] = {}
     works: list[LocalMatrix] = []
     regular: list[LocalParameter] = []
-    matrices = runtime.by_original
     device = torch.device("cpu")
     for i in call:
-        original = runtime.originals[i]
-        options = runtime.storage.options(i)
+        original, options = originals[i], storage.options(i)
         if id(options) not in configs:
-            configs[id(options)] = config_from(options)
-        config = configs[id(options)]
-        weight, grad = runtime.storage.weight(i), runtime.storage.grad(i)
-        device = weight.device
-        if runtime.shapes.setdefault(i, weight.shape) != weight.shape:
-            raise ValueError(_resized(original, runtime.shapes[i], weight.shape))
-        _check_gradient(original, grad)
-        _check_rounding(original, config, weight)
-        store = state[runtime.storage.param(i)]
-        decay = config.weight_decay if original.decay else 0.0
-        if original.projected:
-            works += [_work(runtime, i, matrix, config, decay, store, weight, grad) for matrix in matrices[i]]
-        else:
-            prefix = "" if isinstance(runtime.storage.part(i), Box) else f"{original.name}/"
+            config = config_from(options)
+            configs[id(options)] = config, family(config)
+        config, kind = configs[id(options)]
+        site = sites.get(i) or runtime.site(i)
+        param, weight, grad, frozen = storage.tensors(i)
+        device, weight_dtype = weight.device, weight.dtype
+        if shapes.setdefault(i, weight.shape) != weight.shape:
+            raise ValueError(_resized(original, shapes[i], weight.shape))
+        if grad is not None and (grad.layout is not torch.strided or not grad.is_floating_point()):
+            raise ValueError(_bad_gradient(original, grad))
+        if weight_dtype is torch.float16 and config.rounding == "stochastic":
+            raise ValueError(_bad_rounding(original))
+        states, decay = site.of(state[param]), config.weight_decay if original.decay else 0.0
+        if not original.projected:
             regular.append(
-                LocalParameter(
-                    original.name,
-                    original.shape,
-                    config,
-                    decay,
-                    MatrixState(store, prefix),
-                    weight,
-                    grad,
-                    runtime.storage.part(i),
-                    frozen=runtime.storage.frozen(i),
+                LocalParameter(original.name, original.shape, config, decay, states[0], weight, grad, site.part, frozen)
+            )
+            continue
+        dtype = torch.float64 if weight_dtype is torch.float64 else torch.float32  # compute_dtype
+        for (matrix, tiles), one in zip(site.members, states, strict=True):
+            weights, grads = [weight], None if grad is None else [grad]
+            if not site.direct:
+                weights = site.part.views(weight, original, matrix.member, tiles)
+                grads = None if grad is None else site.part.views(grad, original, matrix.member, tiles)
+            side = SIDES[config.side, matrix.rows >= matrix.cols]
+            works.append(
+                LocalMatrix(
+                    matrix, config, decay, one, tiles, weights, grads, device, weight_dtype, frozen, dtype, kind, side
                 )
             )
     return StepInputs(call, works, regular, device)
-
-
-def _work(runtime: Runtime, i: int, matrix: Matrix, config: FrugalConfig, decay: float,
-          store: dict[str, Tensor], weight: Tensor, grad: Tensor | None) -> LocalMatrix:  # fmt: skip
-    original, part = runtime.originals[i], runtime.storage.part(i)
-    alone_here = isinstance(part, Box) and original.stack == 1
-    tiles = matrix.storage[runtime.ranks.rank]
-    return LocalMatrix(
-        matrix=matrix,
-        config=config,
-        decay=decay,
-        state=MatrixState(store, "" if alone_here else f"{matrix.name}/"),
-        tiles=tiles,
-        weights=part.views(weight, original, matrix.member, tiles),
-        grads=None if grad is None else part.views(grad, original, matrix.member, tiles),
-        device=weight.device,
-        weight_dtype=weight.dtype,
-        frozen=runtime.storage.frozen(i),
-    )
 
 
 def _resized(original: ParamSpec, before: Sequence[int], now: Sequence[int]) -> str:
@@ -158,32 +126,40 @@ def _resized(original: ParamSpec, before: Sequence[int], now: Sequence[int]) -> 
     )
 
 
-def _check_gradient(original: ParamSpec, grad: Tensor | None) -> None:
-    if grad is None:
-        return
+def _bad_gradient(original: ParamSpec, grad: Tensor) -> str:
     if grad.layout != torch.strided:
-        raise ValueError(
-            f"{original.name} has a sparse gradient; Frugal needs dense ones. Use nn.Embedding(..., sparse=False)."
-        )
-    if not grad.is_floating_point():
-        raise ValueError(f"{original.name} has a gradient of dtype {grad.dtype}; Frugal needs real floating point.")
+        return f"{original.name} has a sparse gradient; Frugal needs dense ones. Use nn.Embedding(..., sparse=False)."
+    return f"{original.name} has a gradient of dtype {grad.dtype}; Frugal needs real floating point."
 
 
-def _check_rounding(original: ParamSpec, config: FrugalConfig, weight: Tensor) -> None:
-    if config.rounding == "stochastic" and weight.dtype == torch.float16:
-        raise ValueError(
-            f"{original.name} is float16, but rounding='stochastic' is made for bfloat16 weights. Use bfloat16, or "
-            "leave rounding out."
-        )
+def _bad_rounding(original: ParamSpec) -> str:
+    return (
+        f"{original.name} is float16, but rounding='stochastic' is made for bfloat16 weights. Use bfloat16, or "
+        "leave rounding out."
+    )
 
 
 def ensure_state(runtime: Runtime, load: StepInputs) -> None:
-    """Create whatever state is missing. Idempotent; the shapes are those after the first refresh.
+    """Create whatever state is missing, and take what was moved or cast to where the weights are, as they are: a kernel
+    would read at a wrong address. Idempotent; the shapes are those after the first refresh.
 
     Frozen parameters have counts and nothing else until they are unfrozen: beside adapters they are most of a model.
     """
-    bring_counters_home(load.states)
-    for work in load.works:
+    strange = [
+        work
+        for work in load.works
+        if not work.state.is_known(work.dtype, work.device) or (work.state.bare and not work.frozen)
+    ]
+    others = [
+        one
+        for one in load.regular
+        if not one.state.is_known(compute_dtype(one.weight.dtype), one.weight.device)
+        or (one.state.bare and not (one.frozen and one.grad is None))
+    ]
+    states = [work.state for work in strange] + [one.state for one in others]
+    bring_counters_home(states)
+    for work in strange:
+        work.state.follow(work.device)
         work.state.ensure_counters()
         moment = work.state.first_moment()
         later = work.frozen and not work.empty  # then the first refresh creates it, if there ever is one
@@ -191,8 +167,9 @@ def ensure_state(runtime: Runtime, load: StepInputs) -> None:
             create_state(runtime, work)
         elif moment is not None and moment.dtype != work.dtype:  # loaded, or the model was cast
             work.state.convert(work.dtype)
-        check_density(work)
-    for one in load.regular:
+        work.state.remember(work.dtype)
+    for one in others:
+        one.state.follow(one.weight.device)
         if one.state.get("step") is None:
             one.state.put("step", torch.tensor(0, device="cpu"))
         moment, dtype = one.state.first_moment(), compute_dtype(one.weight.dtype)
@@ -200,6 +177,10 @@ def ensure_state(runtime: Runtime, load: StepInputs) -> None:
             create_moments(one)
         elif moment is not None and moment.dtype != dtype:
             one.state.convert(dtype)
+        one.state.remember(dtype, ("step",))
+    for work in load.works:
+        if (work.state.counts["size"] == 0) != (work.config.density == 0.0):
+            check_density(work)
 
 
 def create_moments(one: LocalParameter, device: torch.device | None = None) -> None:
@@ -241,8 +222,9 @@ def step_regular(load: StepInputs) -> None:
     groups: dict[tuple[object, ...], list[LocalParameter]] = {}
     for one in load.regular:
         if one.grad is not None:  # an empty shard counts too: its counter is saved as everyone's
-            one.state.set_counter("step", one.state.counter("step") + 1)
-            key = (one.config, one.decay, one.state.counter("step"), one.weight.dtype, one.weight.device)
+            step = one.state.counts["step"] + 1
+            one.state.set_counter("step", step)
+            key = (id(one.config), one.decay, step, one.weight.dtype, one.weight.device)
             groups.setdefault(key, []).append(one)
     for members in groups.values():
         _step_group(members)

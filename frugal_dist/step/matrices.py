@@ -20,11 +20,12 @@ from frugal_dist.step.runtime import (
     CoordinatePiece,
     LocalMatrix,
     Runtime,
-    basis_piece_shapes,
+    basis_moments,
     basis_route,
     local_selection,
     moments_of,
 )
+from frugal_dist.step.state import advance
 from frugal_dist.update.kernels.jobs import Noise, TileUpdate
 from frugal_dist.update.local import (
     add_coordinates_,
@@ -42,30 +43,40 @@ Lists = list[list[Tensor]]
 
 def step_matrices(runtime: Runtime, works: Sequence[LocalMatrix], stepped: Sequence[LocalMatrix]) -> None:
     """Update the matrices ``stepped``; ``works`` are all of the call, so that every rank joins every exchange."""
-    active = {work.matrix.index for work in stepped}
-    for work in stepped:
-        work.state.set_counter("step", work.state.counter("step") + 1)
-    remote = [work for work in works if travels(runtime, work)]
-    far = {work.matrix.index for work in remote}
-    _step_here(runtime, [work for work in stepped if work.matrix.index not in far])
-    for bucket in buckets_of(runtime, remote):
-        _step_bucket(runtime, bucket, active)
-    for work in stepped:
-        work.state.set_counter("updates", work.state.counter("updates") + 1)
-
-
-def _decays_narrow(work: LocalMatrix) -> bool:
-    """Low-precision weights would lose weight decay by itself: it is below their last place."""
-    return work.decay != 0.0 and work.weight_dtype != work.dtype
+    states = [work.state for work in stepped]
+    try:
+        for state in states:
+            state.counts["step"] += 1
+        remote = [] if runtime.ranks.alone else [work for work in works if travels(runtime, work)]
+        far = {work.matrix.index for work in remote}
+        _step_here(runtime, [work for work in stepped if work.matrix.index not in far] if far else stepped)
+        if remote:
+            active = {work.matrix.index for work in stepped}
+            for bucket in buckets_of(runtime, remote):
+                _step_bucket(runtime, bucket, active)
+        for state in states:
+            state.counts["updates"] += 1
+        advance(states, ("step", "updates"))
+    except BaseException:
+        for state in states:  # what they count is not what the tensors say
+            state.forget()
+        raise
 
 
 def _rounds(work: LocalMatrix) -> bool:
     return rounds_stochastically(work.config, work.weight_dtype)
 
 
+def _widens(work: LocalMatrix) -> bool:
+    """Whether low-precision weights need more than one rounding to the nearest: weight decay by itself would be lost
+    below their last place.
+    """
+    return work.weight_dtype != work.dtype and (work.decay != 0.0 or _rounds(work))
+
+
 def _widened(work: LocalMatrix) -> LocalMatrix:
     """The matrix with fp32 weights of its own for the time of the step, where a step is more than one rounding."""
-    if not (_decays_narrow(work) or _rounds(work)):
+    if not _widens(work):
         return work
     return replace(work, weights=[weight.float() for weight in work.weights])
 
@@ -73,7 +84,7 @@ def _widened(work: LocalMatrix) -> LocalMatrix:
 def _round_back(work: LocalMatrix, wide: LocalMatrix) -> None:
     if wide is work:
         return
-    matrix, updates = work.matrix, work.state.counter("updates")
+    matrix, updates = work.matrix, work.state.counts["updates"]
     stochastic = _rounds(work)
     for tile, weight, value in zip(work.tiles, work.weights, wide.weights, strict=True):
         if not stochastic:
@@ -92,68 +103,68 @@ def _decay(work: LocalMatrix) -> None:
 
 
 def _step_here(runtime: Runtime, works: Sequence[LocalMatrix]) -> None:
-    """Coordinates and blocks together; one by one what needs memory of its own for the time of its step."""
-    together: list[LocalMatrix] = []
+    """Coordinates and blocks together; one by one what needs memory of its own for the time of its step: for a
+    residual, or for weights in fp32 that no kernel rounds by itself.
+    """
     alone: list[LocalMatrix] = []
+    together: list[LocalMatrix] = []
     for work in works:
-        (alone if _needs_memory(runtime, work) else together).append(work)
-    step_tiles(job for work in together for job in _jobs(runtime, work))
+        needs_memory = work.family == "basis" or (work.weight_dtype is not work.dtype and _widens(work))
+        if needs_memory and work.family != "basis":
+            needs_memory = not all(rounds_once(update) for update in _updates(runtime, [work]))
+        (alone if needs_memory else together).append(work)
+    step_tiles(_updates(runtime, together))
     for work in alone:
-        wide = _widened(work)
+        wide = _widened(work) if work.weight_dtype is not work.dtype else work
         if work.family == "basis":
-            _basis_tiles_in_place(wide, basis_route(runtime, wide), wide.decay)
+            _basis_tiles_in_place(runtime, wide, basis_route(runtime, wide), wide.decay)
         else:
-            step_tiles(_jobs(runtime, wide))
-        _round_back(work, wide)
+            step_tiles(_updates(runtime, [wide]))
+        if wide is not work:
+            _round_back(work, wide)
 
 
-def _needs_memory(runtime: Runtime, work: LocalMatrix) -> bool:
-    """For a residual, or for weights in fp32."""
-    if work.family == "basis":
-        return True
-    return (_decays_narrow(work) or _rounds(work)) and not all(rounds_once(job) for job in _jobs(runtime, work))
-
-
-def _jobs(runtime: Runtime, work: LocalMatrix) -> list[TileUpdate]:
-    """The tiles of a coordinate or block projection."""
-    cut, step = local_selection(runtime, work), work.state.counter("step")
-    assert work.grads is not None
-    if cut.nothing:
-        return [
-            TileUpdate(weight, grad, None, (), step, work.decay, work.config, noise)
-            for weight, grad, noise in zip(work.weights, work.grads, _noises(work), strict=True)
-        ]
-    moments = moments_of(work, [piece.mine for piece in cut.pieces])
-    return [
-        TileUpdate(weight, grad, piece.selection, own, step, work.decay, work.config, noise)
-        for weight, grad, piece, own, noise in zip(
-            work.weights, work.grads, cut.pieces, moments, _noises(work), strict=True
-        )
-    ]
+def _updates(runtime: Runtime, works: Sequence[LocalMatrix]) -> list[TileUpdate]:
+    """The tiles of coordinate or block projections. Nearly always one for a matrix: nothing is called for it here."""
+    found: list[TileUpdate] = []
+    cuts = runtime.cuts
+    for work in works:
+        counts, config, decay, grads = work.state.counts, work.config, work.decay, work.grads
+        assert grads is not None
+        cut = cuts.get(work.matrix.index)
+        if cut is None or cut.key != (counts["refreshes"], counts["size"], work.device):
+            cut = local_selection(runtime, work)
+        step = counts["step"]
+        noises = _noises(work) if work.weight_dtype is not work.dtype else None
+        moments: list[tuple[Tensor, ...]] = [()] * len(grads) if cut.nothing else moments_of(work, cut.shapes)
+        for k, grad in enumerate(grads):
+            selection, noise = None if cut.nothing else cut.pieces[k].selection, None if noises is None else noises[k]
+            found.append(TileUpdate(work.weights[k], grad, selection, moments[k], step, decay, config, noise))
+    return found
 
 
 def _noises(work: LocalMatrix) -> list[Noise | None]:
     """How each tile is rounded by a kernel that can; to the nearest where its weights are fp32 copies by now."""
     if not _rounds(work) or any(weight.dtype != work.weight_dtype for weight in work.weights):
         return [None] * len(work.tiles)
-    keys = keys_of(work.config.seed, work.matrix.name, work.state.counter("updates"))
+    keys = keys_of(work.config.seed, work.matrix.name, work.state.counts["updates"])
     cols = work.matrix.cols
     return [Noise(keys, tile.rows[0] * cols + tile.cols[0], cols) for tile in work.tiles]
 
 
-def _basis_tiles_in_place(work: LocalMatrix, plan: RedistributionPlan, decay: float) -> None:
-    moments = _basis_moments(work, plan)
-    basis = work.basis()
+def _basis_tiles_in_place(runtime: Runtime, work: LocalMatrix, plan: RedistributionPlan, decay: float) -> None:
+    moments, basis = basis_moments(runtime, work, plan), work.basis()
+    grads, step = work.grads, work.state.counts["step"]
+    assert grads is not None
     for tile, home, here, moment in zip(plan.tiles, plan.home, plan.in_place, moments, strict=True):
         if here:
             assert basis is not None and home is not None
-            area = tile.within(home)
-            weight, grad = work.local_weight(home)[area], work.local_grad(home)[area]
-            basis_step_(weight, grad, basis, work.side, moment, work.state.counter("step"), decay, work.config)
-
-
-def _basis_moments(work: LocalMatrix, plan: RedistributionPlan) -> list[tuple[Tensor, ...]]:
-    return moments_of(work, basis_piece_shapes(work, plan, work.state.counter("size")))
+            position = work.tiles.index(home)
+            weight, grad = work.weights[position], grads[position]
+            if tile is not home and tile != home:
+                area = tile.within(home)
+                weight, grad = weight[area], grad[area]
+            basis_step_(weight, grad, basis, work.side, moment, step, decay, work.config)
 
 
 # --- matrices that need an exchange ----------------------------------------------------------------
@@ -284,8 +295,8 @@ def _basis_parcel(
     """Compute this rank's tiles; send each holder of a tile its part of the update."""
     plan, rank = basis_route(runtime, work), runtime.ranks.rank
     if active:
-        _basis_tiles_in_place(work, plan, 0.0)  # their weights have decayed, with those of all other tiles
-    deltas = _deltas(work, plan, gradients, active)
+        _basis_tiles_in_place(runtime, work, plan, 0.0)  # their weights have decayed, with those of all other tiles
+    deltas = _deltas(runtime, work, plan, gradients, active)
     if plan.gathered:
         return _gathered_parcel(runtime, work, plan, deltas)
     send: Lists = [[] for _ in range(runtime.ranks.size)]
@@ -329,12 +340,16 @@ def _add_all(work: LocalMatrix, arrivals: Sequence[tuple[Tile, Tile, Tensor]]) -
 
 
 def _deltas(
-    work: LocalMatrix, plan: RedistributionPlan, gradients: dict[tuple[int, Tile], Tensor], active: bool
+    runtime: Runtime,
+    work: LocalMatrix,
+    plan: RedistributionPlan,
+    gradients: dict[tuple[int, Tile], Tensor],
+    active: bool,
 ) -> dict[Tile, Tensor]:
     """The updates of the compute tiles that are not stepped in place; zeros for a matrix that is skipped."""
     found: dict[Tile, Tensor] = {}
     basis: Basis | None = work.basis()
-    moments = _basis_moments(work, plan) if plan.tiles else []
+    moments = basis_moments(runtime, work, plan) if plan.tiles else []
     for tile, home, here, moment in zip(plan.tiles, plan.home, plan.in_place, moments, strict=True):
         if here:
             continue
@@ -344,7 +359,7 @@ def _deltas(
         assert basis is not None
         key = (work.matrix.index, tile)
         grad = gradients[key] if home is None else work.local_grad(home)[tile.within(home)]
-        found[tile] = basis_delta(grad, basis, work.side, moment, work.state.counter("step"), work.config)
+        found[tile] = basis_delta(grad, basis, work.side, moment, work.state.counts["step"], work.config)
     return found
 
 
@@ -362,7 +377,7 @@ def _coordinate_parcel(runtime: Runtime, work: LocalMatrix, gradients: object, a
         updates.append(update)
         share = torch.zeros(piece.mine, dtype=work.dtype, device=work.device)
         if active and work.grads is not None:
-            grad, counter = work.grads[position], work.state.counter("step")
+            grad, counter = work.grads[position], work.state.counts["step"]
             share = coordinate_share(grad, piece.selection, piece.my_bounds, moment, counter, work.config)
         _post(piece, share, update, send, recv, gathered)
     return PendingUpdate(send, recv, lambda: _finish_coordinates(work, pieces, updates, active))

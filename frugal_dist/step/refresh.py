@@ -15,7 +15,6 @@ from torch import Tensor
 from frugal_dist.config import FrugalConfig
 from frugal_dist.notices import notice
 from frugal_dist.projection.basis import Basis, basis_shapes
-from frugal_dist.projection.shapes import FAMILY
 from frugal_dist.sharding.collectives import agree_max, all_to_all, broadcast, gather_objects
 from frugal_dist.sharding.placement import owner_layout, transfers_for
 from frugal_dist.sharding.redistribution import fill_buckets, limit_for_owners
@@ -60,22 +59,13 @@ def refresh(runtime: Runtime, works: Sequence[LocalMatrix], regular: Sequence[Lo
     suspects = _suspects(runtime, works)
     reports = _agree(runtime, suspects, regular) if suspects else {}
     _refresh_coordinates(runtime, works, reports)
-    due_bases = [work for work in suspects if work.family == "basis" and _due(work)]
+    due_bases = [work for work in suspects if work.family == "basis" and work.is_due()]
     _refresh_bases(runtime, [work for work in due_bases if _usable(work, reports[work.matrix.index])])
     _remember(runtime, suspects, reports)
     return [work for work in works if work.grads is not None and _can_step(work, reports)]
 
 
 # --- deciding together -----------------------------------------------------------------------------
-
-
-def _due(work: LocalMatrix, updates: int | None = None, refreshed_at: int | None = None) -> bool:
-    config, matrix = work.config, work.matrix
-    updates = work.state.counter("updates") if updates is None else updates
-    refreshed_at = work.state.counter("refreshed_at") if refreshed_at is None else refreshed_at
-    schedule = "together" if FAMILY[config.projection] == "blocks" else config.refresh_schedule  # also at density 0
-    shift = offset(schedule, matrix.block, matrix.blocks, config.update_gap)
-    return due(updates, refreshed_at, config.update_gap, shift)
 
 
 def _takes_part(runtime: Runtime, work: LocalMatrix) -> bool:
@@ -105,17 +95,15 @@ def _suspects(runtime: Runtime, works: Sequence[LocalMatrix]) -> list[LocalMatri
     They do not differ in freezing (requires_grad), a decision of the program: what is frozen and had no gradient on any
     rank when it was asked for is left out, so that frozen weights beside adapters cost nothing.
     """
+    if runtime.ranks.alone:  # coordinates never take part
+        return [work for work in works if work.family == "basis" and work.grads is not None and work.is_due()]
     found = []
     for work in works:
         known = runtime.agreed.get(work.matrix.index)
-        if runtime.ranks.alone and work.family != "basis":
-            continue  # it never takes part
-        if runtime.ranks.alone:
-            suspect = work.grads is not None and _due(work)
-        elif known is not None and known.asleep and work.frozen:
+        if known is not None and known.asleep and work.frozen:
             suspect = False
         else:
-            suspect = known is None or _due(work, known.updates + known.calls, known.refreshed_at)
+            suspect = known is None or work.is_due(known.updates + known.calls, known.refreshed_at)
         if suspect and _takes_part(runtime, work):
             found.append(work)
         elif known is not None:
@@ -148,7 +136,7 @@ def _agree(runtime: Runtime, suspects: Sequence[LocalMatrix], regular: Sequence[
                 runtime, f"{work.matrix.name}: ranks counted {-negative_least} to {most} updates; all go on with {most}"
             )
             work.state.set_counter("updates", most)
-        if bad and _due(work):
+        if bad and work.is_due():
             _notice(
                 runtime,
                 f"{work.matrix.name}: its gradient has NaN or infinite entries at a projector refresh. All ranks leave "
@@ -201,10 +189,12 @@ def _usable(work: LocalMatrix, report: Report) -> bool:
 
 def _can_step(work: LocalMatrix, reports: dict[int, Report]) -> bool:
     """Skip a matrix whose gradient is not finite at its refresh, and one that never had a projector."""
+    if not reports:
+        return work.state.counts["refreshes"] > 0 or work.matrix.empty
     if work.empty:
         return True
     report = reports.get(work.matrix.index)
-    spoilt = report is not None and not report.finite and _due(work)  # asked for too early: not due, not skipped
+    spoilt = report is not None and not report.finite and work.is_due()  # asked for too early: not due, not skipped
     return work.state.counter("refreshes") > 0 and not spoilt
 
 
@@ -222,7 +212,7 @@ def _remember(runtime: Runtime, suspects: Sequence[LocalMatrix], reports: dict[i
 
 def _refresh_coordinates(runtime: Runtime, works: Sequence[LocalMatrix], reports: dict[int, Report]) -> None:
     for work in works:
-        if work.family == "basis" or not _due(work):
+        if work.family == "basis" or not work.is_due():
             continue
         report = reports.get(work.matrix.index)
         if report is None and _takes_part(runtime, work):
@@ -411,19 +401,3 @@ def _count_failure(runtime: Runtime, work: LocalMatrix, owner: int) -> None:
 def _notice(runtime: Runtime, text: str) -> None:
     if runtime.ranks.rank == 0:
         notice(text)
-
-
-# When a matrix is due for a refresh: pure functions of counts that are equal on all ranks.
-
-
-def offset(schedule: str, index: int, matrices: int, gap: int) -> int:
-    """By how many updates a matrix refreshes after the first of the cycle; 0 for "together" (the paper)."""
-    return index * gap // matrices if schedule == "staggered" else 0
-
-
-def due(updates: int, refreshed_at: int, gap: int, shift: int = 0) -> bool:
-    """Whether the update numbered ``updates`` (from 0) starts with a refresh. ``refreshed_at`` is -1 before the first.
-
-    A late refresh (retry) does not shift the schedule: it only has to fall into the running period.
-    """
-    return refreshed_at < 0 or (updates - shift) // gap > (refreshed_at - shift) // gap

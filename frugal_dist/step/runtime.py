@@ -14,12 +14,11 @@ from frugal_dist.projection.basis import Basis
 from frugal_dist.projection.blocks import active_blocks, active_count
 from frugal_dist.projection.coordinates import NOTHING, Selection
 from frugal_dist.projection.draw import draw_selection, whole_block
-from frugal_dist.projection.numerics import compute_dtype
-from frugal_dist.projection.shapes import FAMILY, family, resolve_side, selection_size
+from frugal_dist.projection.shapes import FAMILY, selection_size
 from frugal_dist.sharding.collectives import Ranks
 from frugal_dist.sharding.placement import compute_layout
 from frugal_dist.sharding.redistribution import Redistribution, RedistributionPlan
-from frugal_dist.sharding.shard import ParamSpec, Storage
+from frugal_dist.sharding.shard import Box, LocalShard, ParamSpec, Storage
 from frugal_dist.sharding.table import Matrix, Table
 from frugal_dist.sharding.tile import Layout, Tile, Tiles, split_evenly
 from frugal_dist.step.state import MatrixState, Shape
@@ -41,6 +40,27 @@ class Agreed:
 
 
 @dataclass
+class Site:
+    """Where a parameter lies on this rank, found once: its part, and each of its matrices with this rank's tiles.
+
+    ``direct``: the parameter's own tensor is the one tile of its one matrix. ``states`` are kept as long as the tensor
+    whose state they show is the same.
+    """
+
+    part: LocalShard
+    members: list[tuple[Matrix, Tiles]]
+    direct: bool
+    prefixes: list[str]
+    states: list[MatrixState] = field(default_factory=list)
+
+    def of(self, store: dict[str, Tensor]) -> list[MatrixState]:
+        """A state for each matrix; for a regular parameter the one of its own."""
+        if not self.states or self.states[0].store is not store:
+            self.states = [MatrixState(store, prefix) for prefix in self.prefixes]
+        return self.states
+
+
+@dataclass
 class Runtime:
     """Everything that is fixed once the first step has seen the engine. Nothing in it is saved; all of it derives."""
 
@@ -56,6 +76,8 @@ class Runtime:
     failures: dict[int, int] = field(default_factory=dict)
     buckets: dict[tuple[int, ...], list[list[int]]] = field(default_factory=dict)
     shapes: dict[int, torch.Size] = field(default_factory=dict)
+    moment_shapes: dict[int, tuple[int, RedistributionPlan, list[Shape]]] = field(default_factory=dict)
+    sites: dict[int, Site] = field(default_factory=dict)
     figures: RefreshStats = field(default_factory=RefreshStats)
 
     def give_to(self, index: int, owner: int) -> None:
@@ -64,6 +86,22 @@ class Runtime:
         matrices[index] = replace(matrices[index], owner=owner)
         self.table = replace(self.table, matrices=tuple(matrices))
         self.__dict__.pop("by_original", None)
+        self.sites.clear()
+
+    def site(self, i: int) -> Site:
+        """Where parameter i lies."""
+        if i not in self.sites:
+            original, part = self.originals[i], self.storage.part(i)
+            boxed = isinstance(part, Box)
+            matrices = self.by_original.get(i, [])
+            members = [(matrix, matrix.storage[self.ranks.rank]) for matrix in matrices]
+            names = [matrix.name for matrix in matrices] if original.projected else [original.name]
+            prefixes = ["" if boxed and original.stack == 1 else f"{name}/" for name in names]
+            if not original.projected and boxed:
+                prefixes = [""]
+            direct = boxed and len(original.shape) == 2 and bool(members) and len(members[0][1]) == 1
+            self.sites[i] = Site(part, members, direct, prefixes)
+        return self.sites[i]
 
     @cached_property
     def by_original(self) -> dict[int, list[Matrix]]:
@@ -76,7 +114,10 @@ class Runtime:
 
 @dataclass
 class LocalMatrix:
-    """One matrix in one call. ``weights`` and ``grads`` are 2-D views, one for each of ``tiles``, this rank's part."""
+    """One matrix in one call. ``weights`` and ``grads`` are 2-D views, one for each of ``tiles``, this rank's part.
+
+    ``dtype``: of moments, bases and exchanged pieces. ``family`` and ``side`` are those of its settings at this call.
+    """
 
     matrix: Matrix
     config: FrugalConfig
@@ -88,11 +129,9 @@ class LocalMatrix:
     device: torch.device
     weight_dtype: torch.dtype
     frozen: bool
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of moments, bases and exchanged pieces."""
-        return compute_dtype(self.weight_dtype)
+    dtype: torch.dtype
+    family: str
+    side: str
 
     @property
     def basis_dtype(self) -> torch.dtype:
@@ -102,15 +141,10 @@ class LocalMatrix:
     def basis(self) -> Basis | None:
         """The basis to compute with, or None before the first refresh and on ranks that do not use it."""
         kept = self.state.basis(self.side)
-        return None if kept is None else kept.to(self.dtype)
-
-    @property
-    def family(self) -> str:
-        return family(self.config)
-
-    @property
-    def side(self) -> str:
-        return resolve_side(self.config.side, self.matrix.rows, self.matrix.cols)
+        if kept is None:
+            return None
+        part = kept.right if kept.left is None else kept.left
+        return kept if part is not None and part.dtype == self.dtype else kept.to(self.dtype)
 
     @property
     def size(self) -> int:
@@ -130,7 +164,22 @@ class LocalMatrix:
 
     @property
     def empty(self) -> bool:
-        return self.matrix.rows * self.matrix.cols == 0
+        return self.matrix.empty
+
+    def is_due(self, updates: int | None = None, refreshed_at: int | None = None) -> bool:
+        """Whether update number ``updates`` (from 0) starts with a refresh; by default as this rank counts.
+
+        ``refreshed_at`` is -1 before the first. A late refresh (retry) does not shift the schedule: it only has to fall
+        into the running period. Staggered matrices refresh some updates after the first of the cycle; blocks are chosen
+        together, also at density 0.
+        """
+        counts, config = self.state.counts, self.config
+        updates = counts["updates"] if updates is None else updates
+        refreshed_at = counts["refreshed_at"] if refreshed_at is None else refreshed_at
+        gap, shift = config.update_gap, 0
+        if config.refresh_schedule == "staggered" and FAMILY[config.projection] != "blocks":
+            shift = self.matrix.block * gap // self.matrix.blocks
+        return refreshed_at < 0 or (updates - shift) // gap > (refreshed_at - shift) // gap
 
 
 _RANDPERM = {"right": "columns", "left": "rows", "full": "submatrix"}
@@ -194,6 +243,11 @@ class LocalSelection:
     key: tuple[int, int, torch.device]
     pieces: list[CoordinatePiece]
     nothing: bool
+
+    @cached_property
+    def shapes(self) -> list[Shape]:
+        """Of this rank's shares of R."""
+        return [piece.mine for piece in self.pieces]
 
 
 def basis_route(runtime: Runtime, work: LocalMatrix) -> RedistributionPlan:
@@ -262,6 +316,15 @@ def basis_piece_shapes(work: LocalMatrix, plan: RedistributionPlan, r: int) -> l
     return basis_tile_shapes(work.side, plan.tiles, r)
 
 
+def basis_moments(runtime: Runtime, work: LocalMatrix, plan: RedistributionPlan) -> list[tuple[Tensor, ...]]:
+    """The moments on each compute tile of this rank."""
+    index, r = work.matrix.index, work.state.counts["size"]
+    known = runtime.moment_shapes.get(index)
+    if known is None or known[0] != r or known[1] is not plan:
+        known = runtime.moment_shapes[index] = r, plan, basis_piece_shapes(work, plan, r)
+    return moments_of(work, known[2])
+
+
 def basis_tile_shapes(side: str, tiles: Tiles, r: int) -> list[Shape]:
     """R's shape on each of some compute tiles."""
     return [_BASIS_TILE_SHAPE[side](tile, r) for tile in tiles]
@@ -281,5 +344,12 @@ def moment_names(config: FrugalConfig) -> tuple[str, ...]:
 
 def moments_of(work: LocalMatrix, shapes: Sequence[Shape]) -> list[tuple[Tensor, ...]]:
     """For each piece its tuple of moments."""
-    columns = [work.state.pieces(name, shapes) for name in moment_names(work.config)]
+    state, names = work.state, STATE_FULL[work.config.state_full].moments
+    if len(shapes) == 1:  # nearly always, and then the moments are of the piece's shape
+        whole = []
+        for name in names:
+            moment = state.store[state.prefix + name]
+            whole.append(moment if moment.shape == shapes[0] else moment.view(shapes[0]))
+        return [tuple(whole)]
+    columns = [state.pieces(name, shapes) for name in names]
     return list(zip(*columns, strict=True))

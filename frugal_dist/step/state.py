@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -20,12 +20,57 @@ BASES = ("basis", "basis_left", "basis_right")
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class MatrixState:
-    """``store`` is the state of the tensor that carries it; ``prefix`` tells matrices apart that share one."""
+    """``store`` is the state of the tensor that carries it; ``prefix`` tells matrices apart that share one.
+
+    ``counts``: what the counters say, as Python numbers; true between ``remember`` and the end of the call. Steps read
+    them, since a look at a tensor costs as much as a small matrix does.
+    """
 
     store: MutableMapping[str, Tensor]
     prefix: str = ""
+    counts: dict[str, int] = field(default_factory=dict)
+    counters: dict[str, tuple[str, Tensor, int]] = field(default_factory=dict)
+    """Their keys and tensors, with the versions last seen."""
+    _others: list[tuple[str, Tensor]] = field(default_factory=list)
+    bare: bool = True
+    """Counters and nothing else: of what is frozen."""
+    _entries: int = 0
+    _dtype: torch.dtype | None = None
+
+    def remember(self, dtype: torch.dtype, names: Sequence[str] = COUNTERS) -> None:
+        """Read the counters, and note what there is, so that ``is_known`` can tell whether any of it was changed."""
+        self.counters, self._others = {}, []
+        for name in names:
+            counter = self.store[self.prefix + name]
+            self.counts[name] = int(counter)
+            self.counters[name] = (self.prefix + name, counter, counter._version)
+        for key in (self.prefix + name for name in (*MOMENTS, *BASES)):
+            if key in self.store:
+                self._others.append((key, self.store[key]))
+        self.bare = not self._others
+        self._entries, self._dtype = len(self.store), dtype
+
+    def forget(self) -> None:
+        """Whatever ``remember`` saw: a step was cut off between its counts and its counters."""
+        self._dtype = None
+
+    def is_known(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether all is as ``remember`` saw it: the same tensors, where the weights are, no counter written by others.
+
+        Loading, a change of device or dtype, and engines that replace tensors all show.
+        """
+        store = self.store
+        if self._dtype != dtype or self._entries != len(store):
+            return False
+        for key, counter, version in self.counters.values():
+            if store.get(key) is not counter or counter._version != version:
+                return False
+        for key, value in self._others:  # noqa: SIM110 (a generator would cost as much as all the rest)
+            if store.get(key) is not value or value.device != device:
+                return False
+        return True
 
     def ensure_counters(self) -> None:
         """Create what is missing, on the CPU."""
@@ -45,7 +90,12 @@ class MatrixState:
         return value
 
     def set_counter(self, name: str, value: int) -> None:
-        self.store[self.prefix + name].fill_(value)
+        key = self.prefix + name
+        counter = self.store[key]
+        counter.fill_(value)
+        self.counts[name] = value
+        if name in self.counters:
+            self.counters[name] = (key, counter, counter._version)
 
     def get(self, name: str) -> Tensor | None:
         return self.store.get(self.prefix + name)
@@ -114,13 +164,14 @@ class MatrixState:
 
     def basis(self, side: str) -> Basis | None:
         """The basis, or None before the first refresh and on ranks that do not use it."""
-        if self.counter("refreshes") == 0:
+        store, prefix = self.store, self.prefix
+        if store[prefix + "refreshes"].item() == 0:
             return None
         if side == "full":
-            left, right = self.get("basis_left"), self.get("basis_right")
+            left, right = store.get(prefix + "basis_left"), store.get(prefix + "basis_right")
             return Basis(left, right) if left is not None else None
-        only = self.get("basis")
-        return None if only is None else Basis(**{side: only})
+        only = store.get(prefix + "basis")
+        return None if only is None else Basis(only, None) if side == "left" else Basis(None, only)
 
     def ensure_basis(self, side: str, shape: tuple[int, int], r: int, dtype: torch.dtype, device: torch.device) -> None:
         """Zero bases of a rows x cols matrix where there are none of the right size."""
@@ -136,6 +187,17 @@ class MatrixState:
             self.put("basis_right", basis.right)
         else:
             self.put("basis", basis.parts[0])
+
+
+def advance(states: Sequence[MatrixState], names: Sequence[str]) -> None:
+    """Write counters that have become one more in ``counts``, of states that are known, in one call of torch."""
+    counters = [state.counters[name][1] for state in states for name in names]
+    if counters:
+        torch._foreach_add_(counters, 1)
+    for state in states:
+        for name in names:
+            key, counter, _ = state.counters[name]
+            state.counters[name] = (key, counter, counter._version)
 
 
 def bring_counters_home(states: Sequence[MatrixState]) -> None:

@@ -157,25 +157,27 @@ def coordinate_share(grad: Tensor, selection: Selection, bounds: tuple[int, int]
 def basis_step_(weight: Tensor, grad: Tensor, basis: Basis, side: str, moments: Moments, step: int, decay: float,
                 config: FrugalConfig) -> None:  # fmt: skip
     """Weight decay and a basis projection of one tile, in place."""
-    if weight.dtype != compute_dtype(weight.dtype):
+    if weight.dtype is not torch.float32 and weight.dtype is not torch.float64:
         decay_(weight, config.lr, decay)
         weight.add_(basis_delta(grad, basis, side, moments, step, config))
         return
-    grad = _wide(grad)
+    grad = grad if grad.dtype is weight.dtype else _wide(grad)
     low = down(grad, basis)
-    if STATE_FREE[config.state_free] is not None and not spans_everything(basis):
+    if STATE_FREE[config.state_free] is None or spans_everything(basis):
+        decay_(weight, config.lr, decay)
+    else:
         rest = residual(grad, low, basis)
-        if not _free_rows_(weight, rest, grad, side, config, decay):
+        if config.residual_threshold == 0.0:
+            state_free_(weight, rest, config, decay)
+        elif not _free_rows_(weight, rest, grad, side, config, decay):
             state_free_(weight, silence_noise_(rest, grad, side, config.residual_threshold), config, decay)
         del rest
-    else:
-        decay_(weight, config.lr, decay)
     add_up_(weight, _step_from_zero(low, moments, step, config), basis)
 
 
 def _free_rows_(weight: Tensor, rest: Tensor, grad: Tensor, side: str, config: FrugalConfig, decay: float) -> bool:
     """``silence_noise_`` and ``state_free_`` in one kernel, where there is one: by rows, with a threshold."""
-    if config.residual_threshold == 0.0 or side == "left" or config.state_free != "sign":
+    if side == "left" or config.state_free != "sign":
         return False
     fused = fused_for(weight)
     size, keep = config.lr * config.projected_lr_scale * config.state_free_lr_scale, 1.0 - config.lr * decay
@@ -198,7 +200,8 @@ def basis_delta(grad: Tensor, basis: Basis, side: str, moments: Moments, step: i
 def _step_from_zero(low: Tensor, moments: Moments, step: int, config: FrugalConfig) -> Tensor:
     """-lr s U(low), by moving zeros: the fused rules only know how to move parameters."""
     moved = torch.zeros_like(low, memory_format=torch.contiguous_format)
-    state_full_([moved], [low], [moments], step, config.lr * config.projected_lr_scale, 0.0, config)
+    rate, lists = config.lr * config.projected_lr_scale, [(moment,) for moment in moments]
+    STATE_FULL[config.state_full].update((moved,), (low,), lists, step, rate, 0.0, config)
     return moved
 
 

@@ -175,12 +175,10 @@ class FlatStorage:
         _, part, offset = self.parts[i]
         return flat[offset : offset + part.stop - part.start]
 
-    def weight(self, i: int) -> Tensor:
-        return self._slice(i, self.param(i).detach())
-
-    def grad(self, i: int) -> Tensor | None:
-        grad = self.param(i).grad
-        return None if grad is None else self._slice(i, grad)
+    def tensors(self, i: int) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+        flat = self.param(i)
+        grad = None if flat.grad is None else self._slice(i, flat.grad)
+        return flat, self._slice(i, flat.detach()), grad, False
 
 
 def flats(weights: Named, groups: Groups, options: dict[str, Any], subgroups: int, each: bool) -> Held:
@@ -216,7 +214,7 @@ def _flat_grad(storage: FlatStorage, k: int, grads: Named) -> Tensor:
 
 
 def _gather(storage: FlatStorage) -> Named:
-    mine = [(i, part.start, storage.weight(i).clone()) for i, (_, part, _) in storage.parts.items()]
+    mine = [(i, part.start, storage.tensors(i)[1].clone()) for i, (_, part, _) in storage.parts.items()]
     everyone: list[Any] = [None] * storage.size
     dist.all_gather_object(everyone, mine)
     found = {o.name: torch.full(o.shape, float("nan"), dtype=storage.flats[0].dtype) for o in storage.originals}

@@ -157,3 +157,16 @@ def test_the_report_of_checkpoints_has_every_contender_on_every_number_of_ranks(
     assert columns < svd < adamw, "less state, fewer bytes"
     assert shared == pytest.approx([columns, svd][: len(shared)], rel=0.02), "ranks share the writing"
     assert report["machine"] in printed
+
+
+def test_the_report_of_what_the_host_takes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also the bound on it that can be counted: a GPU waits for the host where a matrix takes many calls."""
+    host_bound = read("host_bound", monkeypatch)
+    host_bound.main(["--matrices", "40", "--rounds", "2"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    calls = {name: float(calls) for name, _, _, calls in rows}
+    assert list(calls) == ["fused AdamW", *host_bound.CONTENDERS]
+    assert calls["fused AdamW"] == 0.0
+    most = {name: 30 if name == "svd" else 20 for name in host_bound.CONTENDERS}
+    over = {name: calls[name] for name in most if calls[name] > most[name] + 2}  # and what a step takes once
+    assert not over

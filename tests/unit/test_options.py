@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import math
 import pickle
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from building import PROJECTIONS, build, counters, parameters_of, set_grads, tra
 from torch import nn
 from torch.distributed.checkpoint.state_dict_saver import _stateful_to_state_dict
 
-from frugal_dist import Frugal, FrugalConfig, checkpoint, preset
+from frugal_dist import Frugal, FrugalConfig, checkpoint, preset, split_parameters
 from frugal_dist.config import HYPERPARAMETERS, TAKEN_UP
 
 # refusals
@@ -711,3 +714,21 @@ def test_wrappers_do_not_change_names() -> None:
     named = [(f"module._orig_mod.layers.{i}.q_proj.weight", torch.nn.Parameter(torch.ones(8, 8))) for i in range(2)]
     rows = Frugal(named).parameter_report_rows()
     assert [row.name for row in rows] == ["layers.0.q_proj.weight", "layers.1.q_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [Frugal, split_parameters, checkpoint.save, checkpoint.load, checkpoint.save_step, checkpoint.load_latest],
+)
+def test_every_argument_is_documented(function: Callable[..., Any]) -> None:
+    """Who hovers over a public name sees what each argument means."""
+    arguments = [name for name in inspect.signature(function).parameters if name != "unknown"]
+    sections = re.split(r"^(\w+):$", inspect.cleandoc(function.__doc__ or ""), flags=re.M)
+    documented = re.findall(r"^ {4}(\w+): ", sections[sections.index("Args") + 1], flags=re.M)
+    assert set(arguments) <= set(documented), set(arguments) - set(documented)
+
+
+def test_the_signature_has_the_defaults_of_the_configuration() -> None:
+    parameters = inspect.signature(Frugal).parameters
+    defaults = {name: parameters[name].default for name in HYPERPARAMETERS}
+    assert defaults == {name: getattr(FrugalConfig(), name) for name in HYPERPARAMETERS} | {"betas": None}

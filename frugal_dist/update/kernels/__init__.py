@@ -33,7 +33,8 @@ CHOICES = ("auto", "torch", "triton", "native")
 def chosen() -> str:
     """What FRUGAL_KERNELS says. Raises ValueError for a value it does not have, and for kernels that cannot be had."""
     choice = os.environ.get(VARIABLE, "auto")
-    check_choice(VARIABLE, choice, CHOICES)
+    if choice not in CHOICES:
+        check_choice(VARIABLE, choice, CHOICES)
     if choice == "triton" and _load() is None:
         raise ValueError(f"{VARIABLE}=triton, but triton cannot be imported. Install it, or use {VARIABLE}=auto.")
     if choice == "native" and _native() is None:

@@ -48,10 +48,6 @@ class Kind(NamedTuple):
     lookup: Callable[[TileUpdate], tuple[int, int, int]]
 
 
-def _nothing(job: TileUpdate) -> tuple[int, int, int]:
-    return 0, 0, 0
-
-
 def _columns(job: TileUpdate) -> tuple[int, int, int]:
     selection: Any = job.selection
     memo = selection.memo
@@ -90,7 +86,7 @@ def bits_of(index: Tensor, length: int) -> Tensor:
     return (marks.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
 
 
-_SIGN = Kind(0, _nothing)
+_SIGN = Kind(0, lambda job: (0, 0, 0))
 _SINGLE = Kind(3, _entries)
 _KINDS = {Columns: Kind(1, _columns), Rows: Kind(2, _rows), Flat: _SINGLE}
 
@@ -158,66 +154,84 @@ def _build(path: Path) -> None:
 # --- stepping --------------------------------------------------------------------------------------------------------
 
 
-def kind_of(job: TileUpdate) -> Kind | None:
-    """The kind of a tile, None for one that is left to torch.
+Row = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int]
+"""What the kernel is told of a tile."""
 
-    The kernel does AdamW with sign, where the tile has selected entries, and the signed step; on contiguous tensors.
+
+def described(job: TileUpdate) -> tuple[Kind, Row] | None:
+    """The kind of a tile and its row in the table, None for one that is left to torch.
+
+    The kernel does AdamW with sign, where the tile has selected entries, and the signed step; on contiguous tensors
+    with memory of their own (a wrapper of other tensors, such as torchao's float8 weights, has the address 0).
     """
-    config, selection = job.config, job.selection
-    if config.state_free != "sign" or not _fit(job.weight, job.grad):
+    weight, grad, selection, moments, _, _, config, noise = job
+    if config.state_free != "sign" or weight.dtype not in DTYPES or grad.dtype not in DTYPES:
         return None
-    if selection is None or job.moments[0].numel() == 0:
-        return _SIGN
+    if not (weight.is_cpu and grad.is_cpu and weight.is_contiguous() and grad.is_contiguous()):
+        return None
+    address, gradient = weight.data_ptr(), grad.data_ptr()
+    if address == 0 or gradient == 0:
+        return None
+    rows, cols = weight.shape
+    keys, start, stride = noise or ((0, 0), 0, cols)
+    if selection is None or moments[0].numel() == 0:
+        return _SIGN, (address, gradient, 0, 0, 0, 0, rows, cols, 0, start, stride, *keys)
     kind = _KINDS.get(type(selection))
-    if kind is _SINGLE and job.noise is not None and job.noise.stride != job.weight.shape[1]:
-        return None  # it knows no rows
-    if kind is None or config.state_full != "adamw":
+    if kind is None or config.state_full != "adamw" or (kind is _SINGLE and stride != cols):  # that one knows no rows
         return None
-    fit = all(moment.dtype == torch.float32 and moment.is_contiguous() for moment in job.moments)
-    return kind if fit else None
+    first, second = moments
+    if not (first.dtype is second.dtype is torch.float32 and first.is_contiguous() and second.is_contiguous()):
+        return None
+    selected, before, count = kind.lookup(job)
+    moved = first.data_ptr(), second.data_ptr()
+    return kind, (address, gradient, *moved, selected, before, rows, cols, count, start, stride, *keys)
 
 
-def _fit(weight: Tensor, grad: Tensor) -> bool:
-    dtypes = weight.dtype in DTYPES and grad.dtype in DTYPES
-    return dtypes and all(one.is_contiguous() and one.device.type == "cpu" and one.data_ptr() for one in (weight, grad))
+def kind_of(job: TileUpdate) -> Kind | None:
+    """The kind of a tile, None for one that is left to torch."""
+    row = described(job)
+    return None if row is None else row[0]
 
 
 class Launches:
     """Tiles that wait for their call. ``take`` them all, then ``finish``."""
 
     def __init__(self) -> None:
-        self._groups: dict[tuple[object, ...], tuple[Kind, list[TileUpdate]]] = {}
+        self._groups: list[tuple[Kind, array[int], list[TileUpdate]]] = []
 
     def take(self, job: TileUpdate) -> bool:
         """Whether the kernel will do this tile. Its tensors must not change until ``finish``."""
-        kind = kind_of(job)
-        if kind is None:
+        found = described(job)
+        if found is None:
             return False
-        step = 0 if kind is _SIGN else job.step
-        key = (kind, job.weight.dtype, job.grad.dtype, id(job.config), job.decay, step, job.noise is not None)
-        self._groups.setdefault(key, (kind, []))[1].append(job)
+        kind, row = found
+        for group in self._groups:  # few, and nearly always the first; nothing is called: small matrices would feel it
+            other = group[2][0]
+            if (
+                group[0] is kind
+                and job.config is other.config
+                and job.decay == other.decay
+                and (job.step == other.step or kind is _SIGN)
+                and job.weight.dtype is other.weight.dtype
+                and job.grad.dtype is other.grad.dtype
+                and (job.noise is None) is (other.noise is None)
+            ):
+                break
+        else:
+            group = kind, array("q"), []
+            self._groups.insert(0, group)
+        group[1].extend(row)
+        group[2].append(job)  # keeps its tensors alive until then
         return True
 
     def finish(self) -> None:
         """Step what waits."""
-        while self._groups:
-            kind, jobs = self._groups.popitem()[1]
-            _call(kind, jobs)
-
-
-def _call(kind: Kind, jobs: list[TileUpdate]) -> None:
-    table = array("q")
-    for job in jobs:
-        rows, cols = job.weight.shape
-        selected, before, count = kind.lookup(job)
-        first, second = (0, 0) if kind is _SIGN else (moment.data_ptr() for moment in job.moments)
-        keys, start, stride = job.noise or ((0, 0), 0, cols)
-        weight, grad = job.weight.data_ptr(), job.grad.data_ptr()
-        table.extend((weight, grad, first, second, selected, before, rows, cols, count, start, stride, *keys))
-    job = jobs[0]
-    scalars = _scalars(kind, job.step, job.decay, job.config)
-    _run(table, kind, job.weight.dtype, job.grad.dtype, scalars, job.noise is not None)
-    torch.autograd.graph.increment_version([job.weight for job in jobs])
+        groups, self._groups = self._groups, []
+        for kind, table, jobs in groups:
+            job = jobs[0]
+            scalars = _scalars(kind, job.step, job.decay, job.config)
+            _run(table, kind, job.weight.dtype, job.grad.dtype, scalars, job.noise is not None)
+            torch.autograd.graph.increment_version([job.weight for job in jobs])
 
 
 def _run(
@@ -241,10 +255,13 @@ def _scalars(kind: Kind, step: int, decay: float, config: FrugalConfig) -> array
 
 def sign_step_(weight: Tensor, grad: Tensor, size: float, keep: float = 1.0) -> bool:
     """W <- keep W - size sign(G). False, and nothing done, if the tensors are not made for it."""
-    if weight.dim() != 2 or not _fit(weight, grad):
+    if weight.dtype not in DTYPES or grad.dtype not in DTYPES or not (weight.is_cpu and grad.is_cpu):
         return False
-    rows, cols = weight.shape
-    table = array("q", (weight.data_ptr(), grad.data_ptr(), 0, 0, 0, 0, rows, cols, 0, 0, cols, 0, 0))
+    addresses = weight.data_ptr(), grad.data_ptr()
+    if not (weight.is_contiguous() and grad.is_contiguous() and all(addresses)):
+        return False
+    numel = weight.numel()
+    table = array("q", (*addresses, 0, 0, 0, 0, 1, numel, 0, 0, numel, 0, 0))
     _run(table, _SIGN, weight.dtype, grad.dtype, array("f", (keep, size, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0)))
     torch.autograd.graph.increment_version([weight])
     return True
