@@ -417,6 +417,8 @@ _PATHS = ("deepspeed", "path", "tokenizer", "validation_path", "source", "train"
 
 
 def _near(folder: Path, name: str) -> str:
+    if not name:
+        return name  # nothing is named; the folder itself is not meant
     given = os.path.expanduser(name)
     beside = str(folder / given)
     return beside if not _is_there(given) and _is_there(beside) else given
