@@ -28,7 +28,7 @@ from frugal_dist.training.distributed.shared import check_shared
 from frugal_dist.training.distributed.signals import DIVERGED, STOPPED, StoppedEarly, StopRequest, stop_requests
 from frugal_dist.training.distributed.waiting import waiting
 from frugal_dist.training.metrics.record import METRICS_FILE, end_of, of_kind
-from frugal_dist.training.metrics.surroundings import device, idle_gpus, surroundings
+from frugal_dist.training.metrics.surroundings import idle_gpus, in_words, surroundings
 from frugal_dist.training.recipe import Recipe
 from frugal_dist.training.resume import GOING_ON, check_begun, records_of
 
@@ -261,8 +261,6 @@ def _ended(job: TrainingJob) -> str:
 
 
 def _headline(job: TrainingJob, start: int) -> str:
-    import torch
-
     from frugal_dist.training.optimizers import described
 
     recipe, engine = job.recipe, job.engine
@@ -270,7 +268,7 @@ def _headline(job: TrainingJob, start: int) -> str:
     ranks = "one rank" if engine.world == 1 else f"{engine.world} ranks"
     return (
         f"{recipe.folder}: {job.parameters / 1e6:.2f} M parameters, {described(recipe.optimizer)}, {recipe.engine} on "
-        f"{ranks}, {recipe.batch * job.batches.length:,} tokens a step, {begun}; {device()}, torch {torch.__version__}"
+        f"{ranks}, {recipe.batch * job.batches.length:,} tokens a step, {begun}; {in_words()}"
     )
 
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,10 @@ def test_why_a_checkpoint_could_not_be_saved_is_said(folder: Path, capfd: pytest
     said = capfd.readouterr().err
     assert "Training goes on without this checkpoint: /proc/nowhere: No such file or directory" in said
     assert "step     3/4: the checkpoint could not be saved" in said
+    first = next(line for line in said.splitlines() if "tokens a step" in line)
+    version = metadata.version("frugal_dist")
+    for word in (socket.gethostname(), f"torch {torch.__version__}", f"frugal_dist {version}", "CPU ("):
+        assert word in first, "where it ran, for whoever reads the log later"
 
 
 def command(folder: Path, name: str, *changes: str) -> list[str]:

@@ -31,6 +31,16 @@ def surroundings() -> dict[str, str]:
     }
 
 
+def in_words() -> str:
+    """For the first line of a run."""
+    here = surroundings()
+    source = f" ({here['commit']})" if here["commit"] else ""
+    return (
+        f"{here['device']} of {here['host']}, torch {here['torch']}, frugal_dist {here['frugal_dist']}{source}, "
+        f"{here['time']}"
+    )
+
+
 def device() -> str:
     """What this process trains on, by name."""
     import torch
