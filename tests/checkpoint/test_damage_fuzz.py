@@ -196,7 +196,7 @@ def test_damage_is_named_or_harmless(fuzz: Fuzz, sound: dict[str, Sound], tmp_pa
     fuzz(
         lambda draw: attempt(SEEN, draw),
         lambda one: check(one, sound[one.projection], tmp_path / "run", trusted=True),
-        short=60,
+        short=25,
         long=3000,
     )
 
@@ -208,6 +208,6 @@ def test_an_index_that_cannot_be_told_from_a_sound_one_never_fails_half_way(
     fuzz(
         lambda draw: attempt(UNSEEN, draw),
         lambda one: check(one, sound[one.projection], tmp_path / "run", trusted=False),
-        short=60,
+        short=25,
         long=2000,
     )

@@ -28,11 +28,11 @@ pytestmark = [
 
 
 def test_one_process_is_the_reference(fuzz: Fuzz) -> None:
-    fuzz(draw_run, compare, short=100, long=3000)
+    fuzz(draw_run, compare, short=50, long=3000)
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit(fuzz: Fuzz) -> None:
-    fuzz(draw_run, resume, short=60, long=1500)
+    fuzz(draw_run, resume, short=40, long=1500)
 
 
 def build(run: Run, start: Named) -> tuple[Frugal, dict[str, nn.Parameter]]:
