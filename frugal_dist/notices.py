@@ -1,6 +1,6 @@
-"""What the package says by itself: warnings that never raise, and one line of information.
+"""What the package says by itself: warnings and one line of information, which never raise.
 
-Where warnings are errors, a rank that raised alone would leave the others waiting.
+Where warnings are errors, or a rank's terminal is gone, a rank that raised alone would leave the others waiting.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from contextlib import suppress
 
 
 def notice(text: str) -> None:
@@ -15,7 +16,7 @@ def notice(text: str) -> None:
     try:
         warnings.warn(text, stacklevel=3)
     except Warning:
-        print(f"frugal_dist: {text}", file=sys.stderr)
+        _print(text)
 
 
 def tell(text: str, aloud: bool) -> None:
@@ -24,4 +25,9 @@ def tell(text: str, aloud: bool) -> None:
     if logger.isEnabledFor(logging.INFO):
         logger.info(text)
     elif aloud and logger.level == logging.NOTSET:
+        _print(text)
+
+
+def _print(text: str) -> None:
+    with suppress(OSError, ValueError):  # closed, or nobody reads it any more
         print(f"frugal_dist: {text}", file=sys.stderr, flush=True)

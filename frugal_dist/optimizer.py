@@ -430,11 +430,17 @@ class Frugal(Optimizer):
 
     def _bind(self) -> Runtime:
         """Find out, once, how the engine stores the parameters. Collective on more than one rank."""
-        settle(self._groups, self._originals, self._settled)
+        problem = ""
+        try:
+            settle(self._groups, self._originals, self._settled)
+            if self._runtime is None and self._before is None:
+                self._take_shapes()
+        except ValueError as error:
+            if self._runtime is not None:  # an ordinary step exchanges nothing by which others could hear of it
+                raise
+            problem = str(error)
         if self._runtime is None:
             self._forget_start()
-            if self._before is None:
-                self._take_shapes()
             runtime = engines.bind(
                 engines.Request(
                     optimizer=self,
@@ -446,6 +452,7 @@ class Frugal(Optimizer):
                     shard_state=self._shard_state,
                     bucket_bytes=BUCKET_BYTES,
                     before=self._before,
+                    problem=problem,
                 )
             )
             saved_state.unpack_all(runtime, self.state, self._loaded)

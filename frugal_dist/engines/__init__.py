@@ -121,6 +121,8 @@ class Request:
     shard_state: bool | str
     bucket_bytes: int
     before: Runtime | None = None
+    problem: str = ""
+    """What this rank cannot go on with: all are to hear of it."""
 
 
 def bind(request: Request) -> Runtime:
@@ -135,6 +137,7 @@ def bind(request: Request) -> Runtime:
         settings = {**_settings(request), **_kernels(originals, storage), **_sharing(request, storage)}
     except ValueError as error:  # all ranks must hear of it before any of them raises
         storage, problem = PlainStorage(request.groups, originals), str(error)
+    problem = request.problem or problem
     owners = [] if request.before is None else [matrix.owner for matrix in request.before.table.matrices]
     table = build_table(ranks, originals, request.originals, storage, settings, problem, owners)
     share = _shares(request, storage) and not ranks.alone

@@ -53,7 +53,7 @@ def _load_checkpoint(inner: Callable[..., Any], optimizer_class: type[Any]) -> C
     def load_checkpoint(engine: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return inner(engine, *args, **kwargs)
-        except (ZeRORuntimeException, AssertionError, RuntimeError, ValueError) as error:
+        except refusals as error:
             ours = isinstance(engine.basic_optimizer, optimizer_class) and engine.zero_optimization()
             told = str(error) or "The checkpoint has no file for this rank"
             if not ours or type(error) not in refusals or "loading state_dict" in told:  # the last is torch's own

@@ -57,7 +57,8 @@ def _locks() -> list[Path]:
     named = os.environ.get("TORCH_EXTENSIONS_DIR")
     if named:
         return sorted(Path(named).glob("*/lock"))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # Not Path.home(), which raises where a container's user has no home: importing this package must not.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     return sorted((cache / "torch_extensions").glob("*/*/lock"))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from frugal_dist.config import config_from
 from frugal_dist.parameters.split import ParameterInfo
-from frugal_dist.sharding.shard import Box, ParamSpec
+from frugal_dist.sharding.shard import ParamSpec
 from frugal_dist.step.runtime import Runtime
 
 State = Mapping[Tensor, Mapping[str, Any]]
@@ -37,10 +37,7 @@ def bytes_by_name(runtime: Runtime, state: State) -> dict[str, int]:
     """What the state of each parameter takes on this rank."""
     found = {}
     for i, original in enumerate(runtime.originals):
-        store = state.get(runtime.storage.param(i), {})
-        alone = isinstance(runtime.storage.part(i), Box) and original.stack == 1
-        names = [matrix.name for matrix in runtime.by_original.get(i, [])] or [original.name]
-        prefixes = ("",) if alone else tuple(f"{name}/" for name in names)
+        store, prefixes = state.get(runtime.storage.param(i), {}), tuple(runtime.site(i).prefixes)
         mine = [value for key, value in store.items() if key.startswith(prefixes)]
         found[original.name] = _bytes(mine)
     return found

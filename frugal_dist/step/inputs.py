@@ -80,6 +80,7 @@ def step_inputs(runtime: Runtime, state: State, everything: bool = False) -> Ste
     storage, originals, sites, shapes = runtime.storage, runtime.originals, runtime.sites, runtime.shapes
     call = tuple(range(len(originals)) if everything else storage.call())
     configs: dict[int, tuple[FrugalConfig, str]] = {}
+    dtypes: dict[torch.dtype, torch.dtype] = {}
     works: list[LocalMatrix] = []
     regular: list[LocalParameter] = []
     device = torch.device("cpu")
@@ -104,7 +105,9 @@ def step_inputs(runtime: Runtime, state: State, everything: bool = False) -> Ste
                 LocalParameter(original.name, original.shape, config, decay, states[0], weight, grad, site.part, frozen)
             )
             continue
-        dtype = torch.float64 if weight_dtype is torch.float64 else torch.float32  # compute_dtype
+        if weight_dtype not in dtypes:
+            dtypes[weight_dtype] = compute_dtype(weight_dtype)
+        dtype = dtypes[weight_dtype]
         for (matrix, tiles), one in zip(site.members, states, strict=True):
             weights, grads = [weight], None if grad is None else [grad]
             if not site.direct:

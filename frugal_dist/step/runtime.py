@@ -96,9 +96,8 @@ class Runtime:
             matrices = self.by_original.get(i, [])
             members = [(matrix, matrix.storage[self.ranks.rank]) for matrix in matrices]
             names = [matrix.name for matrix in matrices] if original.projected else [original.name]
-            prefixes = ["" if boxed and original.stack == 1 else f"{name}/" for name in names]
-            if not original.projected and boxed:
-                prefixes = [""]
+            alone = boxed and (original.stack == 1 or not original.projected)
+            prefixes = ["" if alone else f"{name}/" for name in names]
             direct = boxed and len(original.shape) == 2 and bool(members) and len(members[0][1]) == 1
             self.sites[i] = Site(part, members, direct, prefixes)
         return self.sites[i]

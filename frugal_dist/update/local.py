@@ -157,7 +157,7 @@ def coordinate_share(grad: Tensor, selection: Selection, bounds: tuple[int, int]
 def basis_step_(weight: Tensor, grad: Tensor, basis: Basis, side: str, moments: Moments, step: int, decay: float,
                 config: FrugalConfig) -> None:  # fmt: skip
     """Weight decay and a basis projection of one tile, in place."""
-    if weight.dtype is not torch.float32 and weight.dtype is not torch.float64:
+    if weight.dtype != compute_dtype(weight.dtype):
         decay_(weight, config.lr, decay)
         weight.add_(basis_delta(grad, basis, side, moments, step, config))
         return

@@ -145,6 +145,33 @@ def test_ranks_with_other_kernels_are_refused_together(monkeypatch: pytest.Monke
         assert "kernels (FRUGAL_KERNELS=torch makes them equal): 'triton' against 'torch'" in text
 
 
+def test_what_one_rank_cannot_begin_with_is_told_on_all() -> None:
+    """A value or a shape of one rank only, at a first step and after a load: none waits for a rank that has raised."""
+
+    def told(rank: int, density: object, size: int, loaded: bool) -> str:
+        weight = torch.nn.Parameter(torch.ones(8, 8))
+        optimizer = Frugal([{"params": [("w", weight)], "projected": True}], projection="columns", density=0.25)
+        if loaded:
+            weight.grad = torch.ones(8, 8)
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+        if rank == 1:
+            optimizer.param_groups[0]["density"] = density
+            weight.data = torch.ones(8, size)
+        weight.grad = torch.ones_like(weight)
+        with pytest.raises(ValueError) as caught:
+            optimizer.step()
+        return str(caught.value)
+
+    for density, size, loaded, words in (
+        ("much", 8, False, "rank 1: density='much' must be a number"),
+        ("much", 8, True, "rank 1: density='much' must be a number"),
+        (0.25, 2, False, "rank 1: w is 8x2"),
+    ):
+        for text in run_ranks(2, lambda rank, case=(density, size, loaded): told(rank, *case)):
+            assert words in text
+
+
 def test_the_advice_is_given_by_one_rank() -> None:
     def told(rank: int) -> None:
         shapes = {"embed.weight": (50, 8), "q_proj.weight": (8, 8)}

@@ -21,6 +21,7 @@ from frugal_dist.update.kernels import native
 from frugal_dist.update.kernels.jobs import Noise, TileUpdate
 from frugal_dist.update.local import step_tiles
 
+ROOT = Path(__file__).parents[2]
 CONFIG = FrugalConfig(lr=1e-2, state_free_lr_scale=0.3, projection="columns")
 # Multiples of nothing, of 16, less than a line and many of them; wide rows; more than a thread takes at a time.
 SHAPES = [(37, 61), (16, 144), (1, 5), (7, 1), (3, 4100), (513, 70)]
@@ -204,6 +205,24 @@ def test_without_a_compiler_torch_steps_and_it_is_said_once(tmp_path: Path) -> N
     assert done.stderr.count("there is no C++ compiler 'no-such-compiler'; install g++ or set CXX") == 1
     asked = step_in_a_process(tmp_path, CXX="no-such-compiler", FRUGAL_KERNELS="native")
     assert "FRUGAL_KERNELS=native, but the C++ kernel cannot be built here" in asked.stderr
+
+
+def test_a_user_without_a_home_can_import_and_step(tmp_path: Path) -> None:
+    """As in a container with a user number that nobody has a name for."""
+    nameless = "import os, pwd\ndef unknown(uid): raise KeyError(uid)\npwd.getpwuid = unknown\n"
+    hidden = ("HOME", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME")
+    environment = {key: value for key, value in os.environ.items() if key not in hidden}
+    done = subprocess.run(
+        [sys.executable, "-c", nameless + STEP],
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "32.0", done.stderr
+    assert done.stderr.count("The C++ kernel for CPU tensors cannot be built") == 1
+    assert not list(tmp_path.iterdir()), "nothing is put where the program happens to run"
 
 
 def test_the_bits_of_an_index() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
+import sys
 import warnings
 from typing import Any
 
@@ -13,6 +15,7 @@ from model_zoo import ZOO, build
 from torch import nn
 
 from frugal_dist import Frugal
+from frugal_dist.notices import notice, tell
 from frugal_dist.parameters.names import is_head
 from frugal_dist.parameters.split import (
     ParameterInfo,
@@ -506,3 +509,30 @@ def test_half_projected_is_silent() -> None:
 def test_nothing_projected_is_an_error() -> None:
     with pytest.raises(ValueError, match="No parameter is projected"):
         check_selection([ParameterInfo("a", (2, 2), False, True)])
+
+
+def test_the_bytes_of_every_parameter_add_up_to_all() -> None:
+    """Also those of a regular stack, whose state has no name before it, and of projected ones, whose state has."""
+    shapes = {"stack": (3, 4, 5), "experts": (2, 8, 6), "w": (8, 8), "norm": (8,)}
+    named = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
+    groups = [
+        {"params": [(name, named[name]) for name in ("experts", "w")], "projected": True},
+        {"params": [(name, named[name]) for name in ("stack", "norm")], "projected": False},
+    ]
+    optimizer = Frugal(groups, process_group=None)
+    for parameter in named.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    by_name = {info.name: info.state_bytes for info in optimizer.parameter_report_rows()}
+    assert all(by_name.values())
+    assert sum(value for value in by_name.values() if value) == optimizer.state_bytes().held
+
+
+def test_a_terminal_that_is_gone_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one rank, while the others go on."""
+    with open(os.devnull, "w") as gone:
+        monkeypatch.setattr(sys, "stderr", gone)
+    tell("a line", aloud=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        notice("a warning")

@@ -113,7 +113,8 @@ def _compiler() -> list[str]:
 def _folder() -> Path:
     """Where torch keeps extensions that it compiled."""
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return Path(given) if given else Path.home() / ".cache" / "torch_extensions"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return Path(given) if given else (Path(cache) if cache else Path.home() / ".cache") / "torch_extensions"
 
 
 def _fingerprint() -> str:
