@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from frugal_dist import Frugal
+from frugal_dist.projection.coordinates import Columns, Everything, Flat, Rows, Selection
 
 PROJECTIONS = ("svd", "random", "randperm", "columns", "rows", "randk", "blockwise")
 # A density with which every projection selects something of the matrices used here.
@@ -58,3 +59,20 @@ def counters(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, i
     """The counters of one parameter that exist, as plain numbers."""
     state = optimizer.state[parameter]
     return {key: int(state[key]) for key in ("step", "updates", "refreshes", "refreshed_at") if key in state}
+
+
+def drawn(length: int, share: float) -> Tensor:
+    """A random sorted subset of the numbers below ``length``."""
+    return torch.randperm(length)[: int(share * length)].sort().values
+
+
+def tile_selections(rows: int, cols: int) -> list[Selection | None]:
+    """What may be state-full in a tile: columns, rows, single entries, nothing here, nothing at all, everything."""
+    return [
+        Columns(drawn(cols, 0.3)),
+        Rows(drawn(rows, 0.3), cols),
+        Flat(drawn(rows * cols, 0.3).int(), cols),
+        Columns(torch.empty(0, dtype=torch.int64)),
+        None,
+        Everything(cols),
+    ]

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from building import tile_selections
 from torch import Tensor
 
 from frugal_dist import Frugal
 from frugal_dist.config import FrugalConfig
 from frugal_dist.projection.basis import Basis
-from frugal_dist.projection.coordinates import Columns, Everything, Flat, Rows, Selection
+from frugal_dist.projection.coordinates import Columns, Flat, Selection
 from frugal_dist.update import kernels
 from frugal_dist.update.kernels.jobs import TileUpdate
 from frugal_dist.update.kernels.tables import MOST, Tables
@@ -50,20 +51,9 @@ def starts(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-def drawn(length: int, share: float) -> Tensor:
-    return torch.randperm(length)[: int(share * length)].sort().values
-
-
 def selections(rows: int, cols: int) -> list[Selection | None]:
-    return [
-        Columns(drawn(cols, 0.3)),
-        Rows(drawn(rows, 0.3), cols),
-        Flat(drawn(rows * cols, 0.3).int(), cols),
-        Flat(torch.tensor([1024], dtype=torch.int32), cols),
-        Columns(torch.empty(0, dtype=torch.int64)),
-        None,
-        Everything(cols),
-    ]
+    """Also one entry just where a block of the kernel begins."""
+    return [*tile_selections(rows, cols), Flat(torch.tensor([1024], dtype=torch.int32), cols)]
 
 
 def steps(dtype: torch.dtype, decay: float) -> list[Tensor]:

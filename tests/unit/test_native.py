@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from building import drawn, tile_selections
 from torch import Tensor
 
 from frugal_dist import Frugal
 from frugal_dist.config import FrugalConfig
-from frugal_dist.projection.coordinates import Columns, Everything, Flat, Rows, Selection
+from frugal_dist.projection.coordinates import Columns, Flat
 from frugal_dist.update import kernels
 from frugal_dist.update.kernels import native
 from frugal_dist.update.kernels.jobs import Noise, TileUpdate
@@ -27,27 +28,12 @@ CONFIG = FrugalConfig(lr=1e-2, state_free_lr_scale=0.3, projection="columns")
 SHAPES = [(37, 61), (16, 144), (1, 5), (7, 1), (3, 4100), (513, 70)]
 
 
-def drawn(length: int, share: float) -> Tensor:
-    return torch.randperm(length)[: int(share * length)].sort().values
-
-
-def selections(rows: int, cols: int) -> list[Selection | None]:
-    return [
-        Columns(drawn(cols, 0.3)),
-        Rows(drawn(rows, 0.3), cols),
-        Flat(drawn(rows * cols, 0.3).int(), cols),
-        Columns(torch.empty(0, dtype=torch.int64)),
-        None,
-        Everything(cols),
-    ]
-
-
 def steps(weight_dtype: torch.dtype, grad_dtype: torch.dtype, decay: float, number: int = 3) -> list[Tensor]:
     """Weights and moments after some steps with gradients that are zero here and there."""
     torch.manual_seed(0)
     results = []
     for rows, cols in SHAPES:
-        for selection in selections(rows, cols):
+        for selection in tile_selections(rows, cols):
             weight = torch.randn(rows, cols).to(weight_dtype)
             own = () if selection is None else [torch.zeros(selection.shape(rows, cols)) for _ in "mv"]
             for step in range(1, number + 1):

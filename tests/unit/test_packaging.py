@@ -41,7 +41,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_every_module_and_no_tests(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    expected = {str(file.relative_to(ROOT)) for file in (ROOT / "frugal_dist").rglob("*.py")} | {"frugal_dist/py.typed"}
+    sources = (file for kind in ("*.py", "*.cpp") for file in (ROOT / "frugal_dist").rglob(kind))
+    expected = {str(file.relative_to(ROOT)) for file in sources} | {"frugal_dist/py.typed"}
+    assert "frugal_dist/update/kernels/native.cpp" in expected
     recipes = ROOT / "frugal_dist" / "training" / "recipes"
     expected |= {str(file.relative_to(ROOT)) for file in recipes.rglob("*") if file.is_file()}
     assert any(name.endswith(".json") for name in expected)  # of a recipe that names it
