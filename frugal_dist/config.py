@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import InitVar, dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import InitVar, dataclass, field, fields
 from typing import Any
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "projection": ("svd", "random", "randperm", "columns", "rows", "randk", "blockwise"),
-    "side": ("std", "reverse_std", "right", "left", "full"),
-    "block_order": ("random", "ascending", "descending", "mirror"),
-    "state_full": ("adamw", "lion", "sgdm"),
-    "state_free": ("sign", "sgd", "none"),
-    "on_refresh": ("reset", "keep", "project"),
-    "svd_method": ("exact", "subspace", "gram64"),
-    "basis_dtype": ("full", "bf16"),
-    "rounding": ("nearest", "stochastic"),
-    "refresh_schedule": ("together", "staggered"),
-    "compute_layout": ("auto", "cut", "owner"),
-}
+NOW, REFRESH, NEVER = "now", "refresh", "never"
+"""When a step takes up a hyperparameter that was changed in ``param_groups`` while training.
+
+NOW: at the next step. REFRESH: at each matrix' next refresh. NEVER: where state depends on it (``changes.depends_on``),
+the step is refused; elsewhere it means nothing, or counts from the next random number (``seed`` of svd and random).
+"""
+
 DEFAULT_BETAS = {"adamw": (0.9, 0.999), "lion": (0.9, 0.99), "sgdm": (0.9, 0.999)}
+
+
+def _choice(default: str, taken_up: str, *allowed: str) -> Any:
+    """A hyperparameter that is one of a few words."""
+    return field(default=default, metadata={"taken_up": taken_up, "choices": allowed})
+
+
+def _number(default: float, taken_up: str, low: float = 0.0, high: float = math.inf) -> Any:
+    return field(default=default, metadata={"taken_up": taken_up, "check": lambda k, v: _as_number(k, v, low, high)})
+
+
+def _integer(default: int, taken_up: str, low: int) -> Any:
+    return field(default=default, metadata={"taken_up": taken_up, "check": lambda k, v: _as_integer(k, v, low)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,28 +65,28 @@ class FrugalConfig:
     seed                 of the random selections.
     """
 
-    lr: float = 1e-3
-    betas: tuple[float, float] | None = None
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    density: float = 0.25
-    update_gap: int = 200
-    projection: str = "svd"
-    side: str = "std"
-    block_order: str = "random"
-    state_full: str = "adamw"
-    state_free: str = "sign"
-    momentum: float = 0.9
-    projected_lr_scale: float = 1.0
-    state_free_lr_scale: float = 1.0
-    on_refresh: str = "reset"
-    svd_method: str = "exact"
-    basis_dtype: str = "full"
-    rounding: str = "nearest"
-    refresh_schedule: str = "together"
-    compute_layout: str = "auto"
-    residual_threshold: float = 0.0
-    seed: int = 0
+    lr: float = _number(1e-3, NOW)
+    betas: tuple[float, float] | None = field(default=None, metadata={"taken_up": NOW})
+    eps: float = _number(1e-8, NOW)
+    weight_decay: float = _number(0.0, NOW)
+    density: float = _number(0.25, REFRESH, high=1.0)
+    update_gap: int = _integer(200, NOW, low=1)
+    projection: str = _choice("svd", NEVER, "svd", "random", "randperm", "columns", "rows", "randk", "blockwise")
+    side: str = _choice("std", NEVER, "std", "reverse_std", "right", "left", "full")
+    block_order: str = _choice("random", NEVER, "random", "ascending", "descending", "mirror")
+    state_full: str = _choice("adamw", NEVER, "adamw", "lion", "sgdm")
+    state_free: str = _choice("sign", NOW, "sign", "sgd", "none")
+    momentum: float = _number(0.9, NOW, high=1.0)
+    projected_lr_scale: float = _number(1.0, NOW)
+    state_free_lr_scale: float = _number(1.0, NOW)
+    on_refresh: str = _choice("reset", REFRESH, "reset", "keep", "project")
+    svd_method: str = _choice("exact", REFRESH, "exact", "subspace", "gram64")
+    basis_dtype: str = _choice("full", REFRESH, "full", "bf16")
+    rounding: str = _choice("nearest", NOW, "nearest", "stochastic")
+    refresh_schedule: str = _choice("together", NOW, "together", "staggered")
+    compute_layout: str = _choice("auto", NEVER, "auto", "cut", "owner")
+    residual_threshold: float = _number(0.0, NOW)
+    seed: int = _integer(0, NEVER, low=0)
     lr_scale: InitVar[float | None] = None
 
     def __post_init__(self, lr_scale: float | None) -> None:
@@ -88,15 +94,10 @@ class FrugalConfig:
             object.__setattr__(self, "projected_lr_scale", lr_scale)
         for key, allowed in CHOICES.items():
             check_choice(key, getattr(self, key), allowed)
-        if self.betas is None:
-            object.__setattr__(self, "betas", DEFAULT_BETAS[self.state_full])
-        object.__setattr__(self, "betas", _pair_of_betas(self.betas))
-        for key in ("lr", "weight_decay", "projected_lr_scale", "state_free_lr_scale", "eps", "residual_threshold"):
-            object.__setattr__(self, key, _number(key, getattr(self, key), low=0.0))
-        object.__setattr__(self, "density", _number("density", self.density, low=0.0, high=1.0))
-        object.__setattr__(self, "momentum", _number("momentum", self.momentum, low=0.0, high=1.0))
-        for key, low in (("update_gap", 1), ("seed", 0)):
-            object.__setattr__(self, key, _integer(key, getattr(self, key), low))
+        betas = DEFAULT_BETAS[self.state_full] if self.betas is None else _pair_of_betas(self.betas)
+        object.__setattr__(self, "betas", betas)
+        for key, check in CHECKS.items():
+            object.__setattr__(self, key, check(key, getattr(self, key)))
         if self.svd_method != "exact" and self.projection != "svd":
             raise ValueError(
                 f"svd_method={self.svd_method!r} belongs to projection='svd', but projection={self.projection!r} "
@@ -110,38 +111,15 @@ class FrugalConfig:
         return self.betas
 
 
-HYPERPARAMETERS = tuple(field.name for field in dataclasses.fields(FrugalConfig))
-
-NOW, REFRESH, NEVER = "now", "refresh", "never"
-TAKEN_UP: dict[str, str] = {
-    "lr": NOW,
-    "betas": NOW,
-    "eps": NOW,
-    "weight_decay": NOW,
-    "density": REFRESH,
-    "update_gap": NOW,
-    "projection": NEVER,
-    "side": NEVER,
-    "block_order": NEVER,
-    "state_full": NEVER,
-    "state_free": NOW,
-    "momentum": NOW,
-    "projected_lr_scale": NOW,
-    "state_free_lr_scale": NOW,
-    "on_refresh": REFRESH,
-    "svd_method": REFRESH,
-    "basis_dtype": REFRESH,
-    "rounding": NOW,
-    "refresh_schedule": NOW,
-    "compute_layout": NEVER,
-    "residual_threshold": NOW,
-    "seed": NEVER,
+_FIELDS = {one.name: one for one in fields(FrugalConfig)}
+HYPERPARAMETERS = tuple(_FIELDS)
+CHOICES: dict[str, Collection[str]] = {
+    key: one.metadata["choices"] for key, one in _FIELDS.items() if "choices" in one.metadata
 }
-"""When a step takes up a hyperparameter that was changed in ``param_groups`` while training.
-
-NOW: at the next step. REFRESH: at each matrix' next refresh. NEVER: where state depends on it (``changes.depends_on``),
-the step is refused; elsewhere it means nothing, or counts from the next random number (``seed`` of svd and random).
-"""
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    key: one.metadata["check"] for key, one in _FIELDS.items() if "check" in one.metadata
+}
+TAKEN_UP: dict[str, str] = {key: one.metadata["taken_up"] for key, one in _FIELDS.items()}
 
 
 def config_from(options: Mapping[str, Any]) -> FrugalConfig:
@@ -173,7 +151,7 @@ def saved_group(group: Mapping[str, Any], present: Mapping[str, Any]) -> dict[st
 
 def without_auto(options: Mapping[str, Any]) -> dict[str, Any]:
     """``options`` with our defaults in place of "auto", which configs say for what the Trainer may fill in."""
-    defaults = {field.name: field.default for field in dataclasses.fields(FrugalConfig)}
+    defaults = {key: one.default for key, one in _FIELDS.items()}
     return {
         key: defaults[key] if isinstance(value, str) and value == "auto" else value for key, value in options.items()
     }
@@ -209,7 +187,7 @@ def python_value(value: Any) -> Any:
     return value.item() if single else value
 
 
-def _number(key: str, value: Any, low: float, high: float = math.inf) -> float:
+def _as_number(key: str, value: Any, low: float, high: float = math.inf) -> float:
     given = python_value(value)
     if isinstance(given, bool) or not isinstance(given, (int, float)):
         raise ValueError(f"{key}={value!r} must be a number, not {type(value).__name__}.")
@@ -220,7 +198,7 @@ def _number(key: str, value: Any, low: float, high: float = math.inf) -> float:
     return number
 
 
-def _integer(key: str, value: Any, low: int) -> int:
+def _as_integer(key: str, value: Any, low: int) -> int:
     given = python_value(value)
     numeric = isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given)
     if not numeric or int(given) != given or int(given) < low:

@@ -728,7 +728,10 @@ def test_every_argument_is_documented(function: Callable[..., Any]) -> None:
     assert set(arguments) <= set(documented), set(arguments) - set(documented)
 
 
-def test_the_signature_has_the_defaults_of_the_configuration() -> None:
+def test_the_signature_is_the_configuration_field_by_field() -> None:
     parameters = inspect.signature(Frugal).parameters
-    defaults = {name: parameters[name].default for name in HYPERPARAMETERS}
-    assert defaults == {name: getattr(FrugalConfig(), name) for name in HYPERPARAMETERS} | {"betas": None}
+    for field in dataclasses.fields(FrugalConfig):
+        ours = parameters[field.name]
+        assert (ours.default, ours.annotation) == (field.default, field.type), field.name
+    lists = inspect.cleandoc(FrugalConfig.__doc__ or "")
+    assert re.findall(r"^(\w+) {2,}\S", lists, flags=re.M) == list(HYPERPARAMETERS)
