@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from frugal_dist._first_word import hear_again
-from frugal_dist.training.distributed.ending import end_process
+from frugal_dist.training.distributed.process import end_process
 
 
 def console() -> NoReturn:

@@ -13,9 +13,8 @@ from typing import Any, Generic, TypeVar
 
 from frugal_dist.config import check_choice, config_from, preset
 from frugal_dist.training.distributed.place import DistEnv, find_dist_env
-from frugal_dist.training.distributed.ranks import process_group, together
-from frugal_dist.training.distributed.rollcall import PeerFailed, is_mistake
-from frugal_dist.training.distributed.signals import DIVERGED
+from frugal_dist.training.distributed.process import DIVERGED
+from frugal_dist.training.distributed.ranks import PeerFailed, is_mistake, process_group, together
 from frugal_dist.training.finetune.recipe import FinetuneRecipe
 from frugal_dist.training.metrics.record import end_of, of_kind, read_metrics
 from frugal_dist.training.optimizers import DEFINED, PATTERNS, check_optimizer, settled

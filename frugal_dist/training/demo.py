@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from frugal_dist.training.distributed.console import LOG_FILE, quiet_console, say
+from frugal_dist.training.distributed.process import LOG_FILE, quiet_console, say
 
 # Heavy and noisy libraries are imported inside the functions: once the terminal is protected from their output.
 if TYPE_CHECKING:

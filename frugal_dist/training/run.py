@@ -19,14 +19,30 @@ from typing import TYPE_CHECKING, Any, TextIO
 from frugal_dist import checkpoint
 from frugal_dist.checkpoint.folder import LATEST
 from frugal_dist.checkpoint.index import INDEX
-from frugal_dist.training.distributed.console import LOG_FILE, information_to, log_file, quiet_console, say, tell
 from frugal_dist.training.distributed.place import DistEnv, find_dist_env
-from frugal_dist.training.distributed.ranks import agree, process_group, together
-from frugal_dist.training.distributed.rollcall import PeerFailed, is_mistake
+from frugal_dist.training.distributed.process import (
+    DIVERGED,
+    LOG_FILE,
+    STOPPED,
+    StoppedEarly,
+    StopRequest,
+    information_to,
+    log_file,
+    quiet_console,
+    say,
+    stop_requests,
+    tell,
+)
+from frugal_dist.training.distributed.ranks import (
+    PeerFailed,
+    agree,
+    check_shared,
+    is_mistake,
+    process_group,
+    together,
+    waiting,
+)
 from frugal_dist.training.distributed.run_lock import held
-from frugal_dist.training.distributed.shared import check_shared
-from frugal_dist.training.distributed.signals import DIVERGED, STOPPED, StoppedEarly, StopRequest, stop_requests
-from frugal_dist.training.distributed.waiting import waiting
 from frugal_dist.training.metrics.record import METRICS_FILE, end_of, of_kind
 from frugal_dist.training.metrics.surroundings import idle_gpus, in_words, surroundings
 from frugal_dist.training.recipe import Recipe

@@ -507,7 +507,7 @@ def test_metrics_survive_and_plot(tmp_path):
 
 def test_console_keeps_noise_out_of_the_terminal(tmp_path):
     script = (
-        "import os, sys; from pathlib import Path; from frugal_dist.training.distributed.console import quiet_console\n"
+        "import os, sys; from pathlib import Path; from frugal_dist.training.distributed.process import quiet_console\n"
         "with quiet_console(Path(sys.argv[1])) as terminal:\n"
         "    print('noise'); os.write(1, b'from C\\n'); print('warning', file=sys.stderr)\n"
         "    print('shown', file=terminal)\n"

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from frugal_dist.training.distributed.signals import TOGETHER
+from frugal_dist.training.distributed.process import TOGETHER
 
 LATE = """
 import atexit, sys, threading, time
 from torch import distributed
 import torch
-from frugal_dist.training.distributed.ending import end_process
+from frugal_dist.training.distributed.process import end_process
 
 rank, meeting = int(sys.argv[1]), sys.argv[2]
 distributed.init_process_group("gloo", store=distributed.FileStore(meeting, 2), rank=rank, world_size=2)
@@ -53,7 +53,7 @@ def test_a_rank_ends_while_gloo_is_still_letting_go(tmp_path: Path) -> None:
 
 SIGNALLED = """
 import ctypes, sys, time
-from frugal_dist.training.distributed.signals import StoppedEarly, stop_requests
+from frugal_dist.training.distributed.process import StoppedEarly, stop_requests
 
 with stop_requests() as request:
     request.at_once = sys.argv[1] == "preparing"

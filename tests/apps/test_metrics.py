@@ -19,14 +19,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("jsonargparse")
 
 from frugal_dist.cli import main
-from frugal_dist.training.distributed.dropout import has_dropout, seed_masks
 from frugal_dist.training.evaluate import perplexity_of
 from frugal_dist.training.metrics.flops import flops_per_token, forget_peak, known_flops, memory, peak_flops
 from frugal_dist.training.metrics.looks import Look, grouped
 from frugal_dist.training.metrics.plot import _drawn, plot_runs
 from frugal_dist.training.metrics.record import MetricsLog, of_kind, read_metrics
 from frugal_dist.training.metrics.trackers import OPEN, Tracker, Trackers, check_trackers, identity
-from frugal_dist.training.models import build_llama
+from frugal_dist.training.models import build_llama, has_dropout, seed_masks
 
 pytestmark = pytest.mark.timeout(300)
 

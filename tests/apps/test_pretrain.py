@@ -22,8 +22,8 @@ pytest.importorskip("transformers")
 
 from frugal_dist.cli import main
 from frugal_dist.training.compare import run_folder
+from frugal_dist.training.distributed.process import STOPPED
 from frugal_dist.training.distributed.run_lock import LOCK_FILE, check_free
-from frugal_dist.training.distributed.signals import STOPPED
 from frugal_dist.training.metrics.record import of_kind, read_metrics
 from frugal_dist.training.pretrain import pretrain
 from frugal_dist.training.recipe import Recipe, read_recipe

@@ -12,9 +12,8 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 from frugal_dist import Frugal
-from frugal_dist.training.distributed import shared
-from frugal_dist.training.distributed.ranks import together
-from frugal_dist.training.distributed.rollcall import RollCall, own_name
+from frugal_dist.training.distributed import ranks as group
+from frugal_dist.training.distributed.ranks import RollCall, own_name, together
 
 
 def beginning(failing: dict[int, str]) -> str:
@@ -34,9 +33,9 @@ def beginning(failing: dict[int, str]) -> str:
 
 def sharing(folders: list[str]) -> str:
     """Whether ranks with these folders have the same one before them."""
-    shared.PATIENCE = 0.3
+    group.APPEARS_WITHIN = 0.3
     try:
-        shared.check_shared(Path(folders[dist.get_rank()]), dist.get_rank())
+        group.check_shared(Path(folders[dist.get_rank()]), dist.get_rank())
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""

@@ -15,7 +15,7 @@ from processes import Fleet
 from torch import distributed
 from torch.distributed import HashStore
 
-from frugal_dist.training.distributed import waiting as waits
+from frugal_dist.training.distributed import ranks as group
 from frugal_dist.training.distributed.place import DistEnv, find_dist_env
 from frugal_dist.training.distributed.ranks import _agreed_gpu, gpu_index, process_group
 
@@ -27,18 +27,18 @@ def test_what_works_everywhere_goes_on(fleet: Fleet) -> None:
 def test_a_rank_that_fails_is_heard_by_all(fleet: Fleet) -> None:
     found = fleet.run(3, rank_jobs.beginning, {1: "no such file"})
     assert found[1] == "ValueError: no such file"
-    assert found[0] == found[2] == "OthersFailed: rank 1 failed: ValueError: no such file"
+    assert found[0] == found[2] == "PeerFailed: rank 1 failed: ValueError: no such file"
 
 
 def test_what_fails_alike_on_all_ranks_is_said_once(fleet: Fleet) -> None:
     found = fleet.run(3, rank_jobs.beginning, {0: "typo", 1: "typo", 2: "another"})
-    assert [text.split(":")[0] for text in found] == ["ValueError", "OthersFailed", "ValueError"]
+    assert [text.split(":")[0] for text in found] == ["ValueError", "PeerFailed", "ValueError"]
 
 
 def test_the_first_of_those_that_live_names_the_missing(fleet: Fleet) -> None:
     found = fleet.run(3, rank_jobs.roll_call, 1, "[gloo/transport/tcp/pair.cc] Connection closed by peer")
     assert found[0].startswith("RankLost: no word from rank 1 (")
-    assert found[2].startswith("OthersFailed: no word from rank 1 (")
+    assert found[2].startswith("PeerFailed: no word from rank 1 (")
 
 
 def test_other_errors_stay_what_they_are(fleet: Fleet) -> None:
@@ -62,7 +62,7 @@ def test_a_folder_that_hosts_do_not_share_is_found_before_training(fleet: Fleet,
     for folder in (ours, other):
         folder.mkdir()
     found = fleet.run(3, rank_jobs.sharing, [str(ours), str(other), str(other)])
-    assert [text.split(":")[0] for text in found] == ["OthersFailed", "ValueError", "OthersFailed"]
+    assert [text.split(":")[0] for text in found] == ["PeerFailed", "ValueError", "PeerFailed"]
     assert f"{other} on " in found[1] and "choose a --folder" in found[1]
     assert fleet.run(3, rank_jobs.sharing, [str(ours)] * 3) == [""] * 3
     assert not [*ours.iterdir(), *other.iterdir()]
@@ -96,8 +96,8 @@ def test_a_rank_without_a_gpu_is_heard_by_all() -> None:
     for counts, expected, words in (
         ((2, 2), [0, 1], "None"),
         ((0, 0), [None, None], "None"),
-        ((0, 2), ["ValueError", "OthersFailed"], "rank 0 failed: rank 0 ("),
-        ((3, 0), ["OthersFailed", "ValueError"], "sees no GPU, but others do"),
+        ((0, 2), ["ValueError", "PeerFailed"], "rank 0 failed: rank 0 ("),
+        ((3, 0), ["PeerFailed", "ValueError"], "sees no GPU, but others do"),
     ):
         store = HashStore()
         with ThreadPoolExecutor(2) as pool:
@@ -134,11 +134,11 @@ def test_a_long_wait_says_for_what_until_it_is_over(monkeypatch: pytest.MonkeyPa
         if len(said) == 2:
             twice.set()
 
-    monkeypatch.setattr(waits, "tell", tell)
-    with waits.waiting("nobody"):
+    monkeypatch.setattr(group, "tell", tell)
+    with group.waiting("nobody"):
         pass
-    monkeypatch.setattr(waits, "PATIENCE", 0.01)
-    monkeypatch.setattr(waits, "LATER", 0.01)
-    with waits.waiting("other ranks"):
+    monkeypatch.setattr(group, "FIRST_WORD", 0.01)
+    monkeypatch.setattr(group, "LATER_WORDS", 0.01)
+    with group.waiting("other ranks"):
         assert twice.wait(60)
     assert set(said) == {"waiting for other ranks, for 0 min"}

@@ -23,7 +23,7 @@ from compose import services
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from frugal_dist.training.distributed.signals import DIVERGED
+from frugal_dist.training.distributed.process import DIVERGED
 from frugal_dist.training.recipe import Recipe, read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ from hosts import ROOT, environment
 from runs import Workshop
 
 from frugal_dist.cli import main
-from frugal_dist.training.distributed.accelerator import settle_accelerator
+from frugal_dist.training.distributed.place import settle_accelerator
 
 SCRIPTS = sorted(file.name for file in (ROOT / "launch").iterdir() if file.suffix in (".sh", ".sbatch"))
 NO_GPU = shutil.which("nvidia-smi") is None

@@ -1,14 +1,14 @@
-"""Where a process stands among the others: one answer, whichever launcher started it."""
+"""Where a process stands among the others: one answer, whichever launcher started it, and how the ranks meet."""
 
 from __future__ import annotations
 
 import os
 import re
 import socket
+import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-
-from frugal_dist.training.distributed.mpi import meeting_point
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,48 @@ class Launcher:
     discover: Callable[[int], tuple[str, int]] | None = None
 
 
+@cache  # MPI cannot be asked again once it is finished, and a process may train several times
+def mpi_meeting_point(world: int) -> tuple[str, int]:
+    """Address and free port of rank 0, by a broadcast of mpi4py: mpirun tells each rank its number, no more.
+
+    Called by all ranks.
+
+    MPI is finished afterwards: torch communicates by itself, and a rank that fails must not wait for the others in
+    MPI's own exit. Raises ValueError if mpi4py cannot be loaded, or belongs to another MPI than this mpirun.
+    """
+    advice = "or export MASTER_ADDR (the host of rank 0) and MASTER_PORT (a free port) before the launch."
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"MPI started {world} ranks, but mpi4py does not work ({error}). Install it, {advice}"
+        ) from error
+    everyone = MPI.COMM_WORLD
+    if everyone.Get_size() != world:
+        raise ValueError(
+            f"MPI started {world} ranks, but mpi4py sees {everyone.Get_size()}: it loaded "
+            f"{MPI.Get_library_version().split(',')[0].strip()}, which is not the MPI of this mpirun. Set "
+            f"MPI4PY_MPIABI (openmpi or mpich) or MPI4PY_LIBMPI (the path of its libmpi.so), {advice}"
+        )
+    hosts = everyone.allgather(socket.gethostname())
+    own = (_address() if len(set(hosts)) > 1 else "127.0.0.1", _free_port(""))
+    address, port = everyone.bcast(own if everyone.Get_rank() == 0 else None)
+    MPI.Finalize()
+    return str(address), int(port)
+
+
+def _address() -> str:
+    """Of this host as others reach it. Names often mean 127.0.1.1 at home: then the first address of its interfaces."""
+    try:
+        found = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        found = "127.0.0.1"
+    if not found.startswith("127."):
+        return found
+    listed = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout.split()
+    return listed[0] if listed else found
+
+
 LAUNCHERS = {
     "torchrun or deepspeed": Launcher("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "Open MPI": Launcher(
@@ -53,9 +95,9 @@ LAUNCHERS = {
         "OMPI_COMM_WORLD_SIZE",
         "OMPI_COMM_WORLD_LOCAL_RANK",
         "OMPI_COMM_WORLD_LOCAL_SIZE",
-        meeting_point,
+        mpi_meeting_point,
     ),
-    "MPICH": Launcher("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", meeting_point),
+    "MPICH": Launcher("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", mpi_meeting_point),
     "Slurm": Launcher("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 }
 """In the order in which they are asked: srun may start torchrun or mpirun, which then know better."""
@@ -80,12 +122,12 @@ def find_dist_env(environ: Mapping[str, str] | None = None) -> DistEnv:
             f"WORLD_SIZE is {environ['WORLD_SIZE']}, but RANK is not set: start every rank with torchrun, deepspeed, "
             "srun or mpirun, or unset WORLD_SIZE for a single process."
         )
-    return DistEnv(0, 1, 0, 1, "127.0.0.1", _free_port(), "none")
+    return DistEnv(0, 1, 0, 1, "127.0.0.1", _free_port("127.0.0.1"), "none")
 
 
-def _free_port() -> int:
+def _free_port(address: str) -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((address, 0))
         return int(probe.getsockname()[1])
 
 
@@ -186,3 +228,15 @@ def _checked(place: DistEnv, launcher: Launcher) -> DistEnv:
             "launch export MASTER_ADDR (the first node's name) and MASTER_PORT (a free port)."
         )
     return place
+
+
+def settle_accelerator() -> None:
+    """Before DeepSpeed is imported: the CPU if this process sees no GPU, unless DS_ACCELERATOR says otherwise.
+
+    Left alone, DeepSpeed tries all that it knows, and warns. This must not come from the host that a launch starts on:
+    a login node has no GPU, but the nodes that train do.
+    """
+    import torch  # once the terminal is protected from its output
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,22 +1,92 @@
-"""The ranks of a training as a group: it is made first, so that a rank that cannot begin is not missed but heard."""
+"""The ranks of a training as a group: it is made first, so that a rank that cannot begin is not missed but heard.
+
+What they wait for is said, who is missing is named, and what fails on one fails on all.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
+import socket
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from frugal_dist.training.distributed.place import DistEnv
-from frugal_dist.training.distributed.rollcall import PeerFailed, RollCall, is_mistake, own_name
-from frugal_dist.training.distributed.waiting import waiting
+from frugal_dist.training.distributed.process import tell
 
 # torch is imported inside the functions: once the terminal is protected from its output.
 
+FIRST_WORD, LATER_WORDS = 60.0, 300.0
+"""Seconds until a wait says what it waits for, and between later words."""
+ROLL_CALL = 5.0
+"""Seconds in which the ranks that live notice a loss and answer: short, as launchers give little time."""
+APPEARS_WITHIN = 10.0
+"""Seconds that a network file system gets to show rank 0's new file to the other ranks."""
+
 T = TypeVar("T")
 _JOINED = count()
+
+
+class RankLost(RuntimeError):
+    """Ranks that others waited for did not answer any more."""
+
+
+class PeerFailed(RuntimeError):
+    """This rank could go on, but another could not; what is to be said, another one says.
+
+    ``mistake``: what the other met was the user's to mend, see ``is_mistake``.
+    """
+
+    def __init__(self, text: str, mistake: bool = False) -> None:
+        super().__init__(text)
+        self.mistake = mistake
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Whether the user is to change something before the same command can work: exit code 2, not 1."""
+    if isinstance(error, PeerFailed):
+        return error.mistake
+    return isinstance(error, ValueError | ImportError | FileNotFoundError | NotADirectoryError | PermissionError)
+
+
+@contextmanager
+def waiting(what: str, speaks: bool = True) -> Iterator[None]:
+    """While this lasts: after a minute, and then every five, "waiting for WHAT"; nobody could tell it from a hang.
+
+    Args:
+        what: What is waited for, with the names of what could be wrong about it.
+        speaks: Whether on the terminal; otherwise in this rank's log.
+    """
+    done = threading.Event()
+    thread = threading.Thread(target=_speak, args=(what, speaks, done), daemon=True, name="waiting")
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _speak(what: str, speaks: bool, done: threading.Event) -> None:
+    begin, next_word = time.monotonic(), FIRST_WORD
+    while not done.wait(next_word):
+        text = f"waiting for {what}, for {(time.monotonic() - begin) / 60:.0f} min"
+        next_word = LATER_WORDS
+        if speaks:
+            tell(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+# --- the group -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -110,7 +180,7 @@ def _agreed_gpu(place: DistEnv, count: int, store: Any) -> int | None:
     """The GPU of this rank among ``count`` that it sees; None if no rank sees any.
 
     Told through the store, before there is a group: ranks with and without GPUs would wait in different ones. Raises
-    ValueError if this rank has none of its own, and OthersFailed if another has none.
+    ValueError if this rank has none of its own, and PeerFailed if another has none.
     """
     index, trouble = None, f"{own_name(place.rank)} sees no GPU, but others do: see nvidia-smi and CUDA_VISIBLE_DEVICES"
     try:
@@ -146,10 +216,72 @@ def gpu_index(place: DistEnv, count: int) -> int:
     return place.local_rank
 
 
+# --- who is missing when ranks lose each other: not every launcher tells, but the others can find out ----------------
+
+
+@dataclass(frozen=True)
+class RollCall:
+    """``store`` is one that all ranks reach; ``names`` are of all ranks, with host and process."""
+
+    store: Any
+    rank: int
+    names: list[str]
+
+    def explained(self, error: Exception) -> Exception:
+        """The error that this rank met or, in place of a lost connection, who is missing.
+
+        Every rank that fails must call this, as that is its answer to the others. Of those that live the first names
+        the missing; if that is rank 0, all do.
+        """
+        lost = _is_about_a_connection(error)
+        try:
+            self._answer()
+            missing = self._missing() if lost else []
+        except Exception:  # the store lives with rank 0, or with its host's torchrun
+            missing = [0] if lost and self.rank else []
+        if not missing:
+            return error
+        who = ", ".join(self.names[rank] for rank in missing)
+        text = f"no word from {who}: killed, out of memory, stuck, or its host is gone"
+        first = min(set(range(len(self.names))).difference(missing))
+        return RankLost(text) if self.rank == first or missing == [0] else PeerFailed(text)
+
+    def _answer(self) -> None:
+        self.store.set(_key(self.rank), "here")
+
+    def _missing(self) -> list[int]:
+        """The ranks that have not answered in time."""
+        waiting = set(range(len(self.names)))
+        end = time.monotonic() + ROLL_CALL
+        while waiting and time.monotonic() < end:
+            waiting = {rank for rank in waiting if not self.store.check([_key(rank)])}
+            time.sleep(0.1)
+        return sorted(waiting)
+
+
+def _key(rank: int) -> str:
+    return f"frugal_dist/failed/{rank}"
+
+
+def _is_about_a_connection(error: Exception) -> bool:
+    """Torch has its own class for NCCL's errors, none for gloo's."""
+    from torch import distributed
+
+    return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def own_name(rank: int) -> str:
+    """A rank as people find it."""
+    return f"rank {rank} ({socket.gethostname()}, process {os.getpid()})"
+
+
+# --- deciding together -----------------------------------------------------------------------------------------------
+
+
 def together(action: Callable[[], T]) -> T:
     """``action()``, which communicates with nobody; if it fails on any rank, no rank goes on.
 
-    Called by all ranks. Raises what the action raised, or OthersFailed where it worked, or where a rank before this one
+    Called by all ranks. Raises what the action raised, or PeerFailed where it worked, or where a rank before this one
     failed with the same words.
     """
     result: T | None = None
@@ -178,3 +310,29 @@ def agree(trouble: Exception | None) -> None:
     if failed:
         text = "; ".join(f"rank {number} failed: {text}" for number, (text, _) in failed.items())
         raise PeerFailed(text, all(mistake for _, mistake in failed.values()))
+
+
+def check_shared(folder: Path, rank: int) -> None:
+    """Called by all ranks. ValueError on each host that does not see what rank 0 writes in this folder."""
+    from frugal_dist.training.engines.collectives import gathered
+
+    own = folder / f".seen-by-all-{secrets.token_hex(8)}"
+    try:
+        together(lambda: own.touch() if rank == 0 else None)
+        name = gathered(own.name)[0]
+        together(lambda: _wait_for(folder / name))
+    finally:
+        if rank == 0:
+            with suppress(OSError):
+                own.unlink(missing_ok=True)
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + APPEARS_WITHIN
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{path.parent} on {socket.gethostname()} is not the folder in which rank 0 writes, so no checkpoint "
+                "could be saved: choose a --folder on a file system that all hosts share."
+            )
+        time.sleep(0.1)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
-from frugal_dist.training.distributed.accelerator import settle_accelerator
+from frugal_dist.training.distributed.place import settle_accelerator
 from frugal_dist.training.doctor.finding import FAIL, NOTE, OK, Finding
 from frugal_dist.training.metrics.surroundings import unused_gpus
 

@@ -18,9 +18,9 @@ from frugal_dist.integrations.build_locks import wait_for_builds
 from frugal_dist.optimizer import Frugal
 from frugal_dist.planner import MOMENT_BYTES
 from frugal_dist.planner.zero import offloads
-from frugal_dist.training.distributed.accelerator import settle_accelerator
-from frugal_dist.training.distributed.console import tell
-from frugal_dist.training.distributed.waiting import waiting
+from frugal_dist.training.distributed.place import settle_accelerator
+from frugal_dist.training.distributed.process import tell
+from frugal_dist.training.distributed.ranks import waiting
 from frugal_dist.training.engines import collectives
 from frugal_dist.training.engines.protocol import (
     Losses,

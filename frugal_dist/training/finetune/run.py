@@ -10,8 +10,8 @@ from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frugal_dist.training.distributed.console import LOG_FILE
 from frugal_dist.training.distributed.place import DistEnv
+from frugal_dist.training.distributed.process import LOG_FILE
 from frugal_dist.training.distributed.ranks import together
 from frugal_dist.training.finetune.recipe import FinetuneRecipe, check_finetune
 from frugal_dist.training.optimizers import check_tuning
@@ -87,10 +87,10 @@ def _materials(recipe: FinetuneRecipe, place: DistEnv) -> Materials:
 
 def _prepare(recipe: FinetuneRecipe, place: DistEnv, stack: ExitStack) -> TrainingJob:
     from frugal_dist.training.data.tokens import Batches
-    from frugal_dist.training.distributed.dropout import seed_masks
     from frugal_dist.training.engines import build_engine
     from frugal_dist.training.finetune.classifiers import TuningOptimizer, build_classifier, count
     from frugal_dist.training.finetune.scoring import Best, Scoring
+    from frugal_dist.training.models import seed_masks
     from frugal_dist.training.optimizers import settled
 
     made = together(partial(_materials, recipe, place))

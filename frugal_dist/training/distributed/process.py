@@ -1,19 +1,25 @@
-"""Being told to stop: schedulers send SIGTERM or SIGUSR1 some time before they kill, people press Ctrl-C."""
+"""This process to the outside: what it says on the terminal, being told to stop, and its end.
+
+Libraries write to a log file, the user sees what is meant for the user. Schedulers send SIGTERM or SIGUSR1 some time
+before they kill, people press Ctrl-C.
+"""
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
-from frugal_dist.training.distributed.console import tell
-
+LOG_FILE = "output.txt"
 STOPPED = 75
 """Exit code of a run that saved and stopped because it was told to (EX_TEMPFAIL): start it again to go on."""
 DIVERGED = 65
@@ -25,6 +31,72 @@ TOGETHER = 2.0
 """Seconds within which signals count as one: a launcher passes on what the terminal has sent to the ranks, too."""
 REACTION = 2.0
 """Seconds in which the main thread must have taken a signal that ends it; it may sit in C++, and never look."""
+_terminals: list[TextIO] = []
+"""Of the quiet consoles that are open, the last is the one to speak on."""
+
+
+def log_file(rank: int) -> str:
+    """The name of a rank's own log; that of rank 0 is LOG_FILE."""
+    return LOG_FILE if rank == 0 else f"output.rank{rank}.txt"
+
+
+@contextmanager
+def quiet_console(log: Path) -> Iterator[TextIO]:
+    """Send stdout and stderr of this process, C++ code included, to `log`; yield the terminal.
+
+    It works on file descriptors, so it must be entered before noisy libraries are imported. The log is
+    appended to.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.close(target)
+    terminal = os.fdopen(os.dup(saved[1]), "w", buffering=1, encoding="utf-8", errors="replace")
+    _terminals.append(terminal)
+    try:
+        yield terminal
+    finally:
+        _terminals.remove(terminal)
+        with suppress(OSError):  # a full disk
+            sys.stdout.flush()
+            sys.stderr.flush()
+        for number, descriptor in enumerate(saved, start=1):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        with suppress(OSError):
+            terminal.close()
+
+
+def tell(text: str) -> None:
+    """A line for the user from wherever it comes, also from other threads: past the log, if there is one."""
+    say(_terminals[-1] if _terminals else sys.stderr, text)
+
+
+def say(terminal: TextIO, text: str) -> None:
+    """A line for the user, if there still is one: a terminal that is gone must not change how a run ends."""
+    with suppress(OSError):
+        print(text, file=terminal)
+
+
+@contextmanager
+def information_to(say_it: Callable[[str], None]) -> Iterator[None]:
+    """While it is open, what the package logs as information is said to the user."""
+    logger = logging.getLogger("frugal_dist")
+    before, handler = logger.level, logging.Handler()
+    handler.emit = lambda record: say_it(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+# --- being told to stop -----------------------------------------------------------------------------------------------
 
 
 class StoppedEarly(BaseException):
@@ -121,7 +193,26 @@ def _listen(reader: int, request: StopRequest) -> None:
 
 def _end(text: str, code: int) -> NoReturn:
     tell(text)
+    _exit_flushed(code)
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process as the interpreter would, except that it does not take itself apart.
+
+    A thread of gloo's process group may still be letting go of the last collective's tensors, for which it needs the
+    interpreter's lock. Denied by an interpreter that is being taken apart, it aborts the process: exit code -6 for a
+    rank whose work is done and saved, which makes launchers end or restart the others (torch 2.13, Python 3.11).
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # ends idle thread pools, then waits for threads
+    atexit._run_exitfuncs()
+    _exit_flushed(code)
+
+
+def _exit_flushed(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):  # closed, or nobody reads it any more
             stream.flush()
     os._exit(code)
