@@ -56,6 +56,7 @@ from frugal_dist.parameters.summary import StateBytes, bytes_by_name, state_byte
 from frugal_dist.projection.numerics import full_precision
 from frugal_dist.sharding.collectives import agree_max, outlives_its_process, speaks
 from frugal_dist.sharding.shard import ParamSpec
+from frugal_dist.step.decide import decide, stepping
 from frugal_dist.step.inputs import StepInputs, ensure_state, step_inputs, step_regular
 from frugal_dist.step.matrices import step_matrices
 from frugal_dist.step.refresh import refresh
@@ -385,8 +386,9 @@ class Frugal(Optimizer):
             if self._starts(runtime, load):
                 return loss
             self._check_saving()
-            stepped = refresh(runtime, load.works, load.regular)
-            step_matrices(runtime, load.works, stepped)
+            decision = decide(runtime, load.works, load.regular)
+            refresh(runtime, decision)
+            step_matrices(runtime, load.works, stepping(runtime, load.works, decision))
             step_regular(load)
             if not self._summarised:
                 self._summarise(runtime)

@@ -15,7 +15,7 @@ from frugal_dist.projection.basis import basis_shapes
 from frugal_dist.projection.coordinates import Selection
 from frugal_dist.sharding.placement import Transfer, owner_layout, transfers_for
 from frugal_dist.sharding.tile import elements, owned, whole
-from frugal_dist.step import matrices, refresh
+from frugal_dist.step import basis_refresh, decide, matrices
 from frugal_dist.step.moments import moves_between_ranks
 from frugal_dist.step.runtime import (
     CoordinatePiece,
@@ -128,10 +128,10 @@ def common_refresh(runtime: Runtime, works: Sequence[LocalMatrix]) -> CommonRefr
     bases = [work for work in works if work.family == "basis" and not work.empty]
     position = {work.matrix.index: i for i, work in enumerate(works)}
     return CommonRefresh(
-        refresh.numbers_agreed(runtime, works),
+        decide.numbers_agreed(runtime, works),
         len(moving),
         moved or [0] * runtime.ranks.size,
-        [[position[work.matrix.index] for work in bucket] for bucket in refresh.buckets_of(runtime, bases)],
+        [[position[work.matrix.index] for work in bucket] for bucket in basis_refresh.buckets_of(runtime, bases)],
     )
 
 
@@ -154,7 +154,7 @@ def _plan_bucket(runtime: Runtime, works: Sequence[LocalMatrix], found: RefreshP
     travels = False
     for work in works:
         matrix, elements = work.matrix, _basis_elements(work)
-        if (source := refresh.warm_source(runtime, work)) is not None:
+        if (source := basis_refresh.warm_source(runtime, work)) is not None:
             travels = True
             found.sent += ITEM * elements * (rank == source)
             gathered += elements * ((rank == source) + 2 * (rank == matrix.owner))  # packed, and unpacked
@@ -166,7 +166,7 @@ def _plan_bucket(runtime: Runtime, works: Sequence[LocalMatrix], found: RefreshP
             gathered += away(legs, rank) + _arriving(legs, rank)
             gathered += matrix.rows * matrix.cols * (rank == matrix.owner)
         if rank == matrix.owner:
-            published = elements if refresh.used_by_others(runtime, work) else 0
+            published = elements if basis_refresh.used_by_others(runtime, work) else 0
             found.sent += ITEM * (1 + published)  # 1: the status
     found.calls["all_to_all"] += travels
     found.calls["broadcast"] += len({work.matrix.owner for work in works})

@@ -1,20 +1,185 @@
-"""What the owner of a matrix does at a refresh: compute its basis, where and in whatever precision that works."""
+"""The refresh of bases: gradients are gathered by their owners, each basis is computed once and published.
+
+A failed SVD is a status that all ranks learn; no rank raises or skips alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from frugal_dist.notices import notice
-from frugal_dist.projection.basis import Basis, exact_svd, random_basis
+from frugal_dist.projection.basis import Basis, basis_shapes, exact_svd, random_basis
 from frugal_dist.projection.subspace import gram_svd, subspace_svd
-from frugal_dist.step.runtime import LocalMatrix
+from frugal_dist.sharding.collectives import all_to_all, broadcast
+from frugal_dist.sharding.placement import owner_layout, transfers_for
+from frugal_dist.sharding.redistribution import fill_buckets, limit_for_owners
+from frugal_dist.sharding.tile import owned, whole
+from frugal_dist.step.moments import carry_basis_moments
+from frugal_dist.step.runtime import LocalMatrix, Runtime, basis_route, moment_names
 from frugal_dist.step.statistics import RefreshStats
 
+NEW, FAILED = 0.0, 1.0
+ATTEMPTS = 3
+"""Consecutive failed refreshes of one matrix after which all ranks raise."""
 
-def compute_basis(work: LocalMatrix, grad: Tensor, warm: Basis | None, figures: RefreshStats) -> Basis | None:
+
+def refresh_bases(runtime: Runtime, works: Sequence[LocalMatrix]) -> None:
+    """In bounded buckets, so that scratch stays small and a long SVD never runs into a collective's time-out."""
+    for bucket in buckets_of(runtime, works):
+        _refresh_bucket(runtime, bucket)
+
+
+def buckets_of(runtime: Runtime, works: Sequence[LocalMatrix]) -> list[list[LocalMatrix]]:
+    """The matrices that are gathered and published together."""
+    found = []
+    for dtype in sorted({work.dtype for work in works}, key=str):
+        same = [work for work in works if work.dtype == dtype]
+        loads = [refresh_load(runtime, work) for work in same]
+        limit = limit_for_owners(loads, runtime.bucket_bytes // dtype.itemsize)
+        found += [[same[i] for i in bucket] for bucket in fill_buckets(loads, limit)]
+    return found
+
+
+def refresh_load(runtime: Runtime, work: LocalMatrix) -> tuple[int, ...]:
+    """Elements that each rank may hold for this refresh: the whole matrix at the owner, and parts that travel to it."""
+    matrix = work.matrix
+    travels = owned(matrix.storage[matrix.owner], whole(matrix.rows, matrix.cols)[0]) is None
+    parts = list(matrix.sizes) if travels else [0] * len(matrix.sizes)
+    parts[matrix.owner] += matrix.rows * matrix.cols
+    return tuple(parts)
+
+
+def _refresh_bucket(runtime: Runtime, works: Sequence[LocalMatrix]) -> None:
+    """All owners compute at the same time; only then the first of them publishes."""
+    gathered, warm = _gather(runtime, works)
+    found = {
+        work.matrix.index: _compute(work, gathered[work.matrix.index], warm.get(work.matrix.index), runtime.figures)
+        for work in works
+        if work.matrix.owner == runtime.ranks.rank
+    }
+    for owner in range(runtime.ranks.size):
+        mine = [work for work in works if work.matrix.owner == owner]
+        if mine:
+            _publish(runtime, mine, [found.get(work.matrix.index) for work in mine], owner)
+
+
+def warm_source(runtime: Runtime, work: LocalMatrix) -> int | None:
+    """The rank that has the old basis when a refresh starts from it and the owner does not; None: nothing to send."""
+    matrix = work.matrix
+    if work.config.svd_method != "subspace" or work.config.projection != "svd" or work.state.counter("refreshes") == 0:
+        return None
+    users = [rank for rank, tiles in enumerate(basis_route(runtime, work).layout) if tiles]
+    return None if matrix.owner in users else users[0]
+
+
+def _send_warm(runtime: Runtime, work: LocalMatrix, send: list[list[Tensor]], recv: list[list[Tensor]]) -> Basis | None:
+    """Queue the old basis for its owner; returns the one that this rank, if it is the owner, will start from."""
+    source, rank = warm_source(runtime, work), runtime.ranks.rank
+    if source is None:
+        return work.basis()
+    if rank == source:
+        basis = work.basis()
+        assert basis is not None
+        send[work.matrix.owner] += basis.parts
+    if rank != work.matrix.owner:
+        return None
+    shapes = basis_shapes(work.side, work.matrix.rows, work.matrix.cols, work.state.counter("size"))
+    basis = Basis(**{part: torch.empty(size, dtype=work.dtype, device=work.device) for part, size in shapes.items()})
+    recv[source] += basis.parts
+    return basis
+
+
+def _gather(runtime: Runtime, works: Sequence[LocalMatrix]) -> tuple[dict[int, Tensor], dict[int, Basis | None]]:
+    """The whole gradients of the matrices this rank owns, and the bases that their refresh starts from."""
+    ranks = runtime.ranks
+    send: list[list[Tensor]] = [[] for _ in range(ranks.size)]
+    recv: list[list[Tensor]] = [[] for _ in range(ranks.size)]
+    found, landing = {}, []
+    warm: dict[int, Basis | None] = {}
+    travels = False
+    for work in works:
+        warm[work.matrix.index] = _send_warm(runtime, work, send, recv)
+        travels = travels or warm_source(runtime, work) is not None
+        matrix = work.matrix
+        everything = whole(matrix.rows, matrix.cols)[0]
+        home = owned(matrix.storage[matrix.owner], everything)
+        if home is not None:
+            if matrix.owner == ranks.rank:
+                found[matrix.index] = work.local_grad(home)
+            continue
+        travels = True
+        if matrix.owner == ranks.rank:
+            found[matrix.index] = torch.empty(matrix.rows, matrix.cols, dtype=work.dtype, device=work.device)
+        target = owner_layout(ranks.size, matrix.owner, matrix.rows, matrix.cols)
+        for move in transfers_for(matrix.held, target, ranks.rank, matrix.index):
+            if move.source == ranks.rank:
+                piece = work.local_grad(move.source_tile)[move.area.within(move.source_tile)]
+                if move.target == ranks.rank:
+                    found[matrix.index][move.area.within(everything)] = piece
+                else:
+                    send[move.target].append(piece)
+            else:
+                landing.append(found[matrix.index][move.area.within(everything)])
+                recv[move.source].append(landing[-1])
+    if travels:
+        all_to_all(ranks, send, recv, torch.empty(0, dtype=works[0].dtype, device=works[0].device))
+    return found, warm
+
+
+def used_by_others(runtime: Runtime, work: LocalMatrix) -> bool:
+    """Whether any rank but the owner computes with this matrix' basis."""
+    return any(tiles for rank, tiles in enumerate(basis_route(runtime, work).layout) if rank != work.matrix.owner)
+
+
+def _publish(runtime: Runtime, works: Sequence[LocalMatrix], found: Sequence[Basis | None], owner: int) -> None:
+    """Owner's statuses and bases to everyone, then the state follows. All ranks use the same contiguous bytes."""
+    like = torch.empty(0, dtype=works[0].dtype, device=works[0].device)
+    status = torch.tensor([FAILED if basis is None else NEW for basis in found], dtype=like.dtype, device=like.device)
+    pieces, bases = [status], []
+    for work, basis in zip(works, found, strict=True):
+        shapes = basis_shapes(work.side, work.matrix.rows, work.matrix.cols, work.size)
+        travels = used_by_others(runtime, work)
+        if basis is None:  # where it does not travel, nobody here computes with it
+            sizes = {name: shape if travels else (0, 0) for name, shape in shapes.items()}
+            basis = Basis(**{n: torch.zeros(size, dtype=work.dtype, device=work.device) for n, size in sizes.items()})
+        bases.append(basis)
+        if travels:
+            pieces += basis.parts
+    broadcast(runtime.ranks, owner, pieces, like)
+    for work, basis, code in zip(works, bases, status.tolist(), strict=True):
+        _adopt(runtime, work, basis) if code == NEW else _count_failure(runtime, work, owner)
+
+
+def _adopt(runtime: Runtime, work: LocalMatrix, basis: Basis) -> None:
+    runtime.failures.pop(work.matrix.index, None)
+    plan, kept = basis_route(runtime, work), basis.to(work.basis_dtype)
+    basis = kept.to(work.dtype)  # everyone computes with what is kept
+    carry_basis_moments(work, plan, basis, moment_names(work.config))
+    if plan.tiles:
+        if runtime.ranks.rank == next(rank for rank, tiles in enumerate(plan.layout) if tiles):
+            runtime.figures.add_turn(work.basis(), basis)
+        work.state.set_basis(work.side, kept)
+    work.state.count_refresh(work.size)
+
+
+def _count_failure(runtime: Runtime, work: LocalMatrix, owner: int) -> None:
+    """Go on with the old projector; raise on all ranks together when it keeps failing."""
+    count = runtime.failures.get(work.matrix.index, 0) + 1
+    runtime.failures[work.matrix.index] = count
+    if count >= ATTEMPTS:
+        raise RuntimeError(
+            f"{work.matrix.name}: the projector refresh failed {count} times in a row on rank {owner} (its warnings "
+            "say why). Lower the learning rate, clip gradients, or choose a projection that needs no SVD (columns)."
+        )
+
+
+# --- on the owner alone: wherever and in whatever precision that works -----------------------------
+
+
+def _compute(work: LocalMatrix, grad: Tensor, warm: Basis | None, figures: RefreshStats) -> Basis | None:
     """The new basis, or None. Never raises: the other ranks are waiting for the outcome."""
     refresh_number = work.state.counter("refreshes")
     troubles = []

@@ -97,6 +97,12 @@ class MatrixState:
         if name in self.counters:
             self.counters[name] = (key, counter, counter._version)
 
+    def count_refresh(self, size: int) -> None:
+        """A refresh at the present update, after which ``size`` is selected."""
+        self.set_counter("refreshes", self.counter("refreshes") + 1)
+        self.set_counter("refreshed_at", self.counter("updates"))
+        self.set_counter("size", size)
+
     def get(self, name: str) -> Tensor | None:
         return self.store.get(self.prefix + name)
 

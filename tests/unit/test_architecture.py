@@ -27,7 +27,8 @@ LAYERS: list[tuple[str, ...]] = [
     ("sharding.table",),
     ("parameters.split", "step", "step.state", "step.statistics"),
     ("step.runtime",),
-    ("step.moments", "step.replicas", "step.inputs", "step.basis_refresh"),
+    ("step.moments", "step.replicas", "step.inputs"),
+    ("step.decide", "step.basis_refresh"),
     ("step.refresh", "step.matrices"),
     (
         "engines",
