@@ -119,6 +119,7 @@ class Frugal(Optimizer):
         svd_method: how svd's basis is computed: "exact", "subspace" (several times faster, nearly as good) or
             "gram64".
         basis_dtype: of bases between refreshes: "full" or "bf16".
+        matmul: of the step's products with a basis: "fp32" or "bf16x3" (three products of bf16 parts, on GPUs).
         rounding: of bf16 weights without fp32 masters: "nearest" or "stochastic".
         refresh_schedule: "together" (the paper), or "staggered": matrices take turns within ``update_gap``.
         compute_layout: where sharded bases compute: "auto" (by cost), "cut" or "owner".
@@ -163,6 +164,7 @@ class Frugal(Optimizer):
         on_refresh: str = "reset",
         svd_method: str = "exact",
         basis_dtype: str = "full",
+        matmul: str = "fp32",
         rounding: str = "nearest",
         refresh_schedule: str = "together",
         compute_layout: str = "auto",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import frugal_dist.projection.coordinates as coordinates
+from frugal_dist.projection.products import MATMULS
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,11 @@ def basis_shapes(side: str, rows: int, cols: int, r: int) -> dict[str, tuple[int
     return shapes if side == "full" else {side: shapes[side]}
 
 
-def down(grad: Tensor, basis: Basis) -> Tensor:
+def down(grad: Tensor, basis: Basis, matmul: str = "fp32") -> Tensor:
     """R, the projected gradient."""
-    low = grad if basis.left is None else basis.left.T @ grad
-    return low if basis.right is None else low @ basis.right
+    multiply = MATMULS[matmul].multiply
+    low = grad if basis.left is None else multiply(basis.left.T, grad)
+    return low if basis.right is None else multiply(low, basis.right)
 
 
 def up(low: Tensor, basis: Basis) -> Tensor:
@@ -68,20 +70,19 @@ def up(low: Tensor, basis: Basis) -> Tensor:
     return high if basis.right is None else high @ basis.right.T
 
 
-def add_up_(out: Tensor, low: Tensor, basis: Basis, alpha: float = 1.0) -> Tensor:
+def add_up_(out: Tensor, low: Tensor, basis: Basis, alpha: float = 1.0, matmul: str = "fp32") -> Tensor:
     """Out += alpha * up(low), without a temporary of out's size."""
+    products = MATMULS[matmul]
     if basis.right is None:
         assert basis.left is not None
-        return out.addmm_(basis.left, low, alpha=alpha)
-    return out.addmm_(low if basis.left is None else basis.left @ low, basis.right.T, alpha=alpha)
+        return products.add_(out, basis.left, low, alpha)
+    low = low if basis.left is None else products.multiply(basis.left, low)
+    return products.add_(out, low, basis.right.T, alpha)
 
 
-def residual(grad: Tensor, low: Tensor, basis: Basis) -> Tensor:
+def residual(grad: Tensor, low: Tensor, basis: Basis, matmul: str = "fp32") -> Tensor:
     """Grad - up(low), in a new tensor."""
-    if basis.right is None:
-        assert basis.left is not None
-        return torch.addmm(grad, basis.left, low, alpha=-1.0)
-    return torch.addmm(grad, low if basis.left is None else basis.left @ low, basis.right.T, alpha=-1.0)
+    return add_up_(grad.clone(memory_format=torch.contiguous_format), low, basis, -1.0, matmul)
 
 
 def spans_everything(basis: Basis) -> bool:

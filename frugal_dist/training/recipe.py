@@ -114,8 +114,8 @@ class Optimizer:
             projection (svd, random, randperm, columns, rows, randk, blockwise), side, block_order, state_full (adamw,
             lion, sgdm), state_free (sign, sgd, none), betas, eps, momentum, projected_lr_scale, state_free_lr_scale,
             on_refresh
-            (reset, keep, project), svd_method, basis_dtype, rounding, refresh_schedule, compute_layout,
-            residual_threshold, seed, shard_state.
+            (reset, keep, project), svd_method, basis_dtype, matmul, rounding, refresh_schedule,
+            compute_layout, residual_threshold, seed, shard_state.
     """
 
     name: Literal["frugal", "galore", "badam", "signsgd", "adamw"] = "frugal"

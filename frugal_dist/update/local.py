@@ -162,17 +162,17 @@ def basis_step_(weight: Tensor, grad: Tensor, basis: Basis, side: str, moments: 
         weight.add_(basis_delta(grad, basis, side, moments, step, config))
         return
     grad = grad if grad.dtype is weight.dtype else _wide(grad)
-    low = down(grad, basis)
+    low = down(grad, basis, config.matmul)
     if STATE_FREE[config.state_free] is None or spans_everything(basis):
         decay_(weight, config.lr, decay)
     else:
-        rest = residual(grad, low, basis)
+        rest = residual(grad, low, basis, config.matmul)
         if config.residual_threshold == 0.0:
             state_free_(weight, rest, config, decay)
         elif not _free_rows_(weight, rest, grad, side, config, decay):
             state_free_(weight, silence_noise_(rest, grad, side, config.residual_threshold), config, decay)
         del rest
-    add_up_(weight, _step_from_zero(low, moments, step, config), basis)
+    add_up_(weight, _step_from_zero(low, moments, step, config), basis, matmul=config.matmul)
 
 
 def _free_rows_(weight: Tensor, rest: Tensor, grad: Tensor, side: str, config: FrugalConfig, decay: float) -> bool:
@@ -187,14 +187,14 @@ def _free_rows_(weight: Tensor, rest: Tensor, grad: Tensor, side: str, config: F
 def basis_delta(grad: Tensor, basis: Basis, side: str, moments: Moments, step: int, config: FrugalConfig) -> Tensor:
     """The same as a tensor to add to the weights (without weight decay), for weights that lie elsewhere."""
     grad = _wide(grad)
-    low = down(grad, basis)
+    low = down(grad, basis, config.matmul)
     direction = STATE_FREE[config.state_free]
     if direction is None or spans_everything(basis):
         delta = torch.zeros_like(grad, memory_format=torch.contiguous_format)
     else:
-        rest = silence_noise_(residual(grad, low, basis), grad, side, config.residual_threshold)
+        rest = silence_noise_(residual(grad, low, basis, config.matmul), grad, side, config.residual_threshold)
         delta = direction(rest).mul_(-config.lr * config.projected_lr_scale * config.state_free_lr_scale)
-    return add_up_(delta, _step_from_zero(low, moments, step, config), basis)
+    return add_up_(delta, _step_from_zero(low, moments, step, config), basis, matmul=config.matmul)
 
 
 def _step_from_zero(low: Tensor, moments: Moments, step: int, config: FrugalConfig) -> Tensor:

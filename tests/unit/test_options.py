@@ -37,6 +37,7 @@ from frugal_dist.config import HYPERPARAMETERS, TAKEN_UP
         ("state_free", "signsgd", "'sign'"),
         ("on_refresh", "projekt", "'project'"),
         ("refresh_schedule", "stagger", "'staggered'"),
+        ("matmul", "bf16", "'bf16x3'"),
     ],
 )
 def test_a_misspelt_choice_is_told_what_was_meant(key: str, value: str, hint: str) -> None:
@@ -548,7 +549,8 @@ CHANGED: dict[str, Any] = {
     "projection": "columns", "side": "left", "block_order": "descending", "state_full": "lion", "state_free": "sgd",
     "momentum": 0.5, "projected_lr_scale": 0.5, "state_free_lr_scale": 0.5, "on_refresh": "project",
     "svd_method": "gram64",
-    "basis_dtype": "bf16", "rounding": "stochastic", "refresh_schedule": "staggered", "compute_layout": "owner",
+    "basis_dtype": "bf16", "matmul": "bf16x3", "rounding": "stochastic", "refresh_schedule": "staggered",
+    "compute_layout": "owner",
     "residual_threshold": 0.4, "seed": 7,
 }  # fmt: skip
 
