@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from frugal_dist.checkpoint.errors import CheckpointError, DamagedError, MismatchError, StorageError
+from frugal_dist.checkpoint.extra import load_schedule
 from frugal_dist.checkpoint.folder import latest_step, read_latest, step_folder, write_step
 from frugal_dist.checkpoint.loading import read_checkpoint
-from frugal_dist.checkpoint.schedule import load_schedule
 from frugal_dist.checkpoint.unwrapping import unwrap
 from frugal_dist.checkpoint.weights import SavedWeights
 from frugal_dist.checkpoint.writing import write_checkpoint

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from frugal_dist.checkpoint.errors import MismatchError
-from frugal_dist.checkpoint.leftovers import leftovers
-from frugal_dist.checkpoint.parts import WEIGHT
+from frugal_dist.checkpoint.parts import WEIGHT, leftovers
 from frugal_dist.checkpoint.reader import Reader
 from frugal_dist.checkpoint.writing import fingerprint_of_draws
 from frugal_dist.parameters.changes import matrix_options, regular_options

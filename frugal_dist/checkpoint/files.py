@@ -11,53 +11,16 @@ id, so that files of two checkpoints cannot pass for one.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
-
+from frugal_dist.checkpoint.disk import MissingError, flush_folder, read_bytes
 from frugal_dist.checkpoint.errors import CheckpointError, DamagedError
 from frugal_dist.checkpoint.index import INDEX, OURS, Index, NotOurs, index_from
-from frugal_dist.checkpoint.opening import MissingError, read_bytes
-from frugal_dist.checkpoint.tensors import Output, Written
 
 # --- writing ----------------------------------------------------------------------------------------
-
-
-def serialized(record: Mapping[str, Any]) -> bytes:
-    """What goes into an extra file. CheckpointError, naming the key, if it could not be read back safely."""
-    found, problem = _safely_dumped(record)
-    if problem:
-        extra = record["extra"]
-        culprits = [f"extra[{name!r}]" for name in extra if _safely_dumped(extra[name])[1]]
-        where = culprits[0] if culprits else "the engine's schedule"
-        raise CheckpointError(
-            f"{where} cannot be saved: it must be numbers, text, tensors, or lists, tuples and dicts of them, so that "
-            f"loading executes no code (torch.load with weights_only=True). {problem.splitlines()[0]}"
-        )
-    return found
-
-
-def _safely_dumped(value: Any) -> tuple[bytes, str]:
-    try:
-        torch.save(value, buffer := io.BytesIO())
-        torch.load(io.BytesIO(buffer.getvalue()), map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle and weights_only refuse with many kinds
-        return b"", str(error) or type(error).__name__
-    return buffer.getvalue(), ""
-
-
-def write_bytes(path: Path, data: bytes) -> Written:
-    """Write a file and flush it to disk."""
-    with Output(path) as output:
-        output.write(data)
-        return output.finish()
 
 
 def place_of(path: Path) -> Path:
@@ -134,16 +97,6 @@ def _retired(final: Path) -> Path:
     return final.with_name(f".{final.name}.old")
 
 
-def flush_folder(folder: Path) -> None:
-    """Names reach the disk too; some file systems cannot, and need not."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 # --- reading ----------------------------------------------------------------------------------------
 
 
@@ -176,18 +129,3 @@ def _what_is(folder: Path) -> str:
     if (folder / "latest").exists():
         return f"{folder} is a folder of checkpoints; use load_latest, or load one of them."
     return f"{folder} is not a frugal_dist checkpoint, or was never finished."
-
-
-def read_extra(path: Path, identity: str) -> dict[str, Any]:
-    """What ``serialized`` made. Executes nothing."""
-    data = io.BytesIO(read_bytes(path))
-    try:
-        found: Any = torch.load(data, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a broken archive
-        raise DamagedError(f"{path} is damaged: it cannot be read: {error}") from error
-    if not isinstance(found, dict) or found.get("checkpoint") != identity:
-        raise DamagedError(f"{path} belongs to another checkpoint than {path.parent / INDEX}.")
-    for key in ("extra", "engine", "rng"):
-        if not isinstance(found.get(key), dict):
-            raise DamagedError(f"{path} is damaged: {key} is no table.")
-    return found

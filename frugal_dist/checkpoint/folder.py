@@ -11,11 +11,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from frugal_dist.checkpoint.disk import flush_folder, read_bytes, write_bytes
 from frugal_dist.checkpoint.errors import CheckpointError, DamagedError, together
-from frugal_dist.checkpoint.files import clear_stale, complete_folder, flush_folder, remove, write_bytes
+from frugal_dist.checkpoint.files import clear_stale, complete_folder, remove
 from frugal_dist.checkpoint.index import INDEX
 from frugal_dist.checkpoint.loading import read_checkpoint
-from frugal_dist.checkpoint.opening import read_bytes
 from frugal_dist.checkpoint.writing import write_checkpoint
 from frugal_dist.notices import notice
 from frugal_dist.optimizer import Frugal

@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-from frugal_dist.checkpoint.leftovers import BUFFER
-from frugal_dist.checkpoint.parts import WEIGHT, flat_shape
-from frugal_dist.checkpoint.tensors import Written
+from frugal_dist.checkpoint.disk import Written
+from frugal_dist.checkpoint.parts import BUFFER, WEIGHT, flat_shape
 from frugal_dist.config import HYPERPARAMETERS, config_from
 from frugal_dist.sharding.tile import Tile
 from frugal_dist.step.state import COUNTERS

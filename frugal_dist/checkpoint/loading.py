@@ -13,12 +13,10 @@ from torch import Tensor
 from frugal_dist import engines
 from frugal_dist.checkpoint.compare import Anew, compare, summary
 from frugal_dist.checkpoint.errors import DamagedError, MismatchError, together
+from frugal_dist.checkpoint.extra import check_rng_state, fitted, reseed, set_rng_state
 from frugal_dist.checkpoint.index import INDEX
-from frugal_dist.checkpoint.leftovers import leftovers
-from frugal_dist.checkpoint.parts import Chunk, regular_state_chunks, state_chunks, weight_chunks
+from frugal_dist.checkpoint.parts import Chunk, leftovers, regular_state_chunks, state_chunks, weight_chunks
 from frugal_dist.checkpoint.reader import Reader
-from frugal_dist.checkpoint.rng import check_rng_state, reseed, set_rng_state
-from frugal_dist.checkpoint.schedule import fitted
 from frugal_dist.config import HYPERPARAMETERS, python_value, saved_group
 from frugal_dist.notices import notice
 from frugal_dist.optimizer import Frugal

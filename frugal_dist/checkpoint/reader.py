@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frugal_dist.checkpoint.disk import MissingError, checksum_of, opened
 from frugal_dist.checkpoint.errors import CheckpointError, DamagedError, MismatchError
-from frugal_dist.checkpoint.files import complete_folder, read_extra, read_index
+from frugal_dist.checkpoint.extra import read_extra
+from frugal_dist.checkpoint.files import complete_folder, read_index
 from frugal_dist.checkpoint.index import INDEX, Index, extra_file, piece_key
-from frugal_dist.checkpoint.opening import MissingError, opened
-from frugal_dist.checkpoint.tensors import TensorFile, checksum_of
+from frugal_dist.checkpoint.tensors import TensorFile
 from frugal_dist.sharding.tile import Tile, overlap
 
 LOOKS = 3

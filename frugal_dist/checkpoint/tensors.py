@@ -6,13 +6,10 @@ bytes that are used come from disk. (https://github.com/huggingface/safetensors 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import os
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,8 +17,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from frugal_dist.checkpoint.disk import Output, Written, opened
 from frugal_dist.checkpoint.errors import CheckpointError, DamagedError
-from frugal_dist.checkpoint.opening import opened
 
 CODES = {
     torch.float64: "F64",
@@ -42,58 +39,6 @@ CODES = {
     torch.bool: "BOOL",
 }
 DTYPES = {code: dtype for dtype, code in CODES.items()}
-BLOCK = 16 * 2**20
-
-
-@dataclass(frozen=True)
-class Written:
-    """Size and checksum of a file, as its writer saw them go by."""
-
-    bytes: int
-    crc32: int
-
-
-class Output:
-    """A file that counts what it writes and reaches the disk before it closes."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = str(path)
-        self._file: BinaryIO = path.open("wb")
-        self._size, self._crc = 0, 0
-
-    def __enter__(self) -> Output:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        with contextlib.suppress(OSError):  # after `finish` nothing is left to write; before it something has failed
-            self._file.close()
-
-    def write(self, data: bytes | memoryview) -> int:
-        """Write all of ``data``."""
-        view = memoryview(data).cast("B")
-        with self._naming_itself():
-            for start in range(0, len(view), BLOCK):
-                block = view[start : start + BLOCK]
-                self._file.write(block)
-                self._crc = zlib.crc32(block, self._crc)
-        self._size += len(view)
-        return len(view)
-
-    def finish(self) -> Written:
-        """Flush to disk."""
-        with self._naming_itself():
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        return Written(self._size, self._crc)
-
-    @contextlib.contextmanager
-    def _naming_itself(self) -> Iterator[None]:
-        """The system's error about a full disk does not say which file it was."""
-        try:
-            yield
-        except OSError as error:
-            error.filename = self._path
-            raise
 
 
 def write_tensors(path: Path, tensors: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str]) -> Written:
@@ -126,20 +71,6 @@ def _bytes_of(host: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor; valid as long as the tensor lives."""
     size = host.numel() * host.element_size()
     return memoryview((ctypes.c_ubyte * size).from_address(host.data_ptr())) if size else memoryview(b"")
-
-
-def checksum(path: Path) -> int:
-    """CRC-32 of a whole file."""
-    with opened(path) as file:
-        return checksum_of(file)
-
-
-def checksum_of(file: BinaryIO) -> int:
-    """CRC-32 of what is left to be read of a file."""
-    crc = 0
-    while block := file.read(BLOCK):
-        crc = zlib.crc32(block, crc)
-    return crc
 
 
 class TensorFile:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from frugal_dist.checkpoint.errors import MismatchError
 from frugal_dist.checkpoint.folder import LATEST, latest_step, step_folder
-from frugal_dist.checkpoint.leftovers import BUFFER
-from frugal_dist.checkpoint.parts import WEIGHT
+from frugal_dist.checkpoint.parts import BUFFER, WEIGHT
 from frugal_dist.checkpoint.reader import Reader
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-import time
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,13 +14,22 @@ import torch
 from torch import Tensor
 
 from frugal_dist import engines, projection
+from frugal_dist.checkpoint.disk import Written, appears, write_bytes
 from frugal_dist.checkpoint.errors import CheckpointError, StorageError, together
-from frugal_dist.checkpoint.files import place_of, prepare, publish, serialized, working_folder, write_bytes
+from frugal_dist.checkpoint.extra import rng_state, serialized
+from frugal_dist.checkpoint.files import place_of, prepare, publish, working_folder
 from frugal_dist.checkpoint.index import INDEX, Index, extra_file, piece_key, tensor_file
-from frugal_dist.checkpoint.leftovers import BUFFER, leftovers, module_of
-from frugal_dist.checkpoint.parts import WEIGHT, Chunk, regular_state_chunks, state_chunks, weight_chunks
-from frugal_dist.checkpoint.rng import rng_state
-from frugal_dist.checkpoint.tensors import Written, write_tensors
+from frugal_dist.checkpoint.parts import (
+    BUFFER,
+    WEIGHT,
+    Chunk,
+    leftovers,
+    module_of,
+    regular_state_chunks,
+    state_chunks,
+    weight_chunks,
+)
+from frugal_dist.checkpoint.tensors import write_tensors
 from frugal_dist.config import HYPERPARAMETERS, python_value
 from frugal_dist.optimizer import Frugal
 from frugal_dist.parameters.changes import matrix_options, regular_options
@@ -105,14 +113,11 @@ def _divide(ranks: Ranks, chunks: Sequence[Chunk]) -> tuple[list[Chunk], Shapes]
 
 
 def _wait_for(working: Path, rank: int) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not working.is_dir():
-        if time.monotonic() > deadline:
-            raise StorageError(
-                f"{working}, which rank 0 has just made, is not there for rank {rank}. A checkpoint needs a folder "
-                "that all ranks share: a network file system if they run on several machines."
-            )
-        time.sleep(0.1)
+    if not appears(working, PATIENCE):
+        raise StorageError(
+            f"{working}, which rank 0 has just made, is not there for rank {rank}. A checkpoint needs a folder that "
+            "all ranks share: a network file system if they run on several machines."
+        )
 
 
 def _write_rank(working: Path, rank: int, mine: Sequence[Chunk], record: bytes, token: str) -> dict[str, Written]:

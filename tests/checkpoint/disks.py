@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from frugal_dist.checkpoint import tensors
+from frugal_dist.checkpoint import disk
 
 SIZE = 4 * 2**20
 Disk = tuple[Path, Callable[[], None]]
@@ -68,16 +68,16 @@ def _fill(folder: Path, room: int) -> None:
 
 def _fail_writes(monkeypatch: pytest.MonkeyPatch, code: int, room: int) -> None:
     written = 0
-    write = tensors.Output.write
+    write = disk.Output.write
 
-    def failing(self: tensors.Output, data: bytes | memoryview) -> int:
+    def failing(self: disk.Output, data: bytes | memoryview) -> int:
         nonlocal written
         written += len(data)
         if written > room:
             raise OSError(code, os.strerror(code), self._path)
         return write(self, data)
 
-    monkeypatch.setattr(tensors.Output, "write", failing)
+    monkeypatch.setattr(disk.Output, "write", failing)
 
 
 def _run(*command: str) -> None:

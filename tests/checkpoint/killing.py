@@ -29,7 +29,7 @@ from forks import Body, Ranks, Report
 from torch import Tensor, nn
 
 from frugal_dist import Frugal, checkpoint
-from frugal_dist.checkpoint import tensors
+from frugal_dist.checkpoint import disk
 
 RANKS, SIZE, MATRICES, GAP = 2, 192, 6, 3
 ROUND = 40
@@ -286,20 +286,20 @@ def _die_at(touch: int, home: Path) -> None:
         if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "os.scandir"):
             count(arguments[0])
 
-    write, finish = tensors.Output.write, tensors.Output.finish
+    write, finish = disk.Output.write, disk.Output.finish
 
-    def counted_write(self: tensors.Output, data: bytes | memoryview) -> int:
+    def counted_write(self: disk.Output, data: bytes | memoryview) -> int:
         written = write(self, data)
         self._file.flush()
         count(self._path)
         return written
 
-    def counted_finish(self: tensors.Output) -> tensors.Written:
+    def counted_finish(self: disk.Output) -> disk.Written:
         found = finish(self)
         count(self._path)
         return found
 
-    tensors.Output.write, tensors.Output.finish = counted_write, counted_finish  # type: ignore[method-assign]
+    disk.Output.write, disk.Output.finish = counted_write, counted_finish  # type: ignore[method-assign]
     sys.addaudithook(hook)
 
 

@@ -81,19 +81,19 @@ def test_random_numbers_continue(tmp_path: Path) -> None:
 
 def test_ranks_without_a_saved_state_draw_numbers_of_their_own(tmp_path: Path) -> None:
     """Equal dropout on several ranks would be worse than none of it continuing."""
-    from frugal_dist.checkpoint import rng
+    from frugal_dist.checkpoint import extra
 
     torch.manual_seed(0)  # threads as ranks, in the test before, leave their generators in any state
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
-    state = rng.rng_state()
+    state = extra.rng_state()
     found = []
     for rank in (3, 4, 3):
-        rng.reseed(state, rank)
+        extra.reseed(state, rank)
         found.append(draws())
     assert found[0] == found[2], "the same whenever it is loaded"
     assert all(a != b for a, b in zip(found[0], found[1], strict=True))
-    rng.set_rng_state(state)
+    extra.set_rng_state(state)
     assert all(a != b for a, b in zip(found[0], draws(), strict=True))
 
 

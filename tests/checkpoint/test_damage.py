@@ -21,8 +21,8 @@ from torch import distributed
 
 from frugal_dist import checkpoint
 from frugal_dist.checkpoint import DamagedError, opening, reader, tensors
+from frugal_dist.checkpoint.disk import checksum
 from frugal_dist.checkpoint.index import sealed
-from frugal_dist.checkpoint.tensors import checksum
 
 TENSORS, EXTRA, INDEX = "rank00001.safetensors", "rank00002.extra.pt", "index.json"
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from frugal_dist.checkpoint.disk import checksum
 from frugal_dist.checkpoint.errors import CheckpointError, DamagedError
-from frugal_dist.checkpoint.tensors import CODES, TensorFile, checksum, write_tensors
+from frugal_dist.checkpoint.tensors import CODES, TensorFile, write_tensors
 
 
 def some_tensors() -> list[tuple[str, torch.Tensor]]:

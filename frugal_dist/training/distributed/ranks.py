@@ -19,6 +19,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from frugal_dist.checkpoint.disk import appears
 from frugal_dist.training.distributed.place import DistEnv
 from frugal_dist.training.distributed.process import tell
 
@@ -320,19 +321,16 @@ def check_shared(folder: Path, rank: int) -> None:
     try:
         together(lambda: own.touch() if rank == 0 else None)
         name = gathered(own.name)[0]
-        together(lambda: _wait_for(folder / name))
+        together(lambda: _check_seen(folder / name))
     finally:
         if rank == 0:
             with suppress(OSError):
                 own.unlink(missing_ok=True)
 
 
-def _wait_for(path: Path) -> None:
-    deadline = time.monotonic() + APPEARS_WITHIN
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise ValueError(
-                f"{path.parent} on {socket.gethostname()} is not the folder in which rank 0 writes, so no checkpoint "
-                "could be saved: choose a --folder on a file system that all hosts share."
-            )
-        time.sleep(0.1)
+def _check_seen(path: Path) -> None:
+    if not appears(path, APPEARS_WITHIN):
+        raise ValueError(
+            f"{path.parent} on {socket.gethostname()} is not the folder in which rank 0 writes, so no checkpoint "
+            "could be saved: choose a --folder on a file system that all hosts share."
+        )
