@@ -20,7 +20,7 @@ from storages import Held
 from torch import distributed
 
 from frugal_dist import checkpoint
-from frugal_dist.checkpoint import DamagedError, opening, reader, tensors
+from frugal_dist.checkpoint import DamagedError, disk, reader, tensors
 from frugal_dist.checkpoint.disk import checksum
 from frugal_dist.checkpoint.index import sealed
 
@@ -278,8 +278,8 @@ class Replaced:
 
     def __init__(self, folder: Path, by: Path, moment: int, patch: pytest.MonkeyPatch) -> None:
         self.folder, self.by, self.left = folder, by, moment
-        self.open = opening.opened
-        for module in (tensors, reader, opening):
+        self.open = disk.opened
+        for module in (tensors, reader, disk):
             patch.setattr(module, "opened", self.opened)
 
     def opened(self, path: Path) -> Any:
