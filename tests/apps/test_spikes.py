@@ -50,7 +50,7 @@ def test_the_engine_leaves_weights_alone_and_remembers_the_mean(tmp_path: Path) 
     rows = torch.randint(64, (2, 9))
     for _ in range(FIRST):
         engine.train_step(rows)
-    assert engine.save(tmp_path, FIRST, {})
+    assert engine.save(tmp_path, FIRST_NORMS, {})
     before = copy.deepcopy(model.state_dict())
     assert any(not torch.equal(start[name], before[name]) for name in start)
     engine.train_step(rows, targets=1e-3)  # the same rows count 16,000-fold
