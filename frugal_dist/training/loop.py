@@ -15,7 +15,7 @@ from frugal_dist.training.data.rows import IGNORED
 from frugal_dist.training.data.tokens import Source
 from frugal_dist.training.engines import Engine
 from frugal_dist.training.evaluate import EvalResult, Evaluation
-from frugal_dist.training.metrics.flops import forget_peak, memory
+from frugal_dist.training.metrics.device import forget_peak, memory
 from frugal_dist.training.metrics.progress import Progress
 from frugal_dist.training.metrics.record import MetricsLog
 

@@ -43,7 +43,7 @@ def _start(recipe: Recipe) -> Start:
 
 def _prepare(recipe: Recipe, place: DistEnv, stack: ExitStack) -> TrainingJob:
     from frugal_dist.training.engines import build_engine
-    from frugal_dist.training.metrics.flops import flops_per_token
+    from frugal_dist.training.metrics.device import flops_per_token
     from frugal_dist.training.models import has_dropout, seed_masks
     from frugal_dist.training.optimizers import settled
 

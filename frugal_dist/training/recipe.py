@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from frugal_dist.training.data.hub import nearby
-from frugal_dist.training.metrics.trackers import check_trackers
+from frugal_dist.training.metrics.record import check_trackers
 from frugal_dist.training.spelling import (
     NAMED,
     OPTIONS,

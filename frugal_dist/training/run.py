@@ -43,8 +43,8 @@ from frugal_dist.training.distributed.ranks import (
     waiting,
 )
 from frugal_dist.training.distributed.run_lock import held
+from frugal_dist.training.metrics.device import idle_gpus, in_words, surroundings
 from frugal_dist.training.metrics.record import METRICS_FILE, end_of, of_kind
-from frugal_dist.training.metrics.surroundings import idle_gpus, in_words, surroundings
 from frugal_dist.training.recipe import Recipe
 from frugal_dist.training.resume import GOING_ON, check_begun, records_of
 
@@ -291,8 +291,7 @@ def _headline(job: TrainingJob, start: int) -> str:
 def _run(job: TrainingJob, start: int, seconds: float, terminal: TextIO, request: StopRequest) -> Outcome:
     from frugal_dist.training.loop import Diverged
     from frugal_dist.training.metrics.progress import Progress
-    from frugal_dist.training.metrics.record import MetricsLog
-    from frugal_dist.training.metrics.trackers import Trackers
+    from frugal_dist.training.metrics.record import MetricsLog, Trackers
 
     recipe, engine = job.recipe, job.engine
     folder, first = Path(recipe.folder), engine.rank == 0
@@ -347,7 +346,7 @@ def _training(
 ) -> Training:
     from frugal_dist.training.engines.collectives import gathered
     from frugal_dist.training.loop import Training
-    from frugal_dist.training.metrics.flops import peak_flops
+    from frugal_dist.training.metrics.device import peak_flops
 
     recipe = job.recipe
     peak = peak_flops(recipe.precision, recipe.peak_tflops)

@@ -20,11 +20,18 @@ pytest.importorskip("jsonargparse")
 
 from frugal_dist.cli import main
 from frugal_dist.training.evaluate import perplexity_of
-from frugal_dist.training.metrics.flops import flops_per_token, forget_peak, known_flops, memory, peak_flops
-from frugal_dist.training.metrics.looks import Look, grouped
-from frugal_dist.training.metrics.plot import _drawn, plot_runs
-from frugal_dist.training.metrics.record import MetricsLog, of_kind, read_metrics
-from frugal_dist.training.metrics.trackers import OPEN, Tracker, Trackers, check_trackers, identity
+from frugal_dist.training.metrics.device import flops_per_token, forget_peak, known_flops, memory, peak_flops
+from frugal_dist.training.metrics.plot import Look, _drawn, grouped, plot_runs
+from frugal_dist.training.metrics.record import (
+    OPEN,
+    MetricsLog,
+    Tracker,
+    Trackers,
+    check_trackers,
+    identity,
+    of_kind,
+    read_metrics,
+)
 from frugal_dist.training.models import build_llama, has_dropout, seed_masks
 
 pytestmark = pytest.mark.timeout(300)
@@ -323,6 +330,6 @@ def test_trouble_with_a_tracker_is_told_and_ends_there(tmp_path: Path, monkeypat
 
 
 def test_a_missing_package_is_an_error_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("frugal_dist.training.metrics.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("frugal_dist.training.metrics.record.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"trackers has 'wandb'.*frugal_dist\[tracking\]"):
         check_trackers(["wandb"])

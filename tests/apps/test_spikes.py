@@ -13,13 +13,13 @@ pytest.importorskip("jsonargparse")
 
 from frugal_dist.training.distributed.place import find_dist_env
 from frugal_dist.training.engines import build_engine
-from frugal_dist.training.metrics.spikes import FIRST, SpikeGuard
+from frugal_dist.training.engines.plain import FIRST_NORMS, SpikeGuard
 from frugal_dist.training.recipe import Model, Recipe, check_recipe
 
 
 def test_a_norm_far_above_the_mean_does_not_pass_nor_count() -> None:
     guard = SpikeGuard(3.0)
-    assert all(guard.passes(1.0) for _ in range(FIRST))
+    assert all(guard.passes(1.0) for _ in range(FIRST_NORMS))
     assert guard.passes(2.9)
     before = guard.state_dict()
     assert not guard.passes(10.0)
@@ -33,7 +33,7 @@ def test_a_norm_far_above_the_mean_does_not_pass_nor_count() -> None:
 
 def test_the_first_norms_and_a_factor_of_zero_pass() -> None:
     early = SpikeGuard(3.0)
-    assert all(early.passes(10.0**power) for power in range(FIRST))
+    assert all(early.passes(10.0**power) for power in range(FIRST_NORMS))
     never = SpikeGuard(0.0)
     assert all(never.passes(norm) for norm in [1.0] * 20 + [1e9])
     assert not never.passes(float("nan"))
@@ -48,7 +48,7 @@ def test_the_engine_leaves_weights_alone_and_remembers_the_mean(tmp_path: Path) 
     start = copy.deepcopy(model.state_dict())
     engine = build_engine(model, recipe, lambda step: 1.0, find_dist_env({}))
     rows = torch.randint(64, (2, 9))
-    for _ in range(FIRST):
+    for _ in range(FIRST_NORMS):
         engine.train_step(rows)
     assert engine.save(tmp_path, FIRST_NORMS, {})
     before = copy.deepcopy(model.state_dict())

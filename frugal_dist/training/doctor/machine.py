@@ -13,7 +13,7 @@ from pathlib import Path
 
 from frugal_dist.training.distributed.place import settle_accelerator
 from frugal_dist.training.doctor.finding import FAIL, NOTE, OK, Finding
-from frugal_dist.training.metrics.surroundings import unused_gpus
+from frugal_dist.training.metrics.device import unused_gpus
 
 GIB, MIB = 2**30, 2**20
 

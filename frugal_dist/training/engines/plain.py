@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from frugal_dist.training.engines.protocol import (
     count_state_kinds,
     refresh_figures,
 )
-from frugal_dist.training.metrics.spikes import SpikeGuard
 from frugal_dist.training.models import token_losses
 from frugal_dist.training.optimizers import build_optimizer
 from frugal_dist.training.recipe import Recipe
@@ -32,6 +32,43 @@ from frugal_dist.training.schedule import jump
 _CPU = torch.device("cpu")
 Sync = Callable[[nn.Module, bool], AbstractContextManager[None]]
 """Whether the backward pass in this context exchanges gradients."""
+NORM_MEMORY = 0.98
+"""How much of the mean stays at every step: it reaches back about 50 steps."""
+FIRST_NORMS = 10
+"""So many norms make a mean to compare with."""
+
+
+@dataclass
+class SpikeGuard:
+    """Which steps are not taken: no finite gradient, or one that is far larger than those before.
+
+    ``factor``: a norm above so many times the mean of those before is a spike; 0: nothing is.
+
+    Norms that are the same on all ranks give the same answers on all ranks.
+    """
+
+    factor: float
+    mean: float = 0.0
+    count: int = 0
+
+    def passes(self, norm: float) -> bool:
+        """Whether to take this step; what passes is remembered."""
+        if not math.isfinite(norm):
+            return False
+        if self.factor and self.count >= FIRST_NORMS and norm > self.factor * self.mean:
+            return False
+        share = max(1.0 - NORM_MEMORY, 1.0 / (self.count + 1))
+        self.mean += share * (norm - self.mean)
+        self.count += 1
+        return True
+
+    def state_dict(self) -> dict[str, float]:
+        """For a checkpoint."""
+        return {"mean": self.mean, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on; a checkpoint of another engine holds nothing of it."""
+        self.mean, self.count = float(state.get("mean", 0.0)), int(state.get("count", 0))
 
 
 class PlainEngine:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from frugal_dist.config import check_choice
 from frugal_dist.training.finetune.glue import METRICS, TASKS
-from frugal_dist.training.metrics.trackers import check_trackers
+from frugal_dist.training.metrics.record import check_trackers
 from frugal_dist.training.recipe import Number, Optimizer, Recipe, Saving, Schedule, check_saving, check_seed
 
 PRESETS = {"lora": "adamw"}

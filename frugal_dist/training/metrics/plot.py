@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from frugal_dist.training.folders import runs_in
-from frugal_dist.training.metrics.looks import Group, Record, Runs, grouped
-from frugal_dist.training.metrics.memory_bars import draw_memory, height_of_bars
 from frugal_dist.training.metrics.record import end_of, of_kind, read_metrics
+
+Record = dict[str, Any]
+Runs = dict[str, list[Record]]
+"""Records by the run's name."""
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's, which colour-blind readers can tell apart; without yellow, which is pale on white."""
+LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*")
+_OF_ITSELF = ("kind", "seed", "folder", "start", "ranks", "host", "device", "time", "version", "versions", "commit")
+"""What a record says of a run that may differ between seeds."""
 
 PLOT_FILE = "loss_curve.png"
 SEVERAL_FILE = "runs.png"
@@ -28,6 +39,12 @@ CHARACTERS = 138
 
 Axis = tuple[str, Callable[[Record], float | None]]
 """A label, and the place of a record; None if it says nothing of it."""
+STATE_KINDS = {"bases": ("0.35", "////"), "moments": ("0.65", ""), "state": ("0.65", ""), "other": ("0.9", "..")}
+"""Greys and hatches, as the colours are the runs'."""
+SMALL = 0.003
+"""The share of a bar that cannot be seen."""
+BAR, AROUND = 0.42, 0.95
+"""Inches: of a bar with its name, and of what is above and below them."""
 
 
 def plot_run(run: Path) -> list[Path]:
@@ -155,6 +172,73 @@ def _tokens_axis(groups: list[Group]) -> Axis:
 
 def _minutes(row: Record) -> float | None:
     return row["seconds"] / 60 if "seconds" in row else None
+
+
+# --- looks: no two runs alike, told apart by colour, line and marker; seeds of one run together -----------------------
+
+
+@dataclass(frozen=True)
+class Look:
+    """Colour, line and marker: 252 of them before one comes again."""
+
+    number: int
+
+    @property
+    def colour(self) -> str:
+        return COLOURS[self.number % len(COLOURS)]
+
+    @property
+    def line(self) -> Any:
+        return LINES[self.number % len(LINES)]
+
+    @property
+    def marker(self) -> str:
+        return MARKERS[self.number % len(MARKERS)]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but their seed, drawn as one; most often a single run."""
+
+    name: str
+    look: Look
+    seeds: list[list[Record]]
+
+    @property
+    def first(self) -> list[Record]:
+        return self.seeds[0]
+
+    def rows(self, kind: str) -> Iterator[list[Record]]:
+        """The records of a kind, seed by seed."""
+        return (of_kind(records, kind) for records in self.seeds)
+
+
+def grouped(runs: Runs) -> list[Group]:
+    """In the order in which they were given."""
+    found: dict[str, dict[str, list[Record]]] = {}
+    for name, records in runs.items():
+        found.setdefault(_setting(name, records), {})[name] = records
+    return [
+        Group(_common_name(list(members)), Look(number), list(members.values()))
+        for number, members in enumerate(found.values())
+    ]
+
+
+def _setting(name: str, records: list[Record]) -> str:
+    """What seeds of one run have in common; a run that does not say its seed is alone."""
+    begun = of_kind(records, "run")
+    if not begun or "seed" not in begun[-1] or "folder" not in begun[-1]:
+        return name
+    kept = {key: value for key, value in begun[-1].items() if key not in _OF_ITSELF}
+    return json.dumps([_without_seed(name), kept], sort_keys=True)
+
+
+def _common_name(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{_without_seed(names[0])}, {len(names)} seeds"
+
+
+def _without_seed(name: str) -> str:
+    return re.sub(r"[-_ ]?seed[-_ ]?\d+$", "", name) or name
 
 
 # --- curves -----------------------------------------------------------------------------------------------------------
@@ -291,3 +375,76 @@ def _line_to_beat(panel: Any, value: float, label: str) -> None:
     if any(len(line.get_xdata()) for line in panel.lines):  # alone it would have an axis without extent
         panel.axhline(value, color="0.45", linestyle=":", label=label or None)
         panel.set_ylim(low, high)
+
+
+# --- memory as bars: optimizer state by kind beside AdamW's, and the most that was used -------------------------------
+
+
+def height_of_bars(groups: Sequence[Group]) -> float:
+    """Inches of the row: bars are as thick for one run as for ten."""
+    return BAR * len(groups) + AROUND
+
+
+def draw_memory(panels: Sequence[Any], groups: Sequence[Group]) -> None:
+    """Optimizer state on the left, memory in all on the right."""
+    state, peak = panels
+    _draw_state(state, groups)
+    peaks = [max(_peaks(group), default=0.0) / 2**30 for group in groups]
+    peak.barh(range(len(groups)), peaks, height=0.4, color="0.65")
+    _name_bars(peak, groups, peaks, [f"{value:,.2f}" if value else "" for value in peaks])
+    peak.set(xlabel="peak memory of rank 0, GiB")
+
+
+def _draw_state(panel: Any, groups: Sequence[Group]) -> None:
+    """Optimizer state of the rank that has most, by kind, and AdamW's as a frame; runs that are not finished have none
+    yet.
+    """
+    parts = [_state_of_most(end_of(group.first)) for group in groups]
+    adamw = [(end_of(group.first) or {}).get("adamw_state_bytes_per_rank", 0) / 1e6 for group in groups]
+    begin = [0.0] * len(groups)
+    for kind in sorted({kind for sizes in parts for kind in sizes}):
+        widths = [sizes.get(kind, 0) / 1e6 for sizes in parts]
+        shade, hatch = STATE_KINDS.get(kind, STATE_KINDS["other"])
+        panel.barh(
+            range(len(groups)), widths, left=begin, height=0.4, color=shade, hatch=hatch, edgecolor="white", label=kind
+        )
+        begin = [start + width for start, width in zip(begin, widths, strict=True)]
+    if any(adamw):
+        panel.barh(
+            range(len(groups)), adamw, height=0.4, fill=False, edgecolor="black", linestyle="--", label="AdamW's"
+        )
+    longest = [max(pair) for pair in zip(begin, adamw, strict=True)]
+    _name_bars(panel, groups, longest, [_amount(own, its) for own, its in zip(begin, adamw, strict=True)])
+    panel.set(xlabel="optimizer state, MB on the rank with most")
+    if panel.patches:
+        panel.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize="small", frameon=False, borderpad=0)
+
+
+def _amount(own: float, adamw: float) -> str:
+    if not own:
+        return ""
+    return f"{own:,.1f}" + (f", {100 * own / adamw:.0f} % of {adamw:,.1f}" if adamw else "")
+
+
+def _state_of_most(end: Record | None) -> dict[str, float]:
+    if end is None:
+        return {}
+    sizes, kinds = end["state_bytes"], end.get("state_kinds")
+    found: dict[str, float] = {"state": max(sizes)} if kinds is None else kinds[sizes.index(max(sizes))]
+    return {kind: size for kind, size in found.items() if size > SMALL * sum(found.values())}
+
+
+def _peaks(group: Group) -> list[float]:
+    return [max((row.get("peak_memory", 0) for row in of_kind(records, "train")), default=0) for records in group.seeds]
+
+
+def _name_bars(panel: Any, groups: Sequence[Group], lengths: Sequence[float], amounts: Sequence[str]) -> None:
+    """Names and amounts above their bars, where no bar is; the first run on top."""
+    most = max(lengths, default=0.0) or 1.0  # none is known: an empty panel
+    panel.set(yticks=[], ylim=(len(groups) - 0.7, -0.8), xlim=(0, 1.05 * most))
+    panel.grid(alpha=0.3, axis="x")
+    panel.set_axisbelow(True)
+    for number, (group, amount) in enumerate(zip(groups, amounts, strict=True)):
+        place = panel.get_yaxis_transform()
+        panel.text(0.01, number - 0.25, group.name, transform=place, va="bottom", fontsize="small")
+        panel.text(0.99, number - 0.25, amount, transform=place, va="bottom", ha="right", fontsize="small")
