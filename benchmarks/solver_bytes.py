@@ -10,22 +10,21 @@ from __future__ import annotations
 
 import argparse
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from frugal_dist.planner.solver import solver_bytes
-from frugal_dist.projection.basis import Basis, exact_svd, random_basis
-from frugal_dist.projection.subspace import gram_svd, subspace_svd
+from frugal_dist import FrugalConfig
+from frugal_dist.config import CHOICES
+from frugal_dist.projection import PROJECTIONS, Basis
+from frugal_dist.projection.definition import Drawing
 
 MIB = 2**20
-METHODS: dict[str, Callable[[Tensor, str, int], Basis]] = {
-    "exact": exact_svd,
-    "subspace": lambda grad, side, r: subspace_svd(grad, side, r, None, seed=0, name="w", refresh=0),
-    "gram64": gram_svd,
-    "random": lambda grad, side, r: random_basis(*grad.shape, side, r, seed=0, name="w", refresh=0, dtype=grad.dtype),
+CONFIGS = {
+    **{method: FrugalConfig(svd_method=method) for method in CHOICES["svd_method"]},
+    "random": FrugalConfig(projection="random"),
 }
 
 
@@ -34,23 +33,28 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+def compute(config: FrugalConfig, grad: Tensor, side: str, r: int) -> Basis:
+    """A first basis of ``grad``."""
+    return PROJECTIONS[config.projection].compute(grad, Drawing(config, "w", *grad.shape, 0, side, r), None)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compute one basis and print the line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("method", choices=CONFIGS)
     parser.add_argument("rows", type=int)
     parser.add_argument("cols", type=int)
     parser.add_argument("--density", type=float, default=0.25)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    rows, cols = options.rows, options.cols
+    config, rows, cols = CONFIGS[options.method], options.rows, options.cols
     side, r = "right" if rows >= cols else "left", round(options.density * min(rows, cols))
-    METHODS[options.method](torch.randn(64, 64), side, 8)  # libraries take memory when they are first used
+    compute(config, torch.randn(64, 64), side, 8)  # libraries take memory when they are first used
     grad = torch.randn(rows, cols)
     before = resident()
-    METHODS[options.method](grad, side, r)
+    compute(config, grad, side, r)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    estimate = solver_bytes(options.method, rows, cols, side, r)
+    estimate = PROJECTIONS[config.projection].scratch(config, rows, cols, side, r)
     name = f"{options.method}, {rows}x{cols}, r = {r}"
     print(f"{name}: estimated {estimate / MIB:.1f} MiB, measured {(peak - before) / MIB:.1f} MiB")
 

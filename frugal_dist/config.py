@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import InitVar, dataclass, field, fields
 from typing import Any
+
+from frugal_dist.projection.blocks import ORDERS as BLOCK_ORDERS
+from frugal_dist.projection.products import MATMULS
+from frugal_dist.projection.registry import PROJECTIONS, options_of_others
+from frugal_dist.projection.shapes import SIDE_CHOICES
+from frugal_dist.projection.svd import METHODS as SVD_METHODS
 
 NOW, REFRESH, NEVER = "now", "refresh", "never"
 """When a step takes up a hyperparameter that was changed in ``param_groups`` while training.
@@ -18,17 +24,17 @@ the step is refused; elsewhere it means nothing, or counts from the next random 
 DEFAULT_BETAS = {"adamw": (0.9, 0.999), "lion": (0.9, 0.99), "sgdm": (0.9, 0.999)}
 
 
-def _choice(default: str, taken_up: str, *allowed: str) -> Any:
+def _choice(default: str, taken_up: str, allowed: Collection[str]) -> Any:
     """A hyperparameter that is one of a few words."""
     return field(default=default, metadata={"taken_up": taken_up, "choices": allowed})
 
 
 def _number(default: float, taken_up: str, low: float = 0.0, high: float = math.inf) -> Any:
-    return field(default=default, metadata={"taken_up": taken_up, "check": lambda k, v: _as_number(k, v, low, high)})
+    return field(default=default, metadata={"taken_up": taken_up, "number": (low, high)})
 
 
 def _integer(default: int, taken_up: str, low: int) -> Any:
-    return field(default=default, metadata={"taken_up": taken_up, "check": lambda k, v: _as_integer(k, v, low)})
+    return field(default=default, metadata={"taken_up": taken_up, "integer": low})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,21 +79,21 @@ class FrugalConfig:
     weight_decay: float = _number(0.0, NOW)
     density: float = _number(0.25, REFRESH, high=1.0)
     update_gap: int = _integer(200, NOW, low=1)
-    projection: str = _choice("svd", NEVER, "svd", "random", "randperm", "columns", "rows", "randk", "blockwise")
-    side: str = _choice("std", NEVER, "std", "reverse_std", "right", "left", "full")
-    block_order: str = _choice("random", NEVER, "random", "ascending", "descending", "mirror")
-    state_full: str = _choice("adamw", NEVER, "adamw", "lion", "sgdm")
-    state_free: str = _choice("sign", NOW, "sign", "sgd", "none")
+    projection: str = _choice("svd", NEVER, PROJECTIONS)
+    side: str = _choice("std", NEVER, SIDE_CHOICES)
+    block_order: str = _choice("random", NEVER, BLOCK_ORDERS)
+    state_full: str = _choice("adamw", NEVER, ("adamw", "lion", "sgdm"))
+    state_free: str = _choice("sign", NOW, ("sign", "sgd", "none"))
     momentum: float = _number(0.9, NOW, high=1.0)
     projected_lr_scale: float = _number(1.0, NOW)
     state_free_lr_scale: float = _number(1.0, NOW)
-    on_refresh: str = _choice("reset", REFRESH, "reset", "keep", "project")
-    svd_method: str = _choice("exact", REFRESH, "exact", "subspace", "gram64")
-    basis_dtype: str = _choice("full", REFRESH, "full", "bf16")
-    matmul: str = _choice("fp32", NOW, "fp32", "bf16x3")
-    rounding: str = _choice("nearest", NOW, "nearest", "stochastic")
-    refresh_schedule: str = _choice("together", NOW, "together", "staggered")
-    compute_layout: str = _choice("auto", NEVER, "auto", "cut", "owner")
+    on_refresh: str = _choice("reset", REFRESH, ("reset", "keep", "project"))
+    svd_method: str = _choice("exact", REFRESH, SVD_METHODS)
+    basis_dtype: str = _choice("full", REFRESH, ("full", "bf16"))
+    matmul: str = _choice("fp32", NOW, MATMULS)
+    rounding: str = _choice("nearest", NOW, ("nearest", "stochastic"))
+    refresh_schedule: str = _choice("together", NOW, ("together", "staggered"))
+    compute_layout: str = _choice("auto", NEVER, ("auto", "cut", "owner"))
     residual_threshold: float = _number(0.0, NOW)
     seed: int = _integer(0, NEVER, low=0)
     lr_scale: InitVar[float | None] = None
@@ -99,13 +105,17 @@ class FrugalConfig:
             check_choice(key, getattr(self, key), allowed)
         betas = DEFAULT_BETAS[self.state_full] if self.betas is None else _pair_of_betas(self.betas)
         object.__setattr__(self, "betas", betas)
-        for key, check in CHECKS.items():
-            object.__setattr__(self, key, check(key, getattr(self, key)))
-        if self.svd_method != "exact" and self.projection != "svd":
-            raise ValueError(
-                f"svd_method={self.svd_method!r} belongs to projection='svd', but projection={self.projection!r} "
-                "computes no SVD. Leave svd_method out, or use projection='svd'."
-            )
+        for key, (low, high) in _NUMBERS.items():
+            object.__setattr__(self, key, _as_number(key, getattr(self, key), low, high))
+        for key, least in _INTEGERS.items():
+            object.__setattr__(self, key, _as_integer(key, getattr(self, key), least))
+        for key, one in options_of_others(self.projection):
+            value = getattr(self, key)
+            if value != _FIELDS[key].default:
+                raise ValueError(
+                    f"{key}={value!r} belongs to projection={one.name!r}, but projection={self.projection!r} "
+                    f"{one.own[key]}. Leave {key} out, or use projection={one.name!r}."
+                )
 
     @property
     def beta_pair(self) -> tuple[float, float]:
@@ -116,13 +126,16 @@ class FrugalConfig:
 
 _FIELDS = {one.name: one for one in fields(FrugalConfig)}
 HYPERPARAMETERS = tuple(_FIELDS)
-CHOICES: dict[str, Collection[str]] = {
-    key: one.metadata["choices"] for key, one in _FIELDS.items() if "choices" in one.metadata
-}
-CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    key: one.metadata["check"] for key, one in _FIELDS.items() if "check" in one.metadata
-}
-TAKEN_UP: dict[str, str] = {key: one.metadata["taken_up"] for key, one in _FIELDS.items()}
+
+
+def _declared(entry: str) -> dict[str, Any]:
+    return {key: one.metadata[entry] for key, one in _FIELDS.items() if entry in one.metadata}
+
+
+CHOICES: dict[str, Collection[str]] = _declared("choices")
+_NUMBERS: dict[str, tuple[float, float]] = _declared("number")
+_INTEGERS: dict[str, int] = _declared("integer")
+TAKEN_UP: dict[str, str] = _declared("taken_up")
 
 
 def config_from(options: Mapping[str, Any]) -> FrugalConfig:
@@ -190,7 +203,7 @@ def python_value(value: Any) -> Any:
     return value.item() if single else value
 
 
-def _as_number(key: str, value: Any, low: float, high: float = math.inf) -> float:
+def _as_number(key: str, value: Any, low: float, high: float) -> float:
     given = python_value(value)
     if isinstance(given, bool) or not isinstance(given, (int, float)):
         raise ValueError(f"{key}={value!r} must be a number, not {type(value).__name__}.")

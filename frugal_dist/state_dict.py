@@ -21,7 +21,7 @@ from frugal_dist.engines.plain import PlainStorage
 from frugal_dist.engines.torch_checkpoint import is_asking, losing_option
 from frugal_dist.notices import notice
 from frugal_dist.projection.basis import basis_shapes
-from frugal_dist.projection.shapes import FAMILY
+from frugal_dist.projection.registry import PROJECTIONS
 from frugal_dist.sharding.collectives import gather_objects
 from frugal_dist.sharding.placement import owner_layout
 from frugal_dist.sharding.shard import Box
@@ -160,7 +160,8 @@ def unpack_all(runtime: Runtime, state: MutableMapping[Tensor, Store], loaded: L
 
 def _check_order(runtime: Runtime, moved: str) -> None:
     """Where a matrix stands among the others decides who computes it, and which blocks are active."""
-    blocks = any(runtime.storage.options(i).get("projection") == "blockwise" for i in range(len(runtime.originals)))
+    chosen = (runtime.storage.options(i).get("projection") for i in range(len(runtime.originals)))
+    blocks = any(name in PROJECTIONS and PROJECTIONS[name].family == "blocks" for name in chosen)
     if moved and (blocks or not runtime.ranks.alone):
         raise ValueError(
             f"{moved} stands elsewhere among the parameters than when the state was saved. Its state would be another "
@@ -349,7 +350,7 @@ def _is_regular_part(runtime: Runtime, one: LocalParameter) -> bool:
 
 def _sizes_change(runtime: Runtime, work: LocalMatrix) -> bool:
     boxed = isinstance(runtime.storage.part(work.matrix.original), Box)
-    return boxed and FAMILY[work.config.projection] != "basis" and not work.empty and not same_slots(work)
+    return boxed and PROJECTIONS[work.config.projection].family != "basis" and not work.empty and not same_slots(work)
 
 
 def _to_dense(runtime: Runtime, work: LocalMatrix, name: str) -> Tensor:

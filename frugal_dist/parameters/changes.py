@@ -11,7 +11,8 @@ from typing import Any
 
 from frugal_dist.config import NEVER, NOW, TAKEN_UP, FrugalConfig, config_from
 from frugal_dist.projection.blocks import active_count
-from frugal_dist.projection.shapes import family, selection_size
+from frugal_dist.projection.registry import depends_on as projection_depends_on
+from frugal_dist.projection.registry import family, selection_size
 from frugal_dist.sharding.shard import ParamSpec
 from frugal_dist.step.inputs import LocalParameter
 from frugal_dist.step.runtime import LocalMatrix
@@ -23,14 +24,7 @@ Seen = tuple[dict[str, Any], FrugalConfig]
 
 def depends_on(config: FrugalConfig) -> tuple[str, ...]:
     """The hyperparameters without which the state of a projected matrix means something else."""
-    keys = ["projection", "density", "state_full"]
-    if family(config) == "basis" or config.projection == "randperm":
-        keys.append("side")
-    if family(config) == "coordinates":
-        keys.append("seed")
-    if family(config) == "blocks":
-        keys += ["block_order", "seed"]
-    return tuple(keys)
+    return ("projection", "density", "state_full", *projection_depends_on(config))
 
 
 def matrix_options(work: LocalMatrix) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from frugal_dist.planner.formula import (
-    BASES,
     BASIS_BYTES,
-    COORDINATES,
     GIB,
     LLAMA_SHAPES,
     MOMENT_BYTES,
@@ -18,9 +16,7 @@ from frugal_dist.planner.formula import (
 )
 
 __all__ = [
-    "BASES",
     "BASIS_BYTES",
-    "COORDINATES",
     "GIB",
     "LLAMA_SHAPES",
     "MOMENT_BYTES",

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
-from frugal_dist.projection.shapes import floor_of, round_of
+from frugal_dist.projection.basis import basis_shapes
+from frugal_dist.projection.registry import PROJECTIONS
+from frugal_dist.projection.shapes import SIDE_CHOICES, resolve_side, round_of
 
 MOMENT_BYTES = 8  # two fp32 moments per stateful entry
 BASIS_BYTES = 4  # one fp32 number per basis entry
 GIB = 2**30
-
-COORDINATES = ("columns", "rows", "randk", "blockwise")
-BASES = ("svd", "random")
-SIDES = ("std", "reverse_std", "right", "left")
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def frugal_bytes(
     """State of FRUGAL with the AdamW rule, summed over the model. Step counters are left out."""
     _check(projection, density, side)
     items = list(weights)
-    if projection == "blockwise":
+    if PROJECTIONS[projection].family == "blocks":
         return _blockwise_bytes(items, density)
     return sum(
         weight.count * _projected_bytes(weight.rows, weight.cols, projection, density, side)
@@ -97,16 +96,10 @@ def _projected_bytes(rows: int, cols: int, projection: str, density: float, side
     """State of one projected matrix."""
     if density == 0:
         return 0
-    if projection == "columns":
-        return MOMENT_BYTES * rows * floor_of(density, cols)
-    if projection == "rows":
-        return MOMENT_BYTES * cols * floor_of(density, rows)
-    if projection == "randk":
-        return MOMENT_BYTES * floor_of(density, rows * cols)
-    right = {"right": True, "left": False, "std": rows >= cols, "reverse_std": rows < cols}[side]
-    contracted, free = (cols, rows) if right else (rows, cols)
-    rank = round_of(density, contracted)
-    return MOMENT_BYTES * rank * free + BASIS_BYTES * rank * contracted
+    chosen, side = PROJECTIONS[projection], resolve_side(side, rows, cols)
+    size = chosen.share(density, chosen.dim(side, rows, cols))
+    bases = basis_shapes(side, rows, cols, size).values() if chosen.family == "basis" else ()
+    return MOMENT_BYTES * chosen.entries(side, rows, cols, size) + BASIS_BYTES * sum(map(prod, bases))
 
 
 def _blockwise_bytes(weights: list[Weight], density: float) -> int:
@@ -122,11 +115,10 @@ def _blockwise_bytes(weights: list[Weight], density: float) -> int:
 
 def _check(projection: str, density: float, side: str) -> None:
     """Refuse settings the formula does not know."""
-    known = COORDINATES + BASES
-    if projection not in known:
-        raise ValueError(f"projection is {projection!r}; the memory formula knows {', '.join(known)}.")
-    if side not in SIDES:
-        raise ValueError(f"side is {side!r}; the memory formula knows {', '.join(SIDES)}.")
+    if projection not in PROJECTIONS:
+        raise ValueError(f"projection is {projection!r}; the memory formula knows {', '.join(PROJECTIONS)}.")
+    if side not in SIDE_CHOICES:
+        raise ValueError(f"side is {side!r}; the memory formula knows {', '.join(SIDE_CHOICES)}.")
     if not 0 <= density <= 1:
         raise ValueError(f"density is {density}; it must lie between 0 and 1.")
 

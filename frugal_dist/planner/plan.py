@@ -14,9 +14,9 @@ from torch import Tensor
 
 from frugal_dist.optimizer import BUCKET_BYTES, Frugal
 from frugal_dist.planner.layouts import EngineLayout
-from frugal_dist.planner.solver import solver_bytes
 from frugal_dist.planner.totals import ITEM, papers_bytes, state_of_ranks
 from frugal_dist.planner.traffic import RefreshPlan, common_refresh, plan_refresh, plan_step, step_buckets
+from frugal_dist.projection.registry import PROJECTIONS
 from frugal_dist.sharding.collectives import Ranks
 from frugal_dist.sharding.placement import refresh_cost
 from frugal_dist.sharding.redistribution import Redistribution
@@ -176,12 +176,12 @@ def _plan_all(plan: Plan, runtime: Runtime, load: StepInputs, parts: Sequence[Se
 def _note_solver(plan: Plan, work: LocalMatrix) -> None:
     if work.empty:
         return
-    rows, cols, drawn = work.matrix.rows, work.matrix.cols, work.config.projection == "random"
-    taken = solver_bytes("random" if drawn else work.config.svd_method, rows, cols, work.side, work.size)
-    if drawn:
-        plan.solver_on_host = max(plan.solver_on_host, taken)
-    else:
+    rows, cols, chosen = work.matrix.rows, work.matrix.cols, PROJECTIONS[work.config.projection]
+    taken = chosen.scratch(work.config, rows, cols, work.side, work.size)
+    if chosen.from_gradient:
         plan.solver, plan.gradient = max(plan.solver, taken), max(plan.gradient, ITEM * rows * cols)
+    else:
+        plan.solver_on_host = max(plan.solver_on_host, taken)
 
 
 def _table(originals: Sequence[ParamSpec], parts: Sequence[Sequence[LocalShard]]) -> Table:
@@ -228,10 +228,10 @@ def _rank_plan(runtime: Runtime, load: StepInputs) -> RankPlan:
 def _selected(work: LocalMatrix, rank: int) -> int:
     """An index for each selected entry of what the rank stores, whoever has its moments."""
     matrix = work.matrix
-    total = matrix.rows * matrix.cols
-    if work.config.projection != "randk" or work.size in (0, total):
+    total, index_bytes = matrix.rows * matrix.cols, PROJECTIONS[work.config.projection].index_bytes
+    if not index_bytes or work.size in (0, total):
         return 0
-    return round(torch.int32.itemsize * work.size * matrix.sizes[rank] / total)
+    return round(index_bytes * work.size * matrix.sizes[rank] / total)
 
 
 def _sizes(state: MatrixState) -> list[tuple[str, int]]:

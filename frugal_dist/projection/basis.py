@@ -1,4 +1,4 @@
-"""Basis projections: svd and random. down(G) = G Q (right), P^T G (left) or P^T G Q (full); up() is the adjoint.
+"""Bases: down(G) = G Q (right), P^T G (left) or P^T G Q (full); up() is the adjoint.
 
 All functions work on a whole matrix and on a compute tile alike: a right basis leaves rows free, a left one columns,
 so a tile that is cut only along its free dimension needs nothing from elsewhere.
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import frugal_dist.projection.coordinates as coordinates
 from frugal_dist.projection.products import MATMULS
 
 
@@ -101,33 +100,6 @@ def silence_noise_(rest: Tensor, grad: Tensor, side: str, threshold: float) -> T
         noise = rest.norm(dim=dim, keepdim=True) <= threshold * grad.norm(dim=dim, keepdim=True)
         rest.masked_fill_(noise, 0.0)
     return rest
-
-
-def exact_svd(grad: Tensor, side: str, r: int) -> Basis:
-    """The top-r singular vectors of a finite matrix (GaLore's and FRUGAL's projector).
-
-    Copies what it keeps: a view would keep the whole factor alive. Raises what torch.linalg.svd raises.
-    """
-    # LAPACK takes a wide matrix 1.8 times as long as its transpose, but gives other signs to the vectors, and moments
-    # kept over a refresh (on_refresh="keep") would not follow the authors' code any more.
-    left, values, right_t = torch.linalg.svd(grad, full_matrices=False)
-    return Basis(
-        left=left[:, :r].clone(memory_format=torch.contiguous_format) if side in ("left", "full") else None,
-        right=right_t[:r].T.clone(memory_format=torch.contiguous_format) if side in ("right", "full") else None,
-        captured=values[:r].double().square().sum(),
-    )
-
-
-def random_basis(
-    rows: int, cols: int, side: str, r: int, *, seed: int, name: str, refresh: int, dtype: torch.dtype
-) -> Basis:
-    """Orthonormalised Gaussian columns on the CPU, from (seed, name, refresh)."""
-    parts = {}
-    for part, (length, width) in basis_shapes(side, rows, cols, r).items():
-        generator = coordinates.seeded_generator(seed, f"{name}|{part}", refresh, length, width)
-        gaussian = torch.randn(length, width, generator=generator, dtype=torch.float64, device="cpu")
-        parts[part] = dense(torch.linalg.qr(gaussian).Q.to(dtype))
-    return Basis(**parts)
 
 
 def carry_first(moment: Tensor, old: Basis, new: Basis) -> Tensor:

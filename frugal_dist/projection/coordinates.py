@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from frugal_dist.projection.shapes import Rect
+from frugal_dist.projection.shapes import Rect, longer_dim
 
 
 def select_indices(length: int, count: int, *, seed: int, name: str, refresh: int) -> Tensor:
@@ -272,6 +272,11 @@ class Everything:
 
 
 NOTHING = Columns(torch.empty(0, dtype=torch.int64, device="cpu"))
+
+
+def whole_block(rows: int, cols: int) -> Everything:
+    """An active block: everything, shared along its longer side."""
+    return Everything(cols, free_dim=longer_dim(rows, cols))
 
 
 def _within(index: Tensor, bounds: tuple[int, int]) -> Tensor:

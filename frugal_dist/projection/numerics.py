@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
+FP32, FP64 = 4, 8
+"""Bytes of a number."""
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, else float32: the dtype of projected gradients, moments and bases."""

@@ -1,4 +1,4 @@
-"""Sizes of projections: which side, how many columns of a basis, how many coordinates. Pure arithmetic."""
+"""Sides, shares and sizes: the arithmetic of projections."""
 
 from __future__ import annotations
 
@@ -6,18 +6,6 @@ import math
 from fractions import Fraction
 from functools import lru_cache
 from typing import Protocol
-
-from frugal_dist.config import FrugalConfig
-
-FAMILY = {
-    "svd": "basis",
-    "random": "basis",
-    "randperm": "coordinates",
-    "columns": "coordinates",
-    "rows": "coordinates",
-    "randk": "coordinates",
-    "blockwise": "blocks",
-}
 
 
 class Rect(Protocol):
@@ -30,14 +18,10 @@ class Rect(Protocol):
     def cols(self) -> tuple[int, int]: ...
 
 
-def family(config: FrugalConfig) -> str:
-    """One of "basis", "coordinates" or "blocks"; density 0 selects no coordinates, whatever the projection."""
-    return FAMILY[config.projection] if config.density > 0 else "coordinates"
-
-
+SIDE_CHOICES = ("std", "reverse_std", "right", "left", "full")
 SIDES = {
     (side, tall): {"std": ("left", "right"), "reverse_std": ("right", "left")}.get(side, (side, side))[tall]
-    for side in ("std", "reverse_std", "right", "left", "full")
+    for side in SIDE_CHOICES
     for tall in (False, True)
 }
 """(asked for, rows >= cols): one of "right", "left" and "full"; in the paper right if rows >= cols, else left."""
@@ -72,72 +56,24 @@ def round_of(density: float, length: int) -> int:
     return round(as_written(density) * length)
 
 
-def basis_columns(config: FrugalConfig, name: str, rows: int, cols: int) -> int:
-    """R of a basis projection or of randperm: round(density * dim of the side). ValueError for r = 0 or too large."""
-    side = resolve_side(config.side, rows, cols)
-    dim = {"right": cols, "left": rows, "full": min(rows, cols)}[side]
-    r = round_of(config.density, dim)
-    if r == 0:
-        raise ValueError(_empty(config, name, rows, cols, f"r = round({config.density:g} * {dim})"))
-    if config.projection == "svd" and r > min(rows, cols):
-        raise ValueError(
-            f"{name} is {rows}x{cols} and density={config.density:g} with side={config.side!r} asks for r = {r} basis "
-            f"columns, but a gradient of this shape has rank at most {min(rows, cols)}. "
-            "Lower density, use side='std', or leave this parameter out of the projected ones."
-        )
-    return r
-
-
-def coordinate_count(config: FrugalConfig, name: str, rows: int, cols: int) -> int:
-    """How many columns, rows or entries are state-full: floor(density * dim). ValueError for 0 at density > 0."""
-    if config.density == 0:
-        return 0
-    if config.projection == "randperm":
-        return basis_columns(config, name, rows, cols)
-    dim = {"columns": cols, "rows": rows, "randk": rows * cols}[config.projection]
-    count = floor_of(config.density, dim)
-    if count == 0:
-        raise ValueError(_empty(config, name, rows, cols, f"floor({config.density:g} * {dim})"))
-    return count
-
-
-def selection_size(config: FrugalConfig, name: str, rows: int, cols: int) -> int:
-    """R of a basis, or the number of selected columns, rows or entries; 0 for an empty matrix."""
-    if rows * cols == 0 or config.density == 0:
-        return 0
-    size = basis_columns if family(config) == "basis" else coordinate_count
-    return size(config, name, rows, cols)
-
-
-def takes_everything(config: FrugalConfig, rows: int, cols: int, size: int) -> bool:
-    """Whether a coordinate selection of this size leaves nothing of a matrix out.
-
-    Not what density says: randperm on both sides selects a square of min(rows, cols).
-    """
-    if config.projection == "randk":
-        return size == rows * cols
-    side = resolve_side(config.side, rows, cols)
-    kind = {"columns": "right", "rows": "left", "randperm": side}[config.projection]
-    return (kind == "left" or size == cols) and (kind == "right" or size == rows)
-
-
 def longer_dim(rows: int, cols: int) -> int:
     """Along which replicas share a whole matrix."""
     return 0 if rows >= cols else 1
 
 
-def dim_left_free(config: FrugalConfig, rows: int, cols: int, size: int) -> int | None:
-    """The dim along which replicas share a coordinate selection of this size; None: along the list of its entries."""
-    if config.projection != "randperm" and takes_everything(config, rows, cols, size):
-        return longer_dim(rows, cols)
-    side = resolve_side(config.side, rows, cols)
-    kind = {"columns": "right", "rows": "left", "randperm": side}.get(config.projection, "full")
-    return {"right": 0, "left": 1}.get(kind)
+# What projections with a side have in common: R has r columns (right), r rows (left) or both (full).
 
 
-def _empty(config: FrugalConfig, name: str, rows: int, cols: int, formula: str) -> str:
-    return (
-        f"{name} is {rows}x{cols}: projection={config.projection!r}, side={config.side!r} gives {formula} = 0, so "
-        "nothing of it would be state-full. Raise density, choose another projection or side, or leave this parameter "
-        "out of the projected ones. (density=0 asks for pure state-free steps.)"
-    )
+def sided_dim(side: str, rows: int, cols: int) -> int:
+    """Of what density is a share."""
+    return {"right": cols, "left": rows, "full": min(rows, cols)}[side]
+
+
+def sided_lines(side: str) -> tuple[int, ...]:
+    """The dims along which R is smaller than the matrix."""
+    return {"right": (1,), "left": (0,), "full": (0, 1)}[side]
+
+
+def sided_entries(side: str, rows: int, cols: int, size: int) -> int:
+    """How many numbers R has."""
+    return size * {"right": rows, "left": cols, "full": size}[side]

@@ -5,14 +5,15 @@ A failed SVD is a status that all ranks learn; no rank raises or skips alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from frugal_dist.notices import notice
-from frugal_dist.projection.basis import Basis, basis_shapes, exact_svd, random_basis
-from frugal_dist.projection.subspace import gram_svd, subspace_svd
+from frugal_dist.projection.basis import Basis, basis_shapes
+from frugal_dist.projection.definition import Drawing
+from frugal_dist.projection.registry import PROJECTIONS
 from frugal_dist.sharding.collectives import all_to_all, broadcast
 from frugal_dist.sharding.placement import owner_layout, transfers_for
 from frugal_dist.sharding.redistribution import fill_buckets, limit_for_owners
@@ -69,7 +70,8 @@ def _refresh_bucket(runtime: Runtime, works: Sequence[LocalMatrix]) -> None:
 def warm_source(runtime: Runtime, work: LocalMatrix) -> int | None:
     """The rank that has the old basis when a refresh starts from it and the owner does not; None: nothing to send."""
     matrix = work.matrix
-    if work.config.svd_method != "subspace" or work.config.projection != "svd" or work.state.counter("refreshes") == 0:
+    starts_warm = PROJECTIONS[work.config.projection].starts_warm(work.config)
+    if not starts_warm or work.state.counter("refreshes") == 0:
         return None
     users = [rank for rank, tiles in enumerate(basis_route(runtime, work).layout) if tiles]
     return None if matrix.owner in users else users[0]
@@ -181,11 +183,13 @@ def _count_failure(runtime: Runtime, work: LocalMatrix, owner: int) -> None:
 
 def _compute(work: LocalMatrix, grad: Tensor, warm: Basis | None, figures: RefreshStats) -> Basis | None:
     """The new basis, or None. Never raises: the other ranks are waiting for the outcome."""
-    refresh_number = work.state.counter("refreshes")
+    number, matrix = work.state.counter("refreshes"), work.matrix
+    drawing = Drawing(work.config, matrix.name, matrix.rows, matrix.cols, number, work.side, work.size)
+    compute = PROJECTIONS[work.config.projection].compute
     troubles = []
     for place, dtype in ((_fastest, work.dtype), (_cpu, work.dtype), (_cpu, torch.float64)):
         try:
-            found = _basis_of(work, grad.to(place(grad), dtype), refresh_number, warm)
+            found = compute(grad.to(place(grad), dtype), drawing, warm)
             basis = found.moved(work.device, work.dtype)
             if all(bool(torch.isfinite(part).all()) for part in basis.parts):
                 _count(figures, grad, basis, found.captured)
@@ -216,16 +220,3 @@ def _count(figures: RefreshStats, grad: Tensor, basis: Basis, captured: Tensor |
         figures.add_basis(grad.to(basis.parts[0].dtype), basis, captured)
     except Exception as error:  # no memory left, say
         notice(f"the figures of a refresh could not be computed: {type(error).__name__}: {error}")
-
-
-def _basis_of(work: LocalMatrix, grad: Tensor, number: int, warm: Basis | None) -> Basis:
-    name, seed, side, r = work.matrix.name, work.config.seed, work.side, work.size
-    if work.config.projection == "random":
-        rows, cols = grad.shape
-        return random_basis(rows, cols, side, r, seed=seed, name=name, refresh=number, dtype=grad.dtype)
-    methods: dict[str, Callable[[], Basis]] = {
-        "exact": lambda: exact_svd(grad, side, r),
-        "subspace": lambda: subspace_svd(grad, side, r, warm, seed=seed, name=name, refresh=number),
-        "gram64": lambda: gram_svd(grad, side, r),
-    }
-    return methods[work.config.svd_method]()

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from frugal_dist.config import FrugalConfig, config_from
 from frugal_dist.projection.numerics import compute_dtype
-from frugal_dist.projection.shapes import FAMILY, SIDES, family
+from frugal_dist.projection.registry import PROJECTIONS, family
+from frugal_dist.projection.shapes import SIDES
 from frugal_dist.sharding.redistribution import fill_buckets
 from frugal_dist.sharding.shard import Box, LocalShard, ParamSpec
 from frugal_dist.step.runtime import (
@@ -195,7 +196,9 @@ def create_moments(one: LocalParameter, device: torch.device | None = None) -> N
 def check_density(work: LocalMatrix) -> None:
     """A basis projection at density 0 has no basis, and its state is another one."""
     before, now = work.state.counter("size"), work.config.density
-    started = FAMILY[work.config.projection] == "basis" and not work.empty and work.state.counter("refreshes")
+    started = (
+        PROJECTIONS[work.config.projection].family == "basis" and not work.empty and work.state.counter("refreshes")
+    )
     if started and (before == 0) != (now == 0.0):
         raise ValueError(
             f"{work.matrix.name}: a density schedule cannot go to 0 or leave it with projection="

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from frugal_dist.projection.basis import Basis, carry_first, carry_second
 from frugal_dist.projection.coordinates import Selection
-from frugal_dist.projection.shapes import FAMILY, dim_left_free, takes_everything
+from frugal_dist.projection.registry import PROJECTIONS, dim_left_free, takes_everything
 from frugal_dist.sharding.collectives import all_to_all
 from frugal_dist.sharding.redistribution import RedistributionPlan
 from frugal_dist.sharding.tile import Tile
@@ -48,7 +48,7 @@ def carry_basis_moments(work: LocalMatrix, plan: RedistributionPlan, new: Basis,
 
 def may_move_between_ranks(work: LocalMatrix) -> bool:
     """Whether "keep" may ever move moments between ranks that hold no replicas of each other."""
-    coordinates = FAMILY[work.config.projection] == "coordinates" and not work.empty
+    coordinates = PROJECTIONS[work.config.projection].family == "coordinates" and not work.empty
     return coordinates and work.config.on_refresh == "keep" and not same_slots(work)
 
 

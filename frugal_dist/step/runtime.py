@@ -12,9 +12,8 @@ from torch import Tensor
 from frugal_dist.config import FrugalConfig
 from frugal_dist.projection.basis import Basis
 from frugal_dist.projection.blocks import active_blocks, active_count
-from frugal_dist.projection.coordinates import NOTHING, Selection
-from frugal_dist.projection.draw import draw_selection, whole_block
-from frugal_dist.projection.shapes import FAMILY, selection_size
+from frugal_dist.projection.coordinates import NOTHING, Selection, whole_block
+from frugal_dist.projection.registry import PROJECTIONS, draw_selection, selection_size
 from frugal_dist.sharding.collectives import Ranks
 from frugal_dist.sharding.placement import compute_layout
 from frugal_dist.sharding.redistribution import Redistribution, RedistributionPlan
@@ -176,12 +175,9 @@ class LocalMatrix:
         updates = counts["updates"] if updates is None else updates
         refreshed_at = counts["refreshed_at"] if refreshed_at is None else refreshed_at
         gap, shift = config.update_gap, 0
-        if config.refresh_schedule == "staggered" and FAMILY[config.projection] != "blocks":
+        if config.refresh_schedule == "staggered" and PROJECTIONS[config.projection].family != "blocks":
             shift = self.matrix.block * gap // self.matrix.blocks
         return refreshed_at < 0 or (updates - shift) // gap > (refreshed_at - shift) // gap
-
-
-_RANDPERM = {"right": "columns", "left": "rows", "full": "submatrix"}
 
 
 def same_slots(work: LocalMatrix) -> bool:
@@ -189,12 +185,11 @@ def same_slots(work: LocalMatrix) -> bool:
 
     Otherwise how many selected entries a rank holds changes from refresh to refresh.
     """
-    kind = _RANDPERM[work.side] if work.config.projection == "randperm" else work.config.projection
+    chosen, whole = PROJECTIONS[work.config.projection], (work.matrix.rows, work.matrix.cols)
+    if chosen.family == "blocks":
+        return False
     tiles = [tile for rank in work.matrix.storage for tile in rank]
-    rows_whole = all(tile.height == work.matrix.rows for tile in tiles)
-    cols_whole = all(tile.width == work.matrix.cols for tile in tiles)
-    needed = {"columns": cols_whole, "rows": rows_whole, "blockwise": False}
-    return needed.get(kind, rows_whole and cols_whole)
+    return all((tile.height, tile.width)[dim] == whole[dim] for dim in chosen.lines(work.side) for tile in tiles)
 
 
 @dataclass(frozen=True)
@@ -279,7 +274,7 @@ def route_to(runtime: Runtime, work: LocalMatrix, layout: Layout) -> Redistribut
 def whole_selection(work: LocalMatrix, refresh: int, size: int) -> Selection:
     """The state-full entries of the whole matrix after refresh number ``refresh`` (0 first)."""
     matrix, config = work.matrix, work.config
-    if FAMILY[config.projection] == "blocks":  # also at density 0, where earlier refreshes had active ones
+    if PROJECTIONS[config.projection].family == "blocks":  # also at density 0, where earlier refreshes had active ones
         active = matrix.block in active_blocks(config, matrix.blocks, refresh, size)
         return whole_block(matrix.rows, matrix.cols) if active else NOTHING
     return draw_selection(config, matrix.name, matrix.rows, matrix.cols, refresh, size)

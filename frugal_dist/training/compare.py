@@ -11,7 +11,8 @@ from statistics import mean
 from time import monotonic
 from typing import Any, Generic, TypeVar
 
-from frugal_dist.config import check_choice, config_from, preset
+from frugal_dist.config import FrugalConfig, check_choice, config_from, preset
+from frugal_dist.projection.registry import options_of_others
 from frugal_dist.training.distributed.place import DistEnv, find_dist_env
 from frugal_dist.training.distributed.process import DIVERGED
 from frugal_dist.training.distributed.ranks import PeerFailed, is_mistake, process_group, together
@@ -73,8 +74,10 @@ def contender(text: str, recipe: R, known: Contenders = CONTENDERS) -> R:
     options = {key: value for key, value in recipe.optimizer.options.items() if key not in fixed}
     own = {one.name for one in fields(recipe.optimizer)} - {"name", "options", *PATTERNS, "stateful"}
     changes: dict[str, Any] = {key: value for key, value in asked.items() if key in own}
-    if {**fixed, **asked}.get("projection", "svd") != "svd" and "svd_method" not in asked:
-        options.pop("svd_method", None)
+    projection = {**fixed, **asked}.get("projection", FrugalConfig.projection)
+    for key, _ in options_of_others(projection):
+        if key not in asked:
+            options.pop(key, None)
     scales = {"lr_scale", "projected_lr_scale"}
     if (rates and rates.group(2)) or scales & set(asked):
         options = {key: value for key, value in options.items() if key not in scales}

@@ -12,7 +12,7 @@ from storages import Groups, Held, Named, Replicate, Shard, dtensors, flats, rep
 from torch import Tensor
 
 from frugal_dist.config import FrugalConfig
-from frugal_dist.projection.shapes import selection_size
+from frugal_dist.projection.registry import selection_size
 
 STEPS, GAP = 7, 3
 MATRICES: dict[str, tuple[int, ...]] = {

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from cases import GAP, LAYOUTS, STEPS, gradients, weights
 from storages import Held, Named, replicas
 
-import frugal_dist.step.basis_refresh
-from frugal_dist.projection.basis import exact_svd
+import frugal_dist.projection.svd
+from frugal_dist.projection.svd import exact_svd
 from frugal_dist.step.state import COUNTERS
 
 NAMES = ("tall", "wide", "square", "experts", "norm")
@@ -69,7 +69,7 @@ class Drill:
     def patched(self) -> contextlib.AbstractContextManager[Any]:
         if self.svd is None:
             return contextlib.nullcontext()
-        return mock.patch.object(frugal_dist.step.basis_refresh, "exact_svd", self.svd())
+        return mock.patch.object(frugal_dist.projection.svd, "exact_svd", self.svd())
 
     def alone(self) -> Outcome:
         """On one process, which sees what the spoiled rank sees."""

@@ -20,7 +20,7 @@ from storages import Held
 from threads import run_ranks
 
 from frugal_dist.engines import deepspeed_hooks
-from frugal_dist.projection.basis import exact_svd
+from frugal_dist.projection.svd import exact_svd
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build device_guard.cpp"),
@@ -120,7 +120,7 @@ def test_offloaded_matrices_are_refreshed_on_the_gpu(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(
-        "frugal_dist.step.basis_refresh.exact_svd", lambda grad, *rest: seen.append(grad) or exact_svd(grad, *rest)
+        "frugal_dist.projection.svd.exact_svd", lambda grad, *rest: seen.append(grad) or exact_svd(grad, *rest)
     )
     case = Case("svd", "std", "reset", more=(("process_group", None),))
     with gpu():

@@ -163,12 +163,12 @@ def fp16_at_stage0() -> str:
 
 def failing_svd(stage: int, attempts: int) -> tuple[str, list[str], str]:
     """The SVD of one matrix fails on its owner at ``attempts`` refreshes: (error, warnings, digest of the weights)."""
-    from frugal_dist.step import basis_refresh
+    from frugal_dist.projection import svd
 
     ranks = torch.distributed.get_world_size()
     options = {**copy.deepcopy(cases.SMOOTH), "projection": "svd"}
     engine = cases.start(cases.config_of(options, {"stage": stage}, ranks))
-    real, error, left = basis_refresh.exact_svd, "", [attempts * 3]  # CPU and fp64 are tried as well
+    real, error, left = svd.exact_svd, "", [attempts * 3]  # CPU and fp64 are tried as well
 
     def failing(grad: Tensor, side: str, size: int) -> Any:
         if tuple(grad.shape) == (101, 48) and torch.distributed.get_rank() == ranks - 1 and left[0]:
@@ -177,7 +177,7 @@ def failing_svd(stage: int, attempts: int) -> tuple[str, list[str], str]:
         return real(grad, side, size)
 
     cases.train(engine, range(cases.GAP))
-    basis_refresh.exact_svd = failing
+    svd.exact_svd = failing
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -185,7 +185,7 @@ def failing_svd(stage: int, attempts: int) -> tuple[str, list[str], str]:
     except RuntimeError as raised:
         error = str(raised)
     finally:
-        basis_refresh.exact_svd = real
+        svd.exact_svd = real
     found = "" if error else cases.digest(cases.full_weights(engine))
     engine.destroy()
     return error, [str(one.message) for one in caught if "refresh failed" in str(one.message)], found

@@ -16,8 +16,9 @@ from imports import PACKAGE, ROOT, Module, read_modules
 # From low to high. A module may import from lower lines only; modules of one package that share a line may import each
 # other as long as no circle arises. "" is the package itself: the public interface, on which the applications stand.
 LAYERS: list[tuple[str, ...]] = [
-    ("_first_word", "config", "notices", "parameters", "parameters.names", "engines.callers", "engines.wrapped"),
+    ("_first_word", "notices", "parameters", "parameters.names", "engines.callers", "engines.wrapped"),
     ("projection", "projection.*"),
+    ("config",),
     ("update", "update.rules", "update.rounding"),
     ("update.kernels", "update.kernels.*"),
     ("update.local",),

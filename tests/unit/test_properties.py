@@ -20,7 +20,8 @@ import frugal_dist.projection
 from frugal_dist import Frugal, FrugalConfig, preset
 from frugal_dist.planner.formula import Weight, frugal_bytes
 from frugal_dist.projection import Basis, down, exact_svd, random_basis, select_indices, up
-from frugal_dist.projection.shapes import coordinate_count, floor_of, round_of
+from frugal_dist.projection.registry import selection_size
+from frugal_dist.projection.shapes import floor_of, round_of
 
 SIDES = ("left", "right", "full")
 sizes = st.integers(min_value=1, max_value=12)
@@ -264,7 +265,7 @@ def test_counts_are_those_of_the_number_that_was_written(density: float, length:
     assert frugal_bytes([columns], projection="columns", density=density) == 8 * 3 * down
     if length < 1000 and down:
         config = FrugalConfig(projection="columns", density=density)
-        assert coordinate_count(config, "w", 3, length) == down
+        assert selection_size(config, "w", 3, length) == down
 
 
 @pytest.mark.parametrize("length", [7, 96, 100, 1000, 4096])

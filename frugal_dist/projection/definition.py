@@ -1,0 +1,116 @@
+"""What a projection is: all that the rest of the package has to know of one, in one object.
+
+A new projection is a file that makes a ``Projection``, and its line in ``registry``. Nothing else compares names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+import frugal_dist.projection
+from frugal_dist.projection.basis import Basis
+from frugal_dist.projection.coordinates import Selection
+from frugal_dist.projection.shapes import floor_of
+
+
+class Settings(Protocol):
+    """What projections read of a ``FrugalConfig``, which stands above them and asks the registry for its choices."""
+
+    @property
+    def projection(self) -> str: ...
+
+    @property
+    def density(self) -> float: ...
+
+    @property
+    def side(self) -> str: ...
+
+    @property
+    def block_order(self) -> str: ...
+
+    @property
+    def svd_method(self) -> str: ...
+
+    @property
+    def seed(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What a refresh depends on beside the gradient: the matrix by its name, the number of the refresh, settings.
+
+    ``side``: right, left or full. ``size``: r, or how many columns, rows or entries are selected.
+    """
+
+    config: Settings
+    name: str
+    rows: int
+    cols: int
+    refresh: int
+    side: str
+    size: int
+
+    def select(self, length: int, part: str = "") -> Tensor:
+        """``size`` distinct numbers below ``length``, sorted; other ones for another ``part`` of the matrix.
+
+        ``select_indices`` is looked up in the package at call time, so a test or a user may replace it.
+        """
+        seed, name = self.config.seed, self.name + part
+        indices = frugal_dist.projection.select_indices(length, self.size, seed=seed, name=name, refresh=self.refresh)
+        return torch.as_tensor(indices, dtype=torch.int64, device="cpu")
+
+
+def _no_basis(grad: Tensor, drawing: Drawing, warm: Basis | None) -> Basis:
+    raise NotImplementedError
+
+
+def _no_selection(drawing: Drawing) -> Selection:
+    raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """One way to choose the state-full part of a matrix.
+
+    family               "basis" (R = down(G), a basis is stored), "coordinates" (R is some of G's entries, drawn from a
+                         seed) or "blocks" (whole matrices).
+    depends_on           hyperparameters without which state means something else, beside projection, density and rule.
+    own                  options that belong to it alone: what to say of another projection that is given one.
+    dim                  (side, rows, cols): of how many things density is a share.
+    share                (density, number): how many that are; ``written`` is how errors write it.
+    within_rank          whether r cannot be larger than the rank of a gradient.
+    lines                (side): the dims along which lines are left out. A part that is stored whole along them keeps
+                         its slots of R from refresh to refresh, and the other dim may be cut.
+    entries              (side, rows, cols, size): how many numbers R has.
+    draw                 coordinates: the selection, from settings alone, the same on every rank.
+    whole_when_complete  coordinates: a selection of everything is treated as an active block is.
+    index_bytes          coordinates: of what is kept for each selected entry of a rank between refreshes.
+    compute              basis: the new basis of a finite gradient on its owner; ``warm`` is the old one.
+    from_gradient        basis: computed from the gradient, where that lies; else drawn from the seed, on the CPU.
+    starts_warm          basis: whether ``compute`` starts from the old basis, which is then sent to the owner.
+    scratch              basis: (settings, rows, cols, side, r): bytes that computing it takes at most beside the
+                         gradient. An estimate: libraries do not tell what they need.
+    """
+
+    name: str
+    family: str
+    depends_on: tuple[str, ...]
+    own: Mapping[str, str] = field(default_factory=dict)
+    dim: Callable[[str, int, int], int] = lambda side, rows, cols: rows * cols
+    share: Callable[[float, int], int] = floor_of
+    written: str = "floor({density:g} * {dim})"
+    within_rank: bool = False
+    lines: Callable[[str], tuple[int, ...]] = lambda side: (0, 1)
+    entries: Callable[[str, int, int, int], int]
+    draw: Callable[[Drawing], Selection] = _no_selection
+    whole_when_complete: bool = False
+    index_bytes: int = 0
+    compute: Callable[[Tensor, Drawing, Basis | None], Basis] = _no_basis
+    from_gradient: bool = True
+    starts_warm: Callable[[Settings], bool] = lambda config: False
+    scratch: Callable[[Settings, int, int, str, int], int] = lambda config, rows, cols, side, r: 0

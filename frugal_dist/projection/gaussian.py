@@ -1,0 +1,57 @@
+"""random: orthonormalised Gaussian columns, drawn from the seed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import frugal_dist.projection.coordinates as coordinates
+from frugal_dist.projection.basis import Basis, basis_shapes, dense
+from frugal_dist.projection.definition import Drawing, Projection, Settings
+from frugal_dist.projection.numerics import FP32, FP64
+from frugal_dist.projection.shapes import round_of, sided_dim, sided_entries, sided_lines
+
+
+def random_basis(
+    rows: int, cols: int, side: str, r: int, *, seed: int, name: str, refresh: int, dtype: torch.dtype
+) -> Basis:
+    """Orthonormalised Gaussian columns on the CPU, from (seed, name, refresh)."""
+    parts = {}
+    for part, (length, width) in basis_shapes(side, rows, cols, r).items():
+        generator = coordinates.seeded_generator(seed, f"{name}|{part}", refresh, length, width)
+        gaussian = torch.randn(length, width, generator=generator, dtype=torch.float64, device="cpu")
+        parts[part] = dense(torch.linalg.qr(gaussian).Q.to(dtype))
+    return Basis(**parts)
+
+
+def _compute(grad: Tensor, drawing: Drawing, warm: Basis | None) -> Basis:
+    return random_basis(
+        *(drawing.rows, drawing.cols, drawing.side, drawing.size),
+        seed=drawing.config.seed,
+        name=drawing.name,
+        refresh=drawing.refresh,
+        dtype=grad.dtype,
+    )
+
+
+def _scratch(config: Settings, rows: int, cols: int, side: str, r: int) -> int:
+    """Gaussian columns and what they are orthonormalised to, in fp64, and the result."""
+    return max(
+        FP64 * (2 * length * width + width * width) + FP32 * length * width
+        for length, width in basis_shapes(side, rows, cols, r).values()
+    )
+
+
+RANDOM = Projection(
+    name="random",
+    family="basis",
+    depends_on=("side",),
+    dim=sided_dim,
+    share=round_of,
+    written="r = round({density:g} * {dim})",
+    lines=sided_lines,
+    entries=sided_entries,
+    compute=_compute,
+    from_gradient=False,
+    scratch=_scratch,
+)
