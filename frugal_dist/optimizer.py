@@ -25,8 +25,7 @@ from frugal_dist.config import (
     renamed,
     without_auto,
 )
-from frugal_dist.engines import torch_checkpoint
-from frugal_dist.engines.wrapped import innermost, on_innermost, own
+from frugal_dist.engines.hooks import dcp_does_without_names, innermost, on_innermost, own
 from frugal_dist.notices import notice, tell
 from frugal_dist.parameters.changes import Seen, as_made, check_sizes, settle
 from frugal_dist.parameters.groups import (
@@ -487,7 +486,7 @@ class Frugal(Optimizer):
 
     def _packed(self, _: Optimizer, plain: dict[str, Any]) -> dict[str, Any]:
         """Torch's form with the state as it is saved."""
-        nameless = torch_checkpoint.does_without_names()
+        nameless = dcp_does_without_names()
         for group, names in zip(plain["param_groups"], self._names(), strict=True):
             group.pop(NAMES, None)
             group.update({NAMES: names} if names and not nameless else {})

@@ -17,8 +17,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from frugal_dist.engines.hooks import dcp_is_asking, dcp_losing_option
 from frugal_dist.engines.plain import PlainStorage
-from frugal_dist.engines.torch_checkpoint import is_asking, losing_option
 from frugal_dist.notices import notice
 from frugal_dist.projection.basis import basis_shapes
 from frugal_dist.projection.registry import PROJECTIONS
@@ -63,7 +63,7 @@ PARTS = (
 
 def pack_all(runtime: Runtime, state: MutableMapping[Tensor, Store]) -> dict[int, Store]:
     """The state of every parameter, by its id, in saved form. Tensors that need no change are not copied."""
-    template = is_asking()
+    template = dcp_is_asking()
     load = step_inputs(runtime, state, everything=True)
     packed = {id(param): dict(store) for param, store in state.items() if store}
     owner = {id(store): id(param) for param, store in state.items()}
@@ -101,7 +101,7 @@ def refuse_to_lose(packed: Mapping[int, Store]) -> None:
     """
     if not has_parts(packed):
         return
-    option = losing_option()
+    option = dcp_losing_option()
     if option:
         raise ValueError(
             f"Every rank holds a part of the optimizer's state; with {option}=True torch.distributed.checkpoint would "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from frugal_dist.engines.wrapped import innermost
+from frugal_dist.engines.hooks import innermost
 from frugal_dist.optimizer import Frugal
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from frugal_dist.config import HYPERPARAMETERS, python_value
-from frugal_dist.engines import accelerate, deepspeed, join, lightning, zero, zero_redundancy
+from frugal_dist.engines import accelerate, deepspeed, hooks, zero
 from frugal_dist.engines.plain import PlainStorage
 from frugal_dist.sharding.collectives import Ranks, is_initialized, ranks_of
 from frugal_dist.sharding.shard import LocalShard, ParamSpec, Storage
@@ -32,12 +32,12 @@ def names_of(tensors: Sequence[Tensor]) -> list[str | None]:
 def announce(optimizer: Optimizer, process_group: Any) -> None:
     """Make the optimizer known to engines that keep a list of those they trust, and to those it cannot work with."""
     deepspeed.announce(type(optimizer))
-    join.watch(optimizer, process_group)
+    hooks.watch_joins(optimizer, process_group)
 
 
 def cuts_groups_evenly() -> bool:
     """Whether the engine that is building the optimizer gives each rank an equal part of every parameter group."""
-    return deepspeed.engine_in_construction() is not None
+    return hooks.deepspeed_engine_in_construction() is not None
 
 
 def refuse_replacement() -> None:
@@ -52,7 +52,7 @@ def replaces_given_optimizers() -> bool:
 
 def is_driven(optimizer: object) -> bool:
     """Whether the user's script leaves the training to DeepSpeed, Accelerate or the Trainer."""
-    return accelerate.in_use() or deepspeed.engine_of(optimizer) is not None
+    return accelerate.in_use() or hooks.deepspeed_engine_of(optimizer) is not None
 
 
 def unheard_wishes(given: Mapping[str, Any]) -> str:
@@ -60,7 +60,7 @@ def unheard_wishes(given: Mapping[str, Any]) -> str:
     options = deepspeed.json_options()
     if options is None:
         return ""
-    where, wishes = accelerate.wishes()
+    where, wishes = hooks.wishes()
     keys = [key for key in wishes if key not in options and wishes[key] != given[key]]
     if given["state_full"] != "adamw":
         keys = [key for key in keys if key in ("lr", "weight_decay")]
@@ -76,12 +76,12 @@ def unheard_wishes(given: Mapping[str, Any]) -> str:
 
 def refuse_to_be_given_a_part() -> None:
     """ValueError if a wrapper is building one optimizer per rank, each for some of the parameters."""
-    zero_redundancy.refuse()
+    hooks.refuse_zero_redundancy()
 
 
 def keeps_rank_zero_only(optimizer: object) -> bool:
     """Whether a trainer's checkpoints keep no other rank's ``state_dict`` of ``optimizer`` than rank 0's."""
-    return accelerate.keeps_rank_zero_only() or lightning.keeps_rank_zero_only(optimizer)
+    return accelerate.keeps_rank_zero_only() or hooks.lightning_keeps_rank_zero_only(optimizer)
 
 
 def counts_of(model_or_engine: Any) -> dict[str, Any]:

@@ -48,26 +48,6 @@ def in_use() -> bool:
     return _state() is not None
 
 
-def wishes() -> tuple[str, dict[str, Any]]:
-    """What the program asks of an optimizer that DeepSpeed is building, by key, and where: TrainingArguments, or else
-    DummyOptim. Both stand further up the stack.
-    """
-    dummy: dict[str, Any] = {}
-    frame: Any = sys._getframe()
-    while frame is not None:
-        caller, given = frame.f_locals.get("self"), frame.f_locals.get("optimizer")
-        if type(given).__name__ == "DummyOptim" and not dummy:
-            dummy = {"lr": given.lr, "weight_decay": given.weight_decay}
-        if "transformers" in sys.modules and any(kind.__name__ == "Trainer" for kind in type(caller).__mro__):
-            args: Any = getattr(caller, "args", None)
-            if hasattr(args, "adam_epsilon"):
-                betas = (args.adam_beta1, args.adam_beta2)
-                found = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "betas": betas}
-                return "TrainingArguments", {**found, "eps": args.adam_epsilon}
-        frame = frame.f_back
-    return "DummyOptim", dummy
-
-
 def _state() -> Any:
     """Accelerate's state of this process; None while it has none."""
     module = sys.modules.get("accelerate.state")

@@ -1,11 +1,10 @@
-"""DeepSpeed's engine: which one drives an optimizer, what its config asks for, its names for parameters, its counts.
+"""DeepSpeed's engine: what its config asks for, its names for parameters, its counts.
 
 Nothing here imports DeepSpeed: what is not loaded is not used.
 """
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frugal_dist.engines.deepspeed_hooks import ANY_RANKS, install
+from frugal_dist.engines.hooks import ANY_RANKS, deepspeed_engine_in_construction, make_known_to_deepspeed
 
 COUNTS = ("global_steps", "global_samples", "skipped_steps")
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -26,7 +25,7 @@ def full_shape(tensor: Tensor) -> tuple[int, ...]:
 
 def names_of(tensors: Sequence[Tensor]) -> list[str | None]:
     """The names by which DeepSpeed knows a model's parameters while it builds the optimizer; None where it does not."""
-    engine = engine_in_construction()
+    engine = deepspeed_engine_in_construction()
     if engine is not None:
         return [engine.param_names.get(tensor) for tensor in tensors]
     debug = sys.modules.get("deepspeed.utils.debug")  # forgets everything whenever any engine is collected
@@ -41,50 +40,19 @@ def announce(optimizer_class: type[Any]) -> None:
     (from JSON, or calling a client's function), ValueError for what Frugal does not support: the features fail in
     stranger ways soon after.
     """
-    utils = sys.modules.get("deepspeed.runtime.zero.utils")
-    if utils is not None and optimizer_class not in utils.ZERO_SUPPORTED_OPTIMIZERS:
-        utils.ZERO_SUPPORTED_OPTIMIZERS.append(optimizer_class)
-        install(optimizer_class)
-    engine = engine_in_construction()
+    make_known_to_deepspeed(optimizer_class)
+    engine = deepspeed_engine_in_construction()
     if engine is not None:
         check_supported(engine)
 
 
-def engine_in_construction() -> Any | None:
-    """The engine that is building an optimizer right now: it runs a function further up the stack.
-
-    Not looked for among all objects: an engine that could not be built lives on until it is collected.
-    """
-    module = sys.modules.get("deepspeed.runtime.engine")
-    frame = None if module is None else sys._getframe()
-    while module is not None and frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, module.DeepSpeedEngine) and caller.__dict__.get("basic_optimizer") is None:
-            return caller
-        frame = frame.f_back
-    return None
-
-
 def json_options() -> dict[str, Any] | None:
     """The "params" of the JSON from which DeepSpeed is building an optimizer right now; None if it is not."""
-    engine = engine_in_construction()
+    engine = deepspeed_engine_in_construction()
     if engine is None or engine.client_optimizer is not None or not engine.optimizer_name():
         return None
     found: dict[str, Any] = engine.optimizer_params() or {}
     return found
-
-
-def engine_of(optimizer: object) -> Any | None:
-    """The engine that drives ``optimizer``, if any. DeepSpeed gives the optimizer no link to it: look for it."""
-    module = sys.modules.get("deepspeed.runtime.engine")
-    if module is None:
-        return None
-    kinds = [module.DeepSpeedEngine]
-    for kind in kinds:
-        kinds.extend(kind.__subclasses__())
-    # Not gc.get_objects(): it touches tuples that other threads are building, which then fail (CPython issue 59313).
-    things = (thing for kind in kinds for thing in gc.get_referrers(kind) if type(thing) is kind)
-    return next((thing for thing in things if thing.__dict__.get("basic_optimizer") is optimizer), None)
 
 
 PLAIN_OFFLOAD = 'use "offload_optimizer": {"device": "cpu"} alone'

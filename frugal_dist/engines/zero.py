@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from frugal_dist.engines.deepspeed import check_supported, engine_of, names_of
+from frugal_dist.engines.deepspeed import check_supported, names_of
+from frugal_dist.engines.hooks import deepspeed_engine_of
 from frugal_dist.engines.plain import PlainStorage
 from frugal_dist.sharding.shard import Box, Interval, LocalShard, ParamSpec, Storage
 
@@ -103,7 +104,7 @@ def storage_under_deepspeed(
 
     ``sources`` are the model's own parameters, as given to the optimizer. Raises ValueError for what is not supported.
     """
-    engine = engine_of(optimizer)
+    engine = deepspeed_engine_of(optimizer)
     if engine is not None:
         check_supported(engine)
     elif not any(source is not None and _belongs(source) for source in sources):

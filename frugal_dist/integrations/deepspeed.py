@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
+from frugal_dist.engines.hooks import register_in_torch
 from frugal_dist.integrations.build_locks import clear_stale_locks
 
 
@@ -17,7 +16,5 @@ def register(optimizer_class: type[Any]) -> None:
     And keep DeepSpeed from waiting for a build that was killed: it builds its operation before it calls anything of
     ours, in the HF Trainer as soon as the arguments are made.
     """
-    name = optimizer_class.__name__
-    for spelling in (name, name.lower(), name.upper()):
-        setattr(torch.optim, spelling, optimizer_class)
+    register_in_torch(optimizer_class)
     clear_stale_locks()

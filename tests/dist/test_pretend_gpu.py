@@ -19,7 +19,7 @@ from pretend_gpu import gpu, installed, on_cpu
 from storages import Held
 from threads import run_ranks
 
-from frugal_dist.engines import deepspeed_hooks
+from frugal_dist.engines import hooks
 from frugal_dist.projection.svd import exact_svd
 
 pytestmark = [
@@ -227,7 +227,7 @@ def test_what_offload_states_does_with_ours() -> None:
         held = LAYOUTS["replicas"](start, {"tall"}, case.options)
         one_step(held, start, 0)
         there = [value.is_cuda for value in state_of(held)]
-        deepspeed_hooks.move_state(held.optimizer, lambda value, param: deepspeed_hooks.to_host(value, True, False))
+        hooks.move_state(held.optimizer, lambda value, param: hooks.to_host(value, True, False))
         assert any(there) and not any(value.is_cuda for value in state_of(held))
-        deepspeed_hooks.move_state(held.optimizer, lambda value, param: value.to(param.device))
+        hooks.move_state(held.optimizer, lambda value, param: value.to(param.device))
         assert there == [value.is_cuda for value in state_of(held)]

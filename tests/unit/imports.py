@@ -12,11 +12,12 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 
 @dataclass(frozen=True)
 class Module:
-    """One source file: its name within the package ("sharding.tile", "" for the package itself) and what it imports."""
+    """One source file: its name in the package ("sharding.tile", "" for the package itself), its imports, its path."""
 
     name: str
     ours: frozenset[str]
     others: frozenset[str]
+    path: Path
 
 
 def read_modules() -> list[Module]:
@@ -38,7 +39,7 @@ def _read(file: Path, names: set[str]) -> Module:
             ours.add(_longest_module(rest, names))
         else:
             others.add(dotted)
-    return Module(_name(file), frozenset(ours), frozenset(others))
+    return Module(_name(file), frozenset(ours), frozenset(others), file)
 
 
 def _longest_module(dotted: str, names: set[str]) -> str:

@@ -5,6 +5,7 @@ The table below is the order of the tree. A new module must be given its place h
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from fnmatch import fnmatchcase
@@ -16,7 +17,7 @@ from imports import PACKAGE, ROOT, Module, read_modules
 # From low to high. A module may import from lower lines only; modules of one package that share a line may import each
 # other as long as no circle arises. "" is the package itself: the public interface, on which the applications stand.
 LAYERS: list[tuple[str, ...]] = [
-    ("_first_word", "notices", "parameters", "parameters.names", "engines.callers", "engines.wrapped"),
+    ("_first_word", "notices", "parameters", "parameters.names"),
     ("projection", "projection.*"),
     ("config",),
     ("update", "update.rules", "update.rounding"),
@@ -35,14 +36,10 @@ LAYERS: list[tuple[str, ...]] = [
         "engines",
         "engines.accelerate",
         "engines.deepspeed",
-        "engines.deepspeed_hooks",
         "engines.dtensor",
-        "engines.join",
-        "engines.lightning",
+        "engines.hooks",
         "engines.plain",
-        "engines.torch_checkpoint",
         "engines.zero",
-        "engines.zero_redundancy",
     ),
     ("parameters.groups", "parameters.changes", "parameters.summary"),
     ("state_dict",),
@@ -63,13 +60,13 @@ KNOWS = {
         "sharding.collectives",
         "engines.dtensor",
         "engines.zero",
-        "engines.join",
+        "engines.hooks",
         "checkpoint",
         "checkpoint.*",
         "integrations.*",
         *APPLICATIONS,
     ),
-    "deepspeed": ("engines.zero", "engines.deepspeed*", "integrations.deepspeed", *APPLICATIONS),
+    "deepspeed": ("engines.zero", "engines.deepspeed", "engines.hooks", *APPLICATIONS),
     "transformers": ("integrations.transformers", *APPLICATIONS),
     "triton": ("update.kernels.fused",),
 }
@@ -138,6 +135,12 @@ def test_the_core_needs_torch_only(module: Module) -> None:
         return
     allowed = sys.stdlib_module_names | {"torch"} | {library for library in KNOWS if fits(module.name, KNOWS[library])}
     assert not {dotted for dotted in module.others if dotted.partition(".")[0] not in allowed}
+
+
+@by_name
+def test_walks_of_stacks_and_objects_stand_in_one_file(module: Module) -> None:
+    if module.name != "engines.hooks":
+        assert not re.findall(r"_getframe|\bf_back\b|gc\.get_\w+|inspect\.stack", module.path.read_text("utf-8"))
 
 
 def test_every_module_of_the_core_imports_without_the_other_libraries() -> None:
