@@ -13,6 +13,7 @@ from frugal_dist.projection.products import MATMULS
 from frugal_dist.projection.registry import PROJECTIONS, options_of_others
 from frugal_dist.projection.shapes import SIDE_CHOICES
 from frugal_dist.projection.svd import METHODS as SVD_METHODS
+from frugal_dist.update.rules import STATE_FREE, STATE_FULL
 
 NOW, REFRESH, NEVER = "now", "refresh", "never"
 """When a step takes up a hyperparameter that was changed in ``param_groups`` while training.
@@ -20,8 +21,6 @@ NOW, REFRESH, NEVER = "now", "refresh", "never"
 NOW: at the next step. REFRESH: at each matrix' next refresh. NEVER: where state depends on it (``changes.depends_on``),
 the step is refused; elsewhere it means nothing, or counts from the next random number (``seed`` of svd and random).
 """
-
-DEFAULT_BETAS = {"adamw": (0.9, 0.999), "lion": (0.9, 0.99), "sgdm": (0.9, 0.999)}
 
 
 def _choice(default: str, taken_up: str, allowed: Collection[str]) -> Any:
@@ -82,8 +81,8 @@ class FrugalConfig:
     projection: str = _choice("svd", NEVER, PROJECTIONS)
     side: str = _choice("std", NEVER, SIDE_CHOICES)
     block_order: str = _choice("random", NEVER, BLOCK_ORDERS)
-    state_full: str = _choice("adamw", NEVER, ("adamw", "lion", "sgdm"))
-    state_free: str = _choice("sign", NOW, ("sign", "sgd", "none"))
+    state_full: str = _choice("adamw", NEVER, STATE_FULL)
+    state_free: str = _choice("sign", NOW, STATE_FREE)
     momentum: float = _number(0.9, NOW, high=1.0)
     projected_lr_scale: float = _number(1.0, NOW)
     state_free_lr_scale: float = _number(1.0, NOW)
@@ -103,7 +102,7 @@ class FrugalConfig:
             object.__setattr__(self, "projected_lr_scale", lr_scale)
         for key, allowed in CHOICES.items():
             check_choice(key, getattr(self, key), allowed)
-        betas = DEFAULT_BETAS[self.state_full] if self.betas is None else _pair_of_betas(self.betas)
+        betas = STATE_FULL[self.state_full].betas if self.betas is None else _pair_of_betas(self.betas)
         object.__setattr__(self, "betas", betas)
         for key, (low, high) in _NUMBERS.items():
             object.__setattr__(self, key, _as_number(key, getattr(self, key), low, high))

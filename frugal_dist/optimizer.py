@@ -61,6 +61,7 @@ from frugal_dist.step.matrices import step_matrices
 from frugal_dist.step.refresh import refresh
 from frugal_dist.step.runtime import Runtime
 from frugal_dist.step.statistics import RefreshStats
+from frugal_dist.update.rules import STATE_FULL
 
 BUCKET_BYTES = 64 * 2**20
 """Bound of one packed exchange, over all ranks; peak scratch is up to three times that."""
@@ -206,7 +207,8 @@ class Frugal(Optimizer):
         groups = as_groups(params)
         self._choice = Choice(_patterns(project), _patterns(skip), tables_in(groups))
         # Schedulers that cycle momentum look here for what to cycle: betas[0], or without betas "momentum".
-        shown = {key: value for key, value in given.items() if key != "betas" or given["state_full"] != "sgdm"}
+        cycles = STATE_FULL[resolved.state_full].cycles
+        shown = {key: value for key, value in given.items() if key != "betas" or cycles == "betas"}
         super().__init__(arranged(groups, self._choice), shown)
         names = [original.name for original in self._originals]
         for key, patterns in (

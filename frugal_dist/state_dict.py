@@ -40,7 +40,8 @@ from frugal_dist.step.runtime import (
     route_to,
     same_slots,
 )
-from frugal_dist.step.state import BASES, COUNTERS, MOMENTS, MatrixState, Shape
+from frugal_dist.step.state import BASES, COUNTERS, MatrixState, Shape
+from frugal_dist.update.rules import every_moment
 
 _PART = re.compile(r"^(?P<key>.*)@rank(?P<rank>\d+)of(?P<size>\d+)$")
 Store = dict[str, Tensor]
@@ -175,12 +176,12 @@ def _check_keys(runtime: Runtime, load: StepInputs, state: Mapping[Tensor, Store
     groups: dict[int, list[tuple[str, bool, bool]]] = {}
     by_name = {original.name: original for original in runtime.originals}
     for work in load.works:
-        keys = {work.state.prefix + key for key in (*COUNTERS, *MOMENTS, *BASES)}
+        keys = {work.state.prefix + key for key in (*COUNTERS, *every_moment(), *BASES)}
         known.setdefault(id(work.state.store), set()).update(keys)
         group = runtime.originals[work.matrix.original].group
         groups.setdefault(group, []).append((work.matrix.name, work.state.get("updates") is not None, work.frozen))
     for one in load.regular:
-        keys = {one.state.prefix + key for key in ("step", *MOMENTS)}
+        keys = {one.state.prefix + key for key in ("step", *every_moment())}
         known.setdefault(id(one.state.store), set()).update(keys)
         group = by_name[one.name].group
         groups.setdefault(group, []).append((one.name, one.state.get("step") is not None, one.frozen))

@@ -31,7 +31,8 @@ from frugal_dist.step.runtime import (
     local_selection,
     moment_names,
 )
-from frugal_dist.step.state import COUNTERS, MatrixState
+from frugal_dist.step.state import BASES, COUNTERS, MatrixState
+from frugal_dist.update.rules import every_moment
 
 META = torch.device("meta")
 
@@ -236,8 +237,7 @@ def _replace_state(work: LocalMatrix, new: MatrixState) -> None:
 
 
 def _keys(state: MatrixState) -> set[str]:
-    names = (*COUNTERS, "exp_avg", "exp_avg_sq", "basis", "basis_left", "basis_right")
-    return {state.prefix + name for name in names}
+    return {state.prefix + name for name in (*COUNTERS, *every_moment(), *BASES)}
 
 
 def _reset_regular(one: LocalParameter) -> None:

@@ -32,6 +32,7 @@ from frugal_dist.step.runtime import (
     moment_names,
     whole_selection,
 )
+from frugal_dist.step.state import BASES
 
 WEIGHT = "weight/"
 """Of the names of parameters in a checkpoint, whether anybody optimizes them or not."""
@@ -143,7 +144,7 @@ def _basis_chunks(runtime: Runtime, work: LocalMatrix) -> Iterator[Chunk]:
     if not plan.tiles:
         return
     prefix = f"state/{matrix.name}/"
-    for key in ("basis", "basis_left", "basis_right"):
+    for key in BASES:
         part = work.state.get(key)
         if part is not None:
             yield Chunk(prefix + key, (part.shape[0], part.shape[1]), _all_of(part), part)

@@ -17,6 +17,7 @@ from frugal_dist.sharding.shard import LocalShard, ParamSpec, Storage
 from frugal_dist.sharding.table import build_table
 from frugal_dist.step.runtime import Runtime
 from frugal_dist.update.kernels import kind_for
+from frugal_dist.update.rules import STATE_FULL
 
 
 def full_shape(tensor: Tensor) -> tuple[int, ...]:
@@ -62,7 +63,7 @@ def unheard_wishes(given: Mapping[str, Any]) -> str:
         return ""
     where, wishes = hooks.wishes()
     keys = [key for key in wishes if key not in options and wishes[key] != given[key]]
-    if given["state_full"] != "adamw":
+    if not STATE_FULL[given["state_full"]].is_adamw:
         keys = [key for key in keys if key in ("lr", "weight_decay")]
     if not keys:
         return ""

@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from frugal_dist import checkpoint, engines
+from frugal_dist.config import FrugalConfig
 from frugal_dist.optimizer import Frugal
 from frugal_dist.parameters.split import split_parameters
 from frugal_dist.sharding.collectives import gather_objects, ranks_of
 from frugal_dist.step.replicas import fingerprint
+from frugal_dist.update.rules import STATE_FULL
 
 if TYPE_CHECKING:
 
@@ -83,7 +85,7 @@ class FrugalForModel:
         **options: Any,
     ) -> Frugal:
         """Build the optimizer with what ``args`` say now."""
-        found = {**_from_arguments(args, options.get("state_full", "adamw")), **options}
+        found = {**_from_arguments(args, options.get("state_full", FrugalConfig.state_full)), **options}
         optimizer = Frugal(split_parameters(model, project, skip, no_decay), **found)
         optimizer.saved_elsewhere = not _saves_state(args)
         return optimizer
@@ -98,7 +100,7 @@ def _from_arguments(args: Any, state_full: str) -> dict[str, Any]:
     if args is None:
         return {}
     found = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
-    if state_full == "adamw":
+    if state_full in STATE_FULL and STATE_FULL[state_full].is_adamw:
         found |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     return found
 

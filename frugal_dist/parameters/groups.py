@@ -15,6 +15,7 @@ from frugal_dist import engines
 from frugal_dist.config import HYPERPARAMETERS, NEVER, TAKEN_UP, config_from, python_value, saved_group
 from frugal_dist.parameters.names import Choice, clean_name, is_table_name
 from frugal_dist.sharding.shard import ParamSpec
+from frugal_dist.update.rules import STATE_FULL
 
 
 def as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
@@ -157,11 +158,12 @@ def follow_cycles(groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) ->
     They leave "base_momentum" in the groups.
     """
     for group in groups:
-        if "base_momentum" not in group:
+        if "base_momentum" not in group or group["state_full"] not in STATE_FULL:
             continue
-        if group["state_full"] == "sgdm" and "betas" in defaults:
+        cycles = STATE_FULL[group["state_full"]].cycles
+        if cycles == "momentum" and "betas" in defaults:
             group["momentum"] = group["betas"][0]
-        elif group["state_full"] != "sgdm" and "betas" not in defaults:
+        elif cycles == "betas" and "betas" not in defaults:
             group["betas"] = (group["momentum"], group["betas"][1])
 
 

@@ -25,7 +25,8 @@ from frugal_dist.sharding.table import Matrix, Table, group_owners, number_block
 from frugal_dist.sharding.tile import Layout, holders
 from frugal_dist.step.inputs import StepInputs, ensure_state, step_inputs
 from frugal_dist.step.runtime import LocalMatrix, Runtime, basis_route
-from frugal_dist.step.state import MatrixState
+from frugal_dist.step.state import BASES, MatrixState
+from frugal_dist.update.rules import every_moment
 
 
 @dataclass
@@ -215,9 +216,9 @@ def _rank_plan(runtime: Runtime, load: StepInputs) -> RankPlan:
         found.regular += sum(size for _, size in _sizes(one.state))
     for work in load.works:
         for name, size in _sizes(work.state):
-            if name.startswith("basis"):
+            if name in BASES:
                 found.bases += size
-            elif name.startswith("exp_avg"):
+            elif name in every_moment():
                 found.moments += size
             else:
                 found.counters += size

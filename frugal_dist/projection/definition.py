@@ -1,13 +1,13 @@
 """What a projection is: all that the rest of the package has to know of one, in one object.
 
-A new projection is a file that makes a ``Projection``, and its line in ``registry``. Nothing else compares names.
+A new projection is a file that makes a ``Projection``, and its line in ``registry``. Nothing else compares its name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 import frugal_dist.projection
 from frugal_dist.projection.basis import Basis
 from frugal_dist.projection.coordinates import Selection
-from frugal_dist.projection.shapes import floor_of
+from frugal_dist.projection.shapes import floor_of, round_of, sided_dim, sided_entries, sided_lines
 
 
 class Settings(Protocol):
@@ -114,3 +114,15 @@ class Projection:
     from_gradient: bool = True
     starts_warm: Callable[[Settings], bool] = lambda config: False
     scratch: Callable[[Settings, int, int, str, int], int] = lambda config, rows, cols, side, r: 0
+
+
+def sided(**more: Any) -> Projection:
+    """A projection that follows ``side`` and has r = round(density * length) columns, rows or both."""
+    return Projection(
+        dim=sided_dim,
+        share=round_of,
+        written="r = round({density:g} * {dim})",
+        lines=sided_lines,
+        entries=sided_entries,
+        **more,
+    )

@@ -7,9 +7,8 @@ from torch import Tensor
 
 import frugal_dist.projection.coordinates as coordinates
 from frugal_dist.projection.basis import Basis, basis_shapes, dense
-from frugal_dist.projection.definition import Drawing, Projection, Settings
+from frugal_dist.projection.definition import Drawing, Settings, sided
 from frugal_dist.projection.numerics import FP32, FP64
-from frugal_dist.projection.shapes import round_of, sided_dim, sided_entries, sided_lines
 
 
 def random_basis(
@@ -42,15 +41,10 @@ def _scratch(config: Settings, rows: int, cols: int, side: str, r: int) -> int:
     )
 
 
-RANDOM = Projection(
+RANDOM = sided(
     name="random",
     family="basis",
     depends_on=("side",),
-    dim=sided_dim,
-    share=round_of,
-    written="r = round({density:g} * {dim})",
-    lines=sided_lines,
-    entries=sided_entries,
     compute=_compute,
     from_gradient=False,
     scratch=_scratch,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from frugal_dist.projection.coordinates import Columns, Rows, Selection, Submatrix
-from frugal_dist.projection.definition import Drawing, Projection
-from frugal_dist.projection.shapes import round_of, sided_dim, sided_entries, sided_lines
+from frugal_dist.projection.definition import Drawing, Projection, sided
 
 
 def _columns(drawing: Drawing) -> Selection:
@@ -43,15 +42,10 @@ ROWS = Projection(
     whole_when_complete=True,
 )
 
-RANDPERM = Projection(
+RANDPERM = sided(
     name="randperm",
     family="coordinates",
     depends_on=("side", "seed"),
-    dim=sided_dim,
-    share=round_of,
-    written="r = round({density:g} * {dim})",
-    lines=sided_lines,
-    entries=sided_entries,
     draw=lambda drawing: _RANDPERM[drawing.side](drawing),
 )
 """A basis of one-hot columns: the same as selecting rows or columns, rounded as a basis is."""

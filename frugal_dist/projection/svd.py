@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from frugal_dist.projection.basis import Basis
-from frugal_dist.projection.definition import Drawing, Projection
+from frugal_dist.projection.definition import Drawing, sided
 from frugal_dist.projection.numerics import FP32, FP64
-from frugal_dist.projection.shapes import round_of, sided_dim, sided_entries, sided_lines
 from frugal_dist.projection.subspace import OVERSAMPLING, gram_svd, subspace_svd
 
 
@@ -75,17 +74,12 @@ METHODS = {
     "gram64": SvdMethod(lambda grad, drawing, warm: gram_svd(grad, drawing.side, drawing.size), _gram64_bytes),
 }
 
-SVD = Projection(
+SVD = sided(
     name="svd",
     family="basis",
     depends_on=("side",),
     own={"svd_method": "computes no SVD"},
-    dim=sided_dim,
-    share=round_of,
-    written="r = round({density:g} * {dim})",
     within_rank=True,
-    lines=sided_lines,
-    entries=sided_entries,
     compute=lambda grad, drawing, warm: METHODS[drawing.config.svd_method].compute(grad, drawing, warm),
     starts_warm=lambda config: METHODS[config.svd_method].starts_warm,
     scratch=lambda config, *sizes: METHODS[config.svd_method].scratch(*sizes),

@@ -19,7 +19,7 @@ from frugal_dist.sharding.placement import owner_layout, transfers_for
 from frugal_dist.sharding.redistribution import fill_buckets, limit_for_owners
 from frugal_dist.sharding.tile import owned, whole
 from frugal_dist.step.moments import carry_basis_moments
-from frugal_dist.step.runtime import LocalMatrix, Runtime, basis_route, moment_names
+from frugal_dist.step.runtime import LocalMatrix, Runtime, basis_route
 from frugal_dist.step.statistics import RefreshStats
 
 NEW, FAILED = 0.0, 1.0
@@ -159,7 +159,7 @@ def _adopt(runtime: Runtime, work: LocalMatrix, basis: Basis) -> None:
     runtime.failures.pop(work.matrix.index, None)
     plan, kept = basis_route(runtime, work), basis.to(work.basis_dtype)
     basis = kept.to(work.dtype)  # everyone computes with what is kept
-    carry_basis_moments(work, plan, basis, moment_names(work.config))
+    carry_basis_moments(work, plan, basis)
     if plan.tiles:
         if runtime.ranks.rank == next(rank for rank, tiles in enumerate(plan.layout) if tiles):
             runtime.figures.add_turn(work.basis(), basis)

@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from frugal_dist.projection.basis import Basis, carry_first, carry_second
+from frugal_dist.projection.basis import Basis
 from frugal_dist.projection.coordinates import Selection
 from frugal_dist.projection.registry import PROJECTIONS, dim_left_free, takes_everything
 from frugal_dist.sharding.collectives import all_to_all
@@ -24,21 +24,20 @@ from frugal_dist.step.runtime import (
     same_slots,
     whole_selection,
 )
+from frugal_dist.update.rules import STATE_FULL
 
-CARRY = {"exp_avg": carry_first, "exp_avg_sq": carry_second}
 
-
-def carry_basis_moments(work: LocalMatrix, plan: RedistributionPlan, new: Basis, names: Sequence[str]) -> None:
+def carry_basis_moments(work: LocalMatrix, plan: RedistributionPlan, new: Basis) -> None:
     """Treat the state at a basis refresh. With "keep", moments of another r (density changed) are projected."""
-    state, mode = work.state, work.config.on_refresh
+    state, mode, rule = work.state, work.config.on_refresh, STATE_FULL[work.config.state_full]
     old_shapes = basis_piece_shapes(work, plan, state.counter("size"))
     shapes = basis_piece_shapes(work, plan, work.size)
     old = work.basis()
     carried: dict[str, list[Tensor]] = {}
     if old is not None and (mode == "project" or (mode == "keep" and old_shapes != shapes)):
-        for name in names:
-            carried[name] = [CARRY[name](piece, old, new) for piece in state.pieces(name, old_shapes)]
-    state.ensure_moments(names, shapes, work.dtype, work.device)
+        for moment in rule.moments:
+            carried[moment.name] = [moment.carry(piece, old, new) for piece in state.pieces(moment.name, old_shapes)]
+    state.ensure_moments(rule.names, shapes, work.dtype, work.device)
     for name, pieces in carried.items():
         for target, piece in zip(state.pieces(name, shapes), pieces, strict=True):
             target.copy_(piece)

@@ -333,12 +333,12 @@ _BASIS_TILE_SHAPE: dict[str, Callable[[Tile, int], Shape]] = {
 
 def moment_names(config: FrugalConfig) -> tuple[str, ...]:
     """The moments of the state-full rule."""
-    return STATE_FULL[config.state_full].moments
+    return STATE_FULL[config.state_full].names
 
 
 def moments_of(work: LocalMatrix, shapes: Sequence[Shape]) -> list[tuple[Tensor, ...]]:
     """For each piece its tuple of moments."""
-    state, names = work.state, STATE_FULL[work.config.state_full].moments
+    state, names = work.state, STATE_FULL[work.config.state_full].names
     if len(shapes) == 1:  # nearly always, and then the moments are of the piece's shape
         whole = []
         for name in names:

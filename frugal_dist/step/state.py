@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from frugal_dist.projection.basis import Basis, basis_shapes
+from frugal_dist.update.rules import every_moment
 
 COUNTERS = ("step", "updates", "refreshes", "refreshed_at", "size")
 """step: Adam's t since the last reset. updates: k, never reset. refreshes: so far. refreshed_at: k then, -1: never.
 size: r, or the number of selected columns, rows, entries or blocks, at the last refresh."""
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 BASES = ("basis", "basis_left", "basis_right")
 Shape = tuple[int, ...]
 
@@ -46,7 +46,7 @@ class MatrixState:
             counter = self.store[self.prefix + name]
             self.counts[name] = int(counter)
             self.counters[name] = (self.prefix + name, counter, counter._version)
-        for key in (self.prefix + name for name in (*MOMENTS, *BASES)):
+        for key in (self.prefix + name for name in (*every_moment(), *BASES)):
             if key in self.store:
                 self._others.append((key, self.store[key]))
         self.bare = not self._others
@@ -80,7 +80,7 @@ class MatrixState:
 
     def follow(self, device: torch.device) -> None:
         """Take moments and bases to where the weights are now. People keep state on the CPU between two phases."""
-        for key in (self.prefix + name for name in (*MOMENTS, *BASES)):
+        for key in (self.prefix + name for name in (*every_moment(), *BASES)):
             value = self.store.get(key)
             if value is not None and value.device != device:
                 self.store[key] = value.to(device)
@@ -114,7 +114,7 @@ class MatrixState:
 
     def ensure_moments(self, names: Sequence[str], shapes: Sequence[Shape], dtype: torch.dtype, device: object) -> None:
         """Zero moments where there are none of the right size; one tensor per moment, whatever the number of pieces."""
-        for name in MOMENTS:
+        for name in every_moment():
             if name not in names:
                 self.put(name, None)
                 continue
@@ -126,7 +126,7 @@ class MatrixState:
 
     def convert(self, dtype: torch.dtype) -> None:
         """Moments and bases as this run computes with them. Bases kept in bf16 stay so until their refresh."""
-        for name in MOMENTS:
+        for name in every_moment():
             moment = self.get(name)
             if moment is not None:
                 self.put(name, moment.to(dtype))
@@ -137,7 +137,7 @@ class MatrixState:
 
     def drop(self) -> None:
         """Forget everything but the counts."""
-        for name in (*MOMENTS, *BASES):
+        for name in (*every_moment(), *BASES):
             self.put(name, None)
 
     def has_moments(self) -> bool:
@@ -145,11 +145,11 @@ class MatrixState:
         return self.first_moment() is not None
 
     def first_moment(self) -> Tensor | None:
-        return next((moment for moment in map(self.get, MOMENTS) if moment is not None), None)
+        return next((moment for moment in map(self.get, every_moment()) if moment is not None), None)
 
     def reset(self) -> None:
         """Zero the moments and Adam's t."""
-        for name in MOMENTS:
+        for name in every_moment():
             moment = self.get(name)
             if moment is not None:
                 moment.zero_()

@@ -32,21 +32,21 @@ def state_full_(params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequ
                 lr: float, decay: float, config: FrugalConfig) -> None:  # fmt: skip
     """Move ``params`` by the state-full rule; ``moments`` holds one tuple for each of them."""
     rule = STATE_FULL[config.state_full]
-    columns = [[own[k] for own in moments] for k in range(len(rule.moments))]
+    columns = [[own[k] for own in moments] for k in range(len(rule.names))]
     rule.update(params, grads, columns, step, lr, decay, config)
 
 
 def state_free_(weight: Tensor, grad: Tensor, config: FrugalConfig, decay: float = 0.0) -> None:
     """W <- W (1 - lr decay) - lr s s_free free(G)."""
-    direction = STATE_FREE[config.state_free]
+    rule = STATE_FREE[config.state_free]
     size = config.lr * config.projected_lr_scale * config.state_free_lr_scale
     fused = fused_for(weight)
     keep = 1.0 - config.lr * decay
-    if fused is not None and config.state_free == "sign" and fused.sign_step_(weight, grad, size, keep):
+    if fused is not None and rule.has_kernel and fused.sign_step_(weight, grad, size, keep):
         return
     decay_(weight, config.lr, decay)
-    if direction is not None:
-        weight.add_(direction(grad), alpha=-size)
+    if rule.direction is not None:
+        weight.add_(rule.direction(grad), alpha=-size)
 
 
 def update_regular(params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Moments], step: int,
@@ -133,7 +133,7 @@ def add_coordinates_(weight: Tensor, grad: Tensor, selection: Selection, moved: 
 
     Both are put together in one small buffer that stays in the cache: writing scattered entries is cheap only there.
     """
-    direction = STATE_FREE[config.state_free]
+    direction = STATE_FREE[config.state_free].direction
     if selection.complete:
         weight.add_(moved)
     elif direction is None:
@@ -163,7 +163,7 @@ def basis_step_(weight: Tensor, grad: Tensor, basis: Basis, side: str, moments: 
         return
     grad = grad if grad.dtype is weight.dtype else _wide(grad)
     low = down(grad, basis, config.matmul)
-    if STATE_FREE[config.state_free] is None or spans_everything(basis):
+    if STATE_FREE[config.state_free].direction is None or spans_everything(basis):
         decay_(weight, config.lr, decay)
     else:
         rest = residual(grad, low, basis, config.matmul)
@@ -177,7 +177,7 @@ def basis_step_(weight: Tensor, grad: Tensor, basis: Basis, side: str, moments: 
 
 def _free_rows_(weight: Tensor, rest: Tensor, grad: Tensor, side: str, config: FrugalConfig, decay: float) -> bool:
     """``silence_noise_`` and ``state_free_`` in one kernel, where there is one: by rows, with a threshold."""
-    if side == "left" or config.state_free != "sign":
+    if side == "left" or not STATE_FREE[config.state_free].has_kernel:
         return False
     fused = fused_for(weight)
     size, keep = config.lr * config.projected_lr_scale * config.state_free_lr_scale, 1.0 - config.lr * decay
@@ -188,7 +188,7 @@ def basis_delta(grad: Tensor, basis: Basis, side: str, moments: Moments, step: i
     """The same as a tensor to add to the weights (without weight decay), for weights that lie elsewhere."""
     grad = _wide(grad)
     low = down(grad, basis, config.matmul)
-    direction = STATE_FREE[config.state_free]
+    direction = STATE_FREE[config.state_free].direction
     if direction is None or spans_everything(basis):
         delta = torch.zeros_like(grad, memory_format=torch.contiguous_format)
     else:

@@ -19,8 +19,9 @@ from imports import PACKAGE, ROOT, Module, read_modules
 LAYERS: list[tuple[str, ...]] = [
     ("_first_word", "notices", "parameters", "parameters.names"),
     ("projection", "projection.*"),
+    ("update", "update.definition", "update.adamw", "update.momentum", "update.free", "update.rules"),
     ("config",),
-    ("update", "update.rules", "update.rounding"),
+    ("update.rounding",),
     ("update.kernels", "update.kernels.*"),
     ("update.local",),
     ("sharding", "sharding.tile"),

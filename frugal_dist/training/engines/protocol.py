@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from frugal_dist.step.statistics import RefreshStats
+from frugal_dist.update.rules import every_moment
 
 Losses = Callable[[nn.Module, Tensor], Tensor]
 """What is trained: from a model and rows to the loss of every target, as many for each full row."""
@@ -84,7 +85,7 @@ def count_adamw_bytes(parameters: Iterable[torch.Tensor]) -> int:
 
 def count_state_kinds(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes of the tensors in ``optimizer.state`` on this rank by kind; other: counters."""
-    parts = {"exp_avg": "moments", "basis": "bases"}
+    parts = dict.fromkeys(every_moment(), "moments") | {"basis": "bases"}
     found = {"moments": 0, "bases": 0, "other": 0}
     for state in optimizer.state.values():
         for name, value in state.items():

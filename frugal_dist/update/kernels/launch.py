@@ -20,6 +20,7 @@ from frugal_dist.projection.coordinates import Columns, Flat, Rows
 from frugal_dist.update.kernels import fused
 from frugal_dist.update.kernels.jobs import TileUpdate
 from frugal_dist.update.kernels.tables import BLOCK, HIGH, MOST, WIDE, Entry, Tables
+from frugal_dist.update.rules import STATE_FREE, STATE_FULL
 
 RUN = 1 << 27
 """Entries after which a kernel is started: they keep an H100 busy for half a millisecond."""
@@ -103,12 +104,12 @@ def kind_of(job: TileUpdate) -> Kind | None:
     They do AdamW with sign, where the tile has selected entries, and the signed step; on contiguous tensors.
     """
     config, selection = job.config, job.selection
-    if config.state_free != "sign" or job.noise is not None or not _fit(job.weight, job.grad):
+    if not STATE_FREE[config.state_free].has_kernel or job.noise is not None or not _fit(job.weight, job.grad):
         return None
     if selection is None or job.moments[0].numel() == 0:
         return _SIGN
     kind = _KINDS.get(type(selection))
-    if kind is None or config.state_full != "adamw":
+    if kind is None or not STATE_FULL[config.state_full].has_kernel:
         return None
     fit = all(moment.dtype == torch.float32 and moment.is_contiguous() for moment in job.moments)
     return kind if fit else None

@@ -25,6 +25,7 @@ from torch import Tensor
 from frugal_dist.config import FrugalConfig
 from frugal_dist.projection.coordinates import Columns, Flat, Rows
 from frugal_dist.update.kernels.jobs import TileUpdate
+from frugal_dist.update.rules import STATE_FREE, STATE_FULL
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared",
@@ -166,7 +167,7 @@ def described(job: TileUpdate) -> tuple[Kind, Row] | None:
     with memory of their own (a wrapper of other tensors, such as torchao's float8 weights, has the address 0).
     """
     weight, grad, selection, moments, _, _, config, noise = job
-    if config.state_free != "sign" or weight.dtype not in DTYPES or grad.dtype not in DTYPES:
+    if not STATE_FREE[config.state_free].has_kernel or weight.dtype not in DTYPES or grad.dtype not in DTYPES:
         return None
     if not (weight.is_cpu and grad.is_cpu and weight.is_contiguous() and grad.is_contiguous()):
         return None
@@ -178,7 +179,9 @@ def described(job: TileUpdate) -> tuple[Kind, Row] | None:
     if selection is None or moments[0].numel() == 0:
         return _SIGN, (address, gradient, 0, 0, 0, 0, rows, cols, 0, start, stride, *keys)
     kind = _KINDS.get(type(selection))
-    if kind is None or config.state_full != "adamw" or (kind is _SINGLE and stride != cols):  # that one knows no rows
+    if (
+        kind is None or not STATE_FULL[config.state_full].has_kernel or (kind is _SINGLE and stride != cols)
+    ):  # that one knows no rows
         return None
     first, second = moments
     if not (first.dtype is second.dtype is torch.float32 and first.is_contiguous() and second.is_contiguous()):
