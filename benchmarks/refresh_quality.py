@@ -26,8 +26,8 @@ from torch import Tensor
 from frugal_dist import Frugal, split_parameters
 from frugal_dist.projection import Basis, down, exact_svd, gram_svd, resolve_side, subspace_svd
 from frugal_dist.projection.basis import residual
+from frugal_dist.training.data.batches import Batches, TokenRows
 from frugal_dist.training.data.prepared import open_prepared
-from frugal_dist.training.data.tokens import Batches, TokenRows
 from frugal_dist.training.models import build_llama, token_losses
 
 sys.path.insert(0, str(Path(__file__).parent))

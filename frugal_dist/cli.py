@@ -274,7 +274,7 @@ def _data_prepare(options: argparse.Namespace) -> int:
 
 
 def _demo_prepare(options: argparse.Namespace) -> int:
-    from frugal_dist.training.data.prepared import prepare_demo
+    from frugal_dist.training.data.corpora import prepare_demo
 
     prepare_demo(options.data, source=options.source, vocab_size=options.vocab_size)
     return 0

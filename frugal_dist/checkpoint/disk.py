@@ -90,6 +90,17 @@ def flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that gets its name at the end: it is there as a whole or not at all, also after a power cut."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
 def appears(path: Path, seconds: float) -> bool:
     """Whether a name that another rank has just made is there within so many seconds: network file systems are late."""
     deadline = time.monotonic() + seconds

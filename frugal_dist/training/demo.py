@@ -62,8 +62,8 @@ def _train(settings: DemoSettings, terminal: TextIO) -> None:
     """Build everything, train, and write what a run leaves behind."""
     import torch
 
+    from frugal_dist.training.data.batches import Batches, TokenRows
     from frugal_dist.training.data.prepared import open_prepared
-    from frugal_dist.training.data.tokens import Batches, TokenRows
     from frugal_dist.training.engines.deepspeed import DeepSpeedEngine, read_deepspeed_config
     from frugal_dist.training.evaluate import Validation
     from frugal_dist.training.loop import Training

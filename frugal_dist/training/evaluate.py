@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from frugal_dist.training.data.rows import IGNORED, SequenceRows, Tokens
+from frugal_dist.training.data.batches import IGNORED, SequenceRows, Tokens
 from frugal_dist.training.engines import Engine
 
 ROWS_AT_ONCE = 16

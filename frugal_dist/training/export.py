@@ -252,8 +252,8 @@ def _tokenizer(given: Path | None, checkpoint: Path, model: PreTrainedModel) -> 
 
 def _read_tokenizer(source: str, model: PreTrainedModel) -> Any:
     """ValueError if there is none, or it does not fit the model."""
-    from frugal_dist.training.data.encoding import ids_in_text
     from frugal_dist.training.data.hub import looks_local
+    from frugal_dist.training.data.tokenizer import ids_in_text
 
     path = Path(source)
     if not path.exists() and looks_local(source):
@@ -287,8 +287,8 @@ def _of_a_file(path: Path) -> Any:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from frugal_dist.training.data.encoding import special_tokens
     from frugal_dist.training.data.prepared import read_description
+    from frugal_dist.training.data.tokenizer import special_tokens
 
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.exists():

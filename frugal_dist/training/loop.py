@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from frugal_dist.step.statistics import RefreshReport
-from frugal_dist.training.data.rows import IGNORED
-from frugal_dist.training.data.tokens import Source
+from frugal_dist.training.data.batches import IGNORED, Source
 from frugal_dist.training.engines import Engine
 from frugal_dist.training.evaluate import EvalResult, Evaluation
 from frugal_dist.training.metrics.device import forget_peak, memory

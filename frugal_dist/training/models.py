@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from frugal_dist.planner import LLAMA_SHAPES
+from frugal_dist.training.data.batches import IGNORED
 from frugal_dist.training.data.hub import settle_source
-from frugal_dist.training.data.rows import IGNORED
 from frugal_dist.training.recipe import Model
 
 if TYPE_CHECKING:

@@ -50,7 +50,7 @@ from frugal_dist.training.resume import GOING_ON, check_begun, records_of
 
 # Heavy and noisy libraries are imported inside the functions: once the terminal is protected from their output.
 if TYPE_CHECKING:
-    from frugal_dist.training.data.tokens import Source
+    from frugal_dist.training.data.batches import Source
     from frugal_dist.training.engines import Engine
     from frugal_dist.training.evaluate import EvalResult, Evaluation
     from frugal_dist.training.loop import Outcome, Training

@@ -26,14 +26,14 @@ pytest.importorskip("transformers")
 import corpora
 
 from frugal_dist.cli import main
+from frugal_dist.training.data.batches import IGNORED, DocumentRows, TokenRows, cut_or_padded
 from frugal_dist.training.data.documents import hub_dataset, open_documents
-from frugal_dist.training.data.encoding import read_encoder
 from frugal_dist.training.data.hub import nearby
 from frugal_dist.training.data.prepare import Preparation, prepare
 from frugal_dist.training.data.prepared import open_prepared
-from frugal_dist.training.data.rows import IGNORED, DocumentRows, TokenRows, cut_or_padded
 from frugal_dist.training.data.sources import open_data
 from frugal_dist.training.data.streams import Lane, Position, Reading, Stream, choose_lanes
+from frugal_dist.training.data.tokenizer import read_encoder
 from frugal_dist.training.finetune.classifiers import read_tokenizer
 from frugal_dist.training.loop import Training
 from frugal_dist.training.metrics.record import of_kind, read_metrics

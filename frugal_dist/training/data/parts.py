@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from frugal_dist.training.data.documents import Documents
-from frugal_dist.training.data.encoding import Encoder
-from frugal_dist.training.data.tokens import TOKEN_TYPES
+from frugal_dist.training.data.prepared import TOKEN_TYPES
+from frugal_dist.training.data.tokenizer import Encoder
 
 HALVES = ("train", "validation")
 TOKENIZER = "tokenizer.json"

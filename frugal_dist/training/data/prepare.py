@@ -17,13 +17,11 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from frugal_dist.training.data.documents import Documents, open_documents
-from frugal_dist.training.data.encoding import Encoder, read_encoder
 from frugal_dist.training.data.hub import settle_source
 from frugal_dist.training.data.local import MEND, find_damage
 from frugal_dist.training.data.parts import HALVES, TOKENIZER, EncodedPart, EncodingJob, encode_parts, write_whole
-from frugal_dist.training.data.prepared import FORMAT, PreparedData, read_description, write_description
-from frugal_dist.training.data.tokenizer import SEPARATOR, train_tokenizer
-from frugal_dist.training.data.tokens import token_type
+from frugal_dist.training.data.prepared import FORMAT, PreparedData, read_description, token_type, write_description
+from frugal_dist.training.data.tokenizer import SEPARATOR, Encoder, read_encoder, train_tokenizer
 from frugal_dist.training.recipe import Data
 
 PARTS = "parts"

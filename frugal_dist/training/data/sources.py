@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from frugal_dist.training.data.batches import Batches, DocumentRows, SequenceRows, Source, TokenRows, Tokens
 from frugal_dist.training.data.documents import open_documents
-from frugal_dist.training.data.encoding import Encoder, read_encoder
-from frugal_dist.training.data.prepared import PreparedData, open_prepared
-from frugal_dist.training.data.rows import DocumentRows, SequenceRows, TokenRows, Tokens
+from frugal_dist.training.data.prepared import PreparedData, check_tokens, open_prepared
 from frugal_dist.training.data.streams import LANES, Reading, Stream, check_enough, choose_lanes, first_rows
-from frugal_dist.training.data.tokens import Batches, Source, check_tokens
+from frugal_dist.training.data.tokenizer import Encoder, read_encoder
 from frugal_dist.training.evaluate import ROWS_AT_ONCE, Validation
 from frugal_dist.training.recipe import Recipe
 

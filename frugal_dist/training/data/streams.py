@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from frugal_dist.training.data.batches import IGNORED, MemoryRows, Row, cut_or_padded
 from frugal_dist.training.data.documents import Documents
-from frugal_dist.training.data.encoding import Encoder
-from frugal_dist.training.data.rows import IGNORED, MemoryRows, Row, cut_or_padded
+from frugal_dist.training.data.tokenizer import Encoder
 
 LANES = 8  # at most, where neither the recipe nor a checkpoint says how many
 _TOGETHER = 64  # documents encoded at once

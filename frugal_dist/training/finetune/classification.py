@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from frugal_dist.training.data.rows import IGNORED
+from frugal_dist.training.data.batches import IGNORED
 from frugal_dist.training.finetune.examples import Examples
 
 _TOGETHER = 1000  # examples encoded at once

@@ -86,7 +86,7 @@ def _materials(recipe: FinetuneRecipe, place: DistEnv) -> Materials:
 
 
 def _prepare(recipe: FinetuneRecipe, place: DistEnv, stack: ExitStack) -> TrainingJob:
-    from frugal_dist.training.data.tokens import Batches
+    from frugal_dist.training.data.batches import Batches
     from frugal_dist.training.engines import build_engine
     from frugal_dist.training.finetune.classifiers import TuningOptimizer, build_classifier, count
     from frugal_dist.training.finetune.scoring import Best, Scoring

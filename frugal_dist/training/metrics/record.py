@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from frugal_dist.checkpoint.disk import whole_file
+
 METRICS_FILE = "metrics.jsonl"
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
@@ -94,9 +96,8 @@ def _cut(path: Path, step: int) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
     kept = [(line, record) for line, record in whole if record.get("step", 0) <= step]
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text("".join(line for line, _ in kept), encoding="utf-8")
-    os.replace(unfinished, path)
+    with whole_file(path) as file:
+        file.write("".join(line for line, _ in kept).encode())
     return [record for _, record in kept]
 
 

@@ -1,4 +1,4 @@
-"""Sequences by number: of a token file or in memory, packed or a row per document.
+"""Training batches: sequences by number, of a token file or in memory, packed or a row per document.
 
 A packed sequence of length L is a row of L + 1 tokens: the last is only a target. A row per document has L tokens, of
 which L - 1 are targets, as in the papers; positions after a short document hold IGNORED.
@@ -7,7 +7,8 @@ which L - 1 are targets, as in the papers; positions after a short document hold
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -138,3 +139,67 @@ def _positions(tokens: Tokens, wanted: int) -> Row:
         first + np.flatnonzero(tokens[first : first + _SCANNED] == wanted) for first in range(0, len(tokens), _SCANNED)
     ]
     return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+class Source(Protocol):
+    """Where training batches come from; all ranks ask for the same batches in the same order."""
+
+    batch_size: int
+    length: int
+    full: bool
+    """No row is padded and no share can fail on a single rank: ranks need not tell each other about a batch."""
+
+    def share(self, index: int, rank: int, world: int) -> Row:
+        """The rows of batch `index` that this rank trains on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's position after the last batch that was asked for; empty if the index says it all."""
+
+    def load_state_dict(self, states: list[dict[str, Any]], index: int) -> None:
+        """Go on with batch `index`. ``states``: what ``state_dict`` gave on each rank that saved."""
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+
+
+class Batches:
+    """Shuffled training batches: batch i is a function of (seed, i) alone, whatever the number of ranks."""
+
+    def __init__(self, rows: SequenceRows, batch_size: int, seed: int) -> None:
+        self.rows = rows
+        self.batch_size = batch_size
+        self.length = rows.length
+        self.full = rows.full
+        self.seed = seed
+
+    def numbers(self, index: int) -> list[int]:
+        """Which rows make up batch `index`. Every epoch goes through all rows in an order of its own."""
+        first = index * self.batch_size
+        places = (divmod(place, self.rows.count) for place in range(first, first + self.batch_size))
+        return [int(_order(self.seed, epoch, self.rows.count)[position]) for epoch, position in places]
+
+    def share(self, index: int, rank: int, world: int) -> Row:
+        """The part of batch `index` that this rank trains on."""
+        if self.batch_size % world:
+            raise ValueError(f"batch size {self.batch_size} cannot be shared equally by {world} ranks.")
+        part = self.batch_size // world
+        return self.rows.take(self.numbers(index)[rank * part : (rank + 1) * part])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, states: list[dict[str, Any]], index: int) -> None:
+        """Nothing to do: the index says it all."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
+    """The order of rows in one epoch. Two are kept, since a batch may straddle the end of an epoch."""
+    # RandomState, because numpy promises that its stream never changes: a resumed run must see the same batches.
+    return np.random.RandomState([seed, epoch]).permutation(count)
