@@ -20,7 +20,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from torch import nn
 
 from frugal_dist import Frugal, split_parameters
 from frugal_dist.planner import LLAMA_SHAPES
-from frugal_dist.training.models import build_llama, token_losses
 
 sys.path.insert(0, str(Path(__file__).parent))
 from step_time import CLOCKS, interleave, machine
@@ -46,13 +45,21 @@ NEVER = 10**9
 
 
 class Bench:
-    """One model, whose parameters all optimizers share, and the parts of a step."""
+    """One model, whose parameters all optimizers share, and the parts of a step.
 
-    def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
-        self.arguments, self.device = arguments, device
-        torch.manual_seed(0)
+    ``losses(model, rows)``: of every token.
+    """
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        device: torch.device,
+        model: nn.Module,
+        losses: Callable[[nn.Module, torch.Tensor], torch.Tensor],
+    ) -> None:
+        self.arguments, self.device, self.losses = arguments, device, losses
         self.vocab = LLAMA_SHAPES[arguments.size].vocab
-        self.plain = build_llama(arguments.size, self.vocab, arguments.length).to(device)
+        self.plain = model.to(device)
         self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
         self.model: Any = self.plain if self.ranks == 1 else nn.parallel.DistributedDataParallel(self.plain)
         shape = (arguments.micro, arguments.length + 1)
@@ -63,14 +70,15 @@ class Bench:
         quiet = nullcontext() if last or self.ranks == 1 else self.model.no_sync()
         half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.arguments.precision == "bf16")
         with quiet, half:
-            loss = token_losses(self.model, self.rows).mean()
+            loss = self.losses(self.model, self.rows).mean()
             loss.backward()  # type: ignore[no-untyped-call]
 
     def adamw(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.plain.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
 
-    def frugal(self, name: str, gap: int) -> torch.optim.Optimizer:
-        return Frugal(split_parameters(self.plain), lr=1e-6, density=0.25, update_gap=gap, **FRUGAL[name])
+    def frugal(self, name: str, gap: int, **more: Any) -> torch.optim.Optimizer:
+        options = {"density": 0.25, **FRUGAL.get(name, {}), **more}
+        return Frugal(split_parameters(self.plain), lr=1e-6, update_gap=gap, **options)
 
     def whole_step(self, optimizer: torch.optim.Optimizer, batch: int) -> Callable[[], None]:
         """A step of ``batch`` sequences over all ranks."""
@@ -86,7 +94,11 @@ class Bench:
 
 
 def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    bench = Bench(arguments, device)
+    from frugal_dist.training.models import build_llama, token_losses
+
+    torch.manual_seed(0)
+    llama = build_llama(arguments.size, LLAMA_SHAPES[arguments.size].vocab, arguments.length)
+    bench = Bench(arguments, device, llama, token_losses)
     bench.micro_batch()
     optimizers = {"AdamW": bench.adamw(), **{name: bench.frugal(name, NEVER) for name in FRUGAL}}
     for optimizer in optimizers.values():
@@ -111,13 +123,15 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
     return result
 
 
-def composed(arguments: argparse.Namespace, ranks: int, parts: dict[str, float]) -> dict[str, float]:
+def composed(
+    arguments: argparse.Namespace, ranks: int, parts: dict[str, float], names: Sequence[str] = ("AdamW", *FRUGAL)
+) -> dict[str, float]:
     """Tokens per second at the recipe's batch and update_gap."""
     count = max(1, arguments.batch // (arguments.micro * ranks))
     alone = parts.get("micro-batch, not exchanged", parts["micro-batch"])
     work = (count - 1) * alone + parts["micro-batch"]
     found = {}
-    for name in ("AdamW", *FRUGAL):
+    for name in names:
         refresh = parts.get(f"{name}: refresh", parts[name]) - parts[name]
         found[name] = 1e3 * arguments.batch * arguments.length / (work + parts[name] + refresh / arguments.gap)
     return found

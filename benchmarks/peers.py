@@ -115,6 +115,12 @@ def _torchao(params: Params, density: float, gap: int) -> torch.optim.Optimizer:
     return AdamW8bit(params, lr=1e-6)
 
 
+def _flashoptim(params: Params, density: float, gap: int) -> torch.optim.Optimizer:
+    from flashoptim import FlashAdamW
+
+    return FlashAdamW(params, lr=1e-6)
+
+
 def _deepspeed(params: Params, density: float, gap: int) -> torch.optim.Optimizer:
     from deepspeed.ops.adam import FusedAdam
 
@@ -135,6 +141,7 @@ CONTENDERS: dict[str, Contender] = {
     "Fira (pytorch_optimizer)": Contender(_fira, refreshes=True),
     "AdamW 8-bit (bitsandbytes)": Contender(_bitsandbytes, cuda=True),
     "AdamW 8-bit (torchao)": Contender(_torchao, cuda=True),
+    "FlashAdamW (flashoptim)": Contender(_flashoptim, cuda=True),
     "FusedAdam (DeepSpeed)": Contender(_deepspeed, cuda=True),
 }
 

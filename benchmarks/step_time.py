@@ -14,9 +14,10 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -104,6 +105,33 @@ def time_of(
     return 1e3 * (now() - start)
 
 
+T = TypeVar("T")
+
+
+def take_turns(
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int,
+    measured: Callable[[Callable[[], object]], T],
+    enough: Callable[[], bool] = lambda: False,
+) -> dict[str, list[T]]:
+    """What every contender took in every round; the order within a round turns, so none always follows the same one.
+
+    ``enough``: asked after each round, whether to stop early.
+    """
+    times: dict[str, list[T]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for index in range(warmup + rounds):
+        turn = index % len(names)
+        for name in names[turn:] + names[:turn]:
+            found = measured(contenders[name])
+            if index >= warmup:
+                times[name].append(found)
+        if index >= warmup and enough():
+            break
+    return times
+
+
 def interleave(
     contenders: dict[str, Callable[[], object]],
     rounds: int,
@@ -112,16 +140,8 @@ def interleave(
     clock: str = "wall",
     before: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
-    """Times of every contender in every round; the order within a round turns, so none always follows the same one."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
-    for index in range(warmup + rounds):
-        turn = index % len(names)
-        for name in names[turn:] + names[:turn]:
-            elapsed = time_of(contenders[name], device, clock, before)
-            if index >= warmup:
-                times[name].append(elapsed)
-    return times
+    """Milliseconds of every contender in every round, in turns."""
+    return take_turns(contenders, rounds, warmup, lambda step: time_of(step, device, clock, before))
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:

@@ -74,14 +74,19 @@ def add_up_(out: Tensor, low: Tensor, basis: Basis, alpha: float = 1.0, matmul: 
     products = MATMULS[matmul]
     if basis.right is None:
         assert basis.left is not None
-        return products.add_(out, basis.left, low, alpha)
+        return products.add_(out, basis.left, low, alpha=alpha)
     low = low if basis.left is None else products.multiply(basis.left, low)
-    return products.add_(out, low, basis.right.T, alpha)
+    return products.add_(out, low, basis.right.T, alpha=alpha)
 
 
 def residual(grad: Tensor, low: Tensor, basis: Basis, matmul: str = "fp32") -> Tensor:
     """Grad - up(low), in a new tensor."""
-    return add_up_(grad.clone(memory_format=torch.contiguous_format), low, basis, -1.0, matmul)
+    products, rest = MATMULS[matmul], grad.clone(memory_format=torch.contiguous_format)
+    if basis.right is None:
+        assert basis.left is not None
+        return products.add_(rest, basis.left, low, alpha=-1.0)
+    low = low if basis.left is None else products.multiply(basis.left, low)
+    return products.add_(rest, low, basis.right.T, alpha=-1.0)
 
 
 def spans_everything(basis: Basis) -> bool:

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 
+class Adds(Protocol):
+    """``out += alpha a b``, without a temporary of out's size."""
+
+    def __call__(self, out: Tensor, a: Tensor, b: Tensor, /, *, alpha: float) -> Tensor: ...
+
+
 class Products(NamedTuple):
-    """``multiply(a, b)``: a b. ``add_(out, a, b, alpha)``: out += alpha a b, without a temporary of out's size."""
+    """``multiply(a, b)`` and ``add_(out, a, b, alpha=)``. In fp32 they are torch's own: a step has three per matrix."""
 
     multiply: Callable[[Tensor, Tensor], Tensor]
-    add_: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-
-
-def _add_(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    return out.addmm_(a, b, alpha=alpha)
+    add_: Adds
 
 
 def split(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +44,7 @@ def _multiply_split(a: Tensor, b: Tensor) -> Tensor:
     return both[: len(a)] + both[len(a) :] + _in_fp32(a_high, b_low)
 
 
-def _add_split_(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
+def _add_split_(out: Tensor, a: Tensor, b: Tensor, /, *, alpha: float) -> Tensor:
     """One product with an inner dim three times as long: both factors are small where out is large."""
     if a.dtype != torch.float32:
         return out.addmm_(a, b, alpha=alpha)
@@ -55,7 +57,7 @@ def _add_split_(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
     return out.add_(_in_fp32(left, right), alpha=alpha)
 
 
-MATMULS = {"fp32": Products(torch.mm, _add_), "bf16x3": Products(_multiply_split, _add_split_)}
+MATMULS = {"fp32": Products(torch.mm, Tensor.addmm_), "bf16x3": Products(_multiply_split, _add_split_)}
 
 
 def _in_fp32(a: Tensor, b: Tensor) -> Tensor:

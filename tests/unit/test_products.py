@@ -43,7 +43,7 @@ def test_a_split_product_is_within_its_bound(m: int, k: int, n: int) -> None:
     assert bool(((SPLIT.multiply(a, b).double() - exact).abs() <= bound).all())
     out = matrix(m, n, 2)
     wanted = out.double() - 0.5 * exact
-    assert SPLIT.add_(out, a, b, -0.5) is out
+    assert SPLIT.add_(out, a, b, alpha=-0.5) is out
     assert bool(((out.double() - wanted).abs() <= bound + 2**-22 * wanted.abs()).all())
     if min(m, k, n) > 4:
         assert not torch.equal(SPLIT.multiply(a, b), a @ b), "it is another arithmetic"

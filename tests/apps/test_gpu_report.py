@@ -1,0 +1,186 @@
+"""The day a GPU is at hand its minutes are few: whatever benchmarks/gpu_report.py does there, it has done here."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+SECTIONS = ("card", "step", "products", "memory", "refresh", "tokens", "peers", "learning")
+ON_A_PRETENDED_GPU = ("card", "step", "products", "memory", "refresh")
+"""Not trainings: autograd asks the driver for streams."""
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("gpu_report")
+
+
+def parsed(script: ModuleType, out: Path, *more: str) -> argparse.Namespace:
+    found: argparse.Namespace = script.parse(["--device", "cpu", "--tiny", "--out", str(out), *more])
+    return found
+
+
+def found_in(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "gpu.json").read_text())
+    return found
+
+
+def complete(out: Path, names: tuple[str, ...]) -> None:
+    """Every section is done, has tables of numbers, and is in the text."""
+    found, text = found_in(out), (out / "gpu.md").read_text()
+    assert list(found["sections"]) == list(names)
+    for name, section in found["sections"].items():
+        assert section["state"] == "done", section.get("error")
+        assert section["tables"] and all(table["rows"] for table in section["tables"]), name
+        for table in section["tables"]:
+            assert all(len(row) == len(table["columns"]) for row in table["rows"])
+            numbers = [cell for row in table["rows"] for cell in row if isinstance(cell, float)]
+            assert numbers and all(math.isfinite(number) for number in numbers)
+            assert table["title"] in text and all(str(row[0]) in text for row in table["rows"])
+
+
+def test_the_sections_are_those_that_share_the_time(script: ModuleType) -> None:
+    assert tuple(script.SHARES) == SECTIONS == tuple(importlib.import_module("gpu_sections").SECTIONS)
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_a_section(script: ModuleType, tmp_path: Path, name: str) -> None:
+    assert script.measure(parsed(script, tmp_path), [name], time.time() + 300) == 0
+    complete(tmp_path, (name,))
+
+
+def test_what_fails_is_told_and_the_next_begins(script: ModuleType, tmp_path: Path) -> None:
+    arguments = parsed(script, tmp_path, "--data", str(tmp_path / "nowhere"))
+    assert script.measure(arguments, ["learning", "card"], time.time() + 300) == 0
+    sections = found_in(tmp_path)["sections"]
+    assert sections["learning"]["state"] == "failed" and "FileNotFoundError" in sections["learning"]["error"]
+    assert sections["card"]["state"] == "done" and "FileNotFoundError" in (tmp_path / "gpu.md").read_text()
+
+
+def test_without_time_the_sections_end_at_once_and_say_so(script: ModuleType, tmp_path: Path) -> None:
+    names = ["step", "products", "refresh", "tokens", "memory"]
+    assert script.measure(parsed(script, tmp_path), names, time.time() - 1) == 0
+    for name, section in found_in(tmp_path)["sections"].items():
+        assert section["state"] == "done" and "No time was left" in " ".join(section["notes"]), name
+
+
+def test_it_learns_from_a_token_pack(script: ModuleType, tmp_path: Path) -> None:
+    pack = tmp_path / "pack"
+    pack.mkdir()
+    for name, count in (("train", 3000), ("val", 500)):
+        tokens = torch.arange(count).remainder(50).to(torch.uint16)
+        (pack / f"{name}.bin").write_bytes(bytes(tokens.view(torch.uint8).tolist()))
+    script.measure(parsed(script, tmp_path, "--data", str(pack)), ["learning"], time.time() + 300)
+    complete(tmp_path, ("learning",))
+    [table] = found_in(tmp_path)["sections"]["learning"]["tables"]
+    assert "the tokens in pack" in table["title"]
+    assert all(row[4] < row[1] for row in table["rows"]), "the loss falls"
+
+
+def checkout(folder: Path) -> Path:
+    """What is in a packed checkout, without .git, read-only."""
+    for name in ("benchmarks", "frugal_dist", "docs", "tests/dist"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    folder.chmod(0o555)
+    return folder
+
+
+def files_of(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+
+
+def environment(home: Path) -> dict[str, str]:
+    kept = {
+        key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "CUDA", "FRUGAL", "TRITON"))
+    }
+    return {**kept, "HOME": str(home), "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def run(*command: object, home: Path) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, *map(str, command)]
+    return subprocess.run(words, capture_output=True, text=True, cwd=home, env=environment(home), timeout=600)
+
+
+def test_a_packed_read_only_checkout_on_the_cpu(tmp_path: Path) -> None:
+    """All of it, as it is typed, from another folder; nothing is written but into --out."""
+    folder, out = checkout(tmp_path / "packed"), tmp_path / "out"
+    before = files_of(folder)
+    done = run(
+        folder / "benchmarks" / "gpu_report.py",
+        "--device",
+        "cpu",
+        "--tiny",
+        "--minutes",
+        "4",
+        "--out",
+        out,
+        home=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    complete(out, SECTIONS)
+    assert found_in(out)["about"]["commit"] == ""
+    assert files_of(folder) == before and str(out / "gpu.md") in done.stdout
+    took = sum(section["took"] for section in found_in(out)["sections"].values())
+    assert took <= 240
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build device_guard.cpp")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
+def test_a_packed_read_only_checkout_on_a_pretended_gpu(tmp_path: Path) -> None:
+    folder, out = checkout(tmp_path / "packed"), tmp_path / "out"
+    done = run(folder / "tests" / "dist" / "pretend_report.py", folder, out, *ON_A_PRETENDED_GPU, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    complete(out, ON_A_PRETENDED_GPU)
+    assert found_in(out)["about"]["device"] == "Pretended"
+
+
+DIES = "lambda bench, report: __import__('os').abort()"
+HANGS = "lambda bench, report: __import__('time').sleep(1000)"
+
+
+@pytest.mark.parametrize(
+    ("break_it", "told"),
+    [
+        (DIES, "The process ended with status -6"),
+        pytest.param(HANGS, "It took much longer than its share", marks=pytest.mark.heavy),
+    ],
+)
+def test_a_section_that_dies_or_hangs_costs_itself_only(tmp_path: Path, break_it: str, told: str) -> None:
+    """As an illegal memory access does, and a compiler that waits for a lock."""
+    folder, out = tmp_path / "broken", tmp_path / "out"
+    shutil.copytree(ROOT / "benchmarks", folder / "benchmarks")
+    (folder / "frugal_dist").symlink_to(ROOT / "frugal_dist")
+    with (folder / "benchmarks" / "gpu_sections.py").open("a") as file:
+        file.write(f"SECTIONS['memory'] = {break_it}\n")
+    report = folder / "benchmarks" / "gpu_report.py"
+    options = ["--device", "cpu", "--tiny", "--minutes", "0.5", "--out", out, "--sections", "card", "memory", "refresh"]
+    done = run(report, *options, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    sections = found_in(out)["sections"]
+    assert sections["memory"]["error"].startswith(told)
+    assert [one["state"] for one in sections.values()] == ["done", "failed", "done"]
+    assert "Failed: memory." in done.stdout
+
+
+def test_without_a_gpu_it_says_so_at_once(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = run(ROOT / "benchmarks" / "gpu_report.py", "--out", tmp_path / "out", home=tmp_path)
+    assert done.returncode == 1 and "torch finds no GPU here" in done.stderr
