@@ -10,7 +10,7 @@ from typing import Any
 
 from frugal_dist.projection.blocks import ORDERS as BLOCK_ORDERS
 from frugal_dist.projection.products import MATMULS
-from frugal_dist.projection.registry import PROJECTIONS, options_of_others
+from frugal_dist.projection.registry import PROJECTIONS, family, options_of_others
 from frugal_dist.projection.shapes import SIDE_CHOICES
 from frugal_dist.projection.svd import METHODS as SVD_METHODS
 from frugal_dist.update.rules import STATE_FREE, STATE_FULL
@@ -108,6 +108,11 @@ class FrugalConfig:
             object.__setattr__(self, key, _as_number(key, getattr(self, key), low, high))
         for key, least in _INTEGERS.items():
             object.__setattr__(self, key, _as_integer(key, getattr(self, key), least))
+        if not STATE_FULL[self.state_full].elementwise and self.density > 0 and family(self) != "basis":
+            raise ValueError(
+                f"state_full={self.state_full!r} updates whole matrices: it needs a projection with a basis, not "
+                f"projection={self.projection!r}."
+            )
         for key, one in options_of_others(self.projection):
             value = getattr(self, key)
             if value != _FIELDS[key].default:

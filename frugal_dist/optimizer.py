@@ -308,8 +308,7 @@ class Frugal(Optimizer):
 
     def _check_shapes(self) -> None:
         for index, group in enumerate(self.param_groups):
-            mine = [original for original in self._originals if original.group == index and original.projected]
-            check_sizes(config_from(group), mine)
+            check_sizes(config_from(group), [original for original in self._originals if original.group == index])
 
     def _take_shapes(self) -> None:
         """Parameters may have been resized in place since the optimizer was built, as embeddings for new tokens are."""

@@ -16,6 +16,7 @@ from frugal_dist.projection.registry import family, selection_size
 from frugal_dist.sharding.shard import ParamSpec
 from frugal_dist.step.inputs import LocalParameter
 from frugal_dist.step.runtime import LocalMatrix
+from frugal_dist.update.rules import STATE_FULL
 
 WATCHED = tuple(key for key, when in TAKEN_UP.items() if when != NOW)
 Seen = tuple[dict[str, Any], FrugalConfig]
@@ -61,9 +62,9 @@ def settle(groups: Sequence[Mapping[str, Any]], originals: Sequence[ParamSpec], 
             continue
         now = seen(group)
         if number in before:
-            projected = [original for original in originals if original.group == number and original.projected]
-            _refuse(number, before[number][1], now[1], bool(projected))
-            check_sizes(now[1], projected)
+            members = [original for original in originals if original.group == number]
+            _refuse(number, before[number][1], now[1], any(original.projected for original in members))
+            check_sizes(now[1], members)
         before[number] = now
 
 
@@ -105,9 +106,17 @@ def _refuse(number: int, before: FrugalConfig, now: FrugalConfig, projected: boo
             )
 
 
-def check_sizes(config: FrugalConfig, projected: Sequence[ParamSpec]) -> None:
-    """ValueError, naming the parameter, if a group's settings leave nothing of one of its matrices state-full."""
-    projected = [original for original in projected if original.stack]  # an empty stack has no matrices
+def check_sizes(config: FrugalConfig, members: Sequence[ParamSpec]) -> None:
+    """ValueError, naming the parameter, if a group's settings leave nothing of one of its matrices state-full, or its
+    rule cannot update one of its regular parameters.
+    """
+    regular = [original for original in members if not original.projected]
+    if regular and not STATE_FULL[config.state_full].elementwise:
+        raise ValueError(
+            f"{regular[0].name} is not projected, and state_full={config.state_full!r} updates whole matrices. Give it "
+            "a group with another state_full."
+        )
+    projected = [original for original in members if original.projected and original.stack]  # an empty one: no matrices
     if family(config) == "blocks" and projected:
         active_count(config, sum(original.stack for original in projected))
         return

@@ -156,19 +156,20 @@ def compute_cost(storage: Layout, rows: int, cols: int, side: str, r: int, items
 def compute_layout(
     storage: Layout, rows: int, cols: int, side: str, r: int, index: int, owner: int, choice: str, shard_replicas: bool
 ) -> Layout:
-    """Where a basis projection of one matrix computes. ``choice``: "auto" by cost, "cut" or "owner".
+    """Where a basis projection of one matrix computes. ``choice``: "auto" by cost, "cut", "owner", or "whole": nowhere
+    in parts.
 
     Replicas with ``shard_replicas`` off compute what they store, as long as that splits no contraction.
     """
-    ranks = len(storage)
+    ranks, undivided = len(storage), "full" if choice == "whole" else side
     if (
         ranks == 1
         or rows * cols == 0
-        or (not shard_replicas and _all_copied(storage) and _contraction_whole(storage, rows, cols, side))
+        or (not shard_replicas and _all_copied(storage) and _contraction_whole(storage, rows, cols, undivided))
     ):
         return storage
     free_dim = FREE_DIM[side]
-    if free_dim is None or choice == "owner":
+    if free_dim is None or choice in ("owner", "whole"):
         return owner_layout(ranks, owner, rows, cols)
     if choice == "auto" and compute_cost(storage, rows, cols, side, r).prefers_owner:
         return owner_layout(ranks, owner, rows, cols)

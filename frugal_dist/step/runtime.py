@@ -252,7 +252,8 @@ def basis_route(runtime: Runtime, work: LocalMatrix) -> RedistributionPlan:
 
 
 def basis_layout(runtime: Runtime, work: LocalMatrix, choice: str | None = None) -> Layout:
-    """The compute layout for the present density; ``choice`` overrides the configured one."""
+    """The compute layout for the present density; ``choice`` overrides the configured one, but not the rule's needs."""
+    elementwise = STATE_FULL[work.config.state_full].elementwise
     return compute_layout(
         work.matrix.storage,
         work.matrix.rows,
@@ -261,7 +262,7 @@ def basis_layout(runtime: Runtime, work: LocalMatrix, choice: str | None = None)
         work.size,
         work.matrix.index,
         work.matrix.owner,
-        choice or work.config.compute_layout,
+        (choice or work.config.compute_layout) if elementwise else "whole",
         runtime.shard_replicas,
     )
 

@@ -140,8 +140,8 @@ def fitted(key: str, value: Any, keys: Keys) -> Any:
         return value if number is None else number
     allowed = [choice for one in types if get_origin(one) is Literal for choice in get_args(one)]
     if allowed and isinstance(value, str) and value not in (*allowed, *_more_names(key)):
-        close = [one for one in allowed if value.lower() == "adam" and one == "adamw"]
-        close = close or difflib.get_close_matches(value.lower(), [*allowed, *_more_names(key)], n=1)
+        near = difflib.get_close_matches(value.lower(), [*allowed, *_more_names(key)], n=3)
+        close = sorted(near, key=lambda one: not one.startswith(value.lower()))  # adam is adamw rather than badam
         hint = f" Did you mean {close[0]!r}?" if close else ""
         if type(None) not in types or value not in ("null", "None", "~", ""):
             raise ValueError(f"{key} is {value!r}; choose one of {', '.join(map(repr, allowed))}.{hint}")

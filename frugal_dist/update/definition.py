@@ -58,7 +58,8 @@ class StateFull:
     betas        what ``betas=None`` means.
     cycles       the hyperparameter that schedules which cycle momentum change: "betas" (the first) or "momentum".
     is_adamw     whether it takes the betas and eps that a program has for the AdamW it would use otherwise.
-    elementwise  whether each entry is updated by itself; if not, a matrix is computed whole, by its owner.
+    elementwise  whether each entry is updated by itself; if not, R is computed whole, by the owner of its matrix, and
+                 regular parameters and selected coordinates, which may be cut anywhere, are refused.
     has_kernel   whether ``kernels`` do it, together with a state-free rule that has one.
     names        of the moments.
     """
@@ -79,14 +80,13 @@ class StateFull:
 
 @dataclass(frozen=True, kw_only=True)
 class StateFree:
-    """A rule of the rest. ``direction`` turns a residual into the step's direction; None: there is no step.
+    """A rule of the rest, entry by entry. ``has_kernel`` as of state-full rules.
 
-    ``elementwise`` and ``has_kernel`` as of state-full rules.
+    direction    turns a residual into the step's direction, in a new tensor or the same; None: there is no step.
     """
 
     name: str
     direction: Callable[[Tensor], Tensor] | None
-    elementwise: bool = True
     has_kernel: bool = False
 
 

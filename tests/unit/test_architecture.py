@@ -5,14 +5,19 @@ The table below is the order of the tree. A new module must be given its place h
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
 from imports import PACKAGE, ROOT, read_modules
+
+from frugal_dist.projection.registry import PROJECTIONS
+from frugal_dist.update.rules import STATE_FREE, STATE_FULL
 
 # From low to high. A module may import from lower lines only; modules of one package that share a line may import each
 # other as long as no circle arises. "" is the package itself: the public interface, on which the applications stand.
@@ -168,3 +173,32 @@ def test_importing_the_package_loads_no_engine() -> None:
     code = f"import sys, {PACKAGE}; print(*sorted(set(sys.modules) & set({NOT_NEEDED})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=True)
     assert not set(done.stdout.split()) & {"deepspeed", "transformers", "accelerate", "datasets", "matplotlib"}
+
+
+WORDS = {"random", "rows", "columns", "none", "sign"}
+"""Names that mean other things as well."""
+
+
+def names_compared(tree: ast.AST) -> Iterator[str]:
+    """Where code decides by the name of a projection or rule: comparisons, cases, tables with names as keys."""
+    known = PROJECTIONS.keys() | STATE_FULL.keys() | STATE_FREE.keys()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare | ast.MatchValue):
+            parts: list[ast.AST] = [node]
+        elif isinstance(node, ast.Dict):
+            parts = [key for key in node.keys if isinstance(key, ast.Constant)]
+        else:
+            continue
+        inside = [one for part in parts for one in ast.walk(part)]
+        said = {one.value for one in inside if isinstance(one, ast.Constant) and isinstance(one.value, str)} & known
+        asks = not isinstance(node, ast.Dict) and any(word in ast.unparse(node) for word in ("projection", "state_f"))
+        sure = said - WORDS and not isinstance(node, ast.Dict)
+        if sure or (said and asks) or len(said) > 1:
+            yield f"line {node.lineno}: {ast.unparse(node)}"  # type: ignore[attr-defined]
+
+
+def test_nobody_asks_for_the_name_of_a_projection_or_a_rule() -> None:
+    # Whoever has to know something of one asks PROJECTIONS, STATE_FULL and STATE_FREE.
+    trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in ROOT.rglob("*.py")}
+    compared = {str(file.relative_to(ROOT)): list(names_compared(tree)) for file, tree in trees.items()}
+    assert not {file: lines for file, lines in compared.items() if lines}

@@ -98,7 +98,8 @@ class Tuning:
     def plain(self, hidden: int) -> Optimizer:
         """The same for a model of this hidden size, as pre-training has it."""
         options = dict(self.options)
-        blocks = self.name == "badam" or options.get("projection") == "blockwise"
+        chosen = PROJECTIONS.get(preset(PRESETS.get(self.name, self.name), **options).get("projection", ""))
+        blocks = chosen is not None and chosen.family == "blocks"
         if self.rank is not None and self.name not in WITHOUT_RANK and not blocks:
             options["density"] = density_of(self.rank, hidden)
         name: Any = PRESETS.get(self.name, self.name)
