@@ -2,10 +2,11 @@
 
 from frugal_dist import _first_word as _first_word
 from frugal_dist import checkpoint, projection
-from frugal_dist.config import PRESETS, FrugalConfig, preset
+from frugal_dist.config import FrugalConfig
 from frugal_dist.integrations import deepspeed as _deepspeed
 from frugal_dist.optimizer import Frugal
 from frugal_dist.parameters.split import split_parameters
+from frugal_dist.presets import PRESETS, preset
 
 __version__ = "0.1.0"
 __all__ = ["PRESETS", "Frugal", "FrugalConfig", "checkpoint", "preset", "projection", "split_parameters"]

@@ -231,22 +231,3 @@ def _pair_of_betas(betas: Any) -> tuple[float, float]:
     if len(pair) != 2 or not all(isinstance(b, (int, float)) and 0.0 <= b < 1.0 for b in pair):
         raise ValueError(f"betas={betas!r} must be two numbers, each at least 0 and below 1.")
     return float(pair[0]), float(pair[1])
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "frugal": {},
-    "galore": {"projection": "svd", "on_refresh": "keep", "state_free": "none", "projected_lr_scale": 0.25},
-    "badam": {"projection": "blockwise", "state_free": "none"},
-    "signsgd": {"density": 0.0, "projection": "columns"},
-    "adamw": {"density": 1.0, "projection": "columns", "on_refresh": "keep"},
-}
-
-
-def preset(name: str, **changes: Any) -> dict[str, Any]:
-    """Keyword arguments for ``Frugal`` that make it GaLore, BAdam, signSGD or AdamW.
-
-    >>> preset("galore", density=0.5)["state_free"]
-    'none'
-    """
-    check_choice("preset", name, PRESETS)
-    return {**PRESETS[name], **renamed(changes)}

@@ -14,6 +14,7 @@ from frugal_dist.planner.plan import Plan, RankPlan
 from frugal_dist.planner.totals import ITEM
 from frugal_dist.planner.traffic import RefreshPlan
 from frugal_dist.planner.zero import Zero, buffer_bytes, gradient_bytes
+from frugal_dist.presets import REFERENCE
 
 MIB = 2**20
 GPUS = {
@@ -109,7 +110,7 @@ def report(plan: Plan, baselines: Mapping[str, Plan], engine: EngineLayout, sett
     """
     check_gpu(gpu)
     ranks = f"{plan.ranks} rank{'s' if plan.ranks > 1 else ''}"
-    adamw = baselines.get("adamw")
+    adamw = baselines.get(REFERENCE)
     verdict = _verdict(plan, adamw, engine, setting) if adamw is not None else ""
     return "\n".join(
         [
@@ -164,8 +165,8 @@ def figures(
         },
         "matrices": dict(plan.layouts),
     }
-    if "adamw" in baselines:
-        found["verdict"] = _verdict(plan, baselines["adamw"], engine, setting)
+    if REFERENCE in baselines:
+        found["verdict"] = _verdict(plan, baselines[REFERENCE], engine, setting)
     if gpu is not None:
         found["gpu"] = {"name": gpu, "bytes": int(GPUS[gpu]), "fits": _fits(memory["this"]["together"], gpu)}
         found["gpu"]["computes_in_it"] = not _lacks_bf16(gpu, setting)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from math import nan
 from pathlib import Path
@@ -11,28 +11,21 @@ from statistics import mean
 from time import monotonic
 from typing import Any, Generic, TypeVar
 
-from frugal_dist.config import FrugalConfig, check_choice, config_from, preset
+from frugal_dist.config import FrugalConfig, check_choice, config_from
+from frugal_dist.presets import CONTENDERS, DEFINED, RECIPES_NAMES, Contenders, preset
 from frugal_dist.projection.registry import options_of_others
 from frugal_dist.training.distributed.place import DistEnv, find_dist_env
 from frugal_dist.training.distributed.process import DIVERGED
 from frugal_dist.training.distributed.ranks import PeerFailed, is_mistake, process_group, together
 from frugal_dist.training.finetune.recipe import FinetuneRecipe
 from frugal_dist.training.metrics.record import end_of, of_kind, read_metrics
-from frugal_dist.training.optimizers import DEFINED, PATTERNS, check_optimizer, settled
-from frugal_dist.training.recipe import Number, Recipe, check_recipe
+from frugal_dist.training.optimizers import PATTERNS, check_optimizer, settled
+from frugal_dist.training.recipe import Recipe, check_recipe
 from frugal_dist.training.resume import FREE, check_begun, records_of
 from frugal_dist.training.run import environment, has_begun
-from frugal_dist.training.spelling import NAMED, value_of
+from frugal_dist.training.spelling import value_of
 
 R = TypeVar("R", Recipe, FinetuneRecipe)
-
-Contenders = Mapping[str, tuple[str, dict[str, Number]]]
-CONTENDERS: Contenders = {
-    **{name: (name, {}) for name in ("adamw", "galore", "badam")},
-    **{name: (preset, dict(fixed)) for name, (preset, fixed) in NAMED.items()},
-}
-"""By name: the optimizer, and what is fixed beside what that name means. The rest, such as update_gap, is the recipe's.
-"""
 
 
 @dataclass(frozen=True)
@@ -49,8 +42,6 @@ class Contender(Generic[R]):
     free: Collection[str]
 
 
-RECIPES_NAMES: Contenders = {"frugal": ("frugal", {}), "signsgd": ("signsgd", {})}
-"""Names of a recipe's optimizer that are known here, too: "frugal" with whatever projection the recipe has."""
 _RATES = re.compile(r"@([\d.]+(?:[eE][+-]?\d+)?)(?:x([\d.]+(?:[eE][+-]?\d+)?))?(?=:|$)")
 
 

@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from frugal_dist.config import HYPERPARAMETERS, OLD_NAMES, check_keys, config_from, preset
+from frugal_dist.config import HYPERPARAMETERS, OLD_NAMES, check_keys, config_from
 from frugal_dist.optimizer import Frugal
 from frugal_dist.parameters.groups import without_foreign
 from frugal_dist.parameters.split import split_parameters
+from frugal_dist.presets import DEFINED, preset
 from frugal_dist.training.finetune.recipe import Tuning
 from frugal_dist.training.recipe import Optimizer
 
@@ -22,15 +23,6 @@ PATTERNS = ("project", "skip", "no_decay")
 OWN = ("lr", "weight_decay", *PATTERNS)
 """Keys that a recipe has of its own."""
 KNOWN = tuple(key for key in (*HYPERPARAMETERS, *OLD_NAMES, "shard_state") if key not in OWN)
-DEFINED: dict[str, tuple[str, ...]] = {
-    "frugal": (),
-    "galore": ("projection", "on_refresh", "state_free"),
-    "badam": ("projection", "state_full", "state_free", "svd_method"),
-    "signsgd": ("projection", "density", "state_free", "svd_method"),
-    "adamw": ("projection", "density", "on_refresh", "state_full", "svd_method"),
-    "lora": ("projection", "density", "on_refresh", "state_full", "svd_method"),
-}
-"""What makes an optimizer the one of its name. A recipe's options of these names are FRUGAL's, and are left out."""
 
 
 def frugal_options(recipe: Optimizer) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ from frugal_dist.planner.layouts import EngineLayout, engine_layout
 from frugal_dist.planner.plan import Plan, make_plan
 from frugal_dist.planner.report import Setting, check_gpu, figures, report
 from frugal_dist.planner.zero import Zero, read_zero
+from frugal_dist.presets import BASELINES
 from frugal_dist.training.engines.deepspeed import data_types, equal_part, recipe_json
 from frugal_dist.training.models import check_positions, llama_config, read_causal_config
 from frugal_dist.training.optimizers import described, frugal_options, groups_of
@@ -27,8 +28,6 @@ from frugal_dist.training.recipe import Model, Optimizer, Recipe, check_recipe, 
 ALL, SPREAD = 64, 5
 """Traffic is planned for each rank up to ``ALL``; of more for so many from the first to the last, where embedding and
 head may lie."""
-BASELINES: tuple[Literal["adamw", "galore"], ...] = ("adamw", "galore")
-"""Planned beside the recipe's optimizer, with its options as far as their names allow."""
 
 
 @contextmanager

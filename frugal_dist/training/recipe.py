@@ -17,10 +17,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from frugal_dist.presets import NAMED, OptimizerName
 from frugal_dist.training.data.hub import nearby
 from frugal_dist.training.metrics.record import check_trackers
 from frugal_dist.training.spelling import (
-    NAMED,
     OPTIONS,
     ZERO,
     Keys,
@@ -118,7 +118,7 @@ class Optimizer:
             compute_layout, residual_threshold, seed, shard_state.
     """
 
-    name: Literal["frugal", "galore", "badam", "signsgd", "adamw"] = "frugal"
+    name: OptimizerName = "frugal"
     lr: float = 1e-3
     weight_decay: float = 0.0
     project: list[str] | None = None

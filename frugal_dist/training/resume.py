@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from frugal_dist.config import config_from, preset
-from frugal_dist.training.finetune import recipe as finetune_recipe
+from frugal_dist.config import config_from
+from frugal_dist.presets import BEHIND, LORA, WITHOUT_RANK, preset
 from frugal_dist.training.metrics.record import METRICS_FILE, of_kind, read_metrics
 
 FREE = (
@@ -47,7 +47,7 @@ def check_begun(run: Path, recipe: dict[str, Any], free: Collection[str]) -> Non
             and not _fits(key, free)
             and not (_fits(key, _PATHS) and _same_place(before[key], now[key]))
         ]
-        if changed == ["optimizer.name"] and not {before[changed[0]], now[changed[0]]} & set(finetune_recipe.PRESETS):
+        if changed == ["optimizer.name"] and not {before[changed[0]], now[changed[0]]} & BEHIND.keys():
             continue  # two names of the same settings
         if changed:
             said = ", ".join(f"{key} {before[key]!r} (now {now[key]!r})" for key in changed)
@@ -95,7 +95,7 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
             found |= {f"{key}.{name}": one for name, one in inner.items()}
         else:
             found[key] = inner
-    if found.get("optimizer.name") != "lora":
+    if found.get("optimizer.name") != LORA:
         found = {key: value for key, value in found.items() if not key.startswith("lora.")}
     return found
 
@@ -103,9 +103,9 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
 def _optimizer(record: dict[str, Any]) -> dict[str, Any]:
     """The optimizer with every hyperparameter, also those that the recipe left to the optimizer's name."""
     found = {key: value for key, value in record.items() if key != "options"}
-    if found["name"] in finetune_recipe.WITHOUT_RANK:
+    if found["name"] in WITHOUT_RANK:
         found = {key: value for key, value in found.items() if key not in ("rank", "stateful")}
-    plain = finetune_recipe.PRESETS.get(found["name"], found["name"])
+    plain = BEHIND.get(found["name"], found["name"])
     config = asdict(config_from(preset(plain, **record["options"])))
     options = {f"options.{key}": value for key, value in config.items() if key not in found}
     return {**found, **json.loads(json.dumps(options))}

@@ -10,7 +10,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from frugal_dist.config import CHOICES, HYPERPARAMETERS
+from frugal_dist.config import HYPERPARAMETERS
+from frugal_dist.presets import NAMED
 
 Keys = Mapping[str, Any]
 """Every key of a recipe by its whole name, sections included, and its type."""
@@ -18,11 +19,6 @@ Keys = Mapping[str, Any]
 OPTIONS = "optimizer.options"
 ZERO = {f"zero{stage}": stage for stage in range(4)}
 """Names of engines: DeepSpeed's, at this stage."""
-NAMED: dict[str, tuple[str, dict[str, str]]] = {
-    **{f"frugal-{projection}": ("frugal", {"projection": projection}) for projection in CHOICES["projection"]},
-    "frugal-rho0": ("signsgd", {}),
-}
-"""Names of optimizers: with the projection, and "nothing with state", which is signSGD."""
 _ELSEWHERE = {
     "learning_rate": "optimizer.lr", "wd": "optimizer.weight_decay", "optim": "optimizer.name",
     "rho": f"{OPTIONS}.density", "update_proj_gap": f"{OPTIONS}.update_gap",

@@ -11,11 +11,12 @@ import pytest
 
 pytest.importorskip("jsonargparse")
 
-from frugal_dist.config import FrugalConfig, config_from, preset
-from frugal_dist.training.compare import CONTENDERS, contender
+from frugal_dist.config import FrugalConfig, config_from
+from frugal_dist.presets import CONTENDERS, DEFINED, preset
+from frugal_dist.training.compare import contender
 from frugal_dist.training.finetune.compare import TUNED
 from frugal_dist.training.finetune.recipe import FinetuneRecipe
-from frugal_dist.training.optimizers import DEFINED, check_optimizer, described, frugal_options, settled
+from frugal_dist.training.optimizers import check_optimizer, described, frugal_options, settled
 from frugal_dist.training.recipe import Optimizer, Recipe, read_recipe, shipped
 from frugal_dist.training.resume import FREE, GOING_ON, check_begun
 

@@ -26,7 +26,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("projection", "projection.*"),
     ("update", "update.definition", "update.adamw", "update.momentum", "update.free", "update.rules"),
     ("config",),
-    ("update.rounding",),
+    ("presets", "update.rounding"),
     ("update.kernels", "update.kernels.*"),
     ("update.local",),
     ("sharding", "sharding.tile"),

@@ -11,8 +11,9 @@ from torch import nn
 
 from frugal_dist.optimizer import Frugal
 from frugal_dist.parameters.names import check_patterns, matches
+from frugal_dist.presets import LORA, WITHOUT_RANK
 from frugal_dist.training.data.hub import OFFLINE, settle_source
-from frugal_dist.training.finetune.recipe import WITHOUT_RANK, FinetuneRecipe, Lora, Model
+from frugal_dist.training.finetune.recipe import FinetuneRecipe, Lora, Model
 from frugal_dist.training.optimizers import frugal_options, groups_of
 
 PACKAGE = "package:"
@@ -102,7 +103,7 @@ def build_classifier(recipe: FinetuneRecipe, config: Any) -> nn.Module:
             parameter.requires_grad_(False)
     if recipe.model.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if recipe.optimizer.name == "lora":
+    if recipe.optimizer.name == LORA:
         model = with_adapters(model, recipe.lora)
     if recipe.model.compile:
         model.compile()
@@ -141,7 +142,7 @@ class TuningOptimizer:
         options = frugal_options(tuning.plain(self.hidden))
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         skip = [pattern for pattern in NOT_PROJECTED if any(matches(name, [pattern]) for name in trained)]
-        if tuning.name == "lora" and tuning.project is None:
+        if tuning.name == LORA and tuning.project is None:
             options["project"] = ADAPTERS
         options["skip"] = [*skip, *(tuning.skip or [])]
         groups = groups_of(model, options)

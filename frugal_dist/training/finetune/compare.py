@@ -8,14 +8,15 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from frugal_dist.training.compare import CONTENDERS, Contender, run_folder, train_all
+from frugal_dist.presets import BEHIND, CONTENDERS, Contenders
+from frugal_dist.training.compare import Contender, run_folder, train_all
 from frugal_dist.training.finetune.recipe import FinetuneRecipe, check_finetune
 from frugal_dist.training.finetune.run import finetune
 from frugal_dist.training.metrics.record import end_of, read_metrics
 from frugal_dist.training.optimizers import check_tuning
 from frugal_dist.training.resume import FREE
 
-TUNED = {**CONTENDERS, "lora": ("lora", {})}
+TUNED: Contenders = {**CONTENDERS, **{name: (name, {}) for name in BEHIND}}
 
 
 def compare_finetunes(read: Callable[[], FinetuneRecipe], optimizers: Sequence[str], seeds: Sequence[int]) -> int:

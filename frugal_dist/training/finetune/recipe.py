@@ -6,14 +6,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from frugal_dist.config import check_choice
+from frugal_dist.presets import BEHIND, PRESETS, WITHOUT_RANK, TuningName
+from frugal_dist.projection.registry import PROJECTIONS
 from frugal_dist.training.finetune.glue import METRICS, TASKS
 from frugal_dist.training.metrics.record import check_trackers
 from frugal_dist.training.recipe import Number, Optimizer, Recipe, Saving, Schedule, check_saving, check_seed
-
-PRESETS = {"lora": "adamw"}
-"""Names beyond those of pre-training, and the optimizer behind them."""
-WITHOUT_RANK = ("adamw", "lora", "signsgd")
-"""They update everything, or nothing, with state: ``rank`` and ``stateful`` do not concern them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +82,7 @@ class Tuning:
         options: any other hyperparameter of FrugalConfig, such as density, update_gap, projection.
     """
 
-    name: Literal["frugal", "galore", "badam", "signsgd", "adamw", "lora"] = "frugal"
+    name: TuningName = "frugal"
     lr: float = 1e-4
     weight_decay: float = 0.0
     project: list[str] | None = None
@@ -98,11 +95,11 @@ class Tuning:
     def plain(self, hidden: int) -> Optimizer:
         """The same for a model of this hidden size, as pre-training has it."""
         options = dict(self.options)
-        chosen = PROJECTIONS.get(preset(PRESETS.get(self.name, self.name), **options).get("projection", ""))
-        blocks = chosen is not None and chosen.family == "blocks"
+        name: Any = BEHIND.get(self.name, self.name)
+        chosen = {**options, **PRESETS[name]}.get("projection")
+        blocks = chosen in PROJECTIONS and PROJECTIONS[str(chosen)].family == "blocks"
         if self.rank is not None and self.name not in WITHOUT_RANK and not blocks:
             options["density"] = density_of(self.rank, hidden)
-        name: Any = PRESETS.get(self.name, self.name)
         return Optimizer(
             name=name,
             lr=self.lr,
