@@ -36,7 +36,7 @@ from frugal_dist.projection import exact_svd, gaussian, svd
 from frugal_dist.projection.basis import Basis, add_up_, basis_shapes, down, residual
 from frugal_dist.projection.numerics import full_precision
 from frugal_dist.projection.subspace import gram_svd, subspace_svd
-from frugal_dist.training.metrics.surroundings import surroundings
+from frugal_dist.training.metrics.device import surroundings
 from frugal_dist.update.kernels import kind_for
 
 DENSITY = 0.25
