@@ -356,8 +356,7 @@ class Frugal(Optimizer):
 
     def _summarise(self, runtime: Runtime) -> None:
         """Once, when every parameter has had its first step."""
-        stepped = {i for call in self._checked for i in call}
-        if self._summarised or len(stepped) < len(runtime.originals):
+        if self._summarised or len({i for call in self._checked for i in call}) < len(runtime.originals):
             return
         self._summarised = True
         if runtime.ranks.rank == 0:
@@ -385,15 +384,16 @@ class Frugal(Optimizer):
         with full_precision():
             runtime = self._bind()
             load = self._load(runtime)
-            if self._starts(runtime, load):
-                return loss
-            self._check_saving()
-            decision = decide(runtime, load.works, load.regular)
-            refresh(runtime, decision)
-            step_matrices(runtime, load.works, stepping(runtime, load.works, decision))
-            step_regular(load)
-            if not self._summarised:
-                self._summarise(runtime)
+            try:
+                if not self._starts(runtime, load):
+                    self._check_saving()
+                    decision = decide(runtime, load.works, load.regular)
+                    refresh(runtime, decision)
+                    step_matrices(runtime, load.works, stepping(runtime, load.works, decision))
+                    step_regular(runtime, load)
+                    self._summarise(runtime)
+            finally:
+                load.release()
         return loss
 
     def _load(self, runtime: Runtime) -> StepInputs:

@@ -26,10 +26,11 @@ from frugal_dist.sharding.collectives import gather_objects
 from frugal_dist.sharding.placement import owner_layout
 from frugal_dist.sharding.shard import Box
 from frugal_dist.sharding.tile import is_replicated
-from frugal_dist.step.inputs import LocalParameter, StepInputs, check_density, create_state, step_inputs
+from frugal_dist.step.inputs import StepInputs, check_density, create_state, step_inputs
 from frugal_dist.step.runtime import (
     CoordinatePiece,
     LocalMatrix,
+    LocalParameter,
     Runtime,
     basis_layout,
     basis_piece_shapes,
@@ -63,10 +64,16 @@ PARTS = (
 
 
 def pack_all(runtime: Runtime, state: MutableMapping[Tensor, Store]) -> dict[int, Store]:
-    """The state of every parameter, by its id, in saved form. Tensors that need no change are not copied."""
+    """The state of every parameter, by its id, in saved form. Tensors that need no change are not copied, but counters:
+    alive they are parts of one tensor.
+    """
     template = dcp_is_asking()
     load = step_inputs(runtime, state, everything=True)
-    packed = {id(param): dict(store) for param, store in state.items() if store}
+    packed = {
+        id(param): {key: value.clone() if _is_counter(key) else value for key, value in store.items()}
+        for param, store in state.items()
+        if store
+    }
     owner = {id(store): id(param) for param, store in state.items()}
     for work in load.works:
         if work.state.has_moments():

@@ -22,9 +22,10 @@ from frugal_dist.notices import notice
 from frugal_dist.optimizer import Frugal
 from frugal_dist.parameters.groups import moved_by_schedules
 from frugal_dist.sharding.collectives import Ranks, gather_objects
-from frugal_dist.step.inputs import LocalParameter, StepInputs, create_moments, ensure_state
+from frugal_dist.step.inputs import StepInputs, create_moments, ensure_state
 from frugal_dist.step.runtime import (
     LocalMatrix,
+    LocalParameter,
     Runtime,
     basis_piece_shapes,
     basis_route,

@@ -21,10 +21,11 @@ from frugal_dist.parameters.names import clean_name
 from frugal_dist.projection.coordinates import Selection
 from frugal_dist.sharding.shard import Box, Interval, LocalShard, ParamSpec
 from frugal_dist.sharding.tile import Tile, interval_tiles
-from frugal_dist.step.inputs import LocalParameter, StepInputs
+from frugal_dist.step.inputs import StepInputs
 from frugal_dist.step.runtime import (
     CoordinatePiece,
     LocalMatrix,
+    LocalParameter,
     Runtime,
     basis_piece_shapes,
     basis_route,

@@ -51,7 +51,7 @@ class DTensorStorage:
         grad = param.grad
         if isinstance(grad, DTensor) and isinstance(param, DTensor):
             _check_gradient(self.originals[i].name, param, grad)
-        return param, _local(param).detach(), None if grad is None else _local(grad), not param.requires_grad
+        return param, _local(param), None if grad is None else _local(grad), not param.requires_grad
 
 
 def stored_part(name: str, tensor: Tensor) -> tuple[LocalShard, Tensor]:

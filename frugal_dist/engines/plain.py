@@ -51,6 +51,6 @@ class PlainStorage:
         original = self.originals[i]
         param: Tensor = self.groups[original.group]["params"][original.position]
         if not self.models:
-            return param, param.detach(), param.grad, not param.requires_grad
+            return param, param, param.grad, not param.requires_grad
         frozen = not self.models[i].requires_grad
-        return param, param.detach(), None if frozen else param.grad, frozen  # the engine makes zeros of it
+        return param, param, None if frozen else param.grad, frozen  # the engine makes zeros of it

@@ -90,7 +90,7 @@ class ZeroStorage:
         flat, frozen = place.flat(), self.frozen(i)
         # What DeepSpeed hands over for a frozen one are zeros, or the gradient of an earlier step.
         grad = None if frozen or flat.grad is None else _slice(place, flat.grad)
-        return flat, _slice(place, flat.detach()), grad, frozen
+        return flat, _slice(place, flat), grad, frozen
 
 
 def storage_under_deepspeed(

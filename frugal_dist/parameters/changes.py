@@ -14,8 +14,7 @@ from frugal_dist.projection.blocks import active_count
 from frugal_dist.projection.registry import depends_on as projection_depends_on
 from frugal_dist.projection.registry import family, selection_size
 from frugal_dist.sharding.shard import ParamSpec
-from frugal_dist.step.inputs import LocalParameter
-from frugal_dist.step.runtime import LocalMatrix
+from frugal_dist.step.runtime import LocalMatrix, LocalParameter
 from frugal_dist.update.rules import STATE_FULL
 
 WATCHED = tuple(key for key, when in TAKEN_UP.items() if when != NOW)

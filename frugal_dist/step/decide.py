@@ -15,10 +15,9 @@ from torch import Tensor
 from frugal_dist.config import FrugalConfig
 from frugal_dist.notices import notice
 from frugal_dist.sharding.collectives import agree_max, gather_objects
-from frugal_dist.step.inputs import LocalParameter
 from frugal_dist.step.moments import may_move_between_ranks
 from frugal_dist.step.replicas import fingerprints, mismatched, replicated, resynchronise
-from frugal_dist.step.runtime import Agreed, LocalMatrix, Runtime
+from frugal_dist.step.runtime import Agreed, LocalMatrix, LocalParameter, Runtime
 
 _FROZEN, _TRAINED, _GRADIENT = 0, 1, 2
 """What a rank says of a matrix: frozen without a gradient, not frozen but without one, or it has one."""

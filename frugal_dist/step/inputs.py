@@ -8,15 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from frugal_dist.config import FrugalConfig, config_from
+from frugal_dist.config import FrugalConfig
 from frugal_dist.projection.numerics import compute_dtype
 from frugal_dist.projection.registry import PROJECTIONS, family
 from frugal_dist.projection.shapes import SIDES
 from frugal_dist.sharding.redistribution import fill_buckets
-from frugal_dist.sharding.shard import Box, LocalShard, ParamSpec
+from frugal_dist.sharding.shard import Box, ParamSpec
 from frugal_dist.step.runtime import (
     LocalMatrix,
+    LocalParameter,
     Runtime,
+    Site,
     basis_piece_shapes,
     basis_route,
     cut_selection,
@@ -30,21 +32,7 @@ from frugal_dist.update.rounding import round_stochastically_, rounds_stochastic
 State = MutableMapping[Tensor, dict[str, Tensor]]
 SLICE = 1 << 24
 """Elements of low-precision regular parameters that are stepped at once, in fp32."""
-
-
-@dataclass
-class LocalParameter:
-    """A regular parameter, or this rank's part of it; ``shape`` is the whole one's."""
-
-    name: str
-    shape: tuple[int, ...]
-    config: FrugalConfig
-    decay: float
-    state: MatrixState
-    weight: Tensor
-    grad: Tensor | None
-    part: LocalShard
-    frozen: bool
+_NOTHING = torch.empty(0, device="cpu")
 
 
 @dataclass
@@ -67,6 +55,13 @@ class StepInputs:
         grads += [one.grad for one in self.regular if one.grad is not None]
         return any(bool(grad.any()) for grad in grads)
 
+    def release(self) -> None:
+        """Let go of the tensors: between calls engines replace them, and gradients are freed."""
+        for work in self.works:
+            work.weights, work.grads = [], None
+        for one in self.regular:
+            one.weight, one.grad = _NOTHING, None
+
     def lacks_gradients(self) -> bool:
         """Whether there are parameters here, and none of them has a gradient, not even of zeros."""
         grads = [work.grads for work in self.works] + [one.grad for one in self.regular]
@@ -74,53 +69,86 @@ class StepInputs:
 
 
 def step_inputs(runtime: Runtime, state: State, everything: bool = False) -> StepInputs:
-    """Look up everything anew: engines replace parameters and gradients between calls.
+    """Look up all tensors anew: engines replace parameters and gradients between calls. What can stay as it was stays.
 
-    ``everything``: all parameters, not only those that this step() call is about.
+    ``everything``: all parameters, to be looked at and not stepped, not only those that this step() call is about.
     """
-    storage, originals, sites, shapes = runtime.storage, runtime.originals, runtime.sites, runtime.shapes
+    storage, originals, sites = runtime.storage, runtime.originals, runtime.sites
     call = tuple(range(len(originals)) if everything else storage.call())
-    configs: dict[int, tuple[FrugalConfig, str]] = {}
-    dtypes: dict[torch.dtype, torch.dtype] = {}
+    configs: dict[int, FrugalConfig] = {}
     works: list[LocalMatrix] = []
     regular: list[LocalParameter] = []
     device = torch.device("cpu")
     for i in call:
-        original, options = originals[i], storage.options(i)
-        if id(options) not in configs:
-            config = config_from(options)
-            configs[id(options)] = config, family(config)
-        config, kind = configs[id(options)]
+        original = originals[i]
+        config = configs.get(original.group)
+        if config is None:
+            config = configs[original.group] = runtime.config(original.group, storage.options(i))
         site = sites.get(i) or runtime.site(i)
         param, weight, grad, frozen = storage.tensors(i)
-        device, weight_dtype = weight.device, weight.dtype
-        if shapes.setdefault(i, weight.shape) != weight.shape:
-            raise ValueError(_resized(original, shapes[i], weight.shape))
-        if grad is not None and (grad.layout is not torch.strided or not grad.is_floating_point()):
+        if everything:
+            weight, grad = weight.detach(), None
+        elif grad is not None and (grad.layout is not torch.strided or not grad.is_floating_point()):
             raise ValueError(_bad_gradient(original, grad))
-        if weight_dtype is torch.float16 and config.rounding == "stochastic":
-            raise ValueError(_bad_rounding(original))
-        states, decay = site.of(state[param]), config.weight_decay if original.decay else 0.0
-        if not original.projected:
-            regular.append(
-                LocalParameter(original.name, original.shape, config, decay, states[0], weight, grad, site.part, frozen)
-            )
+        store, device = state[param], weight.device
+        if (
+            store is not site.store
+            or config is not site.config
+            or weight.dtype is not site.dtype
+            or weight.shape != site.shape
+            or device != site.device
+        ):
+            _bind(runtime, original, site, store, config, weight)
+        if site.regular is not None:
+            one = site.regular
+            one.weight, one.grad, one.frozen = weight, grad, frozen
+            regular.append(one)
             continue
-        if weight_dtype not in dtypes:
-            dtypes[weight_dtype] = compute_dtype(weight_dtype)
-        dtype = dtypes[weight_dtype]
-        for (matrix, tiles), one in zip(site.members, states, strict=True):
-            weights, grads = [weight], None if grad is None else [grad]
-            if not site.direct:
-                weights = site.part.views(weight, original, matrix.member, tiles)
-                grads = None if grad is None else site.part.views(grad, original, matrix.member, tiles)
-            side = SIDES[config.side, matrix.rows >= matrix.cols]
-            works.append(
-                LocalMatrix(
-                    matrix, config, decay, one, tiles, weights, grads, device, weight_dtype, frozen, dtype, kind, side
-                )
-            )
+        for work in site.works:
+            if site.direct:
+                work.weights, work.grads = [weight], None if grad is None else [grad]
+            else:
+                member, tiles = work.matrix.member, work.tiles
+                work.weights = site.part.views(weight, original, member, tiles)
+                work.grads = None if grad is None else site.part.views(grad, original, member, tiles)
+            work.frozen = frozen
+            works.append(work)
     return StepInputs(call, works, regular, device)
+
+
+def _bind(
+    runtime: Runtime,
+    original: ParamSpec,
+    site: Site,
+    store: dict[str, Tensor],
+    config: FrugalConfig,
+    weight: Tensor,
+) -> None:
+    """Make for a parameter what stays from call to call, after its first call or a change of settings or tensors."""
+    if site.shape not in (None, weight.shape):
+        raise ValueError(_resized(original, site.shape or (), weight.shape))
+    if weight.dtype is torch.float16 and config.rounding == "stochastic":
+        raise ValueError(_bad_rounding(original))
+    states = [one.state for one in site.works] if site.regular is None else [site.regular.state]
+    if store is not site.store:
+        pairs = zip(site.prefixes, site.rows, strict=True)
+        states = [MatrixState(store, prefix, runtime.counters, row) for prefix, row in pairs]
+    decay = config.weight_decay if original.decay else 0.0
+    if not original.projected:
+        site.regular = LocalParameter(
+            original.name, original.shape, config, decay, states[0], weight, None, site.part, False
+        )
+    else:
+        dtype, kind = compute_dtype(weight.dtype), family(config)
+        site.works = [
+            LocalMatrix(
+                matrix, config, decay, state, tiles, [], None, weight.device, weight.dtype, False, dtype, kind,
+                SIDES[config.side, matrix.rows >= matrix.cols],
+            )
+            for (matrix, tiles), state in zip(site.members, states, strict=True)
+        ]  # fmt: skip
+    site.store, site.config = store, config
+    site.shape, site.dtype, site.device = weight.shape, weight.dtype, weight.device
 
 
 def _resized(original: ParamSpec, before: Sequence[int], now: Sequence[int]) -> str:
@@ -149,6 +177,7 @@ def ensure_state(runtime: Runtime, load: StepInputs) -> None:
 
     Frozen parameters have counts and nothing else until they are unfrozen: beside adapters they are most of a model.
     """
+    runtime.counters.look()
     strange = [
         work
         for work in load.works
@@ -223,15 +252,16 @@ def create_state(runtime: Runtime, work: LocalMatrix) -> None:
         )
 
 
-def step_regular(load: StepInputs) -> None:
+def step_regular(runtime: Runtime, load: StepInputs) -> None:
     """The state-full rule alone, one fused call for all parameters that share settings and count."""
     groups: dict[tuple[object, ...], list[LocalParameter]] = {}
-    for one in load.regular:
-        if one.grad is not None:  # an empty shard counts too: its counter is saved as everyone's
-            step = one.state.counts["step"] + 1
-            one.state.set_counter("step", step)
-            key = (id(one.config), one.decay, step, one.weight.dtype, one.weight.device)
-            groups.setdefault(key, []).append(one)
+    moving = [one for one in load.regular if one.grad is not None]  # an empty shard counts too, as everyone's is saved
+    for one in moving:
+        counts = one.state.counts
+        counts["step"] += 1
+        key = (id(one.config), one.decay, counts["step"], one.weight.dtype, one.weight.device)
+        groups.setdefault(key, []).append(one)
+    runtime.counters.advance([one.state for one in moving], 1)
     for members in groups.values():
         _step_group(members)
 
@@ -267,7 +297,7 @@ def _step_group(members: Sequence[LocalParameter]) -> None:
     slices = [part for one in members for part in _slices(one, most)]
     whole = [list(range(len(slices)))]
     for bucket in fill_buckets([(part.weight.numel(),) for part in slices], most) if narrow else whole:
-        _step_slices([slices[i] for i in bucket], first.state.counter("step"), first.decay, first.config)
+        _step_slices([slices[i] for i in bucket], first.state.counts["step"], first.decay, first.config)
 
 
 def _step_slices(slices: Sequence[_Slice], step: int, decay: float, config: FrugalConfig) -> None:

@@ -25,7 +25,6 @@ from frugal_dist.step.runtime import (
     local_selection,
     moments_of,
 )
-from frugal_dist.step.state import advance
 from frugal_dist.update.kernels.jobs import Noise, TileUpdate
 from frugal_dist.update.local import (
     add_coordinates_,
@@ -56,7 +55,7 @@ def step_matrices(runtime: Runtime, works: Sequence[LocalMatrix], stepped: Seque
                 _step_bucket(runtime, bucket, active)
         for state in states:
             state.counts["updates"] += 1
-        advance(states, ("step", "updates"))
+        runtime.counters.advance(states, 2)
     except BaseException:
         for state in states:  # what they count is not what the tensors say
             state.forget()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from frugal_dist.config import FrugalConfig
+from frugal_dist.config import HYPERPARAMETERS, FrugalConfig, config_from, python_value
 from frugal_dist.projection.basis import Basis
 from frugal_dist.projection.blocks import active_blocks, active_count
 from frugal_dist.projection.coordinates import NOTHING, Selection, whole_block
@@ -20,7 +22,7 @@ from frugal_dist.sharding.redistribution import Redistribution, RedistributionPl
 from frugal_dist.sharding.shard import Box, LocalShard, ParamSpec, Storage
 from frugal_dist.sharding.table import Matrix, Table
 from frugal_dist.sharding.tile import Layout, Tile, Tiles, split_evenly
-from frugal_dist.step.state import MatrixState, Shape
+from frugal_dist.step.state import Counters, MatrixState, Shape
 from frugal_dist.step.statistics import RefreshStats
 from frugal_dist.update.rules import STATE_FULL
 
@@ -42,21 +44,22 @@ class Agreed:
 class Site:
     """Where a parameter lies on this rank, found once: its part, and each of its matrices with this rank's tiles.
 
-    ``direct``: the parameter's own tensor is the one tile of its one matrix. ``states`` are kept as long as the tensor
-    whose state they show is the same.
+    ``direct``: its own tensor is the one tile of its one matrix. ``rows``: of its states among all counters.
+    ``works`` and ``regular`` are kept from call to call; the rest is what they were made for.
     """
 
     part: LocalShard
     members: list[tuple[Matrix, Tiles]]
     direct: bool
     prefixes: list[str]
-    states: list[MatrixState] = field(default_factory=list)
-
-    def of(self, store: dict[str, Tensor]) -> list[MatrixState]:
-        """A state for each matrix; for a regular parameter the one of its own."""
-        if not self.states or self.states[0].store is not store:
-            self.states = [MatrixState(store, prefix) for prefix in self.prefixes]
-        return self.states
+    rows: list[int]
+    works: list[LocalMatrix] = field(default_factory=list)
+    regular: LocalParameter | None = None
+    store: dict[str, Tensor] | None = None
+    config: FrugalConfig | None = None
+    shape: torch.Size | None = None
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
 
 
 @dataclass
@@ -74,9 +77,9 @@ class Runtime:
     agreed: dict[int, Agreed] = field(default_factory=dict)
     failures: dict[int, int] = field(default_factory=dict)
     buckets: dict[tuple[int, ...], list[list[int]]] = field(default_factory=dict)
-    shapes: dict[int, torch.Size] = field(default_factory=dict)
     moment_shapes: dict[int, tuple[int, RedistributionPlan, list[Shape]]] = field(default_factory=dict)
     sites: dict[int, Site] = field(default_factory=dict)
+    settings: dict[int, tuple[list[Any], FrugalConfig]] = field(default_factory=dict)
     figures: RefreshStats = field(default_factory=RefreshStats)
 
     def give_to(self, index: int, owner: int) -> None:
@@ -97,9 +100,25 @@ class Runtime:
             names = [matrix.name for matrix in matrices] if original.projected else [original.name]
             alone = boxed and (original.stack == 1 or not original.projected)
             prefixes = ["" if alone else f"{name}/" for name in names]
+            rows = [matrix.index for matrix in matrices]
+            if not original.projected:
+                rows = [len(self.table.matrices) + bisect_left(self.table.regular, i)]
             direct = boxed and len(original.shape) == 2 and bool(members) and len(members[0][1]) == 1
-            self.sites[i] = Site(part, members, direct, prefixes)
+            self.sites[i] = Site(part, members, direct, prefixes, rows)
         return self.sites[i]
+
+    def config(self, group: int, options: dict[str, Any]) -> FrugalConfig:
+        """The checked settings of a group, the same object as long as they are the same."""
+        values = [python_value(options.get(key)) for key in HYPERPARAMETERS]
+        known = self.settings.get(group)
+        if known is None or known[0] != values:
+            known = self.settings[group] = values, config_from(options)
+        return known[1]
+
+    @cached_property
+    def counters(self) -> Counters:
+        """Of all matrices and, behind them, the regular parameters."""
+        return Counters(len(self.table.matrices) + len(self.table.regular))
 
     @cached_property
     def by_original(self) -> dict[int, list[Matrix]]:
@@ -111,8 +130,26 @@ class Runtime:
 
 
 @dataclass
+class LocalParameter:
+    """A regular parameter, or this rank's part of it; ``shape`` is the whole one's. As LocalMatrix, kept without its
+    tensors.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    config: FrugalConfig
+    decay: float
+    state: MatrixState
+    weight: Tensor
+    grad: Tensor | None
+    part: LocalShard
+    frozen: bool
+
+
+@dataclass
 class LocalMatrix:
-    """One matrix in one call. ``weights`` and ``grads`` are 2-D views, one for each of ``tiles``, this rank's part.
+    """One matrix, kept from call to call, with its tensors of one call: ``weights`` and ``grads`` are 2-D, one for each
+    of ``tiles``, this rank's part.
 
     ``dtype``: of moments, bases and exchanged pieces. ``family`` and ``side`` are those of its settings at this call.
     """

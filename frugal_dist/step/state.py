@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -20,9 +21,37 @@ BASES = ("basis", "basis_left", "basis_right")
 Shape = tuple[int, ...]
 
 
+class Counters:
+    """All counters of a rank in one tensor, which the states show parts of: a step counts in one call of torch, and one
+    look tells whether somebody else wrote to any of them.
+    """
+
+    def __init__(self, states: int) -> None:
+        with torch.inference_mode(False):  # what is made in it has no version, and can be changed in it only
+            self.values = torch.zeros(len(COUNTERS), states, dtype=torch.int64, device="cpu")
+        self.written = self.values._version
+        """How often we wrote ourselves, as torch counts."""
+        self.readings = 0
+        """How often others did, which makes what was read before worthless."""
+
+    def look(self) -> None:
+        """Notice what others wrote."""
+        if self.values._version != self.written:
+            self.written = self.values._version
+            self.readings += 1
+
+    def advance(self, states: Sequence[MatrixState], number: int) -> None:
+        """Write the first ``number`` counters, which have become one more in ``counts``, of states that are known."""
+        if states:
+            rows = torch.tensor([state.row for state in states], device="cpu")
+            self.values[:number].index_add_(1, rows, self.values.new_ones(number, len(states)))
+            self.written += 1
+
+
 @dataclass
 class MatrixState:
-    """``store`` is the state of the tensor that carries it; ``prefix`` tells matrices apart that share one.
+    """``store`` is the state of the tensor that carries it; ``prefix`` tells matrices apart that share one. ``row`` is
+    its place among all counters.
 
     ``counts``: what the counters say, as Python numbers; true between ``remember`` and the end of the call. Steps read
     them, since a look at a tensor costs as much as a small matrix does.
@@ -30,27 +59,32 @@ class MatrixState:
 
     store: MutableMapping[str, Tensor]
     prefix: str = ""
+    counters: Counters = field(default_factory=lambda: Counters(1))
+    row: int = 0
     counts: dict[str, int] = field(default_factory=dict)
-    counters: dict[str, tuple[str, Tensor, int]] = field(default_factory=dict)
-    """Their keys and tensors, with the versions last seen."""
-    _others: list[tuple[str, Tensor]] = field(default_factory=list)
     bare: bool = True
     """Counters and nothing else: of what is frozen."""
+    _keys: list[str] = field(default_factory=list)
+    _seen: list[Tensor] = field(default_factory=list)
+    _others: list[Tensor] = field(default_factory=list)
     _entries: int = 0
+    _reading: int = -1
     _dtype: torch.dtype | None = None
 
     def remember(self, dtype: torch.dtype, names: Sequence[str] = COUNTERS) -> None:
         """Read the counters, and note what there is, so that ``is_known`` can tell whether any of it was changed."""
-        self.counters, self._others = {}, []
-        for name in names:
-            counter = self.store[self.prefix + name]
-            self.counts[name] = int(counter)
-            self.counters[name] = (self.prefix + name, counter, counter._version)
-        for key in (self.prefix + name for name in (*every_moment(), *BASES)):
-            if key in self.store:
-                self._others.append((key, self.store[key]))
+        for name, own in zip(COUNTERS, self.counters.values[:, self.row].unbind(), strict=True):
+            if name in names:
+                self.counts[name] = int(self.store[self.prefix + name])
+                own.fill_(self.counts[name])
+                self.counters.written += 1
+                self.store[self.prefix + name] = own
+        keys = [self.prefix + name for name in (*names, *every_moment(), *BASES)]
+        self._keys = [key for key in keys if key in self.store]
+        self._seen = [self.store[key] for key in self._keys]
+        self._others = self._seen[len(names) :]
         self.bare = not self._others
-        self._entries, self._dtype = len(self.store), dtype
+        self._entries, self._dtype, self._reading = len(self.store), dtype, self.counters.readings
 
     def forget(self) -> None:
         """Whatever ``remember`` saw: a step was cut off between its counts and its counters."""
@@ -61,14 +95,13 @@ class MatrixState:
 
         Loading, a change of device or dtype, and engines that replace tensors all show.
         """
-        store = self.store
-        if self._dtype != dtype or self._entries != len(store):
+        store, counters = self.store, self.counters
+        if self._dtype is not dtype or self._entries != len(store):
             return False
-        for key, counter, version in self.counters.values():
-            if store.get(key) is not counter or counter._version != version:
-                return False
-        for key, value in self._others:  # noqa: SIM110 (a generator would cost as much as all the rest)
-            if store.get(key) is not value or value.device != device:
+        if self._reading != counters.readings or not all(map(is_, map(store.get, self._keys), self._seen)):
+            return False
+        for value in self._others:  # noqa: SIM110 (a generator would cost as much as all the rest)
+            if value.device != device:
                 return False
         return True
 
@@ -90,12 +123,11 @@ class MatrixState:
         return value
 
     def set_counter(self, name: str, value: int) -> None:
-        key = self.prefix + name
-        counter = self.store[key]
+        counter = self.store[self.prefix + name]
         counter.fill_(value)
         self.counts[name] = value
-        if name in self.counters:
-            self.counters[name] = (key, counter, counter._version)
+        if counter._base is self.counters.values:
+            self.counters.written += 1
 
     def count_refresh(self, size: int) -> None:
         """A refresh at the present update, after which ``size`` is selected."""
@@ -195,28 +227,16 @@ class MatrixState:
             self.put("basis", basis.parts[0])
 
 
-def advance(states: Sequence[MatrixState], names: Sequence[str]) -> None:
-    """Write counters that have become one more in ``counts``, of states that are known, in one call of torch."""
-    counters = [state.counters[name][1] for state in states for name in names]
-    if counters:
-        torch._foreach_add_(counters, 1)
-    for state in states:
-        for name in names:
-            key, counter, _ = state.counters[name]
-            state.counters[name] = (key, counter, counter._version)
-
-
 def bring_counters_home(states: Sequence[MatrixState]) -> None:
     """Counters lie on the CPU: on a GPU every look at one would make the host wait. Who moves all state there and back
-    takes them along; they return in one transfer.
+    takes them along; they return in one transfer. None is left a part of others: who swaps states swaps rows.
     """
-    astray = [
-        (state, name, counter)
-        for state in states
-        for name in COUNTERS
-        if (counter := state.get(name)) is not None and not counter.is_cpu
-    ]
+    entries = [(state, name, state.get(name)) for state in states for name in COUNTERS]
+    found = [(state, name, counter) for state, name, counter in entries if counter is not None]
+    astray = [entry for entry in found if not entry[2].is_cpu]
     if astray:
         values = torch.stack([counter.to(astray[0][2].device) for _, _, counter in astray]).cpu()
-        for (state, name, _), value in zip(astray, values, strict=True):
-            state.put(name, value.clone())
+        found = [entry for entry in found if entry[2].is_cpu]
+        found += [(state, name, value) for (state, name, _), value in zip(astray, values, strict=True)]
+    for state, name, counter in found:
+        state.put(name, counter.clone())

@@ -271,5 +271,5 @@ def test_a_basis_owns_its_memory(projection: str) -> None:
         w = weight(32, 24, dtype=torch.float32)
         optimizer = build({"w": w}, projection=projection, side=side, density=0.25)
         train(optimizer, 1, 4)
-        for key, value in optimizer.state[w].items():
+        for key, value in optimizer.state_dict()["state"][0].items():
             assert value.untyped_storage().nbytes() == value.numel() * value.element_size(), (side, key)

@@ -569,18 +569,18 @@ def test_state_takes_the_bytes_of_the_formula(projection: str) -> None:
         active = [p for p in parameters_of(optimizer)[:-1] if optimizer.state[p].get("exp_avg", p[:0]).numel()]
         assert len(active) == 1
         stateful += active[0].numel()
-    total, clock_bytes = 0, 0
+    total, clocks = 0, {}
     for parameter in parameters_of(optimizer):
         for value in optimizer.state[parameter].values():
-            size = value.untyped_storage().nbytes()
-            if value.ndim == 0:
-                clock_bytes += size
+            storage = value.untyped_storage()
+            if value.ndim == 0:  # they share one tensor
+                clocks[storage.data_ptr()] = storage.nbytes()
             else:
-                total += size
+                total += storage.nbytes()
     assert 8 * stateful <= total <= 8 * stateful + extra
     if projection in ("svd", "random"):
         assert total == 8 * stateful + extra
-    assert clock_bytes <= 5 * 6 * 8, "a few counters for each of the five parameters"
+    assert sum(clocks.values()) <= 5 * 6 * 8, "a few counters for each of the five parameters"
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
@@ -634,7 +634,7 @@ def test_frozen_parameters_have_counts_and_nothing_else(projection: str) -> None
         live = optimizer.state[parameters_of(optimizer)[number]]
         for store in (live, saved[number]):
             assert all(value.ndim == 0 for value in store.values()), list(store)
-        assert sum(value.untyped_storage().nbytes() for value in live.values()) <= 5 * 8
+        assert sum(value.untyped_storage().nbytes() for value in saved[number].values()) <= 5 * 8
     assert optimizer.state[parameters_of(optimizer)[2]]["exp_avg"].numel() == 11
 
 
