@@ -273,7 +273,7 @@ def test_a_stream_goes_on_with_other_ranks(folder: Path) -> None:
 
 def texts_of(data: Data, validation: bool = False) -> list[str]:
     documents = open_documents(data, validation)
-    return [text.strip() for text in documents.take(iter(documents.dataset), 10_000)]
+    return [text.strip() for text in documents.take(iter(documents.dataset), 10_000)[0]]
 
 
 def test_every_kind_of_source(folder: Path, tmp_path: Path) -> None:
@@ -491,10 +491,10 @@ def test_bad_documents_are_left_out_and_counted(
     assert counts == [len(good), 3]
     documents = open_documents(Data(kind="files", path=str(source)), skip=True)
     stream = documents.part(None, 0, 0, 1)
-    texts, skipped = documents.take_good(iter(stream), 5)
+    texts, skipped = documents.take(iter(stream), 5)
     again = documents.part(None, 0, 0, 1)
     again.load_state_dict(stream.state_dict())
-    rest, left = documents.take_good(iter(again), 100)
+    rest, left = documents.take(iter(again), 100)
     assert (texts + rest, skipped + left) == (good, len(BAD_LINES))
 
 

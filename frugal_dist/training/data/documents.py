@@ -33,13 +33,15 @@ class NoText(Exception):
 class Documents:
     """A split of a dataset as a stream of texts.
 
-    ``label``: what to call it in messages. ``files``: those of a local source, checked; empty for the hub.
+    ``label``: what to call it in messages. ``files``: those of a local source, checked; empty for the hub. ``skip``:
+    examples without a text are left out.
     """
 
     dataset: Any
     column: str
     label: str
     files: tuple[Path, ...]
+    skip: bool = False
 
     @property
     def local_bytes(self) -> int | None:
@@ -65,19 +67,12 @@ class Documents:
         stream.set_epoch(epoch)
         return stream
 
-    def take(self, examples: Iterator[dict[str, Any]], count: int) -> list[str]:
-        """The texts of the next ``count`` examples of a part, fewer at its end.
+    def take(self, examples: Iterator[dict[str, Any]], count: int) -> tuple[list[str], int]:
+        """The texts of the next ``count`` examples of a part, fewer at its end; and how many without one were skipped.
 
-        Raises ValueError that names the file and the line or row, for local files, if one holds no text or reading
-        fails.
+        Raises ValueError that names the file and the line or row, for local files, if one holds no text (unless
+        ``skip``) or reading fails.
         """
-        return self._took(examples, count, skip=False)[0]
-
-    def take_good(self, examples: Iterator[dict[str, Any]], count: int) -> tuple[list[str], int]:
-        """As ``take``, without the examples that hold no text, and how many those were."""
-        return self._took(examples, count, skip=True)
-
-    def _took(self, examples: Iterator[dict[str, Any]], count: int, skip: bool) -> tuple[list[str], int]:
         texts: list[str] = []
         skipped = 0
         try:
@@ -85,7 +80,7 @@ class Documents:
                 text = example[self.column]
                 if isinstance(text, str):
                     texts.append(text)
-                elif skip:
+                elif self.skip:
                     skipped += 1
                 else:
                     raise NoText(no_text(text, self.column))
@@ -100,7 +95,7 @@ class Documents:
 def open_documents(data: Data, validation: bool = False, skip: bool = False) -> Documents:
     """The training or validation text that a recipe's ``data`` names.
 
-    ``skip``: lines of JSONL files that cannot be read are examples without a text, for ``Documents.take_good``.
+    ``skip``: lines of JSONL files that cannot be read are examples without a text; all of these are left out.
 
     Raises ValueError, naming the key, if it cannot be had, is empty or damaged, or lacks the split or the column.
     """
@@ -113,7 +108,7 @@ def open_documents(data: Data, validation: bool = False, skip: bool = False) -> 
         raise ValueError(
             f"{label} has no column {data.column!r}: its columns are {', '.join(first)}. Set data.column to one."
         )
-    return Documents(dataset.select_columns([data.column]), data.column, label, tuple(files))
+    return Documents(dataset.select_columns([data.column]), data.column, label, tuple(files), skip)
 
 
 def _lines_of(data: Data, path: str | None, key: str) -> Opened | None:

@@ -1,30 +1,55 @@
-"""Any text to token files, once: `frugal-dist data prepare`."""
+"""Any text to token files, once: `frugal-dist data prepare`.
+
+The text is read as a stream and encoded in parts, by several processes. Finished parts stay: started again, only the
+others are made. `datasets` would encode as fast, but copies the text to its cache first, and starts each process's
+share again from its beginning.
+
+OUT/parts/requested         fingerprint of the settings and the text
+OUT/parts/tokenizer.json    what the processes encode with
+OUT/parts/train/00012.train token files, one per half of the split
+OUT/parts/train/00012.validation
+OUT/parts/train/00012.json  written last: how many tokens, and where reading goes on after this part
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from glob import glob
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from tqdm import tqdm
 
+from frugal_dist.checkpoint.disk import whole_file
 from frugal_dist.training.data.documents import Documents, open_documents
 from frugal_dist.training.data.hub import settle_source
 from frugal_dist.training.data.local import MEND, find_damage
-from frugal_dist.training.data.parts import HALVES, TOKENIZER, EncodedPart, EncodingJob, encode_parts, write_whole
-from frugal_dist.training.data.prepared import FORMAT, PreparedData, read_description, token_type, write_description
+from frugal_dist.training.data.prepared import (
+    FORMAT,
+    TOKEN_TYPES,
+    PreparedData,
+    read_description,
+    token_type,
+    write_description,
+)
 from frugal_dist.training.data.tokenizer import SEPARATOR, Encoder, read_encoder, train_tokenizer
 from frugal_dist.training.recipe import Data
 
-PARTS = "parts"
+PARTS, TOKENIZER = "parts", "tokenizer.json"
+HALVES = ("train", "validation")
+_TOGETHER = 64  # documents encoded at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +77,28 @@ def prepare(wanted: Preparation) -> PreparedData:
     Raises ValueError, naming what is missing, damaged or contradictory; finished parts stay for the next time.
     """
     try:
-        return _prepare(wanted)
+        _check(wanted)
+        encoder = read_encoder(wanted.tokenizer)
+        texts = _open(wanted)
+        requested = _fingerprint(wanted, encoder, texts)
+        there = read_description(wanted.out)
+        if there is not None and (there.format, there.requested) == (FORMAT, requested):
+            print(f"Data is ready: {there.train_tokens:,} training tokens in {wanted.out}")
+            return there
+        if there is not None:
+            raise ValueError(
+                f"--out {wanted.out} holds other data, from {there.source}, or the source has changed since. Name "
+                "another folder, or remove this one."
+            )
+        with _troubles_of_disks(wanted.out):
+            made = _make(wanted, encoder, texts, requested)
     except ValueError as error:
         raise ValueError(_with_flags(str(error))) from error
+    print(
+        f"Prepared {made.train_tokens:,} training and {made.validation_tokens:,} validation tokens ({made.dtype}) in "
+        f"{wanted.out}"
+    )
+    return made
 
 
 _FLAGS = {
@@ -67,29 +111,6 @@ def _with_flags(text: str) -> str:
     """What is said of a recipe's keys, of this command's flags."""
     flagged = re.sub(r"\bdata\.(\w+)", lambda key: _FLAGS.get(key.group(1), key.group(0)), text)
     return flagged.replace("`frugal-dist data prepare --skip-bad`", "--skip-bad")
-
-
-def _prepare(wanted: Preparation) -> PreparedData:
-    _check(wanted)
-    encoder = read_encoder(wanted.tokenizer)
-    texts = _open(wanted)
-    requested = _fingerprint(wanted, encoder, texts)
-    found = read_description(wanted.out)
-    if found is not None and (found.format, found.requested) == (FORMAT, requested):
-        print(f"Data is ready: {found.train_tokens:,} training tokens in {wanted.out}")
-        return found
-    if found is not None:
-        raise ValueError(
-            f"--out {wanted.out} holds other data, from {found.source}, or the source has changed since. Name another "
-            "folder, or remove this one."
-        )
-    with _troubles_of_disks(wanted.out):
-        made = _make(wanted, encoder, texts, requested)
-    print(
-        f"Prepared {made.train_tokens:,} training and {made.validation_tokens:,} validation tokens ({made.dtype}) in "
-        f"{wanted.out}"
-    )
-    return made
 
 
 def make_tokenizer(wanted: Preparation, vocab_size: int) -> None:
@@ -105,8 +126,7 @@ def make_tokenizer(wanted: Preparation, vocab_size: int) -> None:
             raise ValueError(f"--out {wanted.out} is not empty; name another folder.")
         documents = _open(wanted)["train"]
         examples = iter(documents.part(None, 0, 0, 1))
-        taken = documents.take_good if wanted.skip_bad else lambda some, count: (documents.take(some, count), 0)
-        chunks = iter(lambda: taken(examples, 1000), ([], 0))
+        chunks = iter(lambda: documents.take(examples, 1000), ([], 0))
         tokenizer = train_tokenizer((text for texts, _ in chunks for text in texts), vocab_size)
     except ValueError as error:
         raise ValueError(_with_flags(str(error)).replace("vocab_size is", "--vocab-size is")) from error
@@ -170,26 +190,41 @@ def _fingerprint(wanted: Preparation, encoder: Encoder, texts: dict[str, Documen
 
 def _make(wanted: Preparation, encoder: Encoder, texts: dict[str, Documents], requested: str) -> PreparedData:
     folder = wanted.out / PARTS
-    _begin(folder, encoder, requested)
+    settings = folder / "requested"
+    if folder.exists() and (not settings.is_file() or settings.read_text() != requested):
+        print(f"Parts in {folder} are of other settings, or the text has changed: they are made again.")
+        shutil.rmtree(folder)
+    if settings.is_file():
+        print(f"Going on with the parts in {folder}")
+    else:
+        folder.mkdir(parents=True)
+        _write(folder / TOKENIZER, encoder.tokenizer.to_str())
+        _write(settings, requested)
     dtype = token_type(encoder.vocab_size)
-    parts: list[tuple[Path, EncodedPart]] = []
+    files: dict[str, list[Path]] = {half: [] for half in HALVES}
+    counts = dict.fromkeys(HALVES, 0)
     for name, documents in texts.items():
         share = float(name == "validation") if "validation" in texts else wanted.validation_share
-        job = EncodingJob(folder / name, folder / TOKENIZER, encoder.separator, dtype, share, wanted.skip_bad)
-        with _bar(name, documents) as bar:
-            found = encode_parts(job, documents, wanted.part_documents, wanted.workers, bar.show)
-        parts += [(job.folder, part) for part in found]
-        if skipped := sum(part.skipped for part in found):
+        job = EncodingJob(folder / name, requested, encoder.separator, dtype, share)
+        skipped = 0
+        for part in _parts(job, documents, wanted):
+            skipped += part.skipped
+            for half in HALVES:
+                files[half].append(job.folder / f"{part.number:05d}.{half}")
+                counts[half] += part.tokens[half]
+        if skipped:
             where = find_damage(documents.files, wanted.column).removesuffix(f" {MEND}.")
             print(f"Left out {skipped:,} document{'s' * (skipped > 1)}: {where or documents.label}")
-    counts = {half: sum(part.tokens[half] for _, part in parts) for half in HALVES}
-    for half, count in counts.items():
-        if not count:
+    for half in HALVES:
+        if not counts[half]:
             raise ValueError(
                 f"{texts.get(half, texts['train']).label} has too few documents: none is left for {half}. "
                 f"Change --validation-share ({wanted.validation_share}) or add text."
             )
-        _join([place / f"{part.number:05d}.{half}" for place, part in parts], wanted.out / f"{half}.bin")
+        with whole_file(wanted.out / f"{half}.bin") as whole:
+            for file in files[half]:
+                with file.open("rb") as part_file:
+                    shutil.copyfileobj(part_file, whole, 1 << 24)
     shutil.copyfile(folder / TOKENIZER, wanted.out / TOKENIZER)
     made = PreparedData(
         format=FORMAT,
@@ -206,52 +241,9 @@ def _make(wanted: Preparation, encoder: Encoder, texts: dict[str, Documents], re
     return made
 
 
-def _begin(folder: Path, encoder: Encoder, requested: str) -> None:
-    """The folder of the parts; parts of other settings go."""
-    settings = folder / "requested"
-    if folder.exists() and (not settings.is_file() or settings.read_text() != requested):
-        print(f"Parts in {folder} are of other settings, or the text has changed: they are made again.")
-        shutil.rmtree(folder)
-    if settings.is_file():
-        print(f"Going on with the parts in {folder}")
-        return
-    folder.mkdir(parents=True)
-    write_whole(folder / TOKENIZER, encoder.tokenizer.to_str().encode())
-    write_whole(settings, requested.encode())
-
-
-def _join(files: list[Path], path: Path) -> None:
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as whole:
-        for file in files:
-            with file.open("rb") as part:
-                shutil.copyfileobj(part, whole, 1 << 24)
-        whole.flush()
-        os.fsync(whole.fileno())
-    os.replace(unfinished, path)
-
-
-class _Progress:
-    """A bar over the bytes of local files, or a count of documents where their size says nothing."""
-
-    def __init__(self, bar: tqdm[None], by_size: bool) -> None:
-        self._bar = bar
-        self._by_size = by_size
-        self._tokens = 0
-
-    def show(self, part: EncodedPart) -> None:
-        self._tokens += sum(part.tokens.values())
-        self._bar.set_postfix_str(f"{self._tokens / 1e6:,.1f} M tokens", refresh=False)
-        self._bar.update(part.size if self._by_size else part.documents)
-
-
-@contextmanager
-def _bar(name: str, documents: Documents) -> Iterator[_Progress]:
-    plain = documents.files and all(file.suffix in (".txt", ".jsonl", ".json") for file in documents.files)
-    total = documents.local_bytes if plain else None
-    unit = {"unit": "B", "unit_scale": True} if total else {"unit": " documents"}
-    with tqdm(desc=f"Encoding {name}", total=total, mininterval=0.5, **unit) as bar:
-        yield _Progress(bar, total is not None)
+def _write(path: Path, text: str) -> None:
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 
 @contextmanager
@@ -259,10 +251,114 @@ def _troubles_of_disks(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error.strerror or error}.{_kept(out)}") from error
+        kept = "Finished parts are kept: once that is mended, the same command goes on."
+        advice = kept if (out / PARTS).exists() else "Name another folder."
+        raise ValueError(f"--out {out} cannot be written: {error.strerror or error}. {advice}") from error
 
 
-def _kept(out: Path) -> str:
-    if not (out / PARTS).exists():
-        return " Name another folder."
-    return " Finished parts are kept: once that is mended, the same command goes on."
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EncodingJob:
+    """What every process must know. ``share``: of documents that are held back for validation."""
+
+    folder: Path
+    requested: str
+    separator: int
+    dtype: str
+    share: float
+
+
+@dataclass(frozen=True)
+class EncodedPart:
+    """A finished part. ``after``: the stream's position after it; ``size``: bytes of text; ``skipped``: left out."""
+
+    number: int
+    documents: int
+    size: int
+    tokens: dict[str, int]
+    after: dict[str, Any]
+    skipped: int = 0
+
+
+def _parts(job: EncodingJob, documents: Documents, wanted: Preparation) -> Iterator[EncodedPart]:
+    """All parts of a text, in order: those that are finished up to the first that is missing, then those it makes.
+
+    Raises ValueError if the text cannot be read or written any further; what is finished stays.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    finished: list[EncodedPart] = []
+    while (file := job.folder / f"{len(finished):05d}.json").is_file():
+        finished.append(EncodedPart(**json.loads(file.read_text(encoding="utf-8"))))
+    by_size = documents.files and all(file.suffix in (".txt", ".jsonl", ".json") for file in documents.files)
+    unit = {"unit": "B", "unit_scale": True} if by_size else {"unit": " documents"}
+    total, tokens = documents.local_bytes if by_size else None, 0
+    with tqdm(desc=f"Encoding {job.folder.name}", total=total, mininterval=0.5, **unit) as bar:
+        for parts in (finished, _encoded(job, documents, finished, wanted)):
+            for part in parts:
+                tokens += sum(part.tokens.values())
+                bar.set_postfix_str(f"{tokens / 1e6:,.1f} M tokens", refresh=False)
+                bar.update(part.size if by_size else part.documents)
+                yield part
+
+
+def _encoded(
+    job: EncodingJob, documents: Documents, finished: list[EncodedPart], wanted: Preparation
+) -> Iterator[EncodedPart]:
+    """The parts after those that are finished. Little is read ahead, so that memory stays bounded."""
+    stream = documents.part(None, 0, 0, 1)
+    if finished:
+        stream.load_state_dict(finished[-1].after)
+    examples = iter(stream)
+    read = iter(lambda: documents.take(examples, wanted.part_documents), ([], 0))
+    chunks = ((number, *chunk, stream.state_dict()) for number, chunk in enumerate(read, len(finished)))
+    if wanted.workers == 1:
+        yield from (_encode(job, *chunk) for chunk in chunks)
+        return
+    # Started afresh: a fork of a process with the threads of datasets and tokenizers may hang. The processes are the
+    # parallelism, also that of the tokenizer.
+    start, quiet = multiprocessing.get_context("spawn"), ("TOKENIZERS_PARALLELISM", "false")
+    pending: deque[Future[EncodedPart]] = deque()
+    with ProcessPoolExecutor(wanted.workers, start, initializer=os.putenv, initargs=quiet) as pool:
+        try:
+            for chunk in chunks:
+                pending.append(pool.submit(_encode, job, *chunk))
+                if len(pending) >= 2 * wanted.workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@lru_cache(maxsize=1)
+def _encoder(job: EncodingJob) -> Encoder:
+    """Of this process; other settings make another."""
+    from tokenizers import Tokenizer
+
+    return Encoder(Tokenizer.from_file(str(job.folder.parent / TOKENIZER)), job.separator)
+
+
+def _encode(job: EncodingJob, number: int, texts: list[str], skipped: int, after: dict[str, Any]) -> EncodedPart:
+    """Write the files of a part."""
+    encoder, dtype, tokens = _encoder(job), TOKEN_TYPES[job.dtype], {}
+    halves: tuple[list[str], list[str]] = ([], [])
+    for text in texts:
+        if text.strip():
+            halves[_held_back(text, job.share)].append(text)
+    for half, kept in zip(HALVES, halves, strict=True):
+        with whole_file(job.folder / f"{number:05d}.{half}") as file:
+            for first in range(0, len(kept), _TOGETHER):
+                for ids in encoder.encode(kept[first : first + _TOGETHER]):
+                    file.write(np.array(ids, dtype=dtype).tobytes())
+            tokens[half] = file.tell() // dtype.itemsize
+    size = sum(len(text.encode()) for text in texts)
+    part = EncodedPart(number, len(texts), size, tokens, after, skipped)
+    _write(job.folder / f"{number:05d}.json", json.dumps(asdict(part)))
+    return part
+
+
+def _held_back(text: str, share: float) -> bool:
+    """Whether a document is for validation. Its own hash decides: equal documents are never on both sides."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < share * 2**64

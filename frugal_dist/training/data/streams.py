@@ -67,7 +67,7 @@ class Lane:
         while position.epoch < passes:
             stream = self._open(position)
             examples = iter(stream)
-            while texts := self.reading.documents.take(examples, self.reading.block):
+            while texts := self.reading.documents.take(examples, self.reading.block)[0]:
                 carry: list[int] = list(position.carry)
                 for number, row in enumerate(self._rows_of_block(texts, position, carry), start=1):
                     if number > position.taken:
