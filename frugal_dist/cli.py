@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="frugal-dist", description="Training with the FRUGAL optimizer.")
     parser.add_argument("--version", action="version", version=f"frugal-dist {_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_demo(commands.add_parser("demo", help="the quickstart: prepare its data, train its model"))
+    _add_demo(commands.add_parser("demo", help="the text of the quickstart, to token files"))
 
     pretrain = _with_recipe(
         commands, "pretrain", "train a model by recipe; --KEY VALUE changes keys, --help after the recipe lists them"
@@ -199,13 +199,6 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument("--vocab-size", type=int, default=4096)
     prepare.set_defaults(command=_demo_prepare)
 
-    train = steps.add_parser("train", help="one rank of the training; started by a launcher")
-    train.add_argument("--data", type=Path, required=True, help="folder of the prepared data")
-    train.add_argument("--run", type=Path, required=True, help="folder for what the run leaves behind")
-    train.add_argument("--config", type=Path, required=True, help="DeepSpeed JSON")
-    train.add_argument("--steps", type=int, help="number of optimizer steps")
-    train.set_defaults(command=_demo_train)
-
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     steps = parser.add_subparsers(required=True, metavar="STEP")
@@ -278,13 +271,6 @@ def _demo_prepare(options: argparse.Namespace) -> int:
 
     prepare_demo(options.data, source=options.source, vocab_size=options.vocab_size)
     return 0
-
-
-def _demo_train(options: argparse.Namespace) -> int:
-    from frugal_dist.training.demo import DemoSettings, train_demo
-
-    given = {} if options.steps is None else {"steps": options.steps}
-    return train_demo(DemoSettings(data=options.data, run=options.run, config=options.config, **given))
 
 
 def _version() -> str:

@@ -1,122 +1,90 @@
 #!/usr/bin/env bash
-# Pre-train a small LLaMA-style model on real English with FRUGAL under DeepSpeed, from nothing but Python.
+# Pre-train a small LLaMA-style model on real English with FRUGAL under DeepSpeed ZeRO-2, from nothing but Python.
 #
-#   bash launch/quickstart.sh [--steps N] [--dry-run]
+#   bash launch/quickstart.sh [--steps N] [--dry-run] [--key value ...]
 #
-# Makes .venv, prepares text and tokenizer (both only once), then trains on 2 ranks, or on one rank per GPU if there are
-# GPUs. The optimizer and ZeRO stage are those of ds_configs/quickstart_zero2.json. Settings, all optional:
-#   RUN_DIR     folder for metrics, picture and checkpoint (default: runs/quickstart-DATE-TIME)
+# Makes .venv, prepares text and tokenizer (both only once), runs the recipe reviews_5m with launch/deepspeed.sh, a little
+# shorter, and draws its picture. --key value changes any key of the recipe, such as --optimizer.name adamw; the same
+# RUN_DIR goes on where it was stopped. Settings, all optional:
+#   RUN_DIR     folder for metrics, picture and checkpoints (default: runs/quickstart-DATE-TIME)
 #   DATA_DIR    folder of the prepared text (default: .cache/quickstart)
-#   CONFIG      another DeepSpeed JSON
+#   CONFIG      a DeepSpeed JSON, for another stage; optimizer, batch and precision are the recipe's
+#   RANKS       ranks (default: one per GPU, 2 without GPU)
 set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+NAME=quickstart
 
 # What the caller names is meant from where the caller stands.
 for name in RUN_DIR DATA_DIR CONFIG; do
     [[ -z ${!name:-} || ${!name} == /* ]] || printf -v "$name" '%s/%s' "$PWD" "${!name}"
 done
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$ROOT"
 
-say() { printf 'quickstart: %s\n' "$*"; }
-die() { printf 'quickstart: ERROR: %s\n' "$*" >&2; exit 1; }
-mistake() { printf 'quickstart: ERROR: %s\n' "$*" >&2; exit 2; }
-
-usage() { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
-
-STEPS=() DRY_RUN=''
+DRY_RUN='' CHANGES=()
 while (($#)); do
     case $1 in
-        --steps)
-            [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || mistake "--steps needs a number above 0, found \"${2:-}\""
-            STEPS=(--steps "$2")
-            shift 2
-            ;;
-        -h | --help) usage; exit 0 ;;
-        --dry-run) DRY_RUN=1; shift ;;
-        *) mistake "unknown option \"$1\"; there are --steps N, --dry-run and --help" ;;
+    -h | --help)
+        sed -n '2,/^set /{/^# \{0,1\}/!d;s///p}' "${BASH_SOURCE[0]}"
+        exit 0
+        ;;
+    --dry-run) DRY_RUN=1 ;;
+    --steps | --steps=*) # before minutes of installing
+        [[ $1 == *=* ]] || { set -- "$1=${2:-}" "${@:3}"; }
+        [[ ${1#*=} =~ ^[1-9][0-9]*$ ]] || die "--steps needs a number above 0, found \"${1#*=}\""
+        CHANGES+=("$1")
+        ;;
+    --?*=*) CHANGES+=("$1") ;;
+    --?*)
+        (($# > 1)) || die "$1 needs a value: $1 VALUE"
+        CHANGES+=("$1" "$2")
+        shift
+        ;;
+    *) die "unknown option \"$1\"; there are --steps N, --dry-run, --help and the recipe's keys, --KEY VALUE" ;;
     esac
+    shift
 done
-
 RUN_DIR=${RUN_DIR:-runs/quickstart-$(date +%Y%m%d-%H%M%S)}
 DATA_DIR=${DATA_DIR:-.cache/quickstart}
-CONFIG=${CONFIG:-ds_configs/quickstart_zero2.json}
-[[ -r $CONFIG ]] || mistake "there is no DeepSpeed configuration $CONFIG"
-[[ ! -e $RUN_DIR/metrics.jsonl ]] || mistake "$RUN_DIR already holds a run; choose another RUN_DIR"
+[[ -z ${CONFIG:-} || -r $CONFIG ]] || die "there is no DeepSpeed configuration $CONFIG"
 if [[ -n $DRY_RUN ]]; then
     bash launch/setup.sh --dry-run train,deepspeed,demo
-    say "would prepare the data in $DATA_DIR, then train with $CONFIG into $RUN_DIR"
+    say "would prepare the data in $DATA_DIR, then train into $RUN_DIR"
     exit 0
 fi
 
-# --- every phase runs in a process group of its own, so that stopping leaves nobody behind -------------------------------
-
-CHILD=
+# Every phase ends as a whole: the training saves first.
+SIGNAL=''
+# shellcheck disable=SC2329 # called by attend
 stop() {
-    local code=$1 attempt
-    trap '' INT TERM HUP
-    if [[ -n $CHILD ]]; then
-        # TERM for all at once: the deepspeed command alone would not pass it on to the ranks.
-        kill -TERM -- "-$CHILD" 2>/dev/null || true
-        for attempt in {1..100}; do
-            kill -0 -- "-$CHILD" 2>/dev/null || break
-            sleep 0.1
-        done
-        ((attempt < 100)) || kill -KILL -- "-$CHILD" 2>/dev/null || true
+    SIGNAL=$1
+    kill -TERM -- "-$LAUNCHER" 2>/dev/null || true
+}
+
+# phase COMMAND...: it must end well. Exit code after a signal: 75 if the run was saved.
+phase() {
+    local code=0
+    attend "$@" || code=$?
+    if [[ -n $SIGNAL ]]; then
+        say "stopped; to go on: RUN_DIR=$RUN_DIR bash launch/quickstart.sh ${CHANGES[*]}" >&2
+        ((code == 75)) || code=$((128 + $(kill -l "$SIGNAL")))
     fi
-    printf '\nquickstart: stopped; the same command starts again\n' >&2
-    exit "$code"
-}
-trap 'stop 130' INT
-trap 'stop 143' TERM
-trap 'stop 129' HUP
-
-in_group() {
-    local rc=0
-    set -m
-    "$@" </dev/null &
-    CHILD=$!
-    set +m
-    wait "$CHILD" 2>/dev/null || rc=$?
-    CHILD=
-    return "$rc"
+    ((code == 0)) || exit "$code"
 }
 
-# --- 1. environment, 2. data ---------------------------------------------------------------------------------------------
-
-in_group bash launch/setup.sh train,deepspeed,demo || exit $?
+phase bash launch/setup.sh train,deepspeed,demo
 export PATH=$PWD/.venv/bin:$PATH
-export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/.cache/torch_extensions}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+phase frugal-dist demo prepare --data "$DATA_DIR"
 
-in_group frugal-dist demo prepare --data "$DATA_DIR" || die "preparing the data failed"
-
-# --- 3. training ---------------------------------------------------------------------------------------------------------
-
-# ranks: 2 without GPU; else as many as there are GPUs, or fewer where the batch cannot be cut equally.
-ranks() {
-    python - "$CONFIG" <<'PY'
-import json, sys
-import torch
-batch = json.load(open(sys.argv[1]))["train_batch_size"]
-gpus = torch.cuda.device_count()
-print(gpus, max(n for n in range(1, (gpus or 2) + 1) if batch % n == 0))
-PY
-}
-read -r GPUS RANKS < <(ranks) || die "cannot read train_batch_size from $CONFIG"
-((GPUS > 0)) || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
-# shellcheck source=launch/gpus.sh
-source launch/gpus.sh
-pick_gpus "$RANKS"
-PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-mkdir -p "$RUN_DIR"
-say "training on $RANKS ranks ($GPUS GPUs) into $RUN_DIR; DeepSpeed starts in a moment, Ctrl-C stops"
-
-# The launcher's code alone proves nothing: it is 0 when the ranks were killed by a signal. The report is written last.
-if ! in_group deepspeed "${PICKED[@]}" --master_port "$PORT" --no_local_rank --log_level=error \
-    --module frugal_dist.cli demo train --data "$DATA_DIR" --run "$RUN_DIR" --config "$CONFIG" "${STEPS[@]}" ||
-    [[ ! -e $RUN_DIR/report.txt ]]; then
-    if [[ -e $RUN_DIR/output.txt ]]; then
-        printf -- '--- last lines of %s\n' "$RUN_DIR/output.txt" >&2
-        tail -n 30 "$RUN_DIR/output.txt" >&2
-    fi
-    die "the training failed"
+if [[ -z ${RANKS:-} ]]; then
+    most=$(gpus)
+    for RANKS in 8 4 2 1; do ((RANKS > (most > 0 ? most : 2))) || break; done # which divide the batch
 fi
+say "training on $RANKS ranks into $RUN_DIR; DeepSpeed starts in a moment, Ctrl-C saves and stops"
+export RANKS
+phase bash launch/deepspeed.sh reviews_5m --folder "$RUN_DIR" --data.path "$DATA_DIR" --data.epochs 10 \
+    --steps 500 --batch 8 --optimizer.lr 1.5e-3 --clip 1 --precision fp32 --evaluate_every 125 --evaluation_tokens 32768 \
+    ${CONFIG:+--deepspeed "$CONFIG"} "${CHANGES[@]}"
+phase frugal-dist plot "$RUN_DIR"
+say "metrics: $RUN_DIR/metrics.jsonl; a model for transformers: .venv/bin/frugal-dist export $RUN_DIR --out DIR"
+say "next: bash launch/quickstart.sh --optimizer.name adamw (or galore, frugal-columns), then frugal-dist plot of both runs"

@@ -10,8 +10,8 @@ from frugal_dist.checkpoint.folder import LATEST
 from frugal_dist.checkpoint.index import INDEX
 from frugal_dist.training.metrics.record import METRICS_FILE, of_kind, read_metrics
 
-WHERE_CHECKPOINTS_LIE = ("checkpoints", "checkpoint")
-"""In the folder of a run by recipe, and of the quickstart."""
+CHECKPOINTS = "checkpoints"
+"""Of a run, in its folder."""
 
 
 def checkpoint_in(path: Path) -> Path:
@@ -20,8 +20,7 @@ def checkpoint_in(path: Path) -> Path:
         path = path.parent  # whose file it is
     if (path / INDEX).exists():
         return path
-    places = (path, *(path / name for name in WHERE_CHECKPOINTS_LIE))
-    found = next((found for place in places if (found := checkpoint.latest(place)) is not None), path)
+    found = checkpoint.latest(path) or checkpoint.latest(path / CHECKPOINTS) or path
     runs = [] if found != path else [run.name for run in _runs_within(path)]
     if runs:
         raise ValueError(f"{path} holds the runs {', '.join(runs[:5])}{', ...' if runs[5:] else ''}; name one of them.")
@@ -62,8 +61,6 @@ def tokenizer_of(run: Path) -> str | None:
 
 def _tokenizer(record: dict[str, Any]) -> str | None:
     data, model = record.get("data"), record.get("model")
-    if isinstance(data, str):  # the quickstart's folder
-        return data
     if not isinstance(data, dict):
         return None
     if "kind" not in data:  # a classifier's is its model's

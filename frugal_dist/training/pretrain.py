@@ -54,11 +54,13 @@ def _prepare(recipe: Recipe, place: DistEnv, stack: ExitStack) -> TrainingJob:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = build_engine(model, recipe, schedule, place)
     stack.callback(data.batches.close)
-    tokens = data.validation.tokens
-    record = {**replace(recipe, optimizer=settled(recipe.optimizer)).record(), "validation_tokens": tokens}
+    tokens, unigram = data.validation.tokens, data.validation.unigram_loss(data.vocab_size)
+    record = replace(recipe, optimizer=settled(recipe.optimizer)).record()
+    record |= {"validation_tokens": tokens, "unigram_loss": unigram}
     less = f"There are only {tokens:,} tokens for validation; evaluation_tokens is {recipe.evaluation_tokens:,}."
     note = "\n".join(filter(None, [longer, less if data.validation.short else ""]))
-    return TrainingJob(recipe, record, parameters, engine, data.batches, data.validation, _summary, flops, note=note)
+    summary = partial(_summary, unigram)
+    return TrainingJob(recipe, record, parameters, engine, data.batches, data.validation, summary, flops, note=note)
 
 
 def _materials(recipe: Recipe, place: DistEnv) -> tuple[Schedule, OpenData, nn.Module, str]:
@@ -80,8 +82,9 @@ def _materials(recipe: Recipe, place: DistEnv) -> tuple[Schedule, OpenData, nn.M
     return schedule, data, model, longer
 
 
-def _summary(outcome: Outcome) -> tuple[dict[str, Any], str]:
+def _summary(unigram_loss: float, outcome: Outcome) -> tuple[dict[str, Any], str]:
     from frugal_dist.training.evaluate import perplexity_of
 
-    perplexity = perplexity_of(outcome.last_loss)
-    return {"perplexity": perplexity}, f"validation perplexity {perplexity:,.2f}"
+    perplexity, unigram = perplexity_of(outcome.last_loss), perplexity_of(unigram_loss)
+    text = f"validation perplexity {perplexity:,.2f} (guessing by frequency: {unigram:,.1f})"
+    return {"perplexity": perplexity}, text

@@ -21,7 +21,7 @@ FREE = (
 """Patterns of keys on which the result does not depend, but for rounding."""
 GOING_ON = (
     *FREE, "steps", "epochs", "spike", "evaluate_every", "evaluation_tokens", "validation_examples", "data.validation*",
-    "data.metrics", "data.streams", "data.shuffle_buffer", "validation_tokens",
+    "data.metrics", "data.streams", "data.shuffle_buffer", "validation_tokens", "unigram_loss",
 )  # fmt: skip
 """A run that goes on may also become longer and be evaluated otherwise. Streams check their own keys."""
 

@@ -43,6 +43,7 @@ from frugal_dist.training.distributed.ranks import (
     waiting,
 )
 from frugal_dist.training.distributed.run_lock import held
+from frugal_dist.training.folders import CHECKPOINTS
 from frugal_dist.training.metrics.device import idle_gpus, in_words, surroundings
 from frugal_dist.training.metrics.record import METRICS_FILE, end_of, of_kind
 from frugal_dist.training.recipe import Recipe
@@ -57,7 +58,6 @@ if TYPE_CHECKING:
     from frugal_dist.training.metrics.progress import Progress
     from frugal_dist.training.metrics.record import MetricsLog
 
-CHECKPOINTS = "checkpoints"
 FAILURE_FILE = "failed.txt"
 """Of the last start in this folder, if it failed: the exit code, and a line for the user, which launch scripts show."""
 SECONDS = "seconds"
@@ -334,9 +334,10 @@ def _state(engine: Engine) -> dict[str, Any]:
     """The optimizer state of every rank, and AdamW's on the rank where it would be most."""
     from frugal_dist.training.engines.collectives import gathered
 
+    kinds = gathered(engine.state_kinds())
     return {
-        "state_bytes": engine.state_bytes(),
-        "state_kinds": gathered(engine.state_kinds()),
+        "state_bytes": [sum(of_rank.values()) for of_rank in kinds],
+        "state_kinds": kinds,
         "adamw_state_bytes_per_rank": max(gathered(engine.adamw_bytes())),
     }
 

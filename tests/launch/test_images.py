@@ -126,7 +126,7 @@ def test_the_quickstart_as_the_images_user(cluster: Cluster) -> None:
     printed = cluster.log(0).read_text()
     assert "the container image has what is needed" in printed
     assert "compiling" not in printed
-    assert (cluster.scratch / "runs/quickstart/report.txt").exists()
+    assert (cluster.scratch / "runs/quickstart/loss_curve.png").exists()
 
 
 def test_the_health_check_and_what_the_image_is_for(cluster: Cluster) -> None:

@@ -16,16 +16,6 @@ def total(values: list[float], device: torch.device) -> list[float]:
     return [float(value) for value in tensor.tolist()]
 
 
-def everyone(value: int, device: torch.device) -> list[int]:
-    """The value of each rank."""
-    if not distributed.is_initialized():
-        return [value]
-    own = torch.tensor([value], device=device)
-    found = [torch.zeros_like(own) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(found, own)
-    return [int(count) for count in found]
-
-
 def gathered(value: Any) -> list[Any]:
     """A small plain value of each rank, on all ranks."""
     if not distributed.is_initialized():

@@ -25,9 +25,7 @@ from frugal_dist.training.engines import collectives
 from frugal_dist.training.engines.protocol import (
     Losses,
     Schedule,
-    count_state_bytes,
     count_state_kinds,
-    refresh_figures,
 )
 from frugal_dist.training.models import token_losses
 from frugal_dist.training.optimizers import frugal_options
@@ -59,9 +57,7 @@ class DeepSpeedEngine:
             deepspeed.init_distributed()
         self.world = distributed.get_world_size()
         self.rank = distributed.get_rank()
-        self.batch_size = _batch_size(config, self.world)
-        # A scheduler in the JSON is the user's word; ours knows the number of steps and is the default.
-        ours = None if "scheduler" in config else partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=schedule)
+        ours = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=schedule)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         built: dict[str, Any] = {}
         if optimizer is not None:
@@ -70,12 +66,10 @@ class DeepSpeedEngine:
         if _can_partition(config.get("zero_optimization", {})):
             _partition(model, config)
         with waiting("DeepSpeed to build its engine, or for other ranks in it", speaks=self.rank == 0):
-            self._engine, _, _, scheduler = deepspeed.initialize(
+            self._engine, _, _, self._schedule = deepspeed.initialize(
                 model=model, model_parameters=parameters, config=config, lr_scheduler=ours, **built
             )
         self._function = losses
-        self._schedule = scheduler if ours is not None else None
-        self.optimizer_name = type(self._engine.basic_optimizer).__name__
 
     def train_step(self, rows: Tensor, targets: float | None = None) -> Tensor:
         """One optimizer step, in as many micro-batches as the JSON asks for."""
@@ -105,10 +99,6 @@ class DeepSpeedEngine:
         """Each value summed over the ranks, in double precision."""
         return collectives.total(values, self._engine.device)
 
-    def state_bytes(self) -> list[int]:
-        """Bytes of optimizer state on each rank, counted from the base optimizer's tensors."""
-        return collectives.everyone(count_state_bytes(self._engine.basic_optimizer), self._engine.device)
-
     def state_kinds(self) -> dict[str, int]:
         """This rank's bytes by kind."""
         return count_state_kinds(self._engine.basic_optimizer)
@@ -121,7 +111,8 @@ class DeepSpeedEngine:
 
     def refresh_figures(self) -> list[float]:
         """This rank's sums of the refreshes since the last call."""
-        return refresh_figures(self._engine.basic_optimizer)
+        figures: list[float] = self._engine.basic_optimizer.take_refresh_figures()
+        return figures
 
     def learning_rate(self) -> float:
         """The rate of the next step."""
@@ -143,13 +134,9 @@ class DeepSpeedEngine:
     def resume(self, root: Path) -> tuple[int, dict[str, Any]] | None:
         """Load the latest portable checkpoint, whichever engine wrote it."""
         found = checkpoint.load_latest(root, self._engine, self._engine.optimizer, on_damaged="previous")
-        if found is not None and self._schedule is not None:
+        if found is not None:
             jump(self._schedule, found[0] - self.skipped_steps())  # DeepSpeed's schedules stand still then
         return found
-
-    def close(self) -> None:
-        """Leave the process group, so that no rank waits for another at exit."""
-        collectives.leave()
 
 
 def _can_partition(zero: dict[str, Any]) -> bool:
@@ -176,14 +163,6 @@ def _partition(model: nn.Module, config: dict[str, Any]) -> None:
         buffer.data = buffer.data.to(device)
 
 
-def read_deepspeed_config(path: Path) -> dict[str, Any]:
-    """A DeepSpeed JSON, checked for what the loop needs."""
-    config = _read(path)
-    if "optimizer" not in config:
-        raise ValueError(f'{path} has no "optimizer" section; add {{"type": "Frugal", "params": {{...}}}}.')
-    return config
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -194,18 +173,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no JSON object.")
     return config
-
-
-def _batch_size(config: dict[str, Any], world: int) -> int:
-    """The global batch, which must not depend on the number of ranks."""
-    size = config.get("train_batch_size")
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"train_batch_size is {size!r} in the DeepSpeed configuration; give the sequences per step.")
-    if size % world:
-        raise ValueError(
-            f"train_batch_size is {size}, which {world} ranks cannot share equally; change it or the number of ranks."
-        )
-    return size
 
 
 def equal_part(share: int, limit: int | None) -> int:

@@ -20,9 +20,7 @@ from frugal_dist.training.engines.protocol import (
     Losses,
     Schedule,
     count_adamw_bytes,
-    count_state_bytes,
     count_state_kinds,
-    refresh_figures,
 )
 from frugal_dist.training.models import token_losses
 from frugal_dist.training.optimizers import build_optimizer
@@ -83,7 +81,7 @@ class PlainEngine:
         losses: Losses = token_losses,
         optimizer: Callable[[nn.Module], Frugal] | None = None,
     ) -> None:
-        self.rank, self.world, self.batch_size = place.rank, place.world, recipe.batch
+        self.rank, self.world = place.rank, place.world
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
         self._clip, self._micro = recipe.clip, recipe.micro_batch
         wrap, self._sync = WRAPPERS[recipe.engine]
@@ -93,7 +91,6 @@ class PlainEngine:
         self._optimizer = optimizer(self._model) if optimizer else build_optimizer(recipe.optimizer, self._model)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, schedule)
         self._norm, self._skipped, self._guard = math.nan, 0, SpikeGuard(recipe.spike)
-        self.optimizer_name: str = recipe.optimizer.name
 
     def train_step(self, rows: Tensor, targets: float | None = None) -> Tensor:
         """One optimizer step, in micro-batches whose gradients add up to the batch's."""
@@ -143,10 +140,6 @@ class PlainEngine:
         """Each value summed over the ranks, in double precision."""
         return collectives.total(values, self.device)
 
-    def state_bytes(self) -> list[int]:
-        """Bytes of optimizer state on each rank."""
-        return collectives.everyone(count_state_bytes(self._optimizer), self.device)
-
     def state_kinds(self) -> dict[str, int]:
         """This rank's bytes by kind."""
         return count_state_kinds(self._optimizer)
@@ -158,7 +151,7 @@ class PlainEngine:
 
     def refresh_figures(self) -> list[float]:
         """This rank's sums of the refreshes since the last call."""
-        return refresh_figures(self._optimizer)
+        return self._optimizer.take_refresh_figures()
 
     def learning_rate(self) -> float:
         """The rate of the next step."""
@@ -187,10 +180,6 @@ class PlainEngine:
         self._skipped = extra.get("skipped", 0)
         self._guard.load_state_dict(extra.get("norms", {}))
         return step, extra
-
-    def close(self) -> None:
-        """Leave the process group."""
-        collectives.leave()
 
 
 def check_world(engine: str, world: int) -> None:

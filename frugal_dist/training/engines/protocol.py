@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from frugal_dist.step.statistics import RefreshStats
 from frugal_dist.update.rules import every_moment
 
 Losses = Callable[[nn.Module, Tensor], Tensor]
@@ -23,8 +22,6 @@ class Engine(Protocol):
 
     rank: int
     world: int
-    batch_size: int
-    optimizer_name: str
 
     def train_step(self, rows: Tensor, targets: float | None = None) -> Tensor:
         """One optimizer step on this rank's rows of the batch; returns their loss, divided by ``targets``.
@@ -41,9 +38,6 @@ class Engine(Protocol):
 
     def total(self, values: list[float]) -> list[float]:
         """Each value summed over the ranks."""
-
-    def state_bytes(self) -> list[int]:
-        """Bytes of optimizer state on each rank, counted from the tensors there are."""
 
     def state_kinds(self) -> dict[str, int]:
         """This rank's bytes by kind: moments, bases, other."""
@@ -69,14 +63,6 @@ class Engine(Protocol):
     def resume(self, root: Path) -> tuple[int, dict[str, Any]] | None:
         """Load the latest checkpoint under ``root``: its step and what was saved as ``extra``, or None."""
 
-    def close(self) -> None:
-        """Leave the process group, so that no rank waits for another at exit."""
-
-
-def count_state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in ``optimizer.state`` on this rank."""
-    return sum(count_state_kinds(optimizer).values())
-
 
 def count_adamw_bytes(parameters: Iterable[torch.Tensor]) -> int:
     """Two moments of every element that is trained and lies on this rank."""
@@ -92,13 +78,6 @@ def count_state_kinds(optimizer: torch.optim.Optimizer) -> dict[str, int]:
             if torch.is_tensor(value):
                 kind = next((kind for part, kind in parts.items() if part in name), "other")
                 found[kind] += _local(value).numel() * value.element_size()
-    return found
-
-
-def refresh_figures(optimizer: Any) -> list[float]:
-    """Of Frugal; zeros for another optimizer, which a DeepSpeed JSON may name."""
-    take = getattr(optimizer, "take_refresh_figures", RefreshStats().take)
-    found: list[float] = take()
     return found
 
 
