@@ -292,7 +292,7 @@ def _recipes(options: argparse.Namespace) -> int:
 PRINT = "--print_config"
 
 
-def _printed(options: argparse.Namespace, kind: type[Any], checks: Sequence[Callable[[Any], Any]]) -> bool:
+def _printed(options: argparse.Namespace, kind: type[Any], check: Callable[[Any], None]) -> bool:
     """Whether the recipe was to be printed and not trained: as it is with all its keys, checked."""
     from frugal_dist.training.recipe import as_yaml, read_recipe
 
@@ -300,24 +300,16 @@ def _printed(options: argparse.Namespace, kind: type[Any], checks: Sequence[Call
     if len(changes) == len(options.changes):
         return False
     recipe = read_recipe(options.recipe, changes, kind)
-    for check in checks:
-        check(recipe)
+    check(recipe)
     print(as_yaml(recipe), end="")
     return True
 
 
 def _pretrain(options: argparse.Namespace) -> int:
-    from frugal_dist.training.optimizers import check_optimizer
     from frugal_dist.training.pretrain import pretrain_from
     from frugal_dist.training.recipe import Recipe, check_recipe, read_recipe
-    from frugal_dist.training.schedule import build_schedule
 
-    checks: list[Callable[[Any], Any]] = [
-        check_recipe,
-        lambda recipe: check_optimizer(recipe.optimizer),
-        lambda recipe: build_schedule(recipe.schedule, recipe.steps),
-    ]
-    if _printed(options, Recipe, checks):
+    if _printed(options, Recipe, check_recipe):
         return 0
     return pretrain_from(lambda: read_recipe(options.recipe, options.changes))
 
@@ -326,10 +318,9 @@ def _finetune(options: argparse.Namespace) -> int:
     from frugal_dist.training.finetune.compare import compare_finetunes
     from frugal_dist.training.finetune.recipe import FinetuneRecipe, check_finetune
     from frugal_dist.training.finetune.run import finetune_from
-    from frugal_dist.training.optimizers import check_tuning
     from frugal_dist.training.recipe import read_recipe
 
-    if _printed(options, FinetuneRecipe, [check_finetune, lambda recipe: check_tuning(recipe.optimizer)]):
+    if _printed(options, FinetuneRecipe, check_finetune):
         return 0
     if options.optimizers is None:
         if options.seeds is not None:

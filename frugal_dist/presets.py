@@ -36,17 +36,11 @@ REFERENCE: OptimizerName = "adamw"
 BASELINES: tuple[OptimizerName, ...] = (REFERENCE, "galore")
 """Planned beside a recipe's optimizer, with its options as far as their names allow."""
 
-Contenders = dict[str, tuple[str, dict[str, str]]]
-"""By name: the optimizer, and what is fixed beside what that name means. The rest, such as update_gap, is the recipe's.
-"""
-NAMED: Contenders = {
+NAMED: dict[str, tuple[str, dict[str, str]]] = {
     **{f"frugal-{projection}": ("frugal", {"projection": projection}) for projection in PROJECTIONS},
     "frugal-rho0": ("signsgd", {}),
 }
-"""Names of optimizers: with the projection, and "nothing with state", which is signSGD."""
-CONTENDERS: Contenders = {**{name: (name, {}) for name in ("adamw", "galore", "badam")}, **NAMED}
-RECIPES_NAMES: Contenders = {"frugal": ("frugal", {}), "signsgd": ("signsgd", {})}
-"""Names of a recipe's optimizer that are known here, too: "frugal" with whatever projection the recipe has."""
+"""Short for a name and options: FRUGAL with its projection, and "nothing with state", which is signSGD."""
 
 
 def preset(name: str, **changes: Any) -> dict[str, Any]:

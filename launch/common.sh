@@ -157,7 +157,6 @@ check() {
 import sys
 from pathlib import Path
 
-from frugal_dist.training.optimizers import check_optimizer
 from frugal_dist.training.recipe import check_recipe, read_recipe
 from frugal_dist.training.run import FAILURE_FILE
 from frugal_dist.training.distributed.run_lock import check_free
@@ -165,7 +164,6 @@ from frugal_dist.training.distributed.run_lock import check_free
 try:
     recipe = read_recipe(sys.argv[1], sys.argv[2:])
     check_recipe(recipe)
-    check_optimizer(recipe.optimizer)
     check_free(Path(recipe.folder), lambda text: print(text, file=sys.stderr))
 except ValueError as error:
     sys.exit(f"ERROR: {error}")

@@ -3,61 +3,67 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import nan
 from pathlib import Path
 from statistics import mean
 from time import monotonic
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
 from frugal_dist.config import FrugalConfig, check_choice, config_from
-from frugal_dist.presets import CONTENDERS, DEFINED, RECIPES_NAMES, Contenders, preset
+from frugal_dist.presets import DEFINED, NAMED, preset
 from frugal_dist.projection.registry import options_of_others
 from frugal_dist.training.distributed.place import DistEnv, find_dist_env
 from frugal_dist.training.distributed.process import DIVERGED
 from frugal_dist.training.distributed.ranks import PeerFailed, is_mistake, process_group, together
-from frugal_dist.training.finetune.recipe import FinetuneRecipe
 from frugal_dist.training.metrics.record import end_of, of_kind, read_metrics
-from frugal_dist.training.optimizers import PATTERNS, check_optimizer, settled
-from frugal_dist.training.recipe import Recipe, check_recipe
+from frugal_dist.training.optimizers import PATTERNS, settled
+from frugal_dist.training.recipe import Recipe, Run, check_recipe
+from frugal_dist.training.recipe.spelling import value_of
 from frugal_dist.training.resume import FREE, check_begun, records_of
 from frugal_dist.training.run import environment, has_begun
-from frugal_dist.training.spelling import value_of
 
-R = TypeVar("R", Recipe, FinetuneRecipe)
+R = TypeVar("R", bound=Run)
+Records = list[dict[str, Any]]
+"""What one run has written."""
 
 
 @dataclass(frozen=True)
-class Contender(Generic[R]):
-    """What is compared: ``check`` and ``train`` a recipe, ``check_optimizer`` of it without a model.
+class Comparison(Generic[R]):
+    """What is compared.
 
-    ``free``: patterns of keys in which a finished run may differ from what is asked for.
+    Args:
+        check: ValueError for a recipe that cannot be trained.
+        train: it; the exit code.
+        free: patterns of keys in which a finished run may differ from what is asked for.
+        rows: titles, and the cells of every optimizer, from the runs of its seeds.
+        note: said below the table.
     """
 
     check: Callable[[R], None]
-    check_optimizer: Callable[[R], None]
     train: Callable[[R], int]
-    known: Contenders
     free: Collection[str]
+    rows: Callable[[Mapping[str, list[Records]]], tuple[list[str], dict[str, list[str]]]]
+    note: str = ""
 
 
 _RATES = re.compile(r"@([\d.]+(?:[eE][+-]?\d+)?)(?:x([\d.]+(?:[eE][+-]?\d+)?))?(?=:|$)")
 
 
-def contender(text: str, recipe: R, known: Contenders = CONTENDERS) -> R:
+def contender(text: str, recipe: R) -> R:
     """The recipe with the optimizer "galore" or, with rates of its own, "galore@0.01" or "galore@0.01x0.25".
 
     The second number is ``projected_lr_scale``: what the projected matrices are updated with, relative to the others.
-    Any hyperparameter may follow: "frugal-svd:density=0.5:update_gap=50".
+    Any hyperparameter may follow: "frugal-svd:density=0.5:update_gap=50". What the name does not fix is the recipe's.
 
     Raises ValueError for what is not known, or contradicts the name.
     """
     rates = _RATES.search(text)
     name, *words = _RATES.sub("", text, count=1).split(":")
-    known = {**known, **RECIPES_NAMES}
-    check_choice("optimizers", name, known)
-    chosen, fixed = known[name]
+    own_names = get_args(get_type_hints(type(recipe.optimizer))["name"])
+    check_choice("optimizers", name, (*own_names, *NAMED))
+    chosen, fixed = NAMED.get(name, (name, {}))
     asked = _settings(text, words)
     for key in asked:
         if key in fixed or key in DEFINED[chosen]:
@@ -82,8 +88,7 @@ def contender(text: str, recipe: R, known: Contenders = CONTENDERS) -> R:
         options.pop("density", None)
     more = {key: value for key, value in asked.items() if key not in own}
     changes |= {"name": chosen, "options": {**options, **fixed, **more}}
-    optimizer: Any = settled(replace(recipe.optimizer, **changes))
-    return replace(recipe, optimizer=optimizer)
+    return replace(recipe, optimizer=settled(replace(recipe.optimizer, **changes)))
 
 
 def _settings(text: str, words: Sequence[str]) -> dict[str, Any]:
@@ -97,31 +102,19 @@ def _settings(text: str, words: Sequence[str]) -> dict[str, Any]:
 
 
 def compare(read: Callable[[], Recipe], optimizers: Sequence[str], seeds: Sequence[int]) -> int:
-    """Train each optimizer with each seed, then write the table and the picture; the exit code of pretrain.
-
-    Runs that are finished are not repeated, those that were interrupted go on: start the same command again.
-    Raises ValueError for an optimizer that is not known, or a folder with runs of another recipe.
-    """
+    """Pre-train with each optimizer and each seed, see ``compare_runs``."""
     from frugal_dist.training.pretrain import pretrain
 
-    kind = Contender(
-        check_recipe, lambda one: check_optimizer(one.optimizer), pretrain, CONTENDERS, (*FREE, "evaluate_every")
-    )
-    return train_all(kind, read, optimizers, seeds, lambda root: _conclude(root, optimizers, seeds))
+    return compare_runs(Comparison(check_recipe, pretrain, (*FREE, "evaluate_every"), _rows), read, optimizers, seeds)
 
 
-def train_all(
-    kind: Contender[R],
-    read: Callable[[], R],
-    optimizers: Sequence[str],
-    seeds: Sequence[int],
-    conclude: Callable[[Path], None],
-) -> int:
-    """Train each optimizer with each seed in a folder of its own, unless it is finished; the first bad exit code.
+def compare_runs(kind: Comparison[R], read: Callable[[], R], optimizers: Sequence[str], seeds: Sequence[int]) -> int:
+    """Train each optimizer with each seed in a folder of its own; then table and picture. The first bad exit code.
 
-    A run that diverges is finished, too: the others follow, and the code is 1. ``conclude(root)`` is last, on rank 0.
-    Raises ValueError, before anything is trained, for what is not known, named twice or refused by an optimizer; on one
-    rank, if several would say the same.
+    Runs that are finished are not repeated, those that were interrupted go on: start the same command again. A run that
+    diverges is finished, too: the others follow, and the code is 1.
+    Raises ValueError, before anything is trained, for what is not known, named twice or refused by an optimizer, or a
+    folder with runs of another recipe; on one rank, if several would say the same.
     """
     place = find_dist_env()
     try:
@@ -144,7 +137,7 @@ def train_all(
             return codes[-1]
     if place.rank:
         return 0  # a launcher would end the first rank for another's bad end while it still draws
-    conclude(root)
+    _conclude(kind, root, optimizers, seeds)
     return 1 if any(codes) else 0
 
 
@@ -156,9 +149,8 @@ def _remaining(seconds: float, trained: int, wanted: int) -> str:
     return f", about {minutes:,.0f} min left" if minutes >= 1 else ", less than a minute left"
 
 
-def _all_runs(kind: Contender[R], recipe: R, optimizers: Sequence[str], seeds: Sequence[int]) -> tuple[Path, list[R]]:
+def _all_runs(kind: Comparison[R], recipe: R, optimizers: Sequence[str], seeds: Sequence[int]) -> tuple[Path, list[R]]:
     """The folder, and the recipe of every run."""
-    kind.check(recipe)
     if recipe.engine == "deepspeed" and len(optimizers) * len(seeds) > 1:
         raise ValueError(
             "engine deepspeed can start only once in a process: compare with engine single, ddp or fsdp2, or give "
@@ -167,9 +159,9 @@ def _all_runs(kind: Contender[R], recipe: R, optimizers: Sequence[str], seeds: S
     for key, values in (("optimizers", list(optimizers)), ("seeds", list(seeds))):
         if len(set(values)) < len(values):  # the second run would find the first one's folder
             raise ValueError(f"--{key} {','.join(map(str, values))} names one of them twice; name each once.")
-    recipes = {text: contender(text, recipe, kind.known) for text in optimizers}
+    recipes = {text: contender(text, recipe) for text in optimizers}
     for one in recipes.values():
-        kind.check_optimizer(one)
+        kind.check(one)
     root = Path(recipe.folder)
     runs: list[R] = []
     for text, one in recipes.items():
@@ -177,7 +169,7 @@ def _all_runs(kind: Contender[R], recipe: R, optimizers: Sequence[str], seeds: S
     return root, runs
 
 
-def _agreed_ends(kind: Contender[R], runs: Sequence[R], place: DistEnv) -> dict[str, int]:
+def _agreed_ends(kind: Comparison[R], runs: Sequence[R], place: DistEnv) -> dict[str, int]:
     """Folders of finished runs and their exit codes, as rank 0 sees them. ValueError if one holds another recipe's."""
     from frugal_dist.training.engines.collectives import gathered
 
@@ -198,36 +190,54 @@ def run_folder(root: Path, name: str, seed: int) -> Path:
     return root / f"{name.replace(':', '+')}-seed{seed}"
 
 
-def _conclude(root: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
+def _conclude(kind: Comparison[R], root: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
     """The table on the terminal and in a file; the picture of all seeds."""
     from frugal_dist.training.metrics.plot import plot_runs
 
-    text = "\n".join(table(root, names, seeds))
-    (root / "comparison.md").write_text(text + "\n", encoding="utf-8")
-    runs = [run_folder(root, name, seed) for name in names for seed in seeds]
-    drawn = [run for run in runs if of_kind(read_metrics(run), "train")]  # one may have diverged before the first line
-    pictures = plot_runs(drawn, root / "comparison.png") if drawn else []
-    print(text, *pictures, sep="\n")
-
-
-def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
-    """One line per optimizer: mean and spread of the final perplexity, state, speed, and what was asked for."""
-    head = ["perplexity", f"largest - smallest of {len(seeds)} seed{'s' * (len(seeds) > 1)}"]
-    head += ["state on the rank with most, MB", "tokens/s", "lr", "lr_scale", "steps", "validation tokens"]
+    folders = {name: [run_folder(root, name, seed) for seed in seeds] for name in names}
+    runs = {name: [read_metrics(run) for run in of_seeds] for name, of_seeds in folders.items()}
+    head, cells = kind.rows(runs)
     lines = [f"| optimizer | {' | '.join(head)} |", "| --- |" + " ---: |" * len(head)]
-    for name in names:
-        runs = [read_metrics(run_folder(root, name, seed)) for seed in seeds]
-        ends = [end_of(records) or {} for records in runs]
-        speeds = [record["tokens_per_second"] for records in runs for record in of_kind(records, "train")]
-        found = [end.get("perplexity") or nan for end in ends]  # none, or null: it diverged
-        state = max(max(end["state_bytes"]) for end in ends) / 1e6
-        spread = f"{max(found) - min(found):,.2f}" if len(found) > 1 else "-"
-        cells = [f"{mean(found):,.2f}", spread, f"{state:,.2f}", f"{mean(speeds or [nan]):,.0f}"]
-        lines.append(f"| {name} | {' | '.join([*cells, *_asked(runs[0])])} |")
-    return lines
+    lines += [f"| {name} | {' | '.join(cells[name])} |" for name in names]
+    text = "\n".join(lines)
+    (root / "comparison.md").write_text(text + "\n", encoding="utf-8")
+    drawn = [
+        run for name in names for run, records in zip(folders[name], runs[name], strict=True)
+        if of_kind(records, "train")  # one may have diverged before the first line
+    ]  # fmt: skip
+    pictures = plot_runs(drawn, root / "comparison.png") if drawn else []
+    print(text, *filter(None, [kind.note]), *pictures, sep="\n")
 
 
-def _asked(records: list[dict[str, Any]]) -> list[str]:
+def ends_of(runs: list[Records]) -> Records:
+    """The record with which each run has ended."""
+    return [end_of(records) or {} for records in runs]
+
+
+MOST_STATE = "state on the rank with most, MB"
+
+
+def most_state(ends: Records) -> str:
+    """The cell of that title."""
+    return f"{max(max(end['state_bytes']) for end in ends) / 1e6:,.2f}"
+
+
+def _rows(runs: Mapping[str, list[Records]]) -> tuple[list[str], dict[str, list[str]]]:
+    """Mean and spread of the final perplexity, state, speed, and what was asked for."""
+    seeds = len(next(iter(runs.values())))
+    head = ["perplexity", f"largest - smallest of {seeds} seed{'s' * (seeds > 1)}", MOST_STATE, "tokens/s"]
+    cells = {}
+    for name, of_seeds in runs.items():
+        ends = ends_of(of_seeds)
+        speeds = [record["tokens_per_second"] for records in of_seeds for record in of_kind(records, "train")]
+        reached = [end.get("perplexity") or nan for end in ends]  # none, or null: it diverged
+        spread = f"{max(reached) - min(reached):,.2f}" if seeds > 1 else "-"
+        cells[name] = [f"{mean(reached):,.2f}", spread, most_state(ends), f"{mean(speeds or [nan]):,.0f}"]
+        cells[name] += _asked(of_seeds[0])
+    return [*head, "lr", "lr_scale", "steps", "validation tokens"], cells
+
+
+def _asked(records: Records) -> list[str]:
     """What a run was told: rate, scale of the projected matrices' rate, steps, tokens of an evaluation."""
     begun = of_kind(records, "run")[-1]
     optimizer = begun["optimizer"]

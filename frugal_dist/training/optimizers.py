@@ -1,8 +1,8 @@
-"""The optimizer of a recipe."""
+"""The optimizer of a recipe: what can be said of it, and how it is built."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -11,56 +11,90 @@ from frugal_dist.config import HYPERPARAMETERS, OLD_NAMES, check_keys, config_fr
 from frugal_dist.optimizer import Frugal
 from frugal_dist.parameters.groups import without_foreign
 from frugal_dist.parameters.split import split_parameters
-from frugal_dist.presets import DEFINED, preset
-from frugal_dist.training.finetune.recipe import Tuning
-from frugal_dist.training.recipe import Optimizer
+from frugal_dist.presets import BEHIND, DEFINED, OptimizerName, preset
 
-R = TypeVar("R", Optimizer, Tuning)
+Number = bool | int | float | str | list[float] | list[str] | None
+"""The first type that fits is taken: text stands after what would fit it as well, such as false and 1."""
 
-_WIDE = 1 << 20
-"""A hidden size for any rank."""
+
+@dataclass(frozen=True, kw_only=True)
+class AnyOptimizer:
+    """The optimizer of any recipe.
+
+    Args:
+        name: of ``frugal_dist.presets``.
+        lr: learning rate.
+        weight_decay: decoupled.
+        project: name patterns of all parameters that are projected; null: all matrices but embeddings, heads, routers.
+        skip: name patterns of parameters that are never projected.
+        no_decay: name patterns of parameters without weight decay.
+        options: any other hyperparameter of FrugalConfig, each as --optimizer.options.NAME: density, update_gap,
+            projection (svd, random, randperm, columns, rows, randk, blockwise), side, block_order, state_full (adamw,
+            lion, sgdm), state_free (sign, sgd, none), betas, eps, momentum, projected_lr_scale, state_free_lr_scale,
+            on_refresh (reset, keep, project), svd_method, basis_dtype, matmul, rounding, refresh_schedule,
+            compute_layout, residual_threshold, seed, shard_state.
+    """
+
+    name: str = "frugal"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    project: list[str] | None = None
+    skip: list[str] | None = None
+    no_decay: list[str] | None = None
+    options: dict[str, Number] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer(AnyOptimizer):
+    """The optimizer.
+
+    Args:
+        name: frugal, galore, badam, signsgd or adamw.
+    """
+
+    name: OptimizerName = "frugal"
+
+
+T = TypeVar("T", bound=AnyOptimizer)
+
 PATTERNS = ("project", "skip", "no_decay")
 OWN = ("lr", "weight_decay", *PATTERNS)
 """Keys that a recipe has of its own."""
 KNOWN = tuple(key for key in (*HYPERPARAMETERS, *OLD_NAMES, "shard_state") if key not in OWN)
 
 
-def frugal_options(recipe: Optimizer) -> dict[str, Any]:
+def frugal_options(recipe: AnyOptimizer) -> dict[str, Any]:
     """Keyword arguments for Frugal, on any engine. Raises ValueError for an option that Frugal does not have."""
     for key in OWN:
         if key in recipe.options:
             raise ValueError(f"optimizer.options.{key}: set optimizer.{key} instead.")
     without_foreign(recipe.options, "optimizer.options")
     check_keys(recipe.options, KNOWN, "optimizer.options")
-    options = preset(recipe.name, lr=recipe.lr, weight_decay=recipe.weight_decay, **settled(recipe).options)
+    name = BEHIND.get(recipe.name, recipe.name)
+    options = preset(name, lr=recipe.lr, weight_decay=recipe.weight_decay, **settled(recipe).options)
     patterns = {key: getattr(recipe, key) for key in PATTERNS}
     return options | {key: value for key, value in patterns.items() if value is not None}
 
 
-def check_optimizer(recipe: Optimizer) -> None:
+def check_optimizer(recipe: AnyOptimizer) -> None:
     """ValueError for options or values that Frugal would refuse."""
     config_from(frugal_options(recipe))
 
 
-def check_tuning(recipe: Tuning) -> None:
-    """The same of a fine-tuning, whose model is not known yet."""
-    check_optimizer(recipe.plain(_WIDE))
-
-
-def settled(recipe: R) -> R:
+def settled(recipe: T) -> T:
     """The recipe without the options that its name leaves no choice of."""
     fixed = DEFINED[recipe.name]
     return replace(recipe, options={key: value for key, value in recipe.options.items() if key not in fixed})
 
 
-def described(recipe: Optimizer) -> str:
+def described(recipe: AnyOptimizer) -> str:
     """The name and, where options were left out that say something else than the name, which."""
-    own, given = config_from(preset(recipe.name)), recipe.options
+    own, given = config_from(preset(BEHIND.get(recipe.name, recipe.name))), recipe.options
     without = [key for key in DEFINED[recipe.name] if key in given and given[key] != getattr(own, key)]
     return f"{recipe.name} (without optimizer.options {', '.join(without)})" if without else recipe.name
 
 
-def build_optimizer(recipe: Optimizer, model: nn.Module) -> Frugal:
+def build_optimizer(recipe: AnyOptimizer, model: nn.Module) -> Frugal:
     """Frugal for a model whose parameters may already be wrapped or sharded."""
     options = frugal_options(recipe)
     return Frugal(groups_of(model, options), **options)

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from frugal_dist.training.distributed.place import DistEnv
 from frugal_dist.training.distributed.ranks import together
-from frugal_dist.training.optimizers import check_optimizer
 from frugal_dist.training.recipe import Recipe, check_recipe
-from frugal_dist.training.run import Start, TrainingJob, run_begun
+from frugal_dist.training.run import TrainingJob, train
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def pretrain(recipe: Recipe) -> int:
-    """Train as one rank of whatever launcher started this process; the exit code of ``run.run_begun``.
+    """Train as one rank of whatever launcher started this process; the exit code of ``run.train``.
 
     Raises ValueError, in a process alone, for a recipe that cannot be trained, before anything is started.
     """
@@ -32,13 +31,7 @@ def pretrain(recipe: Recipe) -> int:
 
 def pretrain_from(read: Callable[[], Recipe]) -> int:
     """As ``pretrain``, with the recipe that ``read`` returns; if it raises on one rank, all of them stop."""
-    return run_begun(lambda: _start(read()))
-
-
-def _start(recipe: Recipe) -> Start:
-    check_recipe(recipe)
-    check_optimizer(recipe.optimizer)
-    return Start(recipe.folder, partial(_prepare, recipe))
+    return train(read, check_recipe, _prepare)
 
 
 def _prepare(recipe: Recipe, place: DistEnv, stack: ExitStack) -> TrainingJob:

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 from frugal_dist import checkpoint
 from frugal_dist.checkpoint.folder import LATEST
@@ -46,7 +46,7 @@ from frugal_dist.training.distributed.run_lock import held
 from frugal_dist.training.folders import CHECKPOINTS
 from frugal_dist.training.metrics.device import idle_gpus, in_words, surroundings
 from frugal_dist.training.metrics.record import METRICS_FILE, end_of, of_kind
-from frugal_dist.training.recipe import Recipe
+from frugal_dist.training.recipe import Recipe, Run
 from frugal_dist.training.resume import GOING_ON, check_begun, records_of
 
 # Heavy and noisy libraries are imported inside the functions: once the terminal is protected from their output.
@@ -89,39 +89,32 @@ class TrainingJob:
     note: str = ""
 
 
-Prepare = Callable[[DistEnv, ExitStack], TrainingJob]
-"""``prepare(place, stack)``: builds the job; what it leaves in ``stack`` is closed at the end."""
+R = TypeVar("R", bound=Run)
+Prepare = Callable[[R, DistEnv, ExitStack], TrainingJob]
+"""``prepare(recipe, place, stack)``: builds the job; what it leaves in ``stack`` is closed at the end."""
 
 
-@dataclass(frozen=True)
-class Start:
-    """What a rank knows before it meets the others."""
-
-    folder: str
-    prepare: Prepare
-
-
-def run_begun(begin: Callable[[], Start]) -> int:
-    """Train, as one rank of whatever launcher started this process, what ``begin`` returns; return the exit code.
+def train(read: Callable[[], R], check: Callable[[R], None], prepare: Prepare[R]) -> int:
+    """Train what ``read`` returns, as one rank of whatever launcher started this process; return the exit code.
 
     0 when all steps are done, 75 after a signal to stop (a checkpoint is saved; the same command goes on), 65 if it
     diverged, 2 for what the user is to mend before it can begin, 130 after Ctrl-C before it began, 1 after another
-    failure. If ``begin`` raises, no rank starts; a process alone raises the same.
+    failure. If ``read`` or ``check`` of it raises, no rank starts; a process alone raises the same.
     """
     place = find_dist_env()
-    log, prepare = _begun(begin, place)
+    log, recipe = _begun(read, check, place)
     with environment(place), quiet_console(log) as terminal, stop_requests() as request:
         request.speaks, holds = place.rank == 0, False
         try:
             with process_group(place), ExitStack() as stack:
                 request.at_once = place.world == 1
-                build = together(prepare)
+                agreed = together(recipe)
                 if place.world > 1:
                     check_shared(log.parent, place.rank)
                 together(lambda: _hold(log.parent, stack) if place.rank == 0 else None)
                 holds = True
                 with waiting("the data and the model, which are read or fetched", request.speaks):
-                    job = build(place, stack)
+                    job = prepare(agreed, place, stack)
                 code = _train(job, terminal, request)
         except StoppedEarly as stop:
             say(terminal, f"Stopped before training began ({stop.name}); the same command starts it.")
@@ -159,16 +152,17 @@ def _note_failure(run: Path, code: int, text: str) -> None:
         file.write(f"{code}\n{text}\n")
 
 
-def _begun(begin: Callable[[], Start], place: DistEnv) -> tuple[Path, Callable[[], Prepare]]:
-    """The file for what libraries print, and what comes next; an error is kept until all ranks can hear of it."""
+def _begun(read: Callable[[], R], check: Callable[[R], None], place: DistEnv) -> tuple[Path, Callable[[], R]]:
+    """The file for what libraries print, and the recipe; an error is kept until all ranks can hear of it."""
     try:
-        start = begin()
-        log = _writable(_folder_of_a_run(start.folder), log_file(place.rank))
+        recipe = read()
+        check(recipe)
+        log = _writable(_folder_of_a_run(recipe.folder), log_file(place.rank))
     except Exception as error:
         if place.world == 1:
             raise
         return Path(os.devnull), partial(_raise, error)
-    return log, lambda: start.prepare
+    return log, lambda: recipe
 
 
 def _folder_of_a_run(folder: str) -> Path:
@@ -192,7 +186,7 @@ def _writable(run: Path, name: str) -> Path:
     return log
 
 
-def _raise(error: Exception) -> Prepare:
+def _raise(error: Exception) -> NoReturn:
     raise error
 
 

@@ -1,13 +1,32 @@
-"""Learning-rate schedules as pure functions of the step: the factor on the learning rate."""
+"""Learning-rate schedules: a recipe's section, and the factor on the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-from frugal_dist.training.recipe import Schedule
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The learning rate over time, as a factor.
+
+    Args:
+        name: cosine, linear, wsd (warm-up, stable, decay) or constant.
+        warmup: steps of warm-up; below 1 a share of all steps (of a cycle).
+        floor: where cosine and linear end.
+        cycle: steps after which cosine starts again, warm-up included; null never does. The papers train 200,000 steps
+            in cycles: stopping between the ends of two cycles stops at a high learning rate.
+        decay: share of all steps in which wsd falls to the floor.
+    """
+
+    name: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup: float = 0.1
+    floor: float = 0.1
+    cycle: int | None = None
+    decay: float = 0.2
 
 
 def warmup_cosine(step: int, *, total: int, warmup: int, floor: float) -> float:

@@ -27,7 +27,7 @@ from frugal_dist.cli import main
 from frugal_dist.training.finetune.classifiers import TuningOptimizer, build_classifier, read_config
 from frugal_dist.training.finetune.examples import read_examples
 from frugal_dist.training.finetune.glue import TASKS, measure
-from frugal_dist.training.finetune.recipe import Data, FinetuneRecipe, Tuning, check_finetune, density_of
+from frugal_dist.training.finetune.recipe import FinetuneRecipe, LabelledData, Tuning, check_finetune, density_of
 from frugal_dist.training.finetune.run import finetune
 from frugal_dist.training.metrics.record import of_kind, read_metrics
 from frugal_dist.training.optimizers import frugal_options
@@ -260,7 +260,7 @@ def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_tasks_are_read_from_a_folder_as_on_the_hub(name: str, glue: Path) -> None:
-    found = read_examples(Data(task=name, source=str(glue)))  # type: ignore[arg-type]
+    found = read_examples(LabelledData(task=name, source=str(glue)))  # type: ignore[arg-type]
     assert (len(found.train.texts), len(found.validation.texts)) == (40, 13)
     assert (found.train.pairs is None) == (len(TASKS[name].columns) == 1)
     assert found.metrics == TASKS[name].metrics
@@ -270,7 +270,7 @@ def test_tasks_are_read_from_a_folder_as_on_the_hub(name: str, glue: Path) -> No
 
 def test_a_regression_on_pairs_learns(folder: Path, glue: Path) -> None:
     # The encoder is new: a rate for training from scratch, and numbers of the size of the head's.
-    data = Data(task="stsb", source=str(glue))
+    data = LabelledData(task="stsb", source=str(glue))
     one = replace(
         recipe(folder, "stsb", "--steps", "24", "--evaluate_every", "6", "--saving.every", "0", "--length", "32"),
         data=data,
@@ -283,9 +283,9 @@ def test_a_regression_on_pairs_learns(folder: Path, glue: Path) -> None:
 
 def test_without_the_task_the_message_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.source.*Where there is no network"):
-        read_examples(Data(task="rte"))  # tests run offline
+        read_examples(LabelledData(task="rte"))  # tests run offline
     with pytest.raises(ValueError, match=r"data\.source"):
-        read_examples(Data(task="rte", source=str(tmp_path)))
+        read_examples(LabelledData(task="rte", source=str(tmp_path)))
 
 
 def test_metrics_are_those_of_the_libraries() -> None:
@@ -337,7 +337,7 @@ def test_wrong_files_are_named(name: str, tmp_path: Path) -> None:
         for half, found in (("train", train), ("validation", validation))
     ]
     with pytest.raises(ValueError) as error:
-        read_examples(Data(train=paths[0], validation=paths[1], **changes))  # type: ignore[arg-type]
+        read_examples(LabelledData(train=paths[0], validation=paths[1], **changes))  # type: ignore[arg-type]
     for word in words:
         assert word in str(error.value)
 
@@ -359,7 +359,7 @@ def test_a_row_that_is_none_is_no_class(lines: list[str], said: str, ending: str
     path = tmp_path / f"a{ending}"
     text = "\n".join(["text, label", *lines]) + "\n"
     path.write_text(text if ending == ".csv" else text.replace(",", "\t"))
-    data = Data(train=str(path), validation=str(path))
+    data = LabelledData(train=str(path), validation=str(path))
     if said:
         with pytest.raises(ValueError, match=said):
             read_examples(data)
@@ -372,19 +372,19 @@ def test_files_are_read_as_they_are(tmp_path: Path) -> None:
     path = write_csv(
         tmp_path / "a.csv", [{"text": t, "label": n} for t, n in (("NA", 10), ("null, 'x'", 9), ("3", 10))]
     )
-    found = read_examples(Data(train=str(path), validation=str(path)))
+    found = read_examples(LabelledData(train=str(path), validation=str(path)))
     assert (found.train.texts, found.classes, found.train.labels) == (["NA", "null, 'x'", "3"], ("9", "10"), [1, 0, 1])
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as spreadsheets save it
-    assert read_examples(Data(train=str(path), validation=str(path))).train.texts == found.train.texts
+    assert read_examples(LabelledData(train=str(path), validation=str(path))).train.texts == found.train.texts
     path.write_text("text,label\n")
     with pytest.raises(ValueError, match="has no examples"):
-        read_examples(Data(train=str(path), validation=str(path)))
+        read_examples(LabelledData(train=str(path), validation=str(path)))
     (tmp_path / "a.json").write_text("nothing\n")
     with pytest.raises(ValueError, match=r"line 1 is no JSON"):
-        read_examples(Data(train=str(tmp_path / "a.json"), validation=str(path)))
+        read_examples(LabelledData(train=str(tmp_path / "a.json"), validation=str(path)))
     (tmp_path / "a.xls").write_text("x")
     with pytest.raises(ValueError, match=r"must end in one of \.csv"):
-        read_examples(Data(train=str(tmp_path / "a.xls"), validation=str(path)))
+        read_examples(LabelledData(train=str(tmp_path / "a.xls"), validation=str(path)))
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 pytest.importorskip("jsonargparse")
 
 from frugal_dist.config import FrugalConfig, config_from
-from frugal_dist.presets import CONTENDERS, DEFINED, preset
+from frugal_dist.presets import BEHIND, DEFINED, NAMED, PRESETS, preset
 from frugal_dist.training.compare import contender
-from frugal_dist.training.finetune.compare import TUNED
-from frugal_dist.training.finetune.recipe import FinetuneRecipe
+from frugal_dist.training.finetune.recipe import FinetuneRecipe, Tuning
 from frugal_dist.training.optimizers import check_optimizer, described, frugal_options, settled
 from frugal_dist.training.recipe import Optimizer, Recipe, read_recipe, shipped
 from frugal_dist.training.resume import FREE, GOING_ON, check_begun
@@ -62,6 +61,9 @@ def test_what_a_name_leaves_out_is_said() -> None:
 
 def test_every_preset_is_in_the_table() -> None:
     """Each option that a preset sets is one that makes it what it is, but for GaLore's rate."""
+    names = {kind: set(get_args(get_type_hints(kind)["name"])) for kind in (Optimizer, Tuning)}
+    assert names[Tuning] == set(DEFINED)
+    assert names[Optimizer] == set(PRESETS) == set(DEFINED) - set(BEHIND)
     for name in MEANING:
         assert set(preset(name)) - {"projected_lr_scale"} <= set(DEFINED[name])
 
@@ -69,18 +71,18 @@ def test_every_preset_is_in_the_table() -> None:
 HARD = {"svd_method": "subspace", "state_free": "sgd", "state_full": "lion", "on_refresh": "project", "density": 0.5}
 
 
-@pytest.mark.parametrize("name", TUNED)
+@pytest.mark.parametrize("name", ["adamw", "galore", "badam", "lora", *NAMED])
 def test_contenders_are_what_they_are_called(name: str) -> None:
     """With options in the recipe that would make them something else, or nothing."""
-    preset_name, fixed = TUNED[name]
+    preset_name, fixed = NAMED.get(name, (name, {}))
     given = read_recipe("reviews_5m", (), Recipe)
     options = {**given.optimizer.options, **HARD, "projection": "randperm"}
-    if name in CONTENDERS:
+    if name != "lora":
         optimizer = contender(name, replace(given, optimizer=replace(given.optimizer, options=options))).optimizer
     else:
         tuned = read_recipe("minilm_reviews", (), FinetuneRecipe)
         tuned = replace(tuned, optimizer=replace(tuned.optimizer, options=options))
-        optimizer = contender(name, tuned, TUNED).optimizer.plain(384)
+        optimizer = contender(name, tuned).optimizer.plain(384)
     check_optimizer(optimizer)
     config = config_from(frugal_options(optimizer))
     if preset_name == "frugal":

@@ -30,8 +30,8 @@ from frugal_dist.training.engines.protocol import (
 from frugal_dist.training.models import token_losses
 from frugal_dist.training.optimizers import frugal_options
 from frugal_dist.training.recipe import Recipe
+from frugal_dist.training.recipe.spelling import ZERO
 from frugal_dist.training.schedule import jump
-from frugal_dist.training.spelling import ZERO
 
 
 class DeepSpeedEngine:

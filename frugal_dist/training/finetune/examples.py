@@ -12,7 +12,7 @@ from typing import Any
 from frugal_dist.training.data.documents import hub_dataset, short
 from frugal_dist.training.data.local import check_files
 from frugal_dist.training.finetune.glue import TASKS
-from frugal_dist.training.finetune.recipe import Data
+from frugal_dist.training.finetune.recipe import LabelledData
 
 _SHOWN = 5
 
@@ -40,7 +40,7 @@ class Labelled:
     metrics: tuple[str, ...]
 
 
-def read_examples(data: Data) -> Labelled:
+def read_examples(data: LabelledData) -> Labelled:
     """What a recipe's ``data`` names.
 
     Raises ValueError, naming file, line, column or key, for what is missing, empty or damaged, for labels that are no
@@ -52,7 +52,7 @@ def read_examples(data: Data) -> Labelled:
 # --- GLUE -------------------------------------------------------------------------------------------------------------
 
 
-def _task(data: Data, name: str) -> Labelled:
+def _task(data: LabelledData, name: str) -> Labelled:
     task = TASKS[name]
     train, names = _split(data, name, "train")
     validation, _ = _split(data, name, data.validation_split or task.validation)
@@ -66,7 +66,7 @@ def _task(data: Data, name: str) -> Labelled:
     return Labelled(train, validation, names, metrics)
 
 
-def _split(data: Data, name: str, split: str) -> tuple[Examples, tuple[str, ...]]:
+def _split(data: LabelledData, name: str, split: str) -> tuple[Examples, tuple[str, ...]]:
     """The examples of a split, and the names of its classes."""
     task = TASKS[name]
     dataset, where, _ = hub_dataset(data.source, name, split, "data.source")
@@ -87,7 +87,7 @@ def _read(dataset: Any, where: str) -> list[dict[str, Any]]:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def _files(data: Data) -> Labelled:
+def _files(data: LabelledData) -> Labelled:
     train = _file(data, data.train, "data.train")
     validation = _file(data, data.validation, "data.validation")
     if data.regression:
@@ -97,7 +97,7 @@ def _files(data: Data) -> Labelled:
     return Labelled(_numbered(train, classes), _numbered(validation, classes), classes, metrics)
 
 
-def _file(data: Data, name: str | None, key: str) -> Examples:
+def _file(data: LabelledData, name: str | None, key: str) -> Examples:
     path = Path(str(name))
     if not path.is_file():
         raise ValueError(f"{key} is {str(path)!r}, where there is no file.")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from frugal_dist.config import check_choice
 from frugal_dist.presets import BEHIND, PRESETS, WITHOUT_RANK, TuningName
 from frugal_dist.projection.registry import PROJECTIONS
 from frugal_dist.training.finetune.glue import METRICS, TASKS
-from frugal_dist.training.metrics.record import check_trackers
-from frugal_dist.training.recipe import Number, Optimizer, Recipe, Saving, Schedule, check_saving, check_seed
+from frugal_dist.training.optimizers import AnyOptimizer, Optimizer, check_optimizer
+from frugal_dist.training.recipe import Recipe, Run, Schedule, check_run
+from frugal_dist.training.recipe.declared import AnyModel
+
+_WIDE = 1 << 20
+"""A hidden size for any rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class Encoder(AnyModel):
     """The model.
 
     Args:
@@ -22,21 +26,15 @@ class Model:
             folder inside an installed Python package.
         dropout: of the whole model; null leaves the model's own.
         freeze: name patterns of parameters that are not trained.
-        attention: implementation in transformers: sdpa, eager or flash_attention_2.
-        checkpointing: recompute activations in the backward pass, for memory.
-        compile: torch.compile the model.
     """
 
     path: str = ""
     dropout: float | None = None
     freeze: list[str] = field(default_factory=list)
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    checkpointing: bool = False
-    compile: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
+class LabelledData:
     """Texts and labels: a GLUE task, or files.
 
     Args:
@@ -66,16 +64,11 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuning:
+class Tuning(AnyOptimizer):
     """The optimizer.
 
     Args:
         name: frugal, galore, badam, signsgd, adamw, or lora: AdamW on adapters.
-        lr: learning rate.
-        weight_decay: decoupled.
-        project: name patterns of all parameters that are projected; null: all matrices but embeddings, heads, routers.
-        skip: name patterns of parameters that are never projected.
-        no_decay: name patterns of parameters without weight decay.
         rank: the density as a rank: it becomes rank / hidden size. Null: options.density counts, as it does for badam
             and blockwise, where the density is a share of the matrices.
         stateful: name patterns of matrices to which the density applies; the other matrices get density 0. Null: all.
@@ -84,31 +77,18 @@ class Tuning:
 
     name: TuningName = "frugal"
     lr: float = 1e-4
-    weight_decay: float = 0.0
-    project: list[str] | None = None
-    skip: list[str] | None = None
-    no_decay: list[str] | None = None
     rank: int | None = None
     stateful: list[str] | None = None
-    options: dict[str, Number] = field(default_factory=dict)
 
     def plain(self, hidden: int) -> Optimizer:
         """The same for a model of this hidden size, as pre-training has it."""
-        options = dict(self.options)
-        name: Any = BEHIND.get(self.name, self.name)
+        name, options = BEHIND.get(self.name, self.name), dict(self.options)
         chosen = {**options, **PRESETS[name]}.get("projection")
         blocks = chosen in PROJECTIONS and PROJECTIONS[str(chosen)].family == "blocks"
         if self.rank is not None and self.name not in WITHOUT_RANK and not blocks:
             options["density"] = density_of(self.rank, hidden)
-        return Optimizer(
-            name=name,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            project=self.project,
-            skip=self.skip,
-            no_decay=self.no_decay,
-            options=options,
-        )
+        shared: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(AnyOptimizer)}
+        return Optimizer(**shared | {"name": name, "options": options})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,75 +109,41 @@ class Lora:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneRecipe:
+class FinetuneRecipe(Run):
     """A fine-tuning run.
 
     Args:
-        folder: for metrics, checkpoints and the best model; a run that is there is continued.
-        engine: single, ddp, fsdp2 or deepspeed.
-        deepspeed: DeepSpeed JSON for that engine, from the working directory or beside the recipe; its optimizer,
-            scheduler and batch sizes are the recipe's.
         epochs: passes over the training examples.
         steps: optimizer steps; 0: as many as the epochs need.
         batch: examples per step over all ranks.
         micro_batch: examples that a rank computes at once; null takes all of its share.
         length: tokens to which an example is cut; batches are padded to their longest.
-        precision: bf16 (autocast, fp32 weights), fp16 (DeepSpeed only) or fp32.
-        clip: largest gradient norm; 0 does not clip.
         evaluate_every: steps between two evaluations of the whole validation set; 0: once an epoch.
-        log_every: steps between two lines of metrics.
-        bad_steps: consecutive steps without a finite gradient that are skipped before the run gives up.
         seed: of the head, the dropout and the data order.
-        trackers: tensorboard, wandb, or both, beside the metrics file.
     """
 
-    model: Model = field(default_factory=Model)
-    data: Data = field(default_factory=Data)
+    SHIPPED = "recipes/finetune"
+
+    model: Encoder = field(default_factory=Encoder)
+    data: LabelledData = field(default_factory=LabelledData)
     optimizer: Tuning = field(default_factory=Tuning)
     lora: Lora = field(default_factory=Lora)
     schedule: Schedule = field(default_factory=lambda: Schedule(name="linear", warmup=0.06, floor=0.0))
-    saving: Saving = field(default_factory=Saving)
     folder: str = "runs/finetune"
-    engine: Literal["single", "ddp", "fsdp2", "deepspeed"] = "single"
-    deepspeed: str | None = None
     epochs: float = 3.0
     steps: int = 0
     batch: int = 32
-    micro_batch: int | None = None
     length: int = 128
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     clip: float = 1.0
     evaluate_every: int = 0
-    log_every: int = 10
-    bad_steps: int = 10
-    seed: int = 0
-    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
-
-    def record(self) -> dict[str, Any]:
-        """All of it, for the metrics file."""
-        return asdict(self)
 
     def as_run(self, examples: int, hidden: int) -> Recipe:
         """What the engines and the loop need to know, for so many training examples and this hidden size."""
-        per_epoch = max(1, round(examples / self.batch))
-        return Recipe(
-            optimizer=self.optimizer.plain(hidden),
-            schedule=self.schedule,
-            saving=self.saving,
-            folder=self.folder,
-            engine=self.engine,
-            deepspeed=self.deepspeed,
+        shared: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(Run)}
+        return replace(
+            Recipe(**shared | {"optimizer": self.optimizer.plain(hidden)}),
             steps=self.steps or max(1, round(self.epochs * examples / self.batch)),
-            batch=self.batch,
-            micro_batch=self.micro_batch,
-            length=self.length,
-            precision=self.precision,
-            clip=self.clip,
-            evaluate_every=self.evaluate_every or per_epoch,
-            log_every=self.log_every,
-            bad_steps=self.bad_steps,
-            seed=self.seed,
-            trackers=self.trackers,
+            evaluate_every=self.evaluate_every or max(1, round(examples / self.batch)),
         )
 
 
@@ -208,31 +154,22 @@ def density_of(rank: int, hidden: int) -> float:
 
 
 def check_finetune(recipe: FinetuneRecipe) -> None:
-    """ValueError for values that fit their type but not each other; names the key."""
-    for key in ("batch", "length", "log_every", "bad_steps"):
-        if getattr(recipe, key) < 1:
-            raise ValueError(f"{key} is {getattr(recipe, key)}; it must be at least 1.")
-    for key in ("steps", "evaluate_every", "clip"):
-        if getattr(recipe, key) < 0:
-            raise ValueError(f"{key} is {getattr(recipe, key)}; it must not be negative.")
+    """As ``check_run``, for a fine-tuning."""
+    check_run(recipe)
     if not recipe.epochs > 0:
         raise ValueError(f"epochs is {recipe.epochs:g}; it must be above 0.")
-    check_seed(recipe.seed)
-    if recipe.micro_batch is not None and recipe.micro_batch < 1:
-        raise ValueError(f"micro_batch is {recipe.micro_batch}; it must be at least 1, or null.")
     if not recipe.model.path:
         raise ValueError("model.path is not set; name a folder or hub name with the pretrained model.")
-    if recipe.precision == "fp16" and recipe.engine != "deepspeed":
-        raise ValueError(f"precision fp16 scales the loss, which engine {recipe.engine!r} does not do. Use bf16.")
-    if recipe.deepspeed is not None and recipe.engine != "deepspeed":
-        raise ValueError(f"deepspeed is {recipe.deepspeed!r}, but engine is {recipe.engine!r}. Set engine: deepspeed.")
-    check_trackers(recipe.trackers)
-    check_saving(recipe.saving)
     _check_data(recipe.data)
-    _check_tuning(recipe.optimizer)
+    rank = recipe.optimizer.rank
+    if rank is not None and rank < 0:
+        raise ValueError(f"optimizer.rank is {rank}; it must not be negative.")
+    if rank is not None and "density" in recipe.optimizer.options:
+        raise ValueError("optimizer.rank and optimizer.options.density both say the density; set one of them.")
+    check_optimizer(recipe.optimizer.plain(_WIDE))
 
 
-def _check_data(data: Data) -> None:
+def _check_data(data: LabelledData) -> None:
     if data.task is None and (data.train is None or data.validation is None):
         raise ValueError(f"data.task is not set: name one of {', '.join(TASKS)}, or data.train and data.validation.")
     if data.task is not None and (data.train or data.validation):
@@ -248,10 +185,3 @@ def _check_data(data: Data) -> None:
         if METRICS[name].regression != regression:
             what = "numbers" if regression else "classes"
             raise ValueError(f"data.metrics names {name}, but the labels are {what}.")
-
-
-def _check_tuning(optimizer: Tuning) -> None:
-    if optimizer.rank is not None and optimizer.rank < 0:
-        raise ValueError(f"optimizer.rank is {optimizer.rank}; it must not be negative.")
-    if optimizer.rank is not None and "density" in optimizer.options:
-        raise ValueError("optimizer.rank and optimizer.options.density both say the density; set one of them.")

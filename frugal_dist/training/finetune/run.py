@@ -14,8 +14,7 @@ from frugal_dist.training.distributed.place import DistEnv
 from frugal_dist.training.distributed.process import LOG_FILE
 from frugal_dist.training.distributed.ranks import together
 from frugal_dist.training.finetune.recipe import FinetuneRecipe, check_finetune
-from frugal_dist.training.optimizers import check_tuning
-from frugal_dist.training.run import Start, TrainingJob, run_begun
+from frugal_dist.training.run import TrainingJob, train
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def finetune(recipe: FinetuneRecipe) -> int:
-    """Train as one rank of whatever launcher started this process; the exit code of ``run.run_begun``.
+    """Train as one rank of whatever launcher started this process; the exit code of ``run.train``.
 
     Raises ValueError, in a process alone, for a recipe that cannot be trained, before anything is started.
     """
@@ -36,13 +35,7 @@ def finetune(recipe: FinetuneRecipe) -> int:
 
 def finetune_from(read: Callable[[], FinetuneRecipe]) -> int:
     """As ``finetune``, with the recipe that ``read`` returns; if it raises on one rank, all of them stop."""
-    return run_begun(lambda: _start(read()))
-
-
-def _start(recipe: FinetuneRecipe) -> Start:
-    check_finetune(recipe)
-    check_tuning(recipe.optimizer)
-    return Start(recipe.folder, partial(_prepare, recipe))
+    return train(read, check_finetune, _prepare)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,226 @@
+"""Recipes: what to train, on what, with which optimizer and engine. Typed YAML; the command line sets any key.
+
+A recipe is a shipped name (``llama_60m``) or a YAML file; ``--optimizer.lr 2e-3`` or ``--steps 100`` after it change
+single keys. Unknown keys and values of the wrong type are errors that name the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, replace
+from glob import glob
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from frugal_dist.presets import NAMED
+from frugal_dist.training.data.hub import nearby
+from frugal_dist.training.recipe.declared import Recipe, Run
+from frugal_dist.training.recipe.spelling import (
+    OPTIONS,
+    ZERO,
+    Keys,
+    as_words,
+    check_keys_of,
+    fitted_file,
+    keys_of,
+    read_changes,
+)
+
+R = TypeVar("R", bound=Run)
+
+
+COMMANDS = {"recipes": "pretrain, compare or plan", "recipes/finetune": "finetune"}
+"""What takes the recipes that come with the package, by their folder."""
+
+
+def shipped(kind: type[Run] = Recipe) -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return _shipped(kind.SHIPPED)
+
+
+def _shipped(folder: str) -> dict[str, Path]:
+    place = Path(str(resources.files("frugal_dist.training"))) / folder
+    return {path.stem: path for path in sorted(place.glob("*.yaml"))}
+
+
+def read_recipe(
+    name: str,
+    changes: Sequence[str] = (),
+    kind: type[R] = Recipe,  # type: ignore[assignment]
+) -> R:
+    """The recipe of this name or file with ``--key value`` changes; ``--help`` among them prints all keys and exits.
+
+    Raises ValueError that names the key and what is allowed.
+    """
+    from frugal_dist.training.recipe.yaml_file import read_yaml
+
+    path, keys = _path_of(name, kind), keys_of(kind)
+    try:
+        written = _without_short_names(fitted_file(_checked(read_yaml(path), keys), keys))
+    except ValueError as error:
+        raise ValueError(f"recipe {name}: {error}") from error
+    command = COMMANDS[kind.SHIPPED].partition(",")[0]
+    parser = recipe_parser(kind, f"frugal-dist {command} {name}")
+    stage = written.pop(_STAGE, None)
+    words = ["--config", json.dumps(written)]
+    if {"--help", "-h"} & set(changes):
+        parser.set_defaults(_flat(written, keys))
+        parser.parse_args(["--help"])
+    for key, value in read_changes(changes, keys):
+        words += as_words(key, value, keys)
+        stage = ZERO.get(value) if key == "engine" else stage
+    try:
+        found = parser.parse_args(words)
+    except Exception as error:  # the library has several kinds of errors
+        raise ValueError(f"recipe {name}: {_explained(str(error), parser)}") from error
+    values = parser.instantiate(found)
+    typed = {one.name: getattr(values, one.name) for one in fields(kind)}
+    typed = {**_beside(path, typed), "folder": os.path.expanduser(typed["folder"])}
+    typed["deepspeed"] = _staged(typed["deepspeed"], stage)
+    return kind(**typed)
+
+
+_STAGE = "zero stage"
+
+
+def as_yaml(recipe: Run) -> str:
+    """A recipe with all its keys, as a file; sections first."""
+    import yaml
+
+    values = dict(sorted(recipe.record().items(), key=lambda item: not isinstance(item[1], dict)))
+    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def list_recipes() -> str:
+    """The shipped recipes, by the commands that take them, with what each says of itself."""
+    lines = []
+    for folder, commands in COMMANDS.items():
+        lines += [f"for frugal-dist {commands}:"]
+        for name, path in _shipped(folder).items():
+            first = path.read_text(encoding="utf-8").partition("\n")[0]
+            lines.append(f"  {name:<20} {first.lstrip('# ')}")
+    return "\n".join(lines)
+
+
+def _checked(values: dict[str, Any], keys: Keys) -> dict[str, Any]:
+    check_keys_of(values, keys)
+    return values
+
+
+def _without_short_names(values: dict[str, Any]) -> dict[str, Any]:
+    """An engine "zero3" as "deepspeed" and its stage; an optimizer "frugal-columns" as "frugal" and its projection."""
+    values = dict(values)
+    if values.get("engine") in ZERO:
+        values |= {"engine": "deepspeed", _STAGE: ZERO[values["engine"]]}
+    optimizer = values.get("optimizer")
+    if isinstance(optimizer, dict) and optimizer.get("name") in NAMED:
+        name, fixed = NAMED[optimizer["name"]]
+        options = optimizer.get("options") or {}
+        for key, value in fixed.items():
+            if options.get(key, value) != value:
+                raise ValueError(f"optimizer.name is {optimizer['name']!r}, but {OPTIONS}.{key} is {options[key]!r}.")
+        values["optimizer"] = {**optimizer, "name": name, "options": {**options, **fixed}}
+    return values
+
+
+def _staged(named: str | None, stage: int | None) -> str | None:
+    """The DeepSpeed JSON; where the engine is named by its stage and there is none, "zeroN".
+
+    Raises ValueError for a JSON of another stage.
+    """
+    if stage is None or named is None:
+        return named if stage is None else f"zero{stage}"
+    try:
+        own = json.loads(Path(named).read_text(encoding="utf-8"))["zero_optimization"]["stage"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return named  # who reads it for training says what is wrong with it
+    if own != stage:
+        raise ValueError(
+            f"engine is 'zero{stage}', but {named} says stage {own}. Set engine: deepspeed, or change one."
+        )
+    return named
+
+
+def _flat(values: dict[str, Any], keys: Keys, above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        section = isinstance(value, dict) and is_dataclass(keys.get(f"{above}{name}"))
+        found |= _flat(value, keys, f"{above}{name}.") if section else {f"{above}{name}": value}
+    return found
+
+
+def _beside(recipe: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Paths as they are named or, where nothing is there, beside the recipe: it then works from any folder."""
+    return {
+        key: replace(value, **_beside(recipe, {one.name: getattr(value, one.name) for one in fields(value)}))
+        if is_dataclass(value) and not isinstance(value, type)
+        else _near(recipe.parent, value)
+        if key in _PATHS and isinstance(value, str)
+        else value
+        for key, value in values.items()
+    }
+
+
+_PATHS = ("deepspeed", "path", "tokenizer", "validation_path", "source", "train", "validation")
+"""Keys, in whatever section, that name files, folders or patterns of them."""
+
+
+def _near(folder: Path, name: str) -> str:
+    if not name:
+        return name  # nothing is named; the folder itself is not meant
+    given = os.path.expanduser(name)
+    beside = str(folder / given)
+    return beside if not _is_there(given) and _is_there(beside) else given
+
+
+def _is_there(name: str) -> bool:
+    return bool(name) and (Path(name).exists() or bool(glob(name, recursive=True)))
+
+
+def recipe_parser(kind: type[Any], command: str = "frugal-dist ... RECIPE") -> Any:
+    """The command line of a recipe: one option per key."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=command, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a YAML file with any of the keys below")
+    parser.add_class_arguments(kind, as_group=False)
+    return parser
+
+
+def _path_of(name: str, kind: type[Any]) -> Path:
+    known = shipped(kind)
+    if name in known:
+        return known[name]
+    path = Path(name)
+    if path.is_file():
+        return path
+    close = difflib.get_close_matches(name, known, n=1)
+    file = next((f"{name}{ending}" for ending in (".yaml", ".yml") if Path(f"{name}{ending}").is_file()), "")
+    hint = f" Did you mean {(file or close[0])!r}?" if file or close else nearby(name)
+    if path.is_dir():
+        hint = " It is a folder, a recipe is a YAML file; the folder of a model is named by --model.path."
+    for folder, commands in COMMANDS.items():
+        if name in _shipped(folder):
+            hint = f" That one is for frugal-dist {commands}."
+    raise ValueError(f"there is no recipe {name!r}: neither a file nor one of {', '.join(known)}.{hint}")
+
+
+def _explained(message: str, parser: Any) -> str:
+    """The library's words, shorter, with the known key that is closest to an unknown one."""
+    text = " ".join(message.split())
+    text = re.sub(r"a typing\.Literal\[([^\]]*)\]", r"one of \1", text)
+    text = re.sub(r"(?:a )?<class '(\w+)'>", r"\1", text).replace("NoneType", "null")
+    union = r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: "
+    text = re.sub(union, lambda kinds: f"Expected {kinds.group(1).replace(', ', ' or ')}. Got value: ", text)
+    text = re.sub(r'Parser key "([\w.]+)": ', r"\1: ", text)
+    known = [action.dest for action in parser._actions]
+    group = re.search(r"Group '([\w.]+)'", text)
+    words = [f"{group.group(1)}.{word}" if group else word for word in re.findall(r"[\w.]+", text)]
+    hints = [difflib.get_close_matches(word, known, n=1, cutoff=0.8) for word in words if word not in known]
+    hint = next((f" Did you mean {close[0]!r}?" for close in hints if close), "")
+    return text.rstrip(".") + "." + hint
