@@ -101,7 +101,9 @@ def interrupted(request, tmp_path, data) -> Iterator[tuple[subprocess.Popen[str]
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     try:
-        file, words = {"loading": ("output.txt", ""), "training": ("metrics.jsonl", "validation")}[request.param]
+        file, words = {"loading": ("output.txt", ""), "training": ("metrics.jsonl", '"kind": "validation"')}[
+            request.param
+        ]
         while process.poll() is None and not ((run / file).exists() and words in (run / file).read_text()):
             time.sleep(0.2)
         assert process.poll() is None, process.communicate()
