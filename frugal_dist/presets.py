@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from frugal_dist.config import check_choice, renamed
-from frugal_dist.projection.registry import PROJECTIONS
+from frugal_dist.projection.registry import PROJECTIONS, options_of_others
 
 PRESETS: dict[str, dict[str, Any]] = {
     "frugal": {},
@@ -19,14 +19,22 @@ TuningName = Literal["frugal", "galore", "badam", "signsgd", "adamw", "lora"]
 LORA = "lora"
 BEHIND = {LORA: "adamw"}
 """Names that fine-tuning has beyond those, and the preset behind them."""
-DEFINED: dict[str, tuple[str, ...]] = {
+_DECIDED: dict[str, tuple[str, ...]] = {
     "frugal": (),
     "galore": ("projection", "on_refresh", "state_free"),
-    "badam": ("projection", "state_full", "state_free", "svd_method"),
-    "signsgd": ("projection", "density", "state_free", "svd_method"),
-    "adamw": ("projection", "density", "on_refresh", "state_full", "svd_method"),
-    "lora": ("projection", "density", "on_refresh", "state_full", "svd_method"),
+    "badam": ("projection", "state_full", "state_free"),
+    "signsgd": ("projection", "density", "state_free"),
+    "adamw": ("projection", "density", "on_refresh", "state_full"),
 }
+
+
+def _defined(name: str) -> tuple[str, ...]:
+    """With a projection the options of all others are decided as well."""
+    others = options_of_others(PRESETS[name]["projection"]) if "projection" in _DECIDED[name] else []
+    return (*_DECIDED[name], *(key for key, _ in others))
+
+
+DEFINED = {name: _defined(BEHIND.get(name, name)) for name in (*PRESETS, *BEHIND)}
 """What makes an optimizer the one of its name. A recipe's options of these names are FRUGAL's, and are left out."""
 WITHOUT_RANK = tuple(name for name, fixed in DEFINED.items() if "density" in fixed)
 """They update everything, or nothing, with state: ``rank`` and ``stateful`` do not concern them."""

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from frugal_dist import Frugal, FrugalConfig, checkpoint
 from frugal_dist.planner import Weight, frugal_bytes
 from frugal_dist.projection.basis import Basis, basis_shapes
-from frugal_dist.projection.definition import Drawing, sided
+from frugal_dist.projection.coordinates import Rows
+from frugal_dist.projection.definition import Drawing, Projection, sided
 from frugal_dist.projection.registry import PROJECTIONS
-from frugal_dist.update.definition import Moment, Settings, StateFull, Tensors
-from frugal_dist.update.rules import STATE_FULL
+from frugal_dist.update.definition import Moment, Settings, StateFree, StateFull, Tensors
+from frugal_dist.update.rules import STATE_FREE, STATE_FULL
 
 # --- what a file of its own would have --------------------------------------------------------------------------------
 
@@ -33,6 +34,19 @@ def identity(grad: Tensor, drawing: Drawing, warm: Basis | None) -> Basis:
 
 
 FIRST = sided(name="first", family="basis", depends_on=("side",), compute=identity)
+
+NEXT = Projection(
+    name="next",
+    family="coordinates",
+    depends_on=(),
+    dim=lambda side, rows, cols: rows,
+    lines=lambda side: (0,),
+    entries=lambda side, rows, cols, size: size * cols,
+    draw=lambda one: Rows(((torch.arange(one.size) + one.refresh) % one.rows).sort().values, one.cols),
+)
+"""One row further at each refresh."""
+
+SOFT = StateFree(name="soft", direction=torch.tanh)
 
 
 def slow(params: Tensors, grads: Tensors, moments: Sequence[Tensors], step: int, lr: float, decay: float,
@@ -65,7 +79,9 @@ SHAPES = {"tall": (24, 16), "wide": (16, 40), "square": (33, 33)}
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PROJECTIONS, "first", FIRST)
+    for projection in (FIRST, NEXT):
+        monkeypatch.setitem(PROJECTIONS, projection.name, projection)
+    monkeypatch.setitem(STATE_FREE, "soft", SOFT)
     for rule in (SLOW, UNIT):
         monkeypatch.setitem(STATE_FULL, rule.name, rule)
 
@@ -73,6 +89,9 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
 WAYS: dict[str, dict[str, Any]] = {
     "first": {"projection": "first", "on_refresh": "project"},
     "first left": {"projection": "first", "side": "left", "on_refresh": "keep"},
+    "next": {"projection": "next", "on_refresh": "keep", "state_free": "soft"},
+    "next project": {"projection": "next", "on_refresh": "project"},
+    "soft svd": {"state_free": "soft"},
     "slow svd": {"state_full": "slow", "on_refresh": "project"},
     "slow columns": {"state_full": "slow", "projection": "columns", "on_refresh": "keep"},
     "slow blocks": {"state_full": "slow", "projection": "blockwise"},
