@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("jsonargparse")
 
 from frugal_dist.cli import main
-from frugal_dist.training.doctor import finding, machine, trials
+from frugal_dist.training.doctor import machine, trials
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -57,10 +57,10 @@ def test_trials_on_every_engine(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_a_wrong_version_of_the_core_fails_and_one_of_an_application_is_noted() -> None:
     never = lambda version, prereleases: False  # noqa: E731
-    assert machine._version("torch", "<1", "", never).verdict == finding.FAIL
-    assert machine._version("numpy", "<1", "train", never).verdict == finding.NOTE
+    assert machine._version("torch", "<1", "", never).verdict == machine.FAIL
+    assert machine._version("numpy", "<1", "train", never).verdict == machine.NOTE
     missing = machine._version("no-such-package", ">1", "train", never)
-    assert missing.verdict == finding.NOTE
+    assert missing.verdict == machine.NOTE
     assert "pip install 'frugal_dist[train]'" in missing.found
 
 
@@ -76,7 +76,7 @@ def test_little_shared_memory_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage(64 << 20, 0, 64 << 20))
     found = {one.what: one for one in machine.disk(tmp_path)}
-    assert found["shared memory"].verdict == finding.NOTE
+    assert found["shared memory"].verdict == machine.NOTE
     assert "--shm-size" in found["shared memory"].found
 
 
@@ -116,7 +116,7 @@ def test_a_training_that_does_not_learn_fails(tmp_path: Path, monkeypatch: pytes
             log.write("validation", step=20, loss=last)
     assert "does not learn" in trials._train("flat", 1, tmp_path / "recipe.yaml", None)[0].line()
     found, loss = trials._train("other", 2, tmp_path / "recipe.yaml", 2.0)
-    assert (found.verdict, loss) == (finding.FAIL, 3.0)
+    assert (found.verdict, loss) == (machine.FAIL, 3.0)
     assert "2.00 on one process" in found.found
 
 
@@ -128,7 +128,7 @@ def test_a_health_check_takes_no_memory_on_gpus(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("PATH", str(tmp_path))
     (unknown,) = machine.untouched_devices(tmp_path)
-    assert (unknown.verdict, "torch sees 2" in unknown.found) == (finding.NOTE, True)
+    assert (unknown.verdict, "torch sees 2" in unknown.found) == (machine.NOTE, True)
     (tmp_path / "nvidia-smi").write_text(
         "#!/bin/sh\necho '0, NVIDIA H100, 71680, 81920'\necho '1, NVIDIA A30, [N/A], 1'\n"
     )
@@ -136,7 +136,7 @@ def test_a_health_check_takes_no_memory_on_gpus(tmp_path: Path, monkeypatch: pyt
     full, parts = machine.untouched_devices(tmp_path)
     assert full.line() == "note  GPU 0                      NVIDIA H100, 10.0 of 80.0 GiB free"
     assert parts.line() == "ok    GPU 1                      NVIDIA A30"
-    broken = [one.found for one in machine.devices(tmp_path) if one.verdict == finding.FAIL]
+    broken = [one.found for one in machine.devices(tmp_path) if one.verdict == machine.FAIL]
     assert len(broken) == 2
     assert all(text.startswith("cannot be used: ") for text in broken)
 
@@ -144,13 +144,13 @@ def test_a_health_check_takes_no_memory_on_gpus(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("listed", "shown", "verdict", "text"),
     [
-        ("GPU 0: NVIDIA H100\nGPU 1: NVIDIA H100\n", None, finding.FAIL, "nvidia-smi lists 2, but torch"),
-        ("GPU 0: NVIDIA H100\n", "0", finding.FAIL, "nvidia-smi lists 1, but torch"),
-        ("GPU 0: NVIDIA H100\n", "", finding.NOTE, 'CUDA_VISIBLE_DEVICES="" shows none of this machine\'s 1'),
-        ("GPU 0: NVIDIA H100\n", "-1", finding.NOTE, "shows none"),
-        ("GPU 0: NVIDIA H100\n", "4,0", finding.NOTE, "shows none"),
-        ("GPU 0: NVIDIA H100\n", "NoDevFiles", finding.NOTE, "shows none"),
-        ("No devices found.\n", None, finding.NOTE, "lists no GPU: No devices found."),
+        ("GPU 0: NVIDIA H100\nGPU 1: NVIDIA H100\n", None, machine.FAIL, "nvidia-smi lists 2, but torch"),
+        ("GPU 0: NVIDIA H100\n", "0", machine.FAIL, "nvidia-smi lists 1, but torch"),
+        ("GPU 0: NVIDIA H100\n", "", machine.NOTE, 'CUDA_VISIBLE_DEVICES="" shows none of this machine\'s 1'),
+        ("GPU 0: NVIDIA H100\n", "-1", machine.NOTE, "shows none"),
+        ("GPU 0: NVIDIA H100\n", "4,0", machine.NOTE, "shows none"),
+        ("GPU 0: NVIDIA H100\n", "NoDevFiles", machine.NOTE, "shows none"),
+        ("No devices found.\n", None, machine.NOTE, "lists no GPU: No devices found."),
     ],
 )
 def test_gpus_that_are_not_for_us_are_no_failure(
@@ -163,7 +163,7 @@ def test_gpus_that_are_not_for_us_are_no_failure(
     if shown is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
     first, second = machine._no_gpu()
-    assert (first.verdict, second.verdict) == (verdict, finding.OK)
+    assert (first.verdict, second.verdict) == (verdict, machine.OK)
     assert text in first.found
 
 

@@ -154,8 +154,9 @@ def _damages(files: Sequence[Path], column: str) -> Iterator[Damage]:
 
 
 def _lines(file: Path) -> Iterator[bytes]:
+    """The lines of a file, the first without the byte order mark that some programs write."""
     with cast(BinaryIO, gzip.open(file)) if file.suffix == ".gz" else file.open("rb") as opened:
-        yield from opened
+        yield from (line if number else line.removeprefix(codecs.BOM_UTF8) for number, line in enumerate(opened))
 
 
 def _unpacked(file: Path) -> bool:
@@ -172,27 +173,22 @@ def _json(file: Path, column: str) -> Found:
     if not _unpacked(file) or not _is_ours(file, column):
         return
     for number, line in enumerate(_lines(file), start=1):
-        plain = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        yield number, _not_utf8(plain) or _no_row(plain, column), len(line)
+        yield number, _bad_row(line, column), len(line)
 
 
 def texts_of(files: Sequence[str], column: str) -> Iterator[dict[str, str | None]]:
     """The text of every line of files with an object a line, None for what is damaged or none."""
     for file in files:
-        for number, line in enumerate(_lines(Path(file)), start=1):
-            plain = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if not plain.strip():
-                continue
-            bad = _not_utf8(plain) or _no_row(plain, column)
-            yield {column: None if bad else json.loads(plain)[column]}
+        for line in _lines(Path(file)):
+            if line.strip():
+                yield {column: None if _bad_row(line, column) else json.loads(line)[column]}
 
 
 def is_lines(file: Path) -> bool:
     """Whether ``texts_of`` can read it: no list over the whole file, and packed by gzip at most."""
     if not _unpacked(file):
         return False
-    first = next((line for line in _lines(file) if line.strip()), b"")
-    return first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{")
+    return next((line for line in _lines(file) if line.strip()), b"").lstrip().startswith(b"{")
 
 
 def _is_ours(file: Path, column: str) -> bool:
@@ -202,7 +198,7 @@ def _is_ours(file: Path, column: str) -> bool:
 
 def _has(line: bytes, column: str) -> bool:
     try:
-        row = json.loads(line.removeprefix(codecs.BOM_UTF8))
+        row = json.loads(line)
     except ValueError:
         return False
     return isinstance(row, dict) and column in row
@@ -216,9 +212,12 @@ def _not_utf8(line: bytes) -> str:
     return ""
 
 
-def _no_row(line: bytes, column: str) -> str:
+def _bad_row(line: bytes, column: str) -> str:
+    """What is wrong with a line that should be an object with a text; "" for such a line, and for an empty one."""
     if not line.strip():
         return ""
+    if trouble := _not_utf8(line):
+        return trouble
     try:
         row = json.loads(line.rstrip())
     except ValueError as error:

@@ -82,6 +82,19 @@ def say(terminal: TextIO, text: str) -> None:
 
 
 @contextmanager
+def beside(name: str, action: Callable[[threading.Event], None]) -> Iterator[None]:
+    """While this lasts, ``action`` runs in a thread of its own, until it is told that it is done."""
+    done = threading.Event()
+    thread = threading.Thread(target=action, args=(done,), daemon=True, name=name)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@contextmanager
 def information_to(say_it: Callable[[str], None]) -> Iterator[None]:
     """While it is open, what the package logs as information is said to the user."""
     logger = logging.getLogger("frugal_dist")

@@ -21,7 +21,7 @@ from typing import Any, TypeVar, cast
 
 from frugal_dist.checkpoint.disk import appears
 from frugal_dist.training.distributed.place import DistEnv
-from frugal_dist.training.distributed.process import tell
+from frugal_dist.training.distributed.process import beside, tell
 
 # torch is imported inside the functions: once the terminal is protected from its output.
 
@@ -66,25 +66,19 @@ def waiting(what: str, speaks: bool = True) -> Iterator[None]:
         what: What is waited for, with the names of what could be wrong about it.
         speaks: Whether on the terminal; otherwise in this rank's log.
     """
-    done = threading.Event()
-    thread = threading.Thread(target=_speak, args=(what, speaks, done), daemon=True, name="waiting")
-    thread.start()
-    try:
+
+    def speak(done: threading.Event) -> None:
+        begin, next_word = time.monotonic(), FIRST_WORD
+        while not done.wait(next_word):
+            text = f"waiting for {what}, for {(time.monotonic() - begin) / 60:.0f} min"
+            next_word = LATER_WORDS
+            if speaks:
+                tell(text)
+            else:
+                print(text, file=sys.stderr, flush=True)
+
+    with beside("waiting", speak):
         yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def _speak(what: str, speaks: bool, done: threading.Event) -> None:
-    begin, next_word = time.monotonic(), FIRST_WORD
-    while not done.wait(next_word):
-        text = f"waiting for {what}, for {(time.monotonic() - begin) / 60:.0f} min"
-        next_word = LATER_WORDS
-        if speaks:
-            tell(text)
-        else:
-            print(text, file=sys.stderr, flush=True)
 
 
 # --- the group -------------------------------------------------------------------------------------------------------

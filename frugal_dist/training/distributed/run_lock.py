@@ -16,7 +16,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+
+from frugal_dist.training.distributed.process import beside
 
 LOCK_FILE = "in_use.json"
 TOUCHED_EVERY = 5.0
@@ -109,14 +112,10 @@ def held(run: Path, tell: Callable[[str], object]) -> Iterator[None]:
         tell(f"{lock} cannot be written, so that a second start in this folder is not noticed: {error.strerror}")
         yield
         return
-    done = threading.Event()
-    thread = threading.Thread(target=_touch, args=(lock, done), daemon=True, name="run lock")
-    thread.start()
     try:
-        yield
+        with beside("run lock", partial(_touch, lock)):
+            yield
     finally:
-        done.set()
-        thread.join()
         _remove(lock, text)
 
 

@@ -13,8 +13,16 @@ from time import monotonic
 from types import FrameType
 from typing import Any, NoReturn
 
-from frugal_dist.training.doctor.finding import FAIL, NOTE, Finding
-from frugal_dist.training.doctor.machine import deepspeed_ops, devices, disk, untouched_devices, versions
+from frugal_dist.training.doctor.machine import (
+    FAIL,
+    NOTE,
+    Finding,
+    deepspeed_ops,
+    devices,
+    disk,
+    untouched_devices,
+    versions,
+)
 from frugal_dist.training.doctor.trials import engines, ranks
 
 _TOLD = 10

@@ -1,4 +1,4 @@
-"""What is installed, and what the machine has."""
+"""What is installed, and what the machine has, judged: torch.utils.collect_env only lists it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,28 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from frugal_dist.training.distributed.place import settle_accelerator
-from frugal_dist.training.doctor.finding import FAIL, NOTE, OK, Finding
-from frugal_dist.training.metrics.device import unused_gpus
+from frugal_dist.training.metrics.device import listed_gpus, unused_gpus
 
 GIB, MIB = 2**30, 2**20
+OK, NOTE, FAIL = "ok", "note", "FAIL"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found: ``verdict`` is ok, note (works, but look) or FAIL (does not work)."""
+
+    verdict: str
+    what: str
+    found: str
+
+    def line(self) -> str:
+        """As the user reads it."""
+        return f"{self.verdict:<5} {self.what:<26} {self.found}"
 
 
 # --- versions -------------------------------------------------------------------------------------------------------
@@ -107,14 +121,12 @@ def _no_gpu() -> Iterator[Finding]:
 def _unused_gpus() -> Finding:
     """Why torch finds no GPU on a machine with nvidia-smi: a failure only if there is one that we were to use."""
     try:
-        said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
+        count, said = listed_gpus()
     except (OSError, subprocess.SubprocessError) as error:
         return Finding(NOTE, "GPU", f"nvidia-smi is here, but cannot be run: {error}")
-    count = sum(line.startswith("GPU") for line in said.splitlines())
     if count == 0:  # a login node, or a driver that is not loaded
-        found = (said.strip().splitlines() or ["it says nothing"])[0]
-        return Finding(NOTE, "GPU", f"nvidia-smi is here, but lists no GPU: {found}")
-    why, chosen = unused_gpus()
+        return Finding(NOTE, "GPU", f"nvidia-smi is here, but lists no GPU: {said}")
+    why, chosen = unused_gpus(count)
     return Finding(NOTE if chosen else FAIL, "GPU", why)
 
 

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from frugal_dist.training.distributed.place import LAUNCHERS
-from frugal_dist.training.doctor.finding import FAIL, NOTE, OK, Finding
+from frugal_dist.training.doctor.machine import FAIL, NOTE, OK, Finding
 
 PATIENCE = 300
 """Seconds after which a trial counts as hung."""

@@ -94,23 +94,24 @@ def idle_gpus() -> str:
     if torch.cuda.is_available():
         return ""
     if shutil.which("nvidia-smi"):
-        why = unused_gpus()[0]
-        if why:
-            return why
+        with suppress(OSError, subprocess.SubprocessError):
+            count, _ = listed_gpus()
+            if count:
+                return unused_gpus(count)[0]
     if os.environ.get("SLURM_JOB_ID"):
         return "this Slurm job has no GPU; if it should have: sbatch --gpus-per-node=N --ntasks-per-node=N"
     return ""
 
 
-def unused_gpus() -> tuple[str, bool]:
-    """Why torch finds no GPU although nvidia-smi lists some, and whether that is somebody's choice; else nothing."""
-    try:
-        said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
-    except (OSError, subprocess.SubprocessError):
-        return "", True
+def listed_gpus() -> tuple[int, str]:
+    """How many GPUs nvidia-smi lists, and its first line. Raises OSError or SubprocessError if it cannot be run."""
+    said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
     count = sum(line.startswith("GPU") for line in said.splitlines())
-    if count == 0:
-        return "", True
+    return count, (said.strip().splitlines() or ["it says nothing"])[0]
+
+
+def unused_gpus(count: int) -> tuple[str, bool]:
+    """Why torch finds none of the GPUs that nvidia-smi lists, and whether that is somebody's choice."""
     if (shown := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None and _shows_none(shown, count):
         return f'CUDA_VISIBLE_DEVICES="{shown}" shows none of this machine\'s {count}', True
     why = "torch is a CPU build" if torch.version.cuda is None else "driver and CUDA do not fit"
