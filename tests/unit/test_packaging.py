@@ -54,6 +54,17 @@ def test_the_wheel_holds_every_module_and_no_tests(wheel: Path) -> None:
     }
 
 
+def test_the_source_distribution_makes_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    build = "from setuptools import build_meta; build_meta.build_sdist({!r})"
+    run(sys.executable, "-c", build.format(str(tmp_path)), cwd=wheel.parent / "source")
+    (archive,) = tmp_path.glob("frugal_dist-*.tar.gz")
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet")
+    run(*pip, "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", tmp_path, archive, cwd=tmp_path)
+    (again,) = tmp_path.glob("*.whl")
+    assert again.name == wheel.name
+    assert set(zipfile.ZipFile(again).namelist()) == set(zipfile.ZipFile(wheel).namelist())
+
+
 def test_folders_that_are_left_in_a_checkout_change_nothing_that_ruff_says(tmp_path: Path) -> None:
     ruff = Path(sys.executable).with_name("ruff")
     if not ruff.exists():
