@@ -14,17 +14,20 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-# Kernels are checked by Triton's interpreter; it must be chosen before anything imports triton, as torch may.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+# `bash tests/run.sh --gpu` runs the tests in tests/gpu on this machine's GPUs, all others hide them: both must be said
+# before torch looks for them.
+# Kernels are checked by Triton's interpreter otherwise; it must be chosen before anything imports triton, as torch may.
+os.environ.setdefault("TRITON_INTERPRET", "0" if "--gpu" in sys.argv else "1")
 
 import pytest
 import torch
 
-# The tests are about numbers and processes, more of these than most machines have GPUs: they run on the CPU. This must
-# be said before torch looks for GPUs. CUDA_VISIBLE_DEVICES=0 in the environment overrides it.
+# The other tests are about numbers and processes, more of these than most machines have GPUs: they run on the CPU.
+# CUDA_VISIBLE_DEVICES=0 in the environment overrides it.
+ON_GPU = "--gpu" in sys.argv
 SMI = shutil.which("nvidia-smi")
 GPUS = SMI is not None and "GPU" in subprocess.run([SMI, "-L"], capture_output=True, text=True, check=False).stdout
-if GPUS:
+if GPUS and not ON_GPU:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 # Tests are imported in importlib mode, which leaves their folder out of the path.
@@ -40,6 +43,7 @@ NUMBER = pytest.StashKey[int]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--heavy", action="store_true", help="also run tests marked heavy")
+    parser.addoption("--gpu", action="store_true", help="run the tests marked gpu, and no others")
     parser.addoption("--fuzz-seed", type=int, default=0, metavar="N", help="the first seed of each fuzzer (default 0)")
     parser.addoption(
         "--fuzz-runs",
@@ -57,8 +61,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name} {fixture}"))
         if item.get_closest_marker("heavy") and not config.getoption("--heavy"):
             item.add_marker(pytest.mark.skip(reason="heavy: run by `bash tests/run.sh --all`"))
+        if why := _not_on_this_device(item):
+            item.add_marker(pytest.mark.skip(reason=why))
         if item.get_closest_marker("shows_gpus") and GPUS:
             item.add_marker(pytest.mark.skip(reason="DeepSpeed's launcher would use this machine's GPUs"))
+
+
+def _not_on_this_device(item: pytest.Item) -> str:
+    if item.get_closest_marker("gpu") is None:
+        return "with --gpu only the tests marked gpu run" if ON_GPU else ""
+    if not ON_GPU:
+        return "gpu: run by `bash tests/run.sh --gpu`" if GPUS else "gpu: this machine has none"
+    return "" if torch.cuda.is_available() else "gpu: torch finds none here"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

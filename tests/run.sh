@@ -1,22 +1,33 @@
 #!/usr/bin/env bash
 # The test command: sets up .venv if needed, then style, types and tests.
 #
-#   bash tests/run.sh [--all] [-- PYTEST ARGUMENTS]
+#   bash tests/run.sh [--all | --gpu] [-- PYTEST ARGUMENTS]
 #
 #   --all    also the tests marked heavy (long, or much memory)
+#   --gpu    only the tests in tests/gpu, on this machine's GPUs, with what is installed (.venv, or a python with torch, pytest
+#            and pytest-timeout). Where there is a GPU, the default command runs them as well.
 # Every step runs even when an earlier one failed; the summary at the end and the exit status tell.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-heavy=()
+heavy=() gpu=''
 while (($#)); do
     case $1 in
     --all) heavy=(--heavy) ;;
+    --gpu) gpu=1 ;;
     --) shift; break ;;
-    *) printf 'usage: bash tests/run.sh [--all] [-- PYTEST ARGUMENTS]\n' >&2; exit 2 ;;
+    *) printf 'usage: bash tests/run.sh [--all | --gpu] [-- PYTEST ARGUMENTS]\n' >&2; exit 2 ;;
     esac
     shift
 done
+
+# On one process: several would compile the same kernels and time each other.
+on_gpu() { HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=$PWD python -m pytest --gpu tests/gpu "$@"; }
+if [[ -n $gpu ]]; then
+    [[ ! -d .venv ]] || export PATH=$PWD/.venv/bin:$PATH
+    on_gpu "$@"
+    exit
+fi
 
 bash launch/setup.sh all,dev || exit
 bash tests/launch/packages.sh
@@ -46,6 +57,9 @@ step "shellcheck" shellcheck -x .ci/run docker/*.sh launch/*.sh launch/*.sbatch 
 cores=$(getconf _NPROCESSORS_ONLN) # not nproc, which heeds OMP_NUM_THREADS
 workers=$((cores < 4 ? cores : 4))
 step "pytest" python -m pytest -n "$workers" --dist loadgroup "${heavy[@]}" "$@"
+if nvidia-smi -L 2>/dev/null | grep -q GPU; then
+    step "pytest, GPU" on_gpu "$@"
+fi
 
 printf '\n== summary\n'
 printf '%s\n' "${summary[@]}"

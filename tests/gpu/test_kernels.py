@@ -1,0 +1,100 @@
+"""Compiled kernels against torch's operations on the same device: kinds, dtypes, sizes, alignment, strides, size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+import pytest
+import torch
+from torch import Tensor
+
+from frugal_dist.config import FrugalConfig
+from frugal_dist.projection.coordinates import Columns, Flat, Rows, Selection
+from frugal_dist.update.kernels.jobs import TileUpdate
+from frugal_dist.update.local import state_free_, step_tiles
+
+pytestmark = pytest.mark.timeout(600)
+CONFIG = FrugalConfig(lr=1e-2, projection="columns", state_free_lr_scale=0.3)
+SHAPES = [(16, 144), (37, 61), (1, 1), (1, 3000), (2000, 1), (64, 512)]
+
+
+def some(count: int, every: int = 3) -> Tensor:
+    return torch.arange(0, count, every, dtype=torch.int32)
+
+
+KINDS: dict[str, Callable[[int, int], Selection | None]] = {
+    "density 0": lambda rows, cols: None,
+    "columns": lambda rows, cols: Columns(some(cols).long()),
+    "rows": lambda rows, cols: Rows(some(rows).long(), cols),
+    "randk": lambda rows, cols: Flat(some(rows * cols, 4), cols),
+}
+ROUNDING = {torch.float32: (2e-6, 1e-7), torch.bfloat16: (8e-3, 1e-5), torch.float16: (2e-3, 1e-5)}
+
+
+def stepped(device: torch.device, kind: str, dtype: torch.dtype, offset: int, wide: bool) -> list[Tensor]:
+    """Weights and moments after two steps. The weights of all shapes are slices of one buffer, which begin ``offset``
+    entries in. ``wide``: computed in fp32 from the same numbers.
+    """
+    generator = torch.Generator().manual_seed(0)
+    total, kept = offset + sum(map(prod, SHAPES)), torch.float32 if wide else dtype
+    buffer = torch.randn(total, generator=generator).to(device, dtype).to(kept)
+    selections = [KINDS[kind](*shape) for shape in SHAPES]
+    moments = [
+        () if one is None else tuple(torch.zeros(one.shape(*shape), device=device) for _ in "mv")
+        for one, shape in zip(selections, SHAPES, strict=True)
+    ]
+    selections = [None if one is None else one.to(device) for one in selections]
+    for step in (1, 2):
+        grads = (torch.randn(total, generator=generator) * torch.rand(total, generator=generator).gt(0.1)).to(device)
+        jobs, start = [], offset
+        for shape, selection, own in zip(SHAPES, selections, moments, strict=True):
+            part = slice(start, start + prod(shape))
+            grad = grads.to(dtype).to(kept)[part].view(shape)
+            jobs.append(TileUpdate(buffer[part].view(shape), grad, selection, own, step, 0.1, CONFIG))
+            start += prod(shape)
+        step_tiles(jobs)
+        if wide:
+            buffer.copy_(buffer.to(dtype))
+    return [buffer.float(), *(moment for own in moments for moment in own)]
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kernel_does_what_torch_does(
+    device: torch.device, kernels: None, kind: str, dtype: torch.dtype, offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device.type == "cpu" and dtype != torch.float32:
+        pytest.skip("Triton's interpreter cuts numbers off where a GPU, and torch, round them")
+    found = stepped(device, kind, dtype, offset, wide=False)
+    monkeypatch.setenv("FRUGAL_KERNELS", "torch")
+    rtol, atol = ROUNDING[dtype]
+    for one, other in zip(found, stepped(device, kind, dtype, offset, wide=True), strict=True):
+        torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
+
+
+def test_more_matrices_than_a_table_has_room_for(device: torch.device, kernels: None) -> None:
+    weights = torch.zeros(300, 5, device=device)
+    step_tiles(TileUpdate(one, torch.ones_like(one), None, (), 1, 0.0, CONFIG) for one in weights.split(1))
+    torch.testing.assert_close(weights, torch.full_like(weights, -0.3e-2))
+
+
+def test_a_matrix_with_strides_is_left_to_torch(device: torch.device, kernels: None) -> None:
+    weight = torch.zeros(33, 20, device=device).T
+    state_free_(weight, torch.ones(20, 33, device=device), CONFIG)
+    torch.testing.assert_close(weight, torch.full_like(weight, -0.3e-2))
+
+
+def test_more_than_2_to_the_31_entries(gpu: torch.device) -> None:
+    """Positions in the kernels are int32: such a matrix is torch's."""
+    if torch.cuda.mem_get_info(gpu)[0] < 20 << 30:
+        pytest.skip("needs 20 GiB of GPU memory")
+    weight = torch.zeros(1 << 16, (1 << 15) + 1, dtype=torch.bfloat16, device=gpu)
+    assert weight.numel() > 1 << 31
+    state_free_(weight, torch.ones((), dtype=torch.bfloat16, device=gpu).expand(weight.shape), CONFIG)
+    assert bool((weight[[0, 1000, -1]] == weight[0, 0]).all()) and float(weight[-1, -1]) < 0
+    del weight
+    half = torch.zeros((1 << 30) + 1, dtype=torch.bfloat16, device=gpu)  # the most that a kernel takes, nearly
+    state_free_(half.view(1, -1), torch.ones_like(half).view(1, -1), CONFIG)
+    assert float(half[-1]) < 0 and float(half[0]) < 0
