@@ -29,7 +29,6 @@ from frugal_dist.update.kernels.jobs import Noise, TileUpdate
 from frugal_dist.update.local import (
     add_coordinates_,
     basis_delta,
-    basis_step_,
     coordinate_share,
     decay_,
     rounds_once,
@@ -102,32 +101,28 @@ def _decay(work: LocalMatrix) -> None:
 
 
 def _step_here(runtime: Runtime, works: Sequence[LocalMatrix]) -> None:
-    """Coordinates and blocks together; one by one what needs memory of its own for the time of its step: for a
-    residual, or for weights in fp32 that no kernel rounds by itself.
-    """
+    """All together; one by one what needs fp32 weights for the time of its step, as no kernel rounds it by itself."""
     alone: list[LocalMatrix] = []
     together: list[LocalMatrix] = []
     for work in works:
-        needs_memory = work.family == "basis" or (work.weight_dtype is not work.dtype and _widens(work))
-        if needs_memory and work.family != "basis":
-            needs_memory = not all(rounds_once(update) for update in _updates(runtime, [work]))
-        (alone if needs_memory else together).append(work)
+        narrow = work.weight_dtype is not work.dtype and _widens(work)
+        by_itself = narrow and not all(rounds_once(update) for update in _updates(runtime, [work]))
+        (alone if by_itself else together).append(work)
     step_tiles(_updates(runtime, together))
     for work in alone:
-        wide = _widened(work) if work.weight_dtype is not work.dtype else work
-        if work.family == "basis":
-            _basis_tiles_in_place(runtime, wide, basis_route(runtime, wide), wide.decay)
-        else:
-            step_tiles(_updates(runtime, [wide]))
-        if wide is not work:
-            _round_back(work, wide)
+        wide = _widened(work)
+        step_tiles(_updates(runtime, [wide]))
+        _round_back(work, wide)
 
 
 def _updates(runtime: Runtime, works: Sequence[LocalMatrix]) -> list[TileUpdate]:
-    """The tiles of coordinate or block projections. Nearly always one for a matrix: nothing is called for it here."""
+    """What there is to do. Nearly always one tile for a matrix: nothing is called for it here."""
     found: list[TileUpdate] = []
     cuts = runtime.cuts
     for work in works:
+        if work.family == "basis":
+            found += _basis_updates(runtime, work, work.decay)
+            continue
         counts, config, decay, grads = work.state.counts, work.config, work.decay, work.grads
         assert grads is not None
         cut = cuts.get(work.matrix.index)
@@ -151,10 +146,11 @@ def _noises(work: LocalMatrix) -> list[Noise | None]:
     return [Noise(keys, tile.rows[0] * cols + tile.cols[0], cols) for tile in work.tiles]
 
 
-def _basis_tiles_in_place(runtime: Runtime, work: LocalMatrix, plan: RedistributionPlan, decay: float) -> None:
-    moments, basis = basis_moments(runtime, work, plan), work.basis()
-    grads, step = work.grads, work.state.counts["step"]
+def _basis_updates(runtime: Runtime, work: LocalMatrix, decay: float) -> list[TileUpdate]:
+    """The compute tiles of a basis projection whose weights are here and nowhere else."""
+    plan, basis, grads, found = basis_route(runtime, work), work.basis(), work.grads, []
     assert grads is not None
+    moments = basis_moments(runtime, work, plan)
     for tile, home, here, moment in zip(plan.tiles, plan.home, plan.in_place, moments, strict=True):
         if here:
             assert basis is not None and home is not None
@@ -163,7 +159,9 @@ def _basis_tiles_in_place(runtime: Runtime, work: LocalMatrix, plan: Redistribut
             if tile is not home and tile != home:
                 area = tile.within(home)
                 weight, grad = weight[area], grad[area]
-            basis_step_(weight, grad, basis, work.side, moment, step, decay, work.config)
+            step = work.state.counts["step"]
+            found.append(TileUpdate(weight, grad, None, moment, step, decay, work.config, None, basis, work.side))
+    return found
 
 
 # --- matrices that need an exchange ----------------------------------------------------------------
@@ -294,7 +292,7 @@ def _basis_parcel(
     """Compute this rank's tiles; send each holder of a tile its part of the update."""
     plan, rank = basis_route(runtime, work), runtime.ranks.rank
     if active:
-        _basis_tiles_in_place(runtime, work, plan, 0.0)  # their weights have decayed, with those of all other tiles
+        step_tiles(_basis_updates(runtime, work, 0.0))  # their weights have decayed, with those of all other tiles
     deltas = _deltas(runtime, work, plan, gradients, active)
     if plan.gathered:
         return _gathered_parcel(runtime, work, plan, deltas)

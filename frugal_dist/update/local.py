@@ -5,8 +5,8 @@ W <- W (1 - lr wd); R = down(G); W <- W - lr s up(U(R)) - lr s s_free free(G - u
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from frugal_dist.update.kernels.jobs import TileUpdate
 from frugal_dist.update.rules import STATE_FREE, STATE_FULL
 
 Moments = Sequence[Tensor]
+
+TOGETHER = 1 << 16
+"""Entries of basis projections that are stepped at once: small matrices share calls, residuals stay in the cache."""
 
 
 def decay_(weight: Tensor, lr: float, decay: float) -> None:
@@ -60,19 +63,24 @@ def update_regular(params: Sequence[Tensor], grads: Sequence[Tensor], moments: S
 
 
 def step_tiles(jobs: Iterable[TileUpdate]) -> None:
-    """Weight decay; then selected entries move by the state-full rule, all others by the state-free one.
+    """Weight decay; then what is projected moves by the state-full rule, the rest by the state-free one.
 
     Kernels take many tiles at once. In torch's operations they go one by one, so that buffers stay in the cache; only
     tiles that are state-full as they are wait for each other, and share one fused call.
     """
     launches: dict[torch.device, Any] = {}
     complete: dict[tuple[object, ...], list[TileUpdate]] = {}
+    bases: list[TileUpdate] = []
     for job in jobs:
+        if job.basis is not None:
+            bases.append(job)
+            continue
         device = job.weight.device
-        if device not in launches:
+        started = launches.get(device, launches)
+        if started is launches:  # the first on its device
             fused = fused_for(job.weight)
-            launches[device] = None if fused is None else fused.Launches()
-        if launches[device] is not None and launches[device].take(job):
+            started = launches[device] = None if fused is None else fused.Launches()
+        if started is not None and started.take(job):
             continue
         assert job.noise is None, "torch's operations round to the nearest"
         if _moves_in_place(job):
@@ -85,12 +93,14 @@ def step_tiles(jobs: Iterable[TileUpdate]) -> None:
             started.finish()
     for group in complete.values():
         _step_complete(group)
+    for batch in _batches(bases):
+        _step_bases(batch)
 
 
 def rounds_once(job: TileUpdate) -> bool:
     """Whether low-precision weights are rounded once, decay included: the kernels compute in fp32."""
     fused = fused_for(job.weight)
-    return fused is not None and fused.kind_of(job) is not None
+    return job.basis is None and fused is not None and fused.kind_of(job) is not None
 
 
 def _moves_in_place(job: TileUpdate) -> bool:
@@ -151,28 +161,53 @@ def coordinate_share(grad: Tensor, selection: Selection, bounds: tuple[int, int]
                      config: FrugalConfig) -> Tensor:  # fmt: skip
     """This replica's share of -lr s U: the range ``bounds`` of R along the selection's free dim."""
     low = _wide(selection.take(grad)).narrow(selection.free_dim, bounds[0], bounds[1] - bounds[0]).contiguous()
-    return _step_from_zero(low, moments, step, config)
+    return _from_zero([low], [moments], step, config)[0]
 
 
-def basis_step_(weight: Tensor, grad: Tensor, basis: Basis, side: str, moments: Moments, step: int, decay: float,
-                config: FrugalConfig) -> None:  # fmt: skip
-    """Weight decay and a basis projection of one tile, in place."""
-    if weight.dtype != compute_dtype(weight.dtype):
-        decay_(weight, config.lr, decay)
-        weight.add_(basis_delta(grad, basis, side, moments, step, config))
+def _batches(jobs: Sequence[TileUpdate]) -> Iterator[list[TileUpdate]]:
+    """Neighbours that share settings, of at most ``TOGETHER`` entries: they share calls of torch."""
+    batch: list[TileUpdate] = []
+    total, key = 0, None
+    for job in jobs:
+        size, now = job.weight.numel(), (id(job.config), job.decay, job.step, job.weight.dtype, job.weight.device)
+        if batch and (now != key or total + size > TOGETHER):
+            yield batch
+            batch, total = [], 0
+        batch.append(job)
+        total, key = total + size, now
+    if batch:
+        yield batch
+
+
+def _step_bases(jobs: Sequence[TileUpdate]) -> None:
+    """Weight decay and basis projections of tiles with the same settings, in place."""
+    first, config, decay = jobs[0], jobs[0].config, jobs[0].decay
+    if first.weight.dtype != compute_dtype(first.weight.dtype):
+        for job in jobs:
+            decay_(job.weight, config.lr, decay)
+            job.weight.add_(basis_delta(job.grad, cast("Basis", job.basis), job.side, job.moments, job.step, config))
         return
-    grad = grad if grad.dtype is weight.dtype else _wide(grad)
-    low = down(grad, basis, config.matmul)
-    if STATE_FREE[config.state_free].direction is None or spans_everything(basis):
-        decay_(weight, config.lr, decay)
-    else:
+    pairs = [(job, cast("Basis", job.basis)) for job in jobs]
+    grads = [job.grad if job.grad.dtype is job.weight.dtype else _wide(job.grad) for job in jobs]
+    lows = [down(grad, basis, config.matmul) for (_, basis), grad in zip(pairs, grads, strict=True)]
+    rests: list[TileUpdate] = []
+    for (job, basis), grad, low in zip(pairs, grads, lows, strict=True):
+        if STATE_FREE[config.state_free].direction is None or spans_everything(basis):
+            decay_(job.weight, config.lr, decay)
+            continue
         rest = residual(grad, low, basis, config.matmul)
         if config.residual_threshold == 0.0:
-            state_free_(weight, rest, config, decay)
-        elif not _free_rows_(weight, rest, grad, side, config, decay):
-            state_free_(weight, silence_noise_(rest, grad, side, config.residual_threshold), config, decay)
-        del rest
-    add_up_(weight, _step_from_zero(low, moments, step, config), basis, matmul=config.matmul)
+            rests.append(TileUpdate(job.weight, rest, None, (), job.step, decay, config))
+        elif not _free_rows_(job.weight, rest, grad, job.side, config, decay):
+            state_free_(job.weight, silence_noise_(rest, grad, job.side, config.residual_threshold), config, decay)
+    if len(rests) == 1:  # a kernel that needs no table
+        state_free_(rests[0].weight, rests[0].grad, config, decay)
+    elif rests:
+        step_tiles(rests)
+    del rests
+    moved = _from_zero(lows, [job.moments for job in jobs], first.step, config)
+    for (job, basis), update in zip(pairs, moved, strict=True):
+        add_up_(job.weight, update, basis, matmul=config.matmul)
 
 
 def _free_rows_(weight: Tensor, rest: Tensor, grad: Tensor, side: str, config: FrugalConfig, decay: float) -> bool:
@@ -194,14 +229,16 @@ def basis_delta(grad: Tensor, basis: Basis, side: str, moments: Moments, step: i
     else:
         rest = silence_noise_(residual(grad, low, basis, config.matmul), grad, side, config.residual_threshold)
         delta = direction(rest).mul_(-config.lr * config.projected_lr_scale * config.state_free_lr_scale)
-    return add_up_(delta, _step_from_zero(low, moments, step, config), basis, matmul=config.matmul)
+    update = _from_zero([low], [moments], step, config)[0]
+    return add_up_(delta, update, basis, matmul=config.matmul)
 
 
-def _step_from_zero(low: Tensor, moments: Moments, step: int, config: FrugalConfig) -> Tensor:
+def _from_zero(lows: Sequence[Tensor], moments: Sequence[Moments], step: int, config: FrugalConfig) -> Sequence[Tensor]:
     """-lr s U(low), by moving zeros: the fused rules only know how to move parameters."""
-    moved = torch.zeros_like(low, memory_format=torch.contiguous_format)
-    rate, lists = config.lr * config.projected_lr_scale, [(moment,) for moment in moments]
-    STATE_FULL[config.state_full].update((moved,), (low,), lists, step, rate, 0.0, config)
+    flat = torch.zeros(sum(low.numel() for low in lows), dtype=lows[0].dtype, device=lows[0].device)
+    parts = flat.split([low.numel() for low in lows])
+    moved = [part.view(low.shape) for part, low in zip(parts, lows, strict=True)]
+    state_full_(moved, lows, moments, step, config.lr * config.projected_lr_scale, 0.0, config)
     return moved
 
 

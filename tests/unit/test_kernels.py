@@ -20,7 +20,7 @@ from frugal_dist.projection.coordinates import Columns, Flat, Selection
 from frugal_dist.update import kernels
 from frugal_dist.update.kernels.jobs import TileUpdate
 from frugal_dist.update.kernels.tables import MOST, Tables
-from frugal_dist.update.local import basis_step_, state_free_, step_tiles
+from frugal_dist.update.local import state_free_, step_tiles
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
@@ -151,7 +151,7 @@ def test_rows_of_noise_are_left_out(side: str, interpreter: None, monkeypatch: p
         moments = [torch.zeros(5, 2) if side == "right" else torch.zeros(2, 1500) for _ in "mv"]
         results.append(torch.ones(5, 1500))
         config = replace(CONFIG, projection="svd", residual_threshold=0.05)
-        basis_step_(results[-1], grad, basis, side, moments, 1, 0.5, config)
+        step_tiles([TileUpdate(results[-1], grad, None, moments, 1, 0.5, config, None, basis, side)])
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
     if side == "right":
         kept = (results[0] - (1 - CONFIG.lr * 0.5)).abs() < 1e-6
@@ -211,8 +211,8 @@ def test_an_optimizer_with_them(
     torch.testing.assert_close(*results, rtol=1e-3 if dtype == torch.float16 else 1e-5, atol=1e-6)
     if dtype == torch.float16:
         assert (results[0] == results[1]).float().mean() > 0.9
-    alone = {"svd": 0, "blockwise": 1}  # a basis matrix has no table; an active block goes to torch
-    assert [len(group.jobs) for group in starts] == [alone.get(projection, 2)] * (4 if projection != "svd" else 0)
+    alone = {"blockwise": 1}  # an active block goes to torch; the residuals of small matrices share a start
+    assert [len(group.jobs) for group in starts] == [alone.get(projection, 2)] * 4
 
 
 @needs_triton

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from frugal_dist.config import FrugalConfig
+from frugal_dist.projection.basis import Basis
 from frugal_dist.projection.coordinates import Selection
 
 
@@ -22,10 +23,10 @@ class Noise(NamedTuple):
 
 
 class TileUpdate(NamedTuple):
-    """A tile of a coordinate or block projection; ``weight`` and ``grad`` are 2-D, all is on one device.
+    """One tile and its step; ``weight`` and ``grad`` are 2-D, all is on one device. ``moments`` are of R's shape.
 
-    ``selection``: its state-full entries, None: there are none in the whole matrix. ``moments`` are of R's shape.
-    ``noise``: None for weights that are rounded to the nearest.
+    ``selection``: the state-full entries of a coordinate or block projection, None: there are none in the whole matrix.
+    ``noise``: None for weights that are rounded to the nearest. ``basis``: of a basis projection, with its ``side``.
     """
 
     weight: Tensor
@@ -36,3 +37,5 @@ class TileUpdate(NamedTuple):
     decay: float
     config: FrugalConfig
     noise: Noise | None = None
+    basis: Basis | None = None
+    side: str = ""

@@ -11,10 +11,11 @@ import hashlib
 import os
 import platform
 import shlex
+import struct
 import subprocess
 import tempfile
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,8 +37,6 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 LINE = 1024
 """Entries that the kernel steps at a time where there are no rows."""
-FIELDS = 13
-"""Numbers that describe a tile."""
 
 
 class Kind(NamedTuple):
@@ -156,17 +155,17 @@ def _build(path: Path) -> None:
 # --- stepping --------------------------------------------------------------------------------------------------------
 
 
-Row = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int]
+ROW = struct.Struct("13q")
 """What the kernel is told of a tile."""
 
 
-def described(job: TileUpdate) -> tuple[Kind, Row] | None:
+def described(job: TileUpdate) -> tuple[Kind, bytes] | None:
     """The kind of a tile and its row in the table, None for one that is left to torch.
 
     The kernel does AdamW with sign, where the tile has selected entries, and the signed step; on contiguous tensors
     with memory of their own (a wrapper of other tensors, such as torchao's float8 weights, has the address 0).
     """
-    weight, grad, selection, moments, _, _, config, noise = job
+    weight, grad, selection, moments, _, _, config, noise, _, _ = job
     if not STATE_FREE[config.state_free].has_kernel or weight.dtype not in DTYPES or grad.dtype not in DTYPES:
         return None
     if not (weight.is_cpu and grad.is_cpu and weight.is_contiguous() and grad.is_contiguous()):
@@ -177,7 +176,7 @@ def described(job: TileUpdate) -> tuple[Kind, Row] | None:
     rows, cols = weight.shape
     keys, start, stride = noise or ((0, 0), 0, cols)
     if selection is None or moments[0].numel() == 0:
-        return _SIGN, (address, gradient, 0, 0, 0, 0, rows, cols, 0, start, stride, *keys)
+        return _SIGN, ROW.pack(address, gradient, 0, 0, 0, 0, rows, cols, 0, start, stride, *keys)
     kind = _KINDS.get(type(selection))
     if (
         kind is None or not STATE_FULL[config.state_full].has_kernel or (kind is _SINGLE and stride != cols)
@@ -188,7 +187,7 @@ def described(job: TileUpdate) -> tuple[Kind, Row] | None:
         return None
     selected, before, count = kind.lookup(job)
     moved = first.data_ptr(), second.data_ptr()
-    return kind, (address, gradient, *moved, selected, before, rows, cols, count, start, stride, *keys)
+    return kind, ROW.pack(address, gradient, *moved, selected, before, rows, cols, count, start, stride, *keys)
 
 
 def kind_of(job: TileUpdate) -> Kind | None:
@@ -201,48 +200,44 @@ class Launches:
     """Tiles that wait for their call. ``take`` them all, then ``finish``."""
 
     def __init__(self) -> None:
-        self._groups: list[tuple[Kind, array[int], list[TileUpdate]]] = []
+        self._groups: dict[tuple[object, ...], tuple[Kind, list[bytes], list[TileUpdate]]] = {}
 
     def take(self, job: TileUpdate) -> bool:
         """Whether the kernel will do this tile. Its tensors must not change until ``finish``."""
         found = described(job)
         if found is None:
             return False
+        weight, grad, _, _, step, decay, config, noise, _, _ = job
         kind, row = found
-        for group in self._groups:  # few, and nearly always the first; nothing is called: small matrices would feel it
-            other = group[2][0]
-            if (
-                group[0] is kind
-                and job.config is other.config
-                and job.decay == other.decay
-                and (job.step == other.step or kind is _SIGN)
-                and job.weight.dtype is other.weight.dtype
-                and job.grad.dtype is other.grad.dtype
-                and (job.noise is None) is (other.noise is None)
-            ):
-                break
-        else:
-            group = kind, array("q"), []
-            self._groups.insert(0, group)
-        group[1].extend(row)
+        step = 0 if kind is _SIGN else step
+        key = (kind.number, id(config), decay, step, weight.dtype, grad.dtype, noise is None)
+        group = self._groups.get(key)
+        if group is None:
+            group = self._groups[key] = (kind, [], [])
+        group[1].append(row)
         group[2].append(job)  # keeps its tensors alive until then
         return True
 
     def finish(self) -> None:
         """Step what waits."""
-        groups, self._groups = self._groups, []
-        for kind, table, jobs in groups:
+        groups, self._groups = self._groups, {}
+        for kind, rows, jobs in groups.values():
             job = jobs[0]
             scalars = _scalars(kind, job.step, job.decay, job.config)
-            _run(table, kind, job.weight.dtype, job.grad.dtype, scalars, job.noise is not None)
+            _run(rows, kind, job.weight.dtype, job.grad.dtype, scalars, job.noise is not None)
             torch.autograd.graph.increment_version([job.weight for job in jobs])
 
 
 def _run(
-    table: array[int], kind: Kind, weight: torch.dtype, grad: torch.dtype, scalars: array[float], noise: bool = False
+    rows: Sequence[bytes],
+    kind: Kind,
+    weight: torch.dtype,
+    grad: torch.dtype,
+    scalars: array[float],
+    noise: bool = False,
 ) -> None:
     library()(
-        table.buffer_info()[0], len(table) // FIELDS, kind.number, DTYPES[weight], DTYPES[grad], noise,
+        b"".join(rows), len(rows), kind.number, DTYPES[weight], DTYPES[grad], noise,
         scalars.buffer_info()[0], torch.get_num_threads(),
     )  # fmt: skip
 
@@ -265,8 +260,8 @@ def sign_step_(weight: Tensor, grad: Tensor, size: float, keep: float = 1.0) -> 
     if not (weight.is_contiguous() and grad.is_contiguous() and all(addresses)):
         return False
     numel = weight.numel()
-    table = array("q", (*addresses, 0, 0, 0, 0, 1, numel, 0, 0, numel, 0, 0))
-    _run(table, _SIGN, weight.dtype, grad.dtype, array("f", (keep, size, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0)))
+    row = ROW.pack(*addresses, 0, 0, 0, 0, 1, numel, 0, 0, numel, 0, 0)
+    _run([row], _SIGN, weight.dtype, grad.dtype, array("f", (keep, size, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0)))
     torch.autograd.graph.increment_version([weight])
     return True
 
