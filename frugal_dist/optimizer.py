@@ -132,6 +132,8 @@ class Frugal(Optimizer):
         project: name patterns as in ``split_parameters``, for groups that do not say ``"projected"``.
         skip: the same for what is not projected.
         no_decay: name patterns without weight decay.
+        whole_model: on pipeline stages the parameter groups of the whole model, as ``split_parameters`` gives them (on
+            the meta device will do): "blockwise" and "staggered" count over all its layers.
         seed: of the random selections.
         **unknown: arguments of other optimizers: refused, each with what it is called here.
 
@@ -174,6 +176,7 @@ class Frugal(Optimizer):
         project: Sequence[str] | None = None,
         skip: Sequence[str] | None = None,
         no_decay: Sequence[str] | None = None,
+        whole_model: Iterable[Any] | None = None,
         seed: int = 0,
         **unknown: Any,
     ) -> None:
@@ -185,7 +188,7 @@ class Frugal(Optimizer):
         if old and projected_lr_scale not in (1.0, "auto"):
             old["projected_lr_scale"] = projected_lr_scale
         given = without_auto({**given, **renamed(old)})
-        known = (*HYPERPARAMETERS, "shard_state", "process_group", "project", "skip", "no_decay")
+        known = (*HYPERPARAMETERS, "shard_state", "process_group", "project", "skip", "no_decay", "whole_model")
         check_keys(unknown, known, "Frugal")
         if not isinstance(shard_state, bool) and shard_state != "auto":
             raise ValueError(f"shard_state={shard_state!r} is not known. Use one of auto, true, false.")
@@ -193,6 +196,7 @@ class Frugal(Optimizer):
         self._process_group = process_group
         self._no_decay = _patterns(no_decay)
         self._originals: list[ParamSpec] = []
+        self._whole: list[ParamSpec] = []
         self._sources: list[Callable[[], Tensor | None]] = []  # weak: engines replace parameters, ZeRO asks for them
         self._groups: list[dict[str, Any]] = []  # all groups, also while DeepSpeed shows one of them only
         self._runtime: Runtime | None = None
@@ -210,7 +214,8 @@ class Frugal(Optimizer):
         cycles = STATE_FULL[resolved.state_full].cycles
         shown = {key: value for key, value in given.items() if key != "betas" or cycles == "betas"}
         super().__init__(arranged(groups, self._choice), shown)
-        names = [original.name for original in self._originals]
+        self._whole = [] if whole_model is None else self._listed(whole_model)
+        names = [original.name for original in [*self._originals, *self._whole]]
         for key, patterns in (
             ("project", self._choice.project),
             ("skip", self._choice.skip),
@@ -306,9 +311,24 @@ class Frugal(Optimizer):
             )
         return ParamSpec(name, shape, decided, not matches(name, self._no_decay), group, position)
 
+    def _listed(self, groups: Iterable[Any]) -> list[ParamSpec]:
+        """Parameters that are only named here, as if they were given."""
+        return [
+            self._original(name, tensor, group.get("projected"), index, position)
+            for index, group in enumerate(arranged(as_groups(groups), self._choice))
+            for position, (name, tensor) in enumerate(members_of(group))
+        ]
+
     def _check_shapes(self) -> None:
         for index, group in enumerate(self.param_groups):
-            check_sizes(config_from(group), [original for original in self._originals if original.group == index])
+            mine = [original for original in self._originals if original.group == index]
+            check_sizes(config_from(group), self._of_the_whole(mine))
+
+    def _of_the_whole(self, mine: list[ParamSpec]) -> list[ParamSpec]:
+        """A group with the members that other pipeline stages have."""
+        names = {original.name for original in mine}
+        groups = {original.group for original in self._whole if original.name in names}
+        return [original for original in self._whole if original.group in groups] or mine
 
     def _take_shapes(self) -> None:
         """Parameters may have been resized in place since the optimizer was built, as embeddings for new tokens are."""
@@ -383,6 +403,7 @@ class Frugal(Optimizer):
         follow_cycles(self._groups, self.__dict__["defaults"])
         with full_precision():
             runtime = self._bind()
+            runtime.storage.complete_gradients(runtime.ranks)
             load = self._load(runtime)
             try:
                 if not self._starts(runtime, load):
@@ -455,6 +476,7 @@ class Frugal(Optimizer):
                     process_group=self._process_group,
                     shard_state=self._shard_state,
                     bucket_bytes=BUCKET_BYTES,
+                    whole=self._whole,
                     before=self._before,
                     problem=problem,
                 )
@@ -632,7 +654,16 @@ class Frugal(Optimizer):
         """For pickle and deepcopy: everything but what is found out again at the next step; state as it is saved."""
         if innermost(self) is not self:  # a wrapper is copied as what it is
             return dict(self.__dict__)
-        kept = ("_originals", "_shard_state", "_no_decay", "_choice", "_loaded", "_settled", "_saved_elsewhere")
+        kept = (
+            "_originals",
+            "_shard_state",
+            "_no_decay",
+            "_choice",
+            "_loaded",
+            "_settled",
+            "_saved_elsewhere",
+            "_whole",
+        )
         state = {**super().__getstate__(), **{key: self.__dict__[key] for key in (*kept, "_process_group")}}
         runtime = self._runtime or self._before
         if runtime is not None:
@@ -680,6 +711,7 @@ class Frugal(Optimizer):
         self.__dict__.setdefault("_settled", {})
         self.__dict__.setdefault("_choice", Choice())
         self.__dict__.setdefault("_saved_elsewhere", False)
+        self.__dict__.setdefault("_whole", [])
         was = self.__dict__.get("_loaded")  # True or False in older pickles
         self._loaded = saved_state.Loaded() if was is True else was or None
         if "_originals" in state:  # unpickled or copied: the sources of a DeepSpeed engine do not come along

@@ -121,6 +121,8 @@ class Request:
     process_group: Any
     shard_state: bool | str
     bucket_bytes: int
+    whole: Sequence[ParamSpec] = ()
+    """All parameters of the model, where the optimizer has those of a pipeline stage."""
     before: Runtime | None = None
     problem: str = ""
     """What this rank cannot go on with: all are to hear of it."""
@@ -140,7 +142,7 @@ def bind(request: Request) -> Runtime:
         storage, problem = PlainStorage(request.groups, originals), str(error)
     problem = request.problem or problem
     owners = [] if request.before is None else [matrix.owner for matrix in request.before.table.matrices]
-    table = build_table(ranks, originals, request.originals, storage, settings, problem, owners)
+    table = build_table(ranks, originals, request.whole or request.originals, storage, settings, problem, owners)
     share = _shares(request, storage) and not ranks.alone
     found = Runtime(ranks, storage, originals, table, share, request.bucket_bytes)
     if request.before is not None:
@@ -204,8 +206,23 @@ def _dtensor(request: Request, held: Sequence[Tensor]) -> tuple[Ranks, Sequence[
             "The parameters are DTensors, sharded over ranks, but process_group=None says this process is alone."
         )
     group = dtensor.mesh_group(held) if isinstance(request.process_group, str) else request.process_group
-    storage = dtensor.DTensorStorage(request.groups, request.originals)
-    return ranks_of(group), request.originals, storage
+    ranks, storage = ranks_of(group), dtensor.DTensorStorage(request.groups, request.originals)
+    if not request.whole and dtensor.is_slice(held, ranks.size):
+        refuse_unknown_blocks(request.groups)
+    return ranks, request.originals, storage
+
+
+def refuse_unknown_blocks(groups: Sequence[dict[str, Any]]) -> None:
+    """ValueError where matrices are counted, and other ranks may hold more of them."""
+    for group in groups:
+        for key, word in (("projection", "blockwise"), ("refresh_schedule", "staggered")):
+            if group.get(key) == word:
+                raise ValueError(
+                    f"{key}={word!r} counts the matrices of the whole model, but these parameters live on a part of a "
+                    "larger mesh, whose other ranks may hold other layers, as pipeline stages do. Give "
+                    "whole_model=split_parameters(model) of the model before it was split (the meta device will do), "
+                    "or of this one if it is whole."
+                )
 
 
 def refuse_fsdp1(tensors: Sequence[Tensor]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from frugal_dist.sharding.collectives import Ranks
 from frugal_dist.sharding.shard import Box, LocalShard, ParamSpec
 
 
@@ -29,6 +30,9 @@ class PlainStorage:
         if self.check is not None:
             self.check()
         return range(len(self.originals))
+
+    def complete_gradients(self, ranks: Ranks) -> None:
+        """They are complete."""
 
     def moves_elsewhere(self) -> bool:
         return False

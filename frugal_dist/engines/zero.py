@@ -18,6 +18,7 @@ from torch import Tensor
 from frugal_dist.engines.deepspeed import check_supported, names_of
 from frugal_dist.engines.hooks import deepspeed_engine_of
 from frugal_dist.engines.plain import PlainStorage
+from frugal_dist.sharding.collectives import Ranks
 from frugal_dist.sharding.shard import Box, Interval, LocalShard, ParamSpec, Storage
 
 Group = dict[str, Any]
@@ -67,6 +68,9 @@ class ZeroStorage:
         refuse_unfrozen(self.left)
         flats = {id(flat) for flat in self.active()}
         return [i for i, place in enumerate(self.places) if id(place.flat()) in flats]
+
+    def complete_gradients(self, ranks: Ranks) -> None:
+        """They are complete."""
 
     def moves_elsewhere(self) -> bool:
         norm = self.norm()

@@ -20,7 +20,7 @@ from frugal_dist.projection.registry import PROJECTIONS
 from frugal_dist.sharding.collectives import Ranks
 from frugal_dist.sharding.placement import refresh_cost
 from frugal_dist.sharding.redistribution import Redistribution
-from frugal_dist.sharding.shard import Interval, LocalShard, ParamSpec
+from frugal_dist.sharding.shard import LocalShard, ParamSpec
 from frugal_dist.sharding.table import Matrix, Table, group_owners, number_blocks
 from frugal_dist.sharding.tile import Layout, holders
 from frugal_dist.step.inputs import StepInputs, ensure_state, step_inputs
@@ -92,6 +92,9 @@ class _Storage:
 
     def call(self) -> Sequence[int]:
         return range(len(self.originals))
+
+    def complete_gradients(self, ranks: Ranks) -> None:
+        """They are complete."""
 
     def moves_elsewhere(self) -> bool:
         return False
@@ -202,11 +205,7 @@ def _table(originals: Sequence[ParamSpec], parts: Sequence[Sequence[LocalShard]]
 
 def _tensors(originals: Sequence[ParamSpec], parts: Sequence[LocalShard]) -> list[Tensor]:
     """All are taken to be trained: frozen ones would have no moments."""
-    shapes = [
-        [part.stop - part.start] if isinstance(part, Interval) else [stop - start for start, stop in part.spans]
-        for part in parts
-    ]
-    return [torch.empty(shape, device="meta", requires_grad=True) for shape in shapes]
+    return [torch.empty(part.local_shape, device="meta", requires_grad=True) for part in parts]
 
 
 def _rank_plan(runtime: Runtime, load: StepInputs) -> RankPlan:

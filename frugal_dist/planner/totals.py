@@ -8,7 +8,7 @@ from math import prod
 from frugal_dist.projection.basis import basis_shapes
 from frugal_dist.projection.coordinates import NOTHING, Selection
 from frugal_dist.projection.numerics import compute_dtype
-from frugal_dist.sharding.shard import Interval, LocalShard
+from frugal_dist.sharding.shard import LocalShard
 from frugal_dist.sharding.tile import split_evenly, whole
 from frugal_dist.step.inputs import StepInputs
 from frugal_dist.step.runtime import LocalMatrix, Runtime, basis_route, basis_tile_shapes, moment_names, whole_selection
@@ -30,7 +30,7 @@ def state_of_ranks(runtime: Runtime, load: StepInputs, parts: Sequence[Sequence[
         entry = len(moment_names(one.config)) * compute_dtype(one.weight.dtype).itemsize
         counters = counter_bytes(one.state)
         for rank, mine in enumerate(parts):
-            found[rank] += counters + entry * _numel(mine[i])
+            found[rank] += counters + entry * prod(mine[i].local_shape)
     return found
 
 
@@ -84,9 +84,3 @@ def _coordinates(runtime: Runtime, work: LocalMatrix) -> list[int]:
 
 def _selection(work: LocalMatrix) -> Selection:
     return NOTHING if work.empty else whole_selection(work, 0, work.size)
-
-
-def _numel(part: LocalShard) -> int:
-    if isinstance(part, Interval):
-        return part.stop - part.start
-    return prod(stop - start for start, stop in part.spans)

@@ -5,12 +5,14 @@ An engine is one class with these methods; nothing above this file knows which e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, product
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from frugal_dist.sharding.collectives import Ranks
 from frugal_dist.sharding.tile import Tile, Tiles, box_tiles, interval_tiles
 
 Span = tuple[int, int]
@@ -43,6 +45,11 @@ class Box:
 
     spans: tuple[Span, ...]
 
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Of this rank's tensor."""
+        return tuple(stop - start for start, stop in self.spans)
+
     def tiles(self, original: ParamSpec, matrix: int) -> Tiles:
         stack = self.spans[0] if len(self.spans) == 3 else (0, 1)
         inside = stack[0] <= matrix < stack[1]
@@ -54,6 +61,62 @@ class Box:
             return []
         return [local if local.dim() == 2 else local[matrix - self.spans[0][0]]]
 
+    def boxes(self, local: Tensor) -> Iterator[tuple[Box, Tensor]]:
+        """The part in rectangles, each with its view of ``local``."""
+        yield self, local
+
+    def rows(self, start: int, stop: int) -> Box:
+        """Some entries of the first dim, counted from the first one here."""
+        return Box(((self.spans[0][0] + start, self.spans[0][0] + stop), *self.spans[1:])) if self.spans else self
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A part that lies apart: of each dim some ranges, one after the other in memory, as where several layers that were
+    packed into one are cut one by one.
+    """
+
+    ranges: tuple[tuple[Span, ...], ...]
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Of this rank's tensor."""
+        return tuple(sum(stop - start for start, stop in spans) for spans in self.ranges)
+
+    def tiles(self, original: ParamSpec, matrix: int) -> Tiles:
+        stack = self.ranges[0] if len(self.ranges) == 3 else ((0, 1),)
+        inside = any(start <= matrix < stop for start, stop in stack)
+        return tuple(Tile(rows, cols) for rows, cols in product(*self.ranges[-2:])) if inside else ()
+
+    def views(self, local: Tensor, original: ParamSpec, matrix: int, tiles: Tiles) -> list[Tensor]:
+        """2-D tensors, one for each of ``tiles``, which are those of that matrix."""
+        if not tiles:
+            return []
+        if local.dim() == 3:
+            held = [member for span in self.ranges[0] for member in range(*span)]
+            local = local[held.index(matrix)]
+        return [local[rows, cols] for rows, cols in product(*map(_consecutive, self.ranges[-2:]))]
+
+    def boxes(self, local: Tensor) -> Iterator[tuple[Box, Tensor]]:
+        """The part in rectangles, each with its view of ``local``."""
+        for spans, where in zip(product(*self.ranges), product(*map(_consecutive, self.ranges)), strict=True):
+            yield Box(spans), local[where]
+
+    def rows(self, start: int, stop: int) -> Grid:
+        """Some entries of the first dim, counted from the first one here."""
+        found = []
+        for (first, last), where in zip(self.ranges[0], _consecutive(self.ranges[0]), strict=True):
+            top, bottom = max(start, where.start), min(stop, where.stop)
+            if top < bottom:
+                found.append((first + top - where.start, last - (where.stop - bottom)))
+        return Grid((tuple(found), *self.ranges[1:]))
+
+
+def _consecutive(ranges: Sequence[Span]) -> list[slice]:
+    """Where ranges of the whole lie in a tensor that has them one after the other."""
+    ends = list(accumulate(stop - start for start, stop in ranges))
+    return [slice(end - (stop - start), end) for end, (start, stop) in zip(ends, ranges, strict=True)]
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -61,6 +124,11 @@ class Interval:
 
     start: int
     stop: int
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Of this rank's tensor."""
+        return (self.stop - self.start,)
 
     def tiles(self, original: ParamSpec, matrix: int) -> Tiles:
         first, last = self._clip(original, matrix)
@@ -72,12 +140,20 @@ class Interval:
         offset = matrix * size - self.start
         return [local[_flat_span(tile, cols, offset)].view(tile.height, tile.width) for tile in tiles]
 
+    def boxes(self, local: Tensor) -> Iterator[tuple[Box, Tensor]]:
+        """The part as a range of the flat parameter, with its memory."""
+        yield Box(((self.start, self.stop),)), local
+
+    def rows(self, start: int, stop: int) -> Interval:
+        """Some entries, counted from the first one here."""
+        return Interval(self.start + start, self.start + stop)
+
     def _clip(self, original: ParamSpec, matrix: int) -> Span:
         size = original.matrix_shape[0] * original.matrix_shape[1]
         return max(self.start - matrix * size, 0), min(self.stop - matrix * size, size)
 
 
-LocalShard = Box | Interval
+LocalShard = Box | Grid | Interval
 
 
 def _flat_span(tile: Tile, cols: int, offset: int) -> slice:
@@ -95,6 +171,9 @@ class Storage(Protocol):
 
     def call(self) -> Sequence[int]:
         """The parameters that this step() call is about, the same on every rank."""
+
+    def complete_gradients(self, ranks: Ranks) -> None:
+        """Add up gradients of which the ranks hold addends. Collective, before anything else of a step."""
 
     def part(self, i: int) -> LocalShard:
         """Which part of parameter i this rank holds."""

@@ -77,8 +77,8 @@ def build_table(
 ) -> Table:
     """Exchange every rank's description, check that all agree, and lay out the matrices.
 
-    ``originals`` are what the engine optimizes, of all that were ``given``: ZeRO drops frozen parameters, but blocks
-    are counted over all matrices, so that every engine makes the same ones state-full.
+    ``originals`` are what the engine optimizes, of all that were ``given``: ZeRO drops frozen parameters and a pipeline
+    stage has some layers, but blocks are counted over all matrices: every engine makes the same ones state-full.
     ``options`` must be equal on all ranks (hyperparameters); ``problem`` a local error text, "" if none; ``owners``
     those of the first matrices, where they are given already. Raises ValueError on all ranks alike, whichever rank has
     the trouble.
@@ -94,7 +94,7 @@ def build_table(
         name = originals[i].name if originals[i].stack == 1 else f"{originals[i].name}[{member}]"
         layout: Layout = tuple(description["tiles"][index] for description in everyone)
         check_cover(name, layout, rows, cols)
-        block, blocks = numbers[originals[i].name, member]
+        block, blocks = _number(numbers, originals[i].name, member)
         matrices.append(Matrix(name, i, member, rows, cols, index, block, blocks, layout, owners[index]))
     return Table(tuple(matrices), tuple(i for i, original in enumerate(originals) if not original.projected))
 
@@ -118,6 +118,12 @@ def number_blocks(originals: Sequence[ParamSpec]) -> dict[tuple[str, int], tuple
     for i, member, _, _ in _matrix_list(originals):
         groups.setdefault(originals[i].group, []).append((originals[i].name, member))
     return {key: (position, len(keys)) for keys in groups.values() for position, key in enumerate(keys)}
+
+
+def _number(numbers: Mapping[tuple[str, int], tuple[int, int]], name: str, member: int) -> tuple[int, int]:
+    if (name, member) not in numbers:
+        raise ValueError(f"{name} is not among the projected parameters of whole_model. Give those of the whole model.")
+    return numbers[name, member]
 
 
 def _matrix_list(originals: Sequence[ParamSpec]) -> list[tuple[int, int, int, int]]:
@@ -152,7 +158,8 @@ def _check_agreement(everyone: Sequence[dict[str, Any]]) -> None:
         if len(other["originals"]) != len(first["originals"]):
             raise ValueError(
                 f"rank 0 optimizes {len(first['originals'])} parameters, rank {rank} {len(other['originals'])}. "
-                "All ranks must build the same model and the same parameter groups."
+                "All ranks must build the same model and the same parameter groups. Pipeline stages of ordinary "
+                "tensors need process_group= the ranks of the stage."
             )
         for mine, theirs in zip(first["originals"], other["originals"], strict=True):
             if mine != theirs:

@@ -13,7 +13,7 @@ from frugal_dist.projection.numerics import compute_dtype
 from frugal_dist.projection.registry import PROJECTIONS, family
 from frugal_dist.projection.shapes import SIDES
 from frugal_dist.sharding.redistribution import fill_buckets
-from frugal_dist.sharding.shard import Box, ParamSpec
+from frugal_dist.sharding.shard import ParamSpec
 from frugal_dist.step.runtime import (
     LocalMatrix,
     LocalParameter,
@@ -311,11 +311,8 @@ def _step_slices(slices: Sequence[_Slice], step: int, decay: float, config: Frug
 
 
 def _round(part: _Slice, wide: Tensor, step: int) -> None:
-    one, whole = part.one, part.one.part
-    spans = whole.spans if isinstance(whole, Box) else ((whole.start, whole.stop),)
-    shape = one.shape if isinstance(whole, Box) else (whole.stop,)
-    if spans:
-        begin = spans[0][0] + part.row
-        spans = ((begin, begin + len(part.weight)), *spans[1:])
-    starts = row_starts(spans, shape, part.weight.device)
-    round_stochastically_(part.weight, wide, starts, seed=one.config.seed, name=one.name, step=step)
+    one, height = part.one, len(part.weight) if part.weight.dim() else 1
+    here = one.part.rows(part.row, part.row + height)
+    for (box, target), (_, source) in zip(here.boxes(part.weight), here.boxes(wide), strict=True):
+        starts = row_starts(box.spans, one.shape, target.device)
+        round_stochastically_(target, source, starts, seed=one.config.seed, name=one.name, step=step)

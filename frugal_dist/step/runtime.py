@@ -19,7 +19,7 @@ from frugal_dist.projection.registry import PROJECTIONS, draw_selection, selecti
 from frugal_dist.sharding.collectives import Ranks
 from frugal_dist.sharding.placement import compute_layout
 from frugal_dist.sharding.redistribution import Redistribution, RedistributionPlan
-from frugal_dist.sharding.shard import Box, LocalShard, ParamSpec, Storage
+from frugal_dist.sharding.shard import Box, Interval, LocalShard, ParamSpec, Storage
 from frugal_dist.sharding.table import Matrix, Table
 from frugal_dist.sharding.tile import Layout, Tile, Tiles, split_evenly
 from frugal_dist.step.state import Counters, MatrixState, Shape
@@ -94,16 +94,15 @@ class Runtime:
         """Where parameter i lies."""
         if i not in self.sites:
             original, part = self.originals[i], self.storage.part(i)
-            boxed = isinstance(part, Box)
             matrices = self.by_original.get(i, [])
             members = [(matrix, matrix.storage[self.ranks.rank]) for matrix in matrices]
             names = [matrix.name for matrix in matrices] if original.projected else [original.name]
-            alone = boxed and (original.stack == 1 or not original.projected)
+            alone = not isinstance(part, Interval) and (original.stack == 1 or not original.projected)
             prefixes = ["" if alone else f"{name}/" for name in names]
             rows = [matrix.index for matrix in matrices]
             if not original.projected:
                 rows = [len(self.table.matrices) + bisect_left(self.table.regular, i)]
-            direct = boxed and len(original.shape) == 2 and bool(members) and len(members[0][1]) == 1
+            direct = isinstance(part, Box) and len(original.shape) == 2 and bool(members) and len(members[0][1]) == 1
             self.sites[i] = Site(part, members, direct, prefixes, rows)
         return self.sites[i]
 

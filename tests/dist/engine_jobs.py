@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from frugal_dist import Frugal, split_parameters
@@ -175,6 +176,21 @@ def fsdp2(job: Job, mesh_shape: tuple[int, ...] = (), columns: bool = False, **p
     return {name: _whole(param) for name, param in model.named_parameters()}
 
 
+def fsdp2_tp(job: Job) -> Named:
+    """By hand: parallelize_module on one axis, fully_shard on the other, on which the feed-forward layers are alone."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
+    model = build(job)
+    plan = {name: ColwiseParallel() for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
+    plan["self_attn.o_proj"] = RowwiseParallel()
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh["tp"], plan)
+        fully_shard(layer, mesh=mesh["fsdp"])
+    fully_shard(model, mesh=mesh["fsdp"])
+    optimizer, copy = make_optimizer(model, job), dist.get_rank() // 2  # both ranks of tp have the same rows
+    _train(model, optimizer, job, lambda step, micro: _rows(step, micro, job.micro_steps, copy, 2), _never)
+    return {name: _whole(param) for name, param in model.named_parameters()}
+
+
 def _whole(param: Tensor) -> Tensor:
     return param.detach().full_tensor() if isinstance(param, DTensor) else param.detach()
 
@@ -186,14 +202,17 @@ ENGINES: dict[str, Callable[[Job], Named]] = {
     "FSDP2, Shard(1)": lambda job: fsdp2(job, columns=True),
     "FSDP2, CPU offload": lambda job: fsdp2(job, offload_policy=CPUOffloadPolicy(pin_memory=False)),
     "HSDP 2x2": lambda job: fsdp2(job, (2, 2)),
+    "FSDP2 2 x TP 2": fsdp2_tp,
 }
+PARTS = {"FSDP2 2 x TP 2": 2}
+"""Into how many parts a batch falls, where not every rank has its own."""
 
 
 def compare(engine: str, jobs: list[Job]) -> list[float]:
     """The largest difference to one process, for each job."""
     found = []
     for job in jobs:
-        got, want = ENGINES[engine](job), reference(job, dist.get_world_size())
+        got, want = ENGINES[engine](job), reference(job, PARTS.get(engine, dist.get_world_size()))
         assert got.keys() == want.keys()
         found.append(max(float((got[name] - want[name]).abs().max()) for name in want))
     return found
@@ -264,18 +283,6 @@ def _dtensor_optimizer(placements: list[Any], mesh_shape: tuple[int, ...]) -> Fr
     return Frugal([{"params": [("w", param)], "projected": True}])
 
 
-def _sequence_parallel() -> Frugal:
-    """A norm's gradient, of this rank's tokens alone, as torch's SequenceParallel leaves it; rank 1 has seen none."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    weight, norm = (
-        nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh, [place])) for place in (Shard(0), Replicate())
-    )
-    weight.grad = torch.ones_like(weight)
-    if dist.get_rank() != 1:
-        norm.grad = DTensor.from_local(torch.ones(8, 8), mesh, [Partial()])
-    return Frugal([{"params": [("w", weight)], "projected": True}, {"params": [("norm", norm)], "projected": False}])
-
-
 def _fsdp1(use_orig_params: bool) -> Frugal:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -284,9 +291,7 @@ def _fsdp1(use_orig_params: bool) -> Frugal:
 
 
 _UNSUPPORTED: dict[str, Callable[[], Frugal]] = {
-    "tensor parallel": lambda: _dtensor_optimizer([Shard(0), Shard(1)], (2, 2)),
     "partial": lambda: _dtensor_optimizer([Replicate(), Partial()], (2, 2)),
-    "partial gradient": _sequence_parallel,
     "FSDP1": lambda: _fsdp1(False),
     "FSDP1 with original parameters": lambda: _fsdp1(True),
 }

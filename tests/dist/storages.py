@@ -156,6 +156,9 @@ class FlatStorage:
     def call(self) -> Sequence[int]:
         return self.members[self.current]
 
+    def complete_gradients(self, ranks: Any) -> None:
+        """They are complete."""
+
     def moves_elsewhere(self) -> bool:
         return any(bool(grad.any()) for grad in self.grads)
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import meshes
 import pytest
 import tables
 import torch
@@ -90,14 +91,15 @@ def metered() -> Iterator[Meter]:
             setattr(dist, name, function)
 
 
-def measure(layout: str, projection: str, side: str = "std", **more: Any) -> list[tuple[Traffic, Traffic]]:
-    """For every rank the traffic of an ordinary step and of one with a refresh."""
+def measure(layout: Any, projection: str, side: str = "std", **more: Any) -> list[tuple[Traffic, Traffic]]:
+    """For every rank the traffic of an ordinary step and of one with a refresh. ``layout``: (name, ranks) on meshes."""
+    build, size = (LAYOUTS[layout], RANKS) if isinstance(layout, str) else (meshes.LAYOUTS[layout], layout[1])
     generator = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in SHAPES.items()}
     options = {"projection": projection, "side": side, "density": 0.5, "update_gap": 2, **more}
 
     def body(rank: int, meter: Meter) -> tuple[Traffic, Traffic]:
-        held = LAYOUTS[layout](weights, set(SHAPES), options)
+        held = build(weights, set(SHAPES), options)
         found = []
         for _ in range(3):  # set-up with the first refresh; an ordinary step; a refresh
             meter.start()
@@ -106,7 +108,7 @@ def measure(layout: str, projection: str, side: str = "std", **more: Any) -> lis
         return found[1], found[2]
 
     with metered() as meter:
-        return run_ranks(4 if layout.startswith("HSDP") else RANKS, lambda rank: body(rank, meter))
+        return run_ranks(size, lambda rank: body(rank, meter))
 
 
 def _note(layout: str, name: str, found: list[tuple[Traffic, Traffic]]) -> None:
@@ -194,3 +196,27 @@ def test_a_refresh_agrees_once_gathers_once_and_broadcasts_per_owner(layout: str
         assert len(extra) <= 2 + owners
     assert len({tuple(refresh.calls) for _, refresh in found}) == 1, "ranks differ in what they call"
     _note(layout, "svd", found)
+
+
+TENSOR_PARALLEL = ("FSDP2 2 x TP 2", 4)
+
+
+@pytest.mark.parametrize("projection", COORDINATES)
+def test_coordinates_never_communicate_on_meshes_that_cut_everything(projection: str) -> None:
+    found = measure(TENSOR_PARALLEL, projection)
+    assert all(not step.calls and not refresh.calls for step, refresh in found)
+    _note(TENSOR_PARALLEL[0], projection, found)
+
+
+def test_bases_beside_tensor_parallelism_send_what_is_cut_the_other_way() -> None:
+    """The tall matrix is cut by rows on both axes and has a right basis: nothing. The wide one lies in quarters and has
+    a left basis: each rank has one half of the columns that it computes, and gets the other.
+    """
+    found = measure(TENSOR_PARALLEL, "svd", density=0.25)
+    rows, cols = SHAPES["wide"]
+    for step, refresh in found:
+        assert step.calls == ["all_to_all_single"] * 2
+        assert step.sent == 2 * (rows * cols // RANKS // 2) * ITEM
+        assert sorted(set(refresh.calls) - {"all_to_all_single"}) == ["all_reduce", "broadcast"]
+        assert refresh.calls.count("all_reduce") == 1
+    _note(TENSOR_PARALLEL[0], "svd", found)

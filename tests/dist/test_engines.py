@@ -38,7 +38,14 @@ def ranks_for(engine: str) -> int:
     return 4 if engine.startswith("HSDP") else 2
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.heavy
+@pytest.mark.parametrize("job", [Job(), Job("columns")], ids=lambda job: job.projection)
+def test_tensor_parallelism_beside_fsdp2(fleet: Fleet, job: Job) -> None:
+    """o_proj lies in quarters, q, k and v are cut by rows twice, the others once; 101 rows do not divide."""
+    check(fleet, "FSDP2 2 x TP 2", {job.projection: job}, 4)
+
+
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if "TP" not in engine])
 def test_every_projection(fleet: Fleet, engine: str) -> None:
     check(fleet, engine, {f"{job.projection} {job.side}": job for job in PROJECTIONS}, ranks_for(engine))
 
@@ -81,9 +88,7 @@ def test_mixed_precision_keeps_fp32_masters(fleet: Fleet) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "word"),
-    [("tensor parallel", "tensor parallelism"), ("partial", "Partial"),
-     ("partial gradient", "norm: its gradient has placements (Partial(sum),)"), ("FSDP1", "FSDP2"),
-     ("FSDP1 with original parameters", "FSDP2")],
+    [("partial", "a Partial parameter has no values"), ("FSDP1", "FSDP2"), ("FSDP1 with original parameters", "FSDP2")],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused_by_name(fleet: Fleet, kind: str, word: str) -> None:
     for message in fleet.run(4, engine_jobs.refused, kind):
