@@ -53,7 +53,7 @@ from frugal_dist.parameters.split import (
 )
 from frugal_dist.parameters.summary import StateBytes, bytes_by_name, state_bytes, summary
 from frugal_dist.projection.numerics import full_precision
-from frugal_dist.sharding.collectives import agree_max, outlives_its_process, speaks
+from frugal_dist.sharding.collectives import agree_max, outlives_its_process, speaks, together
 from frugal_dist.sharding.shard import ParamSpec
 from frugal_dist.step.decide import decide, stepping
 from frugal_dist.step.inputs import StepInputs, ensure_state, step_inputs, step_regular
@@ -423,7 +423,7 @@ class Frugal(Optimizer):
         """
         if tuple(runtime.storage.call()) in self._checked:
             return step_inputs(runtime, self.state)
-        return saved_state.together(runtime, lambda: step_inputs(runtime, self.state))
+        return together(runtime.ranks, lambda: step_inputs(runtime, self.state))
 
     def _starts(self, runtime: Runtime, load: StepInputs) -> bool:
         """Whether this is the all-zero call by which engines create the state: it leaves weights and counters alone.

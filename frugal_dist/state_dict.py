@@ -9,10 +9,10 @@ fit. For everyone else this would only be several times the bytes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from frugal_dist.engines.plain import PlainStorage
 from frugal_dist.notices import notice
 from frugal_dist.projection.basis import basis_shapes
 from frugal_dist.projection.registry import PROJECTIONS
-from frugal_dist.sharding.collectives import gather_objects
+from frugal_dist.sharding.collectives import gather_objects, together
 from frugal_dist.sharding.placement import owner_layout
 from frugal_dist.sharding.shard import Box
 from frugal_dist.sharding.tile import is_replicated
@@ -147,9 +147,9 @@ def unpack_all(runtime: Runtime, state: MutableMapping[Tensor, Store], loaded: L
         for store in state.values():
             _strip_parts(runtime, store)
 
-    together(runtime, strip)
+    together(runtime.ranks, strip)
     load = step_inputs(runtime, state, everything=True)
-    together(runtime, lambda: _check_keys(runtime, load, state))
+    together(runtime.ranks, lambda: _check_keys(runtime, load, state))
     everyone = gather_objects(runtime.ranks, _summaries(load))
     _compare_counters(everyone)
     for work in load.works:
@@ -161,7 +161,7 @@ def unpack_all(runtime: Runtime, state: MutableMapping[Tensor, Store], loaded: L
         for one in load.regular:
             _check_regular(runtime, one)
 
-    together(runtime, adopt)
+    together(runtime.ranks, adopt)
     if loaded.replaced and runtime.ranks.rank == 0:
         notice(loaded.replaced)
 
@@ -210,19 +210,6 @@ def _named(runtime: Runtime, state: Mapping[Tensor, Store], store: Store) -> str
     """The parameter that a state is of, if it is of one."""
     names = [o.name for i, o in enumerate(runtime.originals) if state.get(runtime.storage.param(i)) is store]
     return f"{names[0]}: " if len(names) == 1 else ""
-
-
-def together(runtime: Runtime, action: Callable[[], T]) -> T:
-    """Run ``action`` on every rank; if it fails anywhere, raise the same ValueError on all of them. Collective."""
-    result, problem = None, ""
-    try:
-        result = action()
-    except Exception as error:  # a rank that raised alone would leave the others waiting
-        problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    for rank, text in enumerate(gather_objects(runtime.ranks, problem)):
-        if text:
-            raise ValueError(text if runtime.ranks.alone else f"rank {rank}: {text}")
-    return cast("T", result)
 
 
 def _all_loaded(runtime: Runtime, loaded: bool) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import TypeVar
 
-from frugal_dist.sharding.collectives import Ranks, gather_objects
+from frugal_dist.sharding import collectives
+from frugal_dist.sharding.collectives import Ranks
 
 T = TypeVar("T")
 
@@ -26,33 +27,19 @@ class MismatchError(CheckpointError):
     """A sound checkpoint of another model or of other hyperparameters."""
 
 
-_KINDS = {kind.__name__: kind for kind in (CheckpointError, StorageError, DamagedError, MismatchError)}
-
-
 def together(ranks: Ranks, action: Callable[[], T]) -> T:
-    """Run ``action`` everywhere; this rank's result, or the first rank's error on all ranks alike. Collective.
-
-    ``action`` must not communicate: a rank whose action fails does not wait for the others.
-    """
-    result, trouble, cause = None, None, None
-    try:
-        result = action()
-    except Exception as error:  # whatever it is: a rank that raises alone leaves the others hanging
-        trouble, cause = _described(error), error
-    for rank, found in enumerate(gather_objects(ranks, trouble)):
-        if found is not None:
-            kind, text = found
-            raise _KINDS[kind](text if ranks.alone else f"rank {rank}: {text}") from cause
-    return cast("T", result)
+    """``collectives.together``, where every error is that of a checkpoint. Collective."""
+    return collectives.together(ranks, action, _described)
 
 
-def _described(error: Exception) -> tuple[str, str]:
+def _described(error: Exception) -> tuple[type[ValueError], str]:
     if isinstance(error, CheckpointError):
-        return next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _KINDS), str(error)
+        kinds = (kind for kind in (StorageError, DamagedError, MismatchError) if isinstance(error, kind))
+        return next(kinds, CheckpointError), str(error)
     if isinstance(error, OSError):
         at = error.filename2 or error.filename  # of a rename: the name that could not be taken
         place = f"{at}: " if at else ""
-        return StorageError.__name__, f"{place}{error.strerror or error}"
+        return StorageError, f"{place}{error.strerror or error}"
     if isinstance(error, ValueError):
-        return CheckpointError.__name__, str(error)
-    return CheckpointError.__name__, f"{type(error).__name__}: {error}"
+        return CheckpointError, str(error)
+    return CheckpointError, f"{type(error).__name__}: {error}"

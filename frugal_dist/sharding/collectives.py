@@ -6,13 +6,15 @@ Every function is a no-op on one process. Calls go through ``torch.distributed``
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,37 @@ def gather_objects(ranks: Ranks, value: object) -> list[Any]:
     found: list[Any] = [None] * ranks.size
     dist.all_gather_object(found, value, group=ranks.group)
     return found
+
+
+def _as_value_error(error: Exception) -> tuple[type[ValueError], str]:
+    return ValueError, str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
+def together(
+    ranks: Ranks,
+    action: Callable[[], T],
+    describe: Callable[[Exception], tuple[type[ValueError], str]] = _as_value_error,
+) -> T:
+    """Run ``action`` everywhere; this rank's result, or the first rank's error on all ranks alike. Collective.
+
+    Args:
+        ranks: Those that call this.
+        action: Must not communicate: a rank whose action fails does not wait for the others.
+        describe: As what an error is raised on all ranks.
+    """
+    result, trouble, cause = None, None, None
+    try:
+        result = action()
+    except Exception as error:  # whatever it is: a rank that raises alone leaves the others hanging
+        trouble, cause = describe(error), error
+    try:
+        for rank, told in enumerate(gather_objects(ranks, trouble)):
+            if told is not None:
+                kind, text = told
+                raise kind(text if ranks.alone else f"rank {rank}: {text}") from cause
+    finally:
+        del cause  # its traceback holds this frame, and the tensors of the action's
+    return cast("T", result)
 
 
 def agree_max(ranks: Ranks, values: Sequence[int], device: torch.device) -> list[int]:
