@@ -202,3 +202,12 @@ def test_nobody_asks_for_the_name_of_a_projection_or_a_rule() -> None:
     trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in ROOT.rglob("*.py")}
     compared = {str(file.relative_to(ROOT)): list(names_compared(tree)) for file, tree in trees.items()}
     assert not {file: lines for file, lines in compared.items() if lines}
+
+
+def test_the_map_for_contributors_names_what_is_there() -> None:
+    text = (ROOT.parent / "CONTRIBUTING.md").read_text("utf-8")
+    paths = set(re.findall(r"[\w/.]+/(?:\w+\.py)?(?=[`,; \n])|\w+/\w+\.py", text))
+    named = {path for path in paths if re.fullmatch(r"[\w/]+(\.py|/)", path)}
+    assert len(named) > 30
+    missing = [path for path in sorted(named) if not any((base / path).exists() for base in (ROOT.parent, ROOT))]
+    assert not missing
