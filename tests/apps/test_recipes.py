@@ -22,7 +22,17 @@ from frugal_dist.training.engines import check_engine
 from frugal_dist.training.engines.deepspeed import recipe_json
 from frugal_dist.training.finetune.recipe import FinetuneRecipe
 from frugal_dist.training.optimizers import OWN, build_optimizer, frugal_options
-from frugal_dist.training.recipe import Data, Optimizer, Recipe, Saving, Schedule, check_recipe, read_recipe, shipped
+from frugal_dist.training.recipe import (
+    Data,
+    Model,
+    Optimizer,
+    Recipe,
+    Saving,
+    Schedule,
+    check_recipe,
+    read_recipe,
+    shipped,
+)
 from frugal_dist.training.resume import GOING_ON, check_begun
 from frugal_dist.training.schedule import build_schedule
 
@@ -806,3 +816,21 @@ def test_a_json_beside_the_recipe_is_found_anywhere(tmp_path: Path, monkeypatch:
     assert deepspeed_config(read_recipe(read), 1)["zero_optimization"]["stage"] == 1
     with pytest.raises(ValueError, match=r"cannot read the DeepSpeed configuration none\.json"):
         deepspeed_config(read_recipe(read, ["--deepspeed", "none.json"]), 1)
+
+
+def test_sections_and_lists_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "model.yaml").write_text("llama: 9M\ncompile: true\n")
+    (tmp_path / "wrong.yaml").write_text("lama: 9M\n")
+    words = ["--model", str(tmp_path / "model.yaml"), "--model.tied", "true", "--data", '{"path": "b"}']
+    recipe = read_recipe("reviews_5m", [*words, "--trackers", "wandb", "--trackers+", "tensorboard"])
+    assert recipe.model == Model(llama="9M", compile=True, tied=True)
+    assert (recipe.data.kind, recipe.data.path) == ("tokens", "b")
+    assert recipe.trackers == ["wandb", "tensorboard"]
+    assert read_recipe("reviews_5m", ["--optimizer.project", "null"]).optimizer.project is None
+    for words, message in (
+        (["--model", str(tmp_path / "wrong.yaml")], "'lama' in 'model'. Did you mean 'model.llama'"),
+        (["--data", '{"knd": "files"}'], "'knd' in 'data'. Did you mean 'data.kind'"),
+        (["--model", "{llama: 9M"], "several keys"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_recipe("reviews_5m", words)

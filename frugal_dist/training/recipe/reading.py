@@ -24,11 +24,11 @@ from frugal_dist.training.recipe.spelling import (
     OPTIONS,
     ZERO,
     Keys,
-    as_words,
     check_keys_of,
     fitted_file,
     keys_of,
     read_changes,
+    value_for,
 )
 
 R = TypeVar("R", bound=Run)
@@ -57,35 +57,86 @@ def read_recipe(
 
     Raises ValueError that names the key and what is allowed.
     """
-    from frugal_dist.training.recipe.yaml_file import read_yaml
-
     path, keys = _path_of(name, kind), keys_of(kind)
     try:
-        written = _without_short_names(fitted_file(_checked(read_yaml(path), keys), keys))
+        values = _read_section(path, keys)
+        stage = _settle_short_names(values)
     except ValueError as error:
         raise ValueError(f"recipe {name}: {error}") from error
-    command = COMMANDS[kind.SHIPPED].partition(",")[0]
-    parser = recipe_parser(kind, f"frugal-dist {command} {name}")
-    stage = written.pop(_STAGE, None)
-    words = ["--config", json.dumps(written)]
+    parser = recipe_parser(kind, f"frugal-dist {COMMANDS[kind.SHIPPED].partition(',')[0]} {name}")
     if {"--help", "-h"} & set(changes):
-        parser.set_defaults(_flat(written, keys))
+        parser.set_defaults(_flat(values, keys))
         parser.parse_args(["--help"])
-    for key, value in read_changes(changes, keys):
-        words += as_words(key, value, keys)
-        stage = ZERO.get(value) if key == "engine" else stage
+    for key, text in read_changes(changes, keys):
+        if key == "engine":
+            stage = ZERO.get(text)
+        _change(values, key, text, keys)
     try:
-        found = parser.parse_args(words)
+        checked = parser.instantiate(parser.parse_object(values))
     except Exception as error:  # the library has several kinds of errors
-        raise ValueError(f"recipe {name}: {_explained(str(error), parser)}") from error
-    values = parser.instantiate(found)
-    typed = {one.name: getattr(values, one.name) for one in fields(kind)}
+        raise ValueError(f"recipe {name}: {_explained(str(error))}") from error
+    typed = {one.name: getattr(checked, one.name) for one in fields(kind)}
     typed = {**_beside(path, typed), "folder": os.path.expanduser(typed["folder"])}
     typed["deepspeed"] = _staged(typed["deepspeed"], stage)
     return kind(**typed)
 
 
-_STAGE = "zero stage"
+def _read_section(path: Path, keys: Keys, above: str = "") -> dict[str, Any]:
+    """The values of a file, checked for keys that there are not; a section in it may be a file of its own."""
+    from frugal_dist.training.recipe.yaml_file import read_yaml
+
+    values = read_yaml(path)
+    check_keys_of(values, keys, above)
+    for name, value in values.items():
+        if is_dataclass(keys.get(f"{above}{name}")) and isinstance(value, str):
+            values[name] = _read_section(Path(value), keys, f"{above}{name}.")
+    return fitted_file(values, keys, above)
+
+
+def _settle_short_names(values: dict[str, Any]) -> int | None:
+    """An optimizer "frugal-columns" becomes "frugal" and its projection, an engine "zero3" "deepspeed"; its stage."""
+    optimizer = values.get("optimizer") or {}
+    if optimizer.get("name") in NAMED:
+        short, options = optimizer["name"], optimizer.get("options") or {}
+        for key, value in NAMED[short][1].items():
+            if options.get(key, value) != value:
+                raise ValueError(f"optimizer.name is {short!r}, but {OPTIONS}.{key} is {options[key]!r}.")
+        _put(values, "optimizer.name", short)
+    if values.get("engine") not in ZERO:
+        return None
+    stage = ZERO[values["engine"]]
+    _put(values, "engine", values["engine"])
+    return stage
+
+
+def _change(values: dict[str, Any], key: str, text: str, keys: Keys) -> None:
+    """What a command line says of one key: a value, with "+" one more of a list, or a section as a file or {...}."""
+    name = key.removesuffix("+")
+    value = value_for(name, text, keys)
+    if is_dataclass(keys.get(name)):
+        if isinstance(value, dict):
+            check_keys_of(value, keys, f"{name}.")
+        else:
+            value = _read_section(Path(value), keys, f"{name}.")
+        value = {**values.get(name, {}), **value}
+    if key != name:
+        before = _flat(values, keys).get(name) or []
+        value = [*before, *(value if isinstance(value, list) else [value])]
+    _put(values, name, value)
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key by its whole name; a short name as what it stands for."""
+    if key == "optimizer.name" and value in NAMED:
+        value, fixed = NAMED[value]
+        for option, one in fixed.items():
+            _put(values, f"{OPTIONS}.{option}", one)
+    if key == "engine" and value in ZERO:
+        value = "deepspeed"
+    *sections, leaf = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+    values[leaf] = value
 
 
 def as_yaml(recipe: Run) -> str:
@@ -105,27 +156,6 @@ def list_recipes() -> str:
             first = path.read_text(encoding="utf-8").partition("\n")[0]
             lines.append(f"  {name:<20} {first.lstrip('# ')}")
     return "\n".join(lines)
-
-
-def _checked(values: dict[str, Any], keys: Keys) -> dict[str, Any]:
-    check_keys_of(values, keys)
-    return values
-
-
-def _without_short_names(values: dict[str, Any]) -> dict[str, Any]:
-    """An engine "zero3" as "deepspeed" and its stage; an optimizer "frugal-columns" as "frugal" and its projection."""
-    values = dict(values)
-    if values.get("engine") in ZERO:
-        values |= {"engine": "deepspeed", _STAGE: ZERO[values["engine"]]}
-    optimizer = values.get("optimizer")
-    if isinstance(optimizer, dict) and optimizer.get("name") in NAMED:
-        name, fixed = NAMED[optimizer["name"]]
-        options = optimizer.get("options") or {}
-        for key, value in fixed.items():
-            if options.get(key, value) != value:
-                raise ValueError(f"optimizer.name is {optimizer['name']!r}, but {OPTIONS}.{key} is {options[key]!r}.")
-        values["optimizer"] = {**optimizer, "name": name, "options": {**options, **fixed}}
-    return values
 
 
 def _staged(named: str | None, stage: int | None) -> str | None:
@@ -183,11 +213,10 @@ def _is_there(name: str) -> bool:
 
 
 def recipe_parser(kind: type[Any], command: str = "frugal-dist ... RECIPE") -> Any:
-    """The command line of a recipe: one option per key."""
+    """Checks a recipe's types, and prints its keys: one option per key."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog=command, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a YAML file with any of the keys below")
     parser.add_class_arguments(kind, as_group=False)
     return parser
 
@@ -210,17 +239,11 @@ def _path_of(name: str, kind: type[Any]) -> Path:
     raise ValueError(f"there is no recipe {name!r}: neither a file nor one of {', '.join(known)}.{hint}")
 
 
-def _explained(message: str, parser: Any) -> str:
-    """The library's words, shorter, with the known key that is closest to an unknown one."""
+def _explained(message: str) -> str:
+    """The library's words, shorter."""
     text = " ".join(message.split())
     text = re.sub(r"a typing\.Literal\[([^\]]*)\]", r"one of \1", text)
     text = re.sub(r"(?:a )?<class '(\w+)'>", r"\1", text).replace("NoneType", "null")
     union = r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: "
     text = re.sub(union, lambda kinds: f"Expected {kinds.group(1).replace(', ', ' or ')}. Got value: ", text)
-    text = re.sub(r'Parser key "([\w.]+)": ', r"\1: ", text)
-    known = [action.dest for action in parser._actions]
-    group = re.search(r"Group '([\w.]+)'", text)
-    words = [f"{group.group(1)}.{word}" if group else word for word in re.findall(r"[\w.]+", text)]
-    hints = [difflib.get_close_matches(word, known, n=1, cutoff=0.8) for word in words if word not in known]
-    hint = next((f" Did you mean {close[0]!r}?" for close in hints if close), "")
-    return text.rstrip(".") + "." + hint
+    return re.sub(r'Parser key "([\w.]+)": ', r"\1: ", text).rstrip(".") + "."

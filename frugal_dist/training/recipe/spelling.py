@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -209,14 +208,17 @@ def _no_change(word: str, name: str, value: str, keys: Keys) -> str:
     return f"{word} is not how keys are written: write {shown}."
 
 
-def as_words(key: str, value: str, keys: Keys) -> list[str]:
-    """A change as the parser of types takes it."""
-    if key.endswith("+"):
-        return [f"--{key}", value]
-    plain = value if value[:1] in "[{" else fitted(key, value, keys)
-    if key == "optimizer.name" and plain in NAMED:
-        name, options = NAMED[plain]
-        return [f"--{key}={name}", *(f"--{OPTIONS}.{option}={one}" for option, one in options.items())]
-    if key == "engine" and plain in ZERO:
-        plain = "deepspeed"
-    return [f"--{key}={plain if isinstance(plain, str) else json.dumps(plain)}"]
+def value_for(key: str, text: str, keys: Keys) -> Any:
+    """The text of a command line as the value that a file would have; who checks types says what does not fit."""
+    import yaml
+
+    kinds = [get_origin(one) or one for one in _types(keys.get(key))]
+    if type(None) in kinds and text in (("null",) if str in kinds else ("null", "~", "")):
+        return None
+    if text[:1] in ("[", "{") and str not in kinds:
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--{key} {text}: a list is written [a, b], several keys {{key: value}}.") from error
+    plain = text if is_dataclass(keys.get(key)) else fitted(key, text, keys)
+    return value_of(plain) if isinstance(plain, str) and str not in kinds else plain
