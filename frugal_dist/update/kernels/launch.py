@@ -28,6 +28,8 @@ _WORD = 32
 _AT_ONCE = 1 << 22
 """Entries whose temporary int64 numbers are held at the same time."""
 _TABLES = Tables()
+_AS_WRITTEN = {"enable_fp_fusion": False}
+"""No products and sums are joined but those that ``fused`` names, whatever a release of Triton does by itself."""
 
 
 class Kind(NamedTuple):
@@ -208,6 +210,7 @@ def _start(group: _Group) -> None:
             G=fused.DTYPES[job.grad.dtype],
             ALIGNED=group.aligned,
             num_warps=group.kind.warps,
+            **_AS_WRITTEN,
             **group.kind.options,
         )
     _changed(*(job.weight for job in group.jobs))
@@ -231,7 +234,7 @@ def sign_step_(weight: Tensor, grad: Tensor, size: float, keep: float = 1.0) -> 
     if not _fit(weight, grad):
         return False
     with _on(weight.device):
-        fused.sign_one[(ceil(weight.numel() / BLOCK),)](weight, grad, weight.numel(), keep, size)
+        fused.sign_one[(ceil(weight.numel() / BLOCK),)](weight, grad, weight.numel(), keep, size, **_AS_WRITTEN)
     _changed(weight)
     return True
 
@@ -242,7 +245,7 @@ def sign_step_above_(weight: Tensor, rest: Tensor, grad: Tensor, size: float, ke
     if not (_fit(weight, grad) and rest.is_contiguous()) or any(one.dtype != torch.float32 for one in tensors):
         return False
     with _on(weight.device):
-        fused.sign_above[(len(weight),)](weight, rest, grad, weight.shape[1], keep, size, threshold)
+        fused.sign_above[(len(weight),)](*tensors, weight.shape[1], keep, size, threshold, **_AS_WRITTEN)
     _changed(weight)
     return True
 
