@@ -151,8 +151,8 @@ def _parser() -> argparse.ArgumentParser:
     plan = _with_recipe(commands, "plan", "a recipe's bytes and collectives per rank, without running it")
     plan.add_argument(
         "--engine",
-        help="single, ddp, fsdp2, hsdp:SHARDS, zero0 to zero3, or deepspeed: the stage of the recipe's JSON (default: "
-        "the recipe's)",
+        help="single, ddp, fsdp2, hsdp:SHARDS, zero0 to zero3, deepspeed (the stage of the recipe's JSON), or a mesh: "
+        "fsdp2:4xtp:2, hsdp:2x4xtp:2, fsdp2xep:2 (default: the recipe's)",
     )
     plan.add_argument("--ranks", type=int, required=True, help="how many")
     plan.add_argument(
@@ -359,12 +359,13 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from frugal_dist.training.plan import plan_recipe
+    from frugal_dist.training.plan import plan_recipe, sharing_ranks
     from frugal_dist.training.recipe import Recipe, read_recipe
 
     recipe = read_recipe(options.recipe, options.changes, Recipe)
     print(plan_recipe(recipe, options.engine, options.ranks, options.gpu, options.json))
-    return 2 if recipe.batch % options.ranks else 0  # planned, but it could not be trained
+    rest = recipe.batch % sharing_ranks(recipe, options.engine, options.ranks)
+    return 2 if rest else 0  # planned, but it could not be trained
 
 
 def _plot(options: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -19,7 +20,7 @@ from frugal_dist import engines
 from frugal_dist.checkpoint.errors import CheckpointError
 from frugal_dist.parameters.names import clean_name
 from frugal_dist.projection.coordinates import Selection
-from frugal_dist.sharding.shard import Box, Interval, LocalShard, ParamSpec
+from frugal_dist.sharding.shard import Box, Grid, Interval, LocalShard, ParamSpec
 from frugal_dist.sharding.tile import Tile, interval_tiles
 from frugal_dist.step.inputs import StepInputs
 from frugal_dist.step.runtime import (
@@ -200,19 +201,33 @@ def part_chunks(name: str, shape: Sequence[int], part: LocalShard, local: Tensor
         yield from _CHUNKS[type(part)](name, shape, part, local)
 
 
-def _box_chunks(name: str, shape: Sequence[int], part: Box, local: Tensor) -> Iterator[Chunk]:
-    whole = flat_shape(shape)
-    if len(shape) < 2:
-        area = Tile((0, 1), part.spans[0] if part.spans else (0, 1))
-    else:
-        inner = part.spans[1:]
-        if len(inner) > 1 and any(span != (0, size) for span, size in zip(inner, shape[1:], strict=True)):
-            raise ValueError(f"{name}: a {len(shape)}-D parameter that is not sharded on dim 0 cannot be saved.")
-        area = Tile(part.spans[0], inner[0] if len(inner) == 1 else (0, whole[1]))
+def _boxes_chunks(name: str, shape: Sequence[int], part: Box | Grid, local: Tensor) -> Iterator[Chunk]:
+    for box, view in part.boxes(local):
+        if len(shape) < 2:
+            yield _rectangle(name, shape, Tile((0, 1), box.spans[0] if box.spans else (0, 1)), view)
+        else:
+            yield from _stretches(name, shape, box, view)
+
+
+def _stretches(name: str, shape: Sequence[int], box: Box, local: Tensor) -> Iterator[Chunk]:
+    """Several rectangles if a dim behind the second one is cut: the dims before it are gone through one by one."""
+    inner, spans = shape[1:], box.spans[1:]
+    last = max((dim for dim, span in enumerate(spans) if span != (0, inner[dim])), default=0)
+    behind = prod(inner[last + 1 :])
+    for index in product(*(range(*span) for span in spans[:last])):
+        start = sum(i * prod(inner[dim + 1 :]) for dim, i in enumerate(index))
+        columns = (start + spans[last][0] * behind, start + spans[last][1] * behind)
+        view = local
+        for dim, i in enumerate(index):
+            view = view.select(1, i - spans[dim][0])
+        yield _rectangle(name, shape, Tile(box.spans[0], columns), view)
+
+
+def _rectangle(name: str, shape: Sequence[int], area: Tile, local: Tensor) -> Chunk:
     flat = local.reshape(area.height, area.width)
     if _repeats(local):
         flat = flat.clone(memory_format=torch.contiguous_format)
-    yield Chunk(name, whole, area, flat, None if _is_view(flat, local) else local)
+    return Chunk(name, flat_shape(shape), area, flat, None if _is_view(flat, local) else local)
 
 
 def _is_view(view: Tensor, base: Tensor) -> bool:
@@ -228,7 +243,8 @@ def _interval_chunks(name: str, shape: Sequence[int], part: Interval, local: Ten
 
 
 _CHUNKS: dict[type, Callable[[str, Sequence[int], Any, Tensor], Iterator[Chunk]]] = {
-    Box: _box_chunks,
+    Box: _boxes_chunks,
+    Grid: _boxes_chunks,
     Interval: _interval_chunks,
 }
 

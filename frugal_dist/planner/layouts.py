@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from frugal_dist.planner.mesh import mesh_parts, read_sizes
 from frugal_dist.sharding.shard import Box, Interval, LocalShard, ParamSpec
 
 Parts = list[LocalShard]
@@ -27,10 +28,25 @@ class EngineLayout:
     masters: bool
     cuts_weights: bool
     cuts_gradients: bool
+    copies: int = 1
+    """How many ranks work on the same rows of a batch: those of tensor parallelism."""
 
 
 def engine_layout(name: str) -> EngineLayout:
-    """The engine of this name: single, ddp, fsdp2, hsdp:4 (4 ranks share a copy), zero0-3. ValueError otherwise."""
+    """The engine of this name: single, ddp, fsdp2, hsdp:4 (4 ranks share a copy), zero0-3, or a mesh of several axes
+    (``read_sizes``). ValueError otherwise.
+    """
+    sizes = read_sizes(name)
+    if sizes is not None:
+        return EngineLayout(
+            name,
+            lambda o, rank, ranks: mesh_parts(sizes.filled(name, ranks), o, rank, ranks),
+            True,
+            False,
+            True,
+            True,
+            sizes.tensor,
+        )
     hybrid = re.fullmatch(r"hsdp:(\d+)", name)
     if hybrid:
         shards = int(hybrid.group(1))
@@ -38,7 +54,10 @@ def engine_layout(name: str) -> EngineLayout:
             name, lambda o, rank, ranks: _rows(o, *_shard(rank, ranks, shards)), True, False, True, True
         )
     if name not in ENGINES:
-        raise ValueError(f"engine is {name!r}; choose one of {', '.join(ENGINES)} or hsdp:SHARDS, such as hsdp:8.")
+        raise ValueError(
+            f"engine is {name!r}; choose one of {', '.join(ENGINES)} or hsdp:SHARDS, such as hsdp:8, or "
+            "a mesh, such as fsdp2:4xtp:2, hsdp:2x4xtp:2 or fsdp2xep:2."
+        )
     return ENGINES[name]
 
 

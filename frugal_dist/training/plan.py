@@ -60,9 +60,10 @@ def plan_recipe(recipe: Recipe, engine: str | None, ranks: int, gpu: str | None 
     plan = plan_model(model, recipe.optimizer, layout, ranks)
     others = {name: replace(recipe.optimizer, name=name) for name in BASELINES if name != recipe.optimizer.name}
     baselines: dict[str, Plan] = {name: plan_model(model, other, layout, ranks) for name, other in others.items()}
-    share, rest = divmod(recipe.batch, ranks)
+    sharing = sharing_ranks(recipe, engine, ranks)
+    share, rest = divmod(recipe.batch, sharing)
     notes = (
-        [f"A batch of {recipe.batch} cannot be shared equally by {ranks} ranks: change it to train."] if rest else []
+        [f"A batch of {recipe.batch} cannot be shared equally by {sharing} ranks: change it to train."] if rest else []
     )
     notes += [longer] if longer else []
     zero = _zero(recipe, layout, notes) if layout.masters else None
@@ -81,6 +82,11 @@ def plan_recipe(recipe: Recipe, engine: str | None, ranks: int, gpu: str | None 
     if as_json:
         return json.dumps(figures(plan, baselines, layout, setting, gpu), indent=1)
     return report(plan, baselines, layout, setting, gpu)
+
+
+def sharing_ranks(recipe: Recipe, engine: str | None, ranks: int) -> int:
+    """Among how many a batch is divided: the ranks of tensor parallelism have the same rows."""
+    return max(ranks // engine_layout(_planned_engine(recipe, engine)).copies, 1)
 
 
 def _planned_engine(recipe: Recipe, engine: str | None) -> str:

@@ -717,6 +717,10 @@ def _state(text: str) -> float:
         ("zero4", "2", "h100", "engine is 'zero4'"),
         ("single", "2", "h100", "exactly 1"),
         ("hsdp:3", "4", "h100", "4 ranks do not divide"),
+        ("fsdp2:4xtp:2", "4", "h100", "4 ranks are not 1 x 4 x 2"),
+        ("hsdp:2xtp:2", "4", "h100", "write fsdp2:SHARDS or hsdp:REPLICASxSHARDS"),
+        ("fsdp2xep:3", "4", "h100", "4 ranks do not divide into groups of 3"),
+        ("fsdp2xtp:0", "4", "h100", "tp and ep take one size each"),
         ("zero2", "2", "h1000", "gpu is 'h1000'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Where the tests train: eight ways to store the same parameters, and one run on such a place that saves or loads."""
+"""Where the tests train: the ways to store the same parameters, and one run on such a place that saves or loads."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from cases import LAYOUTS, Build, Case, gradients, weights
+from meshes import expert_parallel, fsdp_packed, fsdp_tensor_parallel, hybrid_tensor_parallel
 from storages import Held, Named, replicas
 from threads import run_ranks
 from torch import nn
@@ -40,8 +41,13 @@ PLACES = {
         Place("HSDP 2x2", 4, LAYOUTS["HSDP 2x2"]),
         Place("ZeRO-2, 4", 4, LAYOUTS["ZeRO-1/2"]),
         Place("ZeRO-3, 3", 3, LAYOUTS["ZeRO-3, 4 sub-groups"]),
+        Place("FSDP2 2 x TP 2", 4, fsdp_tensor_parallel),
+        Place("FSDP2 2 x TP 2, packed layers", 4, fsdp_packed),
+        Place("FSDP2 2 x EP 2, Shard(1)", 4, expert_parallel(1)),
     )
 }
+
+LARGE = Place("HSDP 2 x FSDP2 2 x TP 2", 8, hybrid_tensor_parallel)
 
 
 @dataclass

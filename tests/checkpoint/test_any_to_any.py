@@ -9,7 +9,7 @@ import pytest
 import tables
 import torch
 from cases import PROJECTIONS, Case, label
-from places import PLACES, STEPS, apart, load_and_train, train_and_save
+from places import LARGE, PLACES, STEPS, Place, apart, load_and_train, train_and_save
 from storages import Named
 
 NAMES = list(PLACES)
@@ -40,10 +40,19 @@ def check(projection: tuple[str, str], source: str, targets: list[str], step: in
 @pytest.mark.parametrize("source", NAMES)
 @pytest.mark.parametrize("projection", PROJECTIONS, ids=lambda projection: label(*projection))
 def test_each_engine_to_another(projection: tuple[str, str], source: str, tmp_path: Path) -> None:
-    """Over the projections, every engine is loaded on every other."""
+    """Over the projections, every engine is loaded on nearly every other; on all of them with --heavy."""
     turn, position = PROJECTIONS.index(projection), NAMES.index(source)
     target = NAMES[(position + turn) % len(NAMES)]
     check(projection, source, [target], SAVED_AFTER[(turn + position) % 3], tmp_path / "saved")
+
+
+@pytest.mark.parametrize(("source", "target"), [(LARGE, PLACES["Shard(0), 4"]), (PLACES["ZeRO-3, 3"], LARGE)])
+@pytest.mark.parametrize("projection", [("svd", "std"), ("columns", "std")])
+def test_to_and_from_three_axes(projection: tuple[str, str], source: Place, target: Place, tmp_path: Path) -> None:
+    case, dtype = case_of(projection), torch.float64
+    train_and_save(source, case, dtype, {4: tmp_path})
+    found = load_and_train(target, case, dtype, tmp_path, 4)
+    assert apart(found, uninterrupted(case, dtype)) <= case.tolerance
 
 
 @pytest.mark.heavy

@@ -22,6 +22,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from frugal_dist import Frugal, checkpoint, split_parameters
 from frugal_dist.checkpoint import MismatchError
+from frugal_dist.checkpoint.parts import part_chunks
+from frugal_dist.sharding.shard import Box
 
 EXTRA = {
     "numbers": [1, 2.5, True, None],
@@ -506,3 +508,18 @@ def test_only_what_is_needed_is_on_disk(tmp_path: Path) -> None:
         pieces = json.loads((folder / "index.json").read_text())["pieces"]
         sizes[name] = sum((r1 - r0) * (c1 - c0) for file in pieces.values() for _, r0, r1, c0, c1 in file)
     assert len(set(sizes.values())) == 1
+
+
+@pytest.mark.parametrize("spans", [((1, 3), (0, 4), (0, 5), (0, 2)), ((0, 3), (1, 3), (0, 5), (0, 2)),
+                                   ((2, 3), (0, 4), (2, 4), (0, 2)), ((0, 2), (1, 4), (0, 3), (1, 2))])  # fmt: skip
+def test_a_part_of_many_dims_falls_into_rectangles(spans: tuple[tuple[int, int], ...]) -> None:
+    """Experts' weights that nobody optimizes, and convolutions, may be cut on any dim."""
+    whole = torch.arange(3 * 4 * 5 * 2).view(3, 4, 5, 2)
+    at = tuple(slice(*span) for span in spans)
+    local, found = whole[at].clone(), torch.zeros(3, 40, dtype=torch.int64)
+    for chunk in part_chunks("w", whole.shape, Box(spans), local):
+        assert chunk.shape == (3, 40)
+        found[slice(*chunk.area.rows), slice(*chunk.area.cols)] += chunk.data
+    expected = torch.zeros_like(whole)
+    expected[at] = whole[at]
+    assert torch.equal(found, expected.view(3, 40))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import pytest
@@ -12,11 +13,17 @@ from cases import LAYOUTS
 from storages import Held
 from test_collectives import RANKS, SHAPES, Meter, Traffic, metered
 from threads import run_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from frugal_dist import Frugal
+from frugal_dist.engines.dtensor import DTensorStorage
 from frugal_dist.planner.layouts import engine_layout
+from frugal_dist.planner.mesh import CUT_BY_COLUMNS, CUT_BY_ROWS
 from frugal_dist.planner.plan import Plan, make_plan
 from frugal_dist.projection.coordinates import Flat
+from frugal_dist.sharding.shard import ParamSpec
 
 ENGINES = {
     "replicas, shared state": "ddp",
@@ -154,3 +161,53 @@ def test_replicas_that_do_not_share_hold_everything() -> None:
 def _plain(names: list[str]) -> list[str]:
     """torch 2.13 renamed one of them."""
     return sorted("all_gather" if name.startswith("all_gather") else name for name in names)
+
+
+def _llama() -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=16, intermediate_size=26, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=11,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("engine", "shape"), [("fsdp2:3xtp:2", (1, 3, 2)), ("hsdp:2x2xtp:2", (2, 2, 2)),
+                                              ("tp:2", (1, 1, 2)), ("fsdp2xtp:2", (1, 4, 2))])  # fmt: skip
+def test_parts_on_meshes_are_those_of_torch(engine: str, shape: tuple[int, int, int]) -> None:
+    """parallelize_module and fully_shard; 26 and 13 rows do not divide by three."""
+    ranks = prod(shape)
+    _llama()  # imported by one thread
+
+    def apart(rank: int) -> list[str]:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "fsdp", "tp"))
+        model = _llama()
+        for layer in model.model.layers:
+            names = {name.rpartition(".")[2]: name for name, _ in layer.named_modules()}
+            plan = {names[last]: ColwiseParallel() for last in CUT_BY_ROWS}
+            plan |= {names[last]: RowwiseParallel() for last in CUT_BY_COLUMNS}
+            parallelize_module(layer, mesh["tp"], plan)
+        if shape[1] > 1:
+            fully_shard(model, mesh=mesh["replicas", "fsdp"] if shape[0] > 1 else mesh["fsdp"])
+        named = list(model.named_parameters())
+        originals = [ParamSpec(n, tuple(p.shape), True, True, 0, i) for i, (n, p) in enumerate(named)]
+        storage = DTensorStorage([{"params": [p for _, p in named]}], originals)
+        pairs = [(storage.part(i), part) for i, part in enumerate(engine_layout(engine).parts(originals, rank, ranks))]
+        found = []
+        for one, (there, planned) in zip(originals, pairs, strict=True):
+            nothing = 0 in there.local_shape == planned.local_shape
+            found += [] if nothing or there == planned else [one.name]
+        return found
+
+    assert run_ranks(ranks, apart) == [[]] * ranks
+
+
+def test_experts_lie_on_a_mesh_of_their_own() -> None:
+    """Experts first, as whole ones; then what FSDP2 leaves of them."""
+    originals = [ParamSpec("experts", (4, 6, 5), True, True, 0, 0), ParamSpec("dense", (8, 5), True, True, 0, 1)]
+    parts = [engine_layout("fsdp2xep:2").parts(originals, rank, 4) for rank in range(4)]
+    assert [part[0].spans[0] for part in parts] == [(0, 1), (2, 3), (1, 2), (3, 4)]  # type: ignore[union-attr]
+    assert [part[1].spans[0] for part in parts] == [(0, 2), (2, 4), (4, 6), (6, 8)]  # type: ignore[union-attr]
+    assert engine_layout("ep:2").parts(originals, 1, 4) == parts[1]
