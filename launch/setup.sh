@@ -5,7 +5,8 @@
 #
 # Run again it is done in a moment; more extras are added to those already there. Settings, all optional:
 #   PYTHON            the Python (3.10 or newer) to make .venv from
-#   TORCH_SPEC        exactly this torch instead of our choice, e.g. 'torch==2.12.1'
+#   TORCH_SPEC        exactly this torch instead of our choice, e.g. 'torch==2.12.1'. For a driver that is too old for its
+#                     CUDA: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 TORCH_SPEC=torch==2.11.0+cu126
 #   TORCH_CPU_INDEX   where CPU wheels of torch are, if your pip's own indexes have none
 #   FRUGAL_DIST_IMAGE the extras that a container image brings (docker/Dockerfile sets it): then nothing is installed
 # Afterwards, programs that use DeepSpeed on CPU need TORCH_EXTENSIONS_DIR=.cache/torch_extensions and .venv/bin on PATH.
@@ -166,6 +167,16 @@ install_torch() {
     with_clock "installing $plain" pip_install "$plain" || fail_with_log "pip could not install $plain either"
 }
 
+# The default wheels have the newest CUDA, for which many clusters' drivers are too old: torch then finds no GPU.
+check_gpu() {
+    local cuda
+    has_gpu && [[ -z ${CUDA_VISIBLE_DEVICES+set} ]] || return 0
+    cuda=$("$VENV/bin/python" -W ignore -c 'import torch; print(torch.cuda.is_available() or torch.version.cuda)' 2>/dev/null) || return 0
+    [[ $cuda == True ]] ||
+        say "WARNING: nvidia-smi lists GPUs, but torch finds none: its CUDA is $cuda, and the driver may be too old for it. \
+Update the driver, or take an older CUDA (TORCH_SPEC in bash launch/setup.sh --help)."
+}
+
 install_project() {
     # Naming torch's exact version keeps pip from exchanging it for another build.
     with_clock "installing frugal_dist${EXTRAS:+ with $EXTRAS}" \
@@ -282,6 +293,7 @@ main() {
         rm -f "$STAMP"
         install_torch
         install_project
+        check_gpu
         printf '%s\n%s\n' "$(fingerprint)" "$EXTRAS" >"$STAMP"
     fi
     if needs_op; then

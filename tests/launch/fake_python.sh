@@ -2,6 +2,7 @@
 # Stands in for Python in tests of launch/setup.sh: notes every call of pip, installs nothing. Settings:
 #   REAL_PYTHON   runs the small scripts that come on standard input
 #   CALLS         file to note calls in;  PIP_REFUSES: a regular expression of pip calls that fail
+#   FAKE_CUDA     what torch says of CUDA: "True" (the default), or the version with which it finds no GPU
 #   FAKE_OP       what compiling does: "ok", "fail" or "hang"
 set -euo pipefail
 site=$(dirname "$0")/../versions
@@ -36,6 +37,7 @@ case "$*" in
         touch "$TORCH_EXTENSIONS_DIR/deepspeed_shm_comm/deepspeed_shm_comm.so"
         ;;
     "- "* | - | *build_locks.py) exec "$REAL_PYTHON" "$@" ;;
+    *cuda.is_available*) echo "${FAKE_CUDA:-True}" ;;
     *python_version*) echo 3.11.0 ;;
     *import*) ;;
     *) echo "fake python was called with: $*" >&2; exit 99 ;;

@@ -138,7 +138,7 @@ def test_in_a_container_image_nothing_is_installed(checkout: Checkout) -> None:
 
 def test_an_unknown_extra_is_an_error_that_lists_the_known_ones(checkout: Checkout) -> None:
     shown = checkout.setup("trian", rc=2)
-    known = "train finetune deepspeed mpi tracking demo bench all dev"
+    known = "train finetune deepspeed mpi tracking demo bench examples docs all dev"
     assert "by commas: train,deepspeed" in checkout.setup("train", "deepspeed", rc=2)
     assert "would make or update" in checkout.setup("--dry-run", "train")
     assert f'unknown extra "trian"; pyproject.toml has: {known}' in shown
@@ -169,6 +169,15 @@ def test_with_a_gpu_plain_torch_is_installed_and_nothing_compiled(checkout: Chec
     checkout.tool("nvidia-smi", "echo GPU 0: Imaginary")
     checkout.setup("all")
     assert checkout.calls() == ["venv", "install --no-input torch>=2.11,<2.14", project(checkout.root, "all", "2.13.0")]
+
+
+def test_torch_that_finds_no_gpu_where_there_is_one_is_told_of(checkout: Checkout) -> None:
+    """Its CUDA is newer than what the driver knows."""
+    checkout.tool("nvidia-smi", "echo GPU 0: Imaginary")
+    assert "WARNING" not in checkout.setup("train", CUDA_VISIBLE_DEVICES="", FAKE_CUDA="13.0")
+    (checkout.root / ".venv" / ".frugal_dist_setup").unlink()
+    shown = checkout.setup("train", FAKE_CUDA="13.0")
+    assert "WARNING: nvidia-smi lists GPUs, but torch finds none: its CUDA is 13.0" in shown and "TORCH_SPEC" in shown
 
 
 def test_a_gpu_that_came_later_replaces_the_cpu_build(checkout: Checkout) -> None:

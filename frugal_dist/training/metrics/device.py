@@ -114,7 +114,8 @@ def unused_gpus(count: int) -> tuple[str, bool]:
     """Why torch finds none of the GPUs that nvidia-smi lists, and whether that is somebody's choice."""
     if (shown := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None and _shows_none(shown, count):
         return f'CUDA_VISIBLE_DEVICES="{shown}" shows none of this machine\'s {count}', True
-    why = "torch is a CPU build" if torch.version.cuda is None else "driver and CUDA do not fit"
+    cpu, old = "torch is a CPU build", f"the driver may be too old for its CUDA {torch.version.cuda}"
+    why = cpu if torch.version.cuda is None else f"{old} (bash launch/setup.sh --help: TORCH_SPEC)"
     return f"nvidia-smi lists {count}, but torch {torch.__version__} finds none: {why}", False
 
 
