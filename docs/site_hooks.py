@@ -10,7 +10,14 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = ("examples/README.md", "launch/README.md", "docker/README.md", "ds_configs/README.md", "CHANGELOG.md")
+OUTSIDE = (
+    "examples/README.md",
+    "launch/README.md",
+    "docker/README.md",
+    "ds_configs/README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+)
 """From the checkout's folder. On the site they have the same path."""
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
