@@ -33,7 +33,9 @@ def test_the_quickstart(gpu: torch.device, tmp_path: Path) -> None:
         pytest.skip("would make .venv: start launch/quickstart.sh yourself")
     done = run("bash", ROOT / "launch" / "quickstart.sh", "--steps", "20", RUN_DIR=str(tmp_path / "run"))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "training on " in done.stdout and (tmp_path / "run" / "metrics.jsonl").exists()
+    assert (tmp_path / "run" / "loss_curve.png").exists()
+    run_record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().partition("\n")[0])
+    assert torch.cuda.get_device_name() in json.dumps(run_record["surroundings"])
 
 
 def test_the_report(gpu: torch.device, tmp_path: Path) -> None:
