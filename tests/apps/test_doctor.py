@@ -175,3 +175,15 @@ def test_cuda_operations_need_a_compiler(tmp_path: Path, monkeypatch: pytest.Mon
     assert machine._nvcc() == str(tmp_path / "bin" / "nvcc")
     monkeypatch.delenv("CUDA_HOME")
     assert machine._nvcc() != str(tmp_path / "bin" / "nvcc")
+
+
+def test_it_says_what_steps_the_matrices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FRUGAL_KERNELS", "torch")
+    assert [one.verdict for one in machine.kernels(tmp_path)] == [machine.NOTE]
+    monkeypatch.setenv("FRUGAL_KERNELS", "tritn")
+    assert [one.verdict for one in machine.kernels(tmp_path)] == [machine.FAIL]
+    monkeypatch.setenv("FRUGAL_KERNELS", "auto")
+    assert [(one.verdict, one.found) for one in machine.kernels(tmp_path)] in (
+        [(machine.OK, "C++")],
+        [(machine.NOTE, "none: torch's own operations, several passes over the weights each")],
+    )

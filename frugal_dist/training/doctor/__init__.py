@@ -20,6 +20,7 @@ from frugal_dist.training.doctor.machine import (
     deepspeed_ops,
     devices,
     disk,
+    kernels,
     untouched_devices,
     versions,
 )
@@ -58,7 +59,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 def _doctor(folder: Path, quick: bool, as_json: bool) -> int:
     checks: list[Check] = [versions, untouched_devices if quick else devices, disk, deepspeed_ops]
     found: list[dict[str, Any]] = []
-    for check in checks if quick else [*checks, ranks, engines]:
+    for check in checks if quick else [*checks, kernels, ranks, engines]:
         begun = monotonic()
         for finding in check(folder):
             seconds, begun = monotonic() - begun, monotonic()

@@ -110,6 +110,24 @@ def untouched_devices(folder: Path) -> Iterator[Finding]:
             yield _memory(index, name, total - used, total)
 
 
+def kernels(folder: Path) -> Iterator[Finding]:
+    """What steps the matrices: torch's own operations always work, but go over the weights several times."""
+    import torch
+
+    from frugal_dist.update.kernels import kind_for
+
+    one = torch.zeros((1, 1), device="cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kind = kind_for(one)
+    except (RuntimeError, ValueError) as error:
+        yield Finding(FAIL, "kernels", str(error).splitlines()[0])
+        return
+    if kind == "torch":
+        yield Finding(NOTE, "kernels", "none: torch's own operations, several passes over the weights each")
+    else:
+        yield Finding(OK, "kernels", {"triton": "Triton", "native": "C++"}[kind])
+
+
 def _no_gpu() -> Iterator[Finding]:
     import torch
 
