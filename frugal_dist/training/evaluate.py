@@ -66,19 +66,19 @@ class Validation:
         return EvalResult(loss, {"perplexity": perplexity}, f"validation perplexity {perplexity:,.1f}")
 
     def loss(self, engine: Engine, stop: Callable[[], bool]) -> float | None:
-        """Mean loss per token; None if told to stop. Row i belongs to rank i mod world."""
+        """Mean loss per token; None if told to stop. Row i belongs to share i mod shares."""
         # Every rank calls the model equally often, as sharded weights require; rows past the end count nothing.
-        turns = -(-self.count // engine.world)
+        turns = -(-self.count // engine.shares)
         total = 0.0
         for first in range(0, turns, self.at_once):
             if stop():
                 return None
-            mine = [turn * engine.world + engine.rank for turn in range(first, min(first + self.at_once, turns))]
+            mine = [turn * engine.shares + engine.share for turn in range(first, min(first + self.at_once, turns))]
             rows = self.rows.take(min(number, self.count - 1) for number in mine)
             losses = engine.losses(torch.from_numpy(rows)).view(len(mine), -1).double().sum(dim=1)
             told = losses.tolist()  # a GPU is waited for once
             total += sum(loss for number, loss in zip(mine, told, strict=True) if number < self.count)
-        return engine.total([total])[0] / self.tokens
+        return engine.total([total])[0] * engine.shares / engine.world / self.tokens
 
     def unigram_loss(self, vocab_size: int) -> float:
         """Loss of guessing every token by its share of this very text: what no model without context goes below."""

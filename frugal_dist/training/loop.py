@@ -145,12 +145,12 @@ class Training:
 
         If reading fails on one rank, all of them raise.
         """
-        rank, world = self.engine.rank, self.engine.world
+        share, shares = self.engine.share, self.engine.shares
         if self.batches.full:
-            return torch.from_numpy(self.batches.share(index, rank, world)), None
+            return torch.from_numpy(self.batches.share(index, share, shares)), None
         rows, trouble = torch.empty(0, 1), None
         try:
-            rows = torch.from_numpy(self.batches.share(index, rank, world))
+            rows = torch.from_numpy(self.batches.share(index, share, shares))
         except Exception as error:  # the others must hear of it, whatever it is
             trouble = error
         targets = int((rows[:, 1:] != IGNORED).sum())
@@ -161,7 +161,7 @@ class Training:
             raise ValueError(
                 f"the training data could not be read on {failed:.0f} other rank(s); their messages say why."
             )
-        return rows, max(targets_of_all, 1.0) / world
+        return rows, max(targets_of_all, 1.0) / self.engine.world
 
     def _was_skipped(self, done: int) -> bool:
         """Skipped steps are said at once, and end the run if there is no end to them. Ranks skip together."""

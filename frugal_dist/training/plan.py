@@ -90,7 +90,7 @@ def sharing_ranks(recipe: Recipe, engine: str | None, ranks: int) -> int:
 
 
 def _planned_engine(recipe: Recipe, engine: str | None) -> str:
-    engine = engine or recipe.engine
+    engine = engine or (f"fsdp2xtp:{recipe.tp}" if recipe.tp > 1 else recipe.engine)
     if engine != "deepspeed":
         return engine
     return f"zero{recipe_json(recipe).get('zero_optimization', {}).get('stage', 0)}"

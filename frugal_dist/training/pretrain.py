@@ -35,14 +35,14 @@ def pretrain_from(read: Callable[[], Recipe]) -> int:
 
 
 def _prepare(recipe: Recipe, place: DistEnv, stack: ExitStack) -> TrainingJob:
-    from frugal_dist.training.engines import build_engine
+    from frugal_dist.training.engines import build_engine, engine_share
     from frugal_dist.training.metrics.device import flops_per_token
     from frugal_dist.training.models import has_dropout, seed_masks
     from frugal_dist.training.optimizers import settled
 
     schedule, data, model, longer = together(partial(_materials, recipe, place))
     if has_dropout(model):
-        seed_masks(recipe.seed, place.rank)
+        seed_masks(recipe.seed, engine_share(recipe, place)[0])
     flops = flops_per_token(model, recipe.length)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = build_engine(model, recipe, schedule, place)
@@ -61,13 +61,13 @@ def _materials(recipe: Recipe, place: DistEnv) -> tuple[Schedule, OpenData, nn.M
     import torch
 
     from frugal_dist.training.data.sources import open_data
-    from frugal_dist.training.engines import check_engine
+    from frugal_dist.training.engines import check_engine, engine_share
     from frugal_dist.training.models import build_model, check_positions
     from frugal_dist.training.schedule import build_schedule
 
     check_engine(recipe, place)
     schedule = build_schedule(recipe.schedule, recipe.steps)
-    data = open_data(recipe, place.world)
+    data = open_data(recipe, engine_share(recipe, place)[1])
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, data.vocab_size, recipe.length, data.separator)
     # Of a row per document the model reads all tokens but the last.

@@ -14,8 +14,8 @@ from frugal_dist.presets import BEHIND, LORA, WITHOUT_RANK, preset
 from frugal_dist.training.metrics.record import METRICS_FILE, of_kind, read_metrics
 
 FREE = (
-    "folder", "engine", "deepspeed", "micro_batch", "log_every", "trackers", "peak_tflops", "bad_steps", "saving.*",
-    "model.attention", "model.checkpointing", "model.compile", "data.workers", "data.epochs",
+    "folder", "engine", "tp", "deepspeed", "micro_batch", "log_every", "trackers", "peak_tflops", "bad_steps",
+    "saving.*", "model.attention", "model.checkpointing", "model.compile", "data.workers", "data.epochs",
     "optimizer.options.compute_layout",
 )  # fmt: skip
 """Patterns of keys on which the result does not depend, but for rounding."""

@@ -172,6 +172,14 @@ class FakeEngine:
     calls: int = 0
     seen: list[int] = field(default_factory=list)
 
+    @property
+    def share(self):
+        return self.rank
+
+    @property
+    def shares(self):
+        return self.world
+
     def train_step(self, rows, targets=None):
         self.seen.extend(rows[:, 0].tolist())
         return rows.float().mean()

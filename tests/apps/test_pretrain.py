@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,14 +17,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 pytest.importorskip("jsonargparse")
 pytest.importorskip("transformers")
+
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from frugal_dist.cli import main
 from frugal_dist.training.compare import run_folder
 from frugal_dist.training.distributed.process import STOPPED
 from frugal_dist.training.distributed.run_lock import LOCK_FILE, check_free
+from frugal_dist.training.engines.tensor_parallel import divide_layers, two_axes
 from frugal_dist.training.metrics.record import of_kind, read_metrics
 from frugal_dist.training.pretrain import pretrain
 from frugal_dist.training.recipe import Recipe, read_recipe
@@ -307,6 +313,69 @@ def test_a_run_goes_on_on_another_engine(folder: Path, uninterrupted: dict[tuple
     assert pretrain(recipe(folder, "moved")) == 0
     found = losses(folder, "moved")
     assert max(abs(found[key] - uninterrupted[key]) for key in found) < 2e-4
+
+
+DIVISIBLE = MODEL.replace("101", "102")
+"""Of a layer of 101 outputs two ranks cannot have equal parts."""
+
+
+@pytest.fixture(scope="module")
+def divisible(folder: Path) -> list[str]:
+    """Changes of the recipe for three, and two times two ranks."""
+    (folder / "divisible").mkdir()
+    (folder / "divisible" / "config.json").write_text(DIVISIBLE)
+    return ["--model.path", str(folder / "divisible"), "--batch", "12", "--micro_batch", "2", "--clip", "100"]
+
+
+def on_ranks(ranks: int) -> list[str]:
+    launch = ["torchrun", f"--nproc-per-node={ranks}", *LAUNCHES["fsdp2"][2:], "frugal_dist.cli"]
+    return [str(Path(sys.executable).parent / launch[0]), *launch[1:]]
+
+
+@pytest.mark.heavy
+def test_tensor_parallelism_beside_fsdp2(folder: Path, divisible: list[str]) -> None:
+    """The curve of one process on 2 x 2 ranks; killed there, the run goes on on three ranks, and on one."""
+    assert pretrain(recipe(folder, "whole", *divisible)) == 0
+    want, runs = losses(folder, "whole"), folder / "runs"
+    on_axes = [*divisible, "--engine", "fsdp2", "--tp", "2"]
+    process = start([*on_ranks(4), *command(folder, "axes", *on_axes)])
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    found = losses(folder, "axes")
+    assert found.keys() == want.keys()
+    assert max(abs(found[key] - want[key]) for key in want) < 2e-4
+    process = start([*on_ranks(4), *command(folder, "killed", *on_axes)], start_new_session=True)
+    metrics = runs / "killed" / "metrics.jsonl"
+    while process.poll() is None and (not metrics.is_file() or '"train", "step": 4' not in metrics.read_text()):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    for engine, launch in (("fsdp2", on_ranks(3)), ("single", [sys.executable, "-m", "frugal_dist.cli"])):
+        shutil.copytree(runs / "killed", runs / engine)
+        process = start([*launch, *command(folder, engine, *divisible, "--engine", engine)])
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        found = losses(folder, engine)
+        assert {step for kind, step in found if kind == "train"} == set(range(1, 11))
+        assert max(abs(found[key] - want[key]) for key in found) < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [(MODEL, "tp is 2, which does not divide the 101 of model.layers.0.mlp.gate_proj"),
+     (DIVISIBLE.replace('_value_heads": 2', '_value_heads": 1'), "does not divide the 1 of num_key_value_heads"),
+     ('{"model_type": "gpt2", "vocab_size": 512, "n_embd": 48, "n_layer": 1, "n_head": 4, "n_positions": 64}',
+      "GPT2LMHeadModel has no layers that it divides")],
+)  # fmt: skip
+def test_models_that_tensor_parallelism_does_not_divide(model: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(model)
+    found = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(ValueError, match=re.escape(words)):
+            divide_layers(found, two_axes(2, 2, "cpu")["tp"])
+    finally:
+        dist.destroy_process_group()
 
 
 def test_too_little_text_is_an_error_before_training(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,7 @@ LAYERS: list[tuple[str, ...]] = [
 # Who may know what. Everyone else may import the standard library, torch and frugal_dist only.
 APPLICATIONS = ("training", "training.*", "cli")
 KNOWS = {
-    "torch.distributed.tensor": ("engines.dtensor",),
+    "torch.distributed.tensor": ("engines.dtensor", "training.engines.tensor_parallel"),
     "torch.distributed": (
         "sharding.collectives",
         "engines.dtensor",

@@ -10,7 +10,7 @@ from frugal_dist.optimizer import Frugal
 from frugal_dist.training.distributed.place import DistEnv
 from frugal_dist.training.engines.protocol import Engine, Losses, Schedule
 from frugal_dist.training.models import token_losses
-from frugal_dist.training.recipe import Recipe
+from frugal_dist.training.recipe import Recipe, Run
 from frugal_dist.update.kernels import chosen
 
 
@@ -27,7 +27,12 @@ def check_engine(recipe: Recipe, place: DistEnv) -> None:
     else:
         from frugal_dist.training.engines.plain import check_world
 
-        check_world(recipe.engine, place.world)
+        check_world(recipe, place.world)
+
+
+def engine_share(recipe: Run, place: DistEnv) -> tuple[int, int]:
+    """Which part of every batch is this rank's, of how many: ranks of tensor parallelism have the same."""
+    return place.rank // recipe.tp, max(place.world // recipe.tp, 1)
 
 
 def build_engine(
@@ -48,8 +53,8 @@ def build_engine(
         return DeepSpeedEngine(model, deepspeed_config(recipe, place.world), schedule, losses, optimizer)
     from frugal_dist.training.engines.plain import PlainEngine, check_world
 
-    check_world(recipe.engine, place.world)
+    check_world(recipe, place.world)
     return PlainEngine(model, recipe, schedule, place, losses, optimizer)
 
 
-__all__ = ["Engine", "Losses", "Schedule", "build_engine", "check_engine"]
+__all__ = ["Engine", "Losses", "Schedule", "build_engine", "check_engine", "engine_share"]

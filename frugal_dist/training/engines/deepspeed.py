@@ -55,8 +55,8 @@ class DeepSpeedEngine:
         # On a CPU this builds or loads DeepSpeed's operation.
         with waiting("DeepSpeed to compile or load its C++ operation, or for other ranks in it"):
             deepspeed.init_distributed()
-        self.world = distributed.get_world_size()
-        self.rank = distributed.get_rank()
+        self.world = self.shares = distributed.get_world_size()
+        self.rank = self.share = distributed.get_rank()
         ours = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=schedule)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         built: dict[str, Any] = {}

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from frugal_dist import checkpoint
 from frugal_dist.optimizer import Frugal
@@ -82,11 +83,12 @@ class PlainEngine:
         optimizer: Callable[[nn.Module], Frugal] | None = None,
     ) -> None:
         self.rank, self.world = place.rank, place.world
+        self.share, self.shares = place.rank // recipe.tp, place.world // recipe.tp
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
         self._clip, self._micro = recipe.clip, recipe.micro_batch
         wrap, self._sync = WRAPPERS[recipe.engine]
         self._bf16 = recipe.precision == "bf16"
-        self._model = wrap(model, self.device, self._bf16)
+        self._model = wrap(model, self.device, self._bf16, recipe.tp)
         self._function = losses
         self._optimizer = optimizer(self._model) if optimizer else build_optimizer(recipe.optimizer, self._model)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, schedule)
@@ -115,12 +117,17 @@ class PlainEngine:
 
     def _gradient_norm(self) -> float:
         """The norm of the whole gradient, which is clipped to the recipe's limit if it has one."""
-        if self._clip:
-            norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip)
-        else:  # which would multiply them all with 1
-            gradients = [weight.grad for weight in self._model.parameters() if weight.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        on_mesh: dict[Any, list[Tensor]] = {}
+        for weight in self._model.parameters():
+            if weight.grad is not None:
+                on_mesh.setdefault(getattr(weight, "device_mesh", None), []).append(weight)
+        norms = [get_total_norm([one.grad for one in same if one.grad is not None]) for same in on_mesh.values()]
+        whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+        norm = torch.linalg.vector_norm(torch.stack(whole)) if len(whole) > 1 else whole[0]
+        if self._clip:  # otherwise it would multiply them all with 1
+            for same in on_mesh.values():
+                clip_grads_with_norm_(same, self._clip, norm)
+        return float(norm)
 
     def _outputs(self, function: Losses, rows: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
@@ -182,8 +189,11 @@ class PlainEngine:
         return step, extra
 
 
-def check_world(engine: str, world: int) -> None:
-    """Raises ValueError if this engine cannot run on so many ranks."""
+def check_world(recipe: Recipe, world: int) -> None:
+    """Raises ValueError if the recipe's engine cannot run on so many ranks."""
+    engine = recipe.engine
+    if world % recipe.tp:
+        raise ValueError(f"tp is {recipe.tp}, which does not divide {world} ranks.")
     if engine == "single" and world > 1:
         raise ValueError(f"engine single is for one process, but {world} were started. Use ddp.")
     if engine != "single" and world == 1:
@@ -196,26 +206,36 @@ def check_world(engine: str, world: int) -> None:
 # --- how each engine wraps a model, and skips the exchange of gradients -----------------------------------------------
 
 
-def _single(model: nn.Module, device: torch.device, bf16: bool) -> nn.Module:
+def _single(model: nn.Module, device: torch.device, bf16: bool, tp: int) -> nn.Module:
     return model.to(device)
 
 
-def _ddp(model: nn.Module, device: torch.device, bf16: bool) -> nn.Module:
+def _ddp(model: nn.Module, device: torch.device, bf16: bool, tp: int) -> nn.Module:
     from torch.nn.parallel import DistributedDataParallel
 
     return DistributedDataParallel(model.to(device), gradient_as_bucket_view=True)
 
 
-def _fsdp2(model: nn.Module, device: torch.device, bf16: bool) -> nn.Module:
-    """Each block is a unit of its own: only one is whole at a time, also here, where torch moves it and cuts it."""
+def _fsdp2(model: nn.Module, device: torch.device, bf16: bool, tp: int) -> nn.Module:
+    """Each block is a unit of its own: only one is whole at a time, also here, where torch moves it and cuts it.
+
+    ``tp``: ranks that divide layers among them first.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = (
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
     )
+    mesh = None
+    if tp > 1:
+        from frugal_dist.training.engines.tensor_parallel import divide_layers, two_axes
+
+        axes = two_axes(distributed.get_world_size(), tp, device.type)
+        divide_layers(model, axes["tp"])
+        mesh = axes["fsdp"]
     for block in _blocks(model):
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
 
 
@@ -236,7 +256,7 @@ def _ddp_sync(model: nn.Module, last: bool) -> AbstractContextManager[None]:
     return nullcontext() if last else model.no_sync()  # type: ignore[operator]
 
 
-WRAPPERS: dict[str, tuple[Callable[[nn.Module, torch.device, bool], nn.Module], Sync]] = {
+WRAPPERS: dict[str, tuple[Callable[[nn.Module, torch.device, bool, int], nn.Module], Sync]] = {
     "single": (_single, _as_it_is),
     "ddp": (_ddp, _ddp_sync),
     "fsdp2": (_fsdp2, _as_it_is),

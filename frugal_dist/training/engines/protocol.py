@@ -22,6 +22,10 @@ class Engine(Protocol):
 
     rank: int
     world: int
+    share: int
+    """Which part of every batch is this rank's; ranks of tensor parallelism have the same."""
+    shares: int
+    """Into how many parts a batch is divided."""
 
     def train_step(self, rows: Tensor, targets: float | None = None) -> Tensor:
         """One optimizer step on this rank's rows of the batch; returns their loss, divided by ``targets``.

@@ -156,6 +156,8 @@ def density_of(rank: int, hidden: int) -> float:
 def check_finetune(recipe: FinetuneRecipe) -> None:
     """As ``check_run``, for a fine-tuning."""
     check_run(recipe)
+    if recipe.tp > 1:
+        raise ValueError(f"tp is {recipe.tp}; fine-tuning does not divide layers. Leave it out.")
     if not recipe.epochs > 0:
         raise ValueError(f"epochs is {recipe.epochs:g}; it must be above 0.")
     if not recipe.model.path:

@@ -107,6 +107,7 @@ class Run:
     Args:
         folder: for metrics, checkpoints and what else it leaves behind; a run that is there is continued.
         engine: single, ddp, fsdp2 or deepspeed.
+        tp: ranks that divide each layer among them (tensor parallelism), with engine fsdp2; the others shard.
         deepspeed: DeepSpeed JSON for that engine, from the working directory or beside the recipe; its optimizer,
             scheduler and batch sizes are the recipe's.
         steps: optimizer steps.
@@ -130,6 +131,7 @@ class Run:
     saving: Saving = field(default_factory=Saving)
     folder: str = "runs/latest"
     engine: Literal["single", "ddp", "fsdp2", "deepspeed"] = "single"
+    tp: int = 1
     deepspeed: str | None = None
     steps: int = 10_000
     batch: int = 512
@@ -171,7 +173,7 @@ class Recipe(Run):
 
 def check_run(run: Run) -> None:
     """ValueError for values that fit their type but not each other; names the key."""
-    for key in ("batch", "length", "log_every", "bad_steps"):
+    for key in ("batch", "length", "log_every", "bad_steps", "tp"):
         if getattr(run, key) < 1:
             raise ValueError(f"{key} is {getattr(run, key)}; it must be at least 1.")
     for key in ("steps", "evaluate_every", "clip"):
@@ -185,6 +187,8 @@ def check_run(run: Run) -> None:
         raise ValueError(f"precision fp16 scales the loss, which engine {run.engine!r} does not do. Use bf16.")
     if run.deepspeed is not None and run.engine != "deepspeed":
         raise ValueError(f"deepspeed is {run.deepspeed!r}, but engine is {run.engine!r}. Set engine: deepspeed.")
+    if run.tp > 1 and run.engine != "fsdp2":
+        raise ValueError(f"tp is {run.tp}, but engine is {run.engine!r}. Set engine: fsdp2.")
     check_trackers(run.trackers)
     saving = run.saving  # a checkpoint, maybe the last one, would be the first to refuse it
     if saving.every < 0:
