@@ -496,7 +496,7 @@ def memory(bench: Bench, report: Writes) -> None:
     params = peers.make_params(peers.shapes_of(size, layers), bench.device, dtype)
     rows: list[list[Any]] = []
     with any_basis():
-        for name in ("columns", "rows", "randk", "blockwise", "density 0", "svd", "svd, bf16x3"):
+        for name in ("columns", "rows", "blockwise", "density 0", "svd", "svd, bf16x3", "randk"):
             if bench.enough():
                 report.note(f"No time was left for {name} and what follows.")
                 break
