@@ -72,6 +72,20 @@ def test_an_example(name: str, tmp_path: Path) -> None:
         assert not LOSS.findall(start(name, tmp_path))
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize(("strategy", "share"), [("ddp", 1), ("fsdp2", 0.5)])
+def test_lightning_on_two_ranks(strategy: str, share: float, tmp_path: Path) -> None:
+    pytest.importorskip("lightning", reason="the example needs lightning; the extra examples has it")
+    shown = run([str(EXAMPLES / "lightning_trainer.py"), strategy], tmp_path)
+    losses = [float(loss) for loss in LOSS.findall(shown)]
+    assert max(losses[-2:]) < 0.9 * losses[0]
+    states = STATE.findall(shown)
+    assert len(states) == 2
+    for own, adamw in states:
+        assert float(own) < float(adamw)
+        assert float(adamw) == pytest.approx(3.69 * share, abs=0.1)  # AdamW's for the whole model: 3.69 MB
+
+
 def test_the_table_has_every_example_and_all_are_short() -> None:
     files = sorted(EXAMPLES.glob("*.py"))
     assert [file.stem for file in files] == sorted(STARTS) == sorted(NEEDS)
