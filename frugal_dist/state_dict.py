@@ -20,7 +20,6 @@ from torch import Tensor
 from frugal_dist.engines.hooks import dcp_is_asking, dcp_losing_option
 from frugal_dist.engines.plain import PlainStorage
 from frugal_dist.notices import notice
-from frugal_dist.projection.basis import basis_shapes
 from frugal_dist.projection.registry import PROJECTIONS
 from frugal_dist.sharding.collectives import gather_objects, together
 from frugal_dist.sharding.placement import owner_layout
@@ -415,7 +414,7 @@ def _adopt(runtime: Runtime, work: LocalMatrix) -> None:
         _check_moments(runtime, work, shapes)
     else:
         _adopt_coordinates(runtime, work)
-    state.convert(work.dtype)
+    state.convert(work.dtype, work.numbered)
 
 
 def _adopt_coordinates(runtime: Runtime, work: LocalMatrix) -> None:
@@ -438,8 +437,24 @@ def _check_moments(runtime: Runtime, work: LocalMatrix, shapes: Sequence[Shape])
 def _check_basis(runtime: Runtime, work: LocalMatrix) -> None:
     if not basis_route(runtime, work).tiles:
         return
-    for part, shape in basis_shapes(work.side, work.matrix.rows, work.matrix.cols, work.state.counter("size")).items():
-        _check_shape(runtime, work, "basis" if work.side != "full" else f"basis_{part}", shape)
+    for part, shape in work.kept_shapes(work.state.counter("size")).items():
+        key = "basis" if work.side != "full" else f"basis_{part}"
+        _check_shape(runtime, work, key, shape)
+        if work.numbered:
+            _check_numbers(work, key, work.matrix.rows if part == "left" else work.matrix.cols)
+
+
+def _check_numbers(work: LocalMatrix, key: str, length: int) -> None:
+    """Who casts all of the state may lose which columns they are."""
+    numbers = work.state.get(key)
+    assert numbers is not None
+    wide = numbers.double()
+    bounds = wide.new_tensor([-1.0]), wide.new_tensor([float(length)])
+    if not bool((wide == wide.round()).all() and (torch.cat((bounds[0], wide, bounds[1])).diff() > 0).all()):
+        raise ValueError(
+            f"{work.matrix.name}: the loaded {key} in {numbers.dtype} are no numbers of columns, rising and below "
+            f"{length}. Cast moments only."
+        )
 
 
 def _check_shape(runtime: Runtime, work: LocalMatrix, name: str, needed: Shape) -> None:

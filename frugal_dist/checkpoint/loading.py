@@ -204,14 +204,14 @@ class Restoring:
         scratch.state.ensure_moments(names, basis_piece_shapes(work, plan, r), work.dtype, device)
         if plan.tiles:
             dtype = work.basis_dtype if device == META else self._basis_dtype(work)
-            scratch.state.ensure_basis(work.side, (work.matrix.rows, work.matrix.cols), r, dtype, device)
+            scratch.state.ensure_basis(work.side, work.kept_shapes(r), dtype, device)
         return scratch
 
     def _basis_dtype(self, work: LocalMatrix) -> torch.dtype:
         """As it was kept: another basis_dtype counts from the next refresh, as it does in a run that goes on."""
         key = "basis_left" if work.side == "full" else "basis"
         kept = self.reader.dtype(f"state/{work.matrix.name}/{key}")
-        return kept if kept == torch.bfloat16 else work.dtype
+        return kept if kept in (torch.bfloat16, torch.int32) else work.dtype
 
     def _renewed(self, work: LocalMatrix) -> LocalMatrix:
         """The matrix with state as before its first refresh, which is due now; its updates stay counted."""

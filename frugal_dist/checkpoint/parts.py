@@ -149,7 +149,8 @@ def _basis_chunks(runtime: Runtime, work: LocalMatrix) -> Iterator[Chunk]:
     for key in BASES:
         part = work.state.get(key)
         if part is not None:
-            yield Chunk(prefix + key, (part.shape[0], part.shape[1]), _all_of(part), part)
+            table = part if part.dim() == 2 else part.view(1, -1)  # numbers of columns
+            yield Chunk(prefix + key, (table.shape[0], table.shape[1]), _all_of(table), table)
     shape = {"right": (matrix.rows, r), "left": (r, matrix.cols), "full": (r, r)}[work.side]
     shapes = basis_piece_shapes(work, plan, r)
     for name in moment_names(work.config):

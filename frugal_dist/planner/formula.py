@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from frugal_dist.projection.basis import basis_shapes
 from frugal_dist.projection.registry import PROJECTIONS
 from frugal_dist.projection.shapes import SIDE_CHOICES, resolve_side, round_of
 
@@ -98,7 +97,7 @@ def _projected_bytes(rows: int, cols: int, projection: str, density: float, side
         return 0
     chosen, side = PROJECTIONS[projection], resolve_side(side, rows, cols)
     size = chosen.share(density, chosen.dim(side, rows, cols))
-    bases = basis_shapes(side, rows, cols, size).values() if chosen.family == "basis" else ()
+    bases = chosen.kept_shapes(side, rows, cols, size).values() if chosen.family == "basis" else ()
     return MOMENT_BYTES * chosen.entries(side, rows, cols, size) + BASIS_BYTES * sum(map(prod, bases))
 
 

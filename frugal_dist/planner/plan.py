@@ -172,8 +172,9 @@ def _plan_all(plan: Plan, runtime: Runtime, load: StepInputs, parts: Sequence[Se
     plan.owned, plan.refresh_work = [0] * plan.ranks, [0.0] * plan.ranks
     for work in load.works:
         if work.family == "basis":
-            plan.owned[work.matrix.owner] += 1
-            plan.refresh_work[work.matrix.owner] += refresh_cost(work.matrix.rows, work.matrix.cols)
+            if not work.numbered:
+                plan.owned[work.matrix.owner] += 1
+                plan.refresh_work[work.matrix.owner] += refresh_cost(work.matrix.rows, work.matrix.cols)
             _note_solver(plan, work)
 
 
@@ -182,7 +183,9 @@ def _note_solver(plan: Plan, work: LocalMatrix) -> None:
         return
     rows, cols, chosen = work.matrix.rows, work.matrix.cols, PROJECTIONS[work.config.projection]
     taken = chosen.scratch(work.config, rows, cols, work.side, work.size)
-    if chosen.from_gradient:
+    if chosen.dictionary is not None:
+        plan.solver = max(plan.solver, taken)
+    elif chosen.from_gradient:
         plan.solver, plan.gradient = max(plan.solver, taken), max(plan.gradient, ITEM * rows * cols)
     else:
         plan.solver_on_host = max(plan.solver_on_host, taken)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from frugal_dist.projection.basis import basis_shapes
 from frugal_dist.projection.coordinates import NOTHING, Selection
 from frugal_dist.projection.numerics import compute_dtype
 from frugal_dist.sharding.shard import LocalShard
@@ -61,7 +60,7 @@ def _bases(runtime: Runtime, work: LocalMatrix) -> list[int]:
     """Moments and bases of a matrix on every rank."""
     entry = len(moment_names(work.config)) * work.dtype.itemsize
     side, r = work.side, work.size  # looked up once, not for each of a thousand ranks
-    shapes = basis_shapes(side, work.matrix.rows, work.matrix.cols, r).values()
+    shapes = work.kept_shapes(r).values()
     basis = work.basis_dtype.itemsize * sum(prod(shape) for shape in shapes)
     layout = basis_route(runtime, work).layout
     moments = [entry * sum(prod(shape) for shape in basis_tile_shapes(side, tiles, r)) for tiles in layout]

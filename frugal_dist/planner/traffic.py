@@ -15,7 +15,7 @@ from frugal_dist.projection.basis import basis_shapes
 from frugal_dist.projection.coordinates import Selection
 from frugal_dist.sharding.placement import Transfer, owner_layout, transfers_for
 from frugal_dist.sharding.tile import elements, owned, whole
-from frugal_dist.step import basis_refresh, decide, matrices
+from frugal_dist.step import basis_refresh, column_refresh, decide, matrices
 from frugal_dist.step.moments import moves_between_ranks
 from frugal_dist.step.runtime import (
     CoordinatePiece,
@@ -112,13 +112,14 @@ class RefreshPlan:
 @dataclass(frozen=True)
 class CommonRefresh:
     """What is the same on every rank: how many integers all agree on, the bytes of moments that each rank sends, and
-    the matrices with bases that travel together, by position.
+    the matrices with bases that travel together, by position; ``numbered``: those whose bases are numbers of columns.
     """
 
     agreed: int
     moves: int
     moved: list[int]
     buckets: list[list[int]]
+    numbered: list[list[int]]
 
 
 def common_refresh(runtime: Runtime, works: Sequence[LocalMatrix]) -> CommonRefresh:
@@ -126,12 +127,14 @@ def common_refresh(runtime: Runtime, works: Sequence[LocalMatrix]) -> CommonRefr
     moving = [work for work in works if moves_between_ranks(runtime, work, (1, work.size))]
     moved = [sum(sent) for sent in zip(*(moments_sent(runtime, work) for work in moving), strict=True)]
     bases = [work for work in works if work.family == "basis" and not work.empty]
+    numbered, computed = ([work for work in bases if work.numbered is kind] for kind in (True, False))
     position = {work.matrix.index: i for i, work in enumerate(works)}
+    buckets = (basis_refresh.buckets_of(runtime, computed), matrices.buckets_of(runtime, numbered))
     return CommonRefresh(
         decide.numbers_agreed(runtime, works),
         len(moving),
         moved or [0] * runtime.ranks.size,
-        [[position[work.matrix.index] for work in bucket] for bucket in basis_refresh.buckets_of(runtime, bases)],
+        *([[position[work.matrix.index] for work in bucket] for bucket in found] for found in buckets),
     )
 
 
@@ -145,7 +148,32 @@ def plan_refresh(runtime: Runtime, works: Sequence[LocalMatrix], common: CommonR
     found.sent += INTEGER * common.agreed + common.moved[runtime.ranks.rank]
     for bucket in common.buckets:
         _plan_bucket(runtime, [works[i] for i in bucket], found)
+    for bucket in common.numbered:
+        _plan_numbers(runtime, [works[i] for i in bucket], found)
     return found
+
+
+NUMBER, ENERGY = 4, 8
+"""Bytes of the number of a column, and of what it catches."""
+
+
+def _plan_numbers(runtime: Runtime, works: Sequence[LocalMatrix], found: RefreshPlan) -> None:
+    """Gradients go to their compute tiles, as at a step; energies to the owners; numbers of columns to all."""
+    rank, routes = runtime.ranks.rank, [basis_route(runtime, work) for work in works]
+    found.calls["all_to_all"] += any(route.travels_in for route in routes)
+    found.sent += ITEM * sum(away(route.gradient_in, rank) for route in routes)
+    arriving = sum(_arriving(route.gradient_in, rank) for route in routes)
+    found.gathered = max(found.gathered, 2 * ITEM * arriving)  # packed, and unpacked
+    told, travels = [0] * runtime.ranks.size, False
+    for work in works:
+        senders = column_refresh.senders_of(runtime, work)
+        travels = travels or senders != [work.matrix.owner]
+        if rank in senders and rank != work.matrix.owner:
+            found.sent += ENERGY * sum(column_refresh.lengths_of(work))
+        told[work.matrix.owner] += sum(map(prod, work.kept_shapes(work.size).values()))
+    found.calls["all_to_all"] += travels
+    found.calls["all_gather"] += 1
+    found.sent += NUMBER * max(told) * (runtime.ranks.size - 1)
 
 
 def _plan_bucket(runtime: Runtime, works: Sequence[LocalMatrix], found: RefreshPlan) -> None:

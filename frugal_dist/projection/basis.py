@@ -6,12 +6,16 @@ so a tile that is cut only along its free dimension needs nothing from elsewhere
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from frugal_dist.projection.products import MATMULS
+
+Dictionary = Callable[[int, torch.dtype, torch.device], Tensor]
+"""(length, dtype, device): the square orthonormal matrix whose columns are chosen from."""
 
 
 @dataclass(frozen=True)
@@ -21,16 +25,28 @@ class Basis:
     Contiguous down to the strides of dims of length 1, which BLAS looks at: the last bits depend on them, and are to be
     the same on the rank that computed a basis, on those that received it, and on all after a resume. They compute in
     fp32 or fp64, and may be kept in bf16. ``captured``: the sum of squares of what they catch of the
-    matrix they were just found from (fp64, no dimensions), where that cost nothing.
+    matrix they were just found from (fp64, no dimensions), where that cost nothing. With a ``dictionary`` the parts are
+    the numbers of its columns (int32, r), and ``shown`` makes the columns of them for the time of a computation.
     """
 
     left: Tensor | None = None
     right: Tensor | None = None
     captured: Tensor | None = None
+    dictionary: Dictionary | None = None
 
     @property
     def parts(self) -> list[Tensor]:
         return [part for part in (self.left, self.right) if part is not None]
+
+    def shown(self, rows: int, cols: int, dtype: torch.dtype) -> Basis:
+        """The columns of a basis of rows x cols matrices; itself where they are there."""
+        if self.dictionary is None:
+            return self
+        left, right = (
+            None if part is None else self.dictionary(length, dtype, part.device).index_select(1, part)
+            for part, length in ((self.left, rows), (self.right, cols))
+        )
+        return Basis(left, right)
 
     def to(self, dtype: torch.dtype) -> Basis:
         """The same columns in another dtype; itself if it has it already."""
@@ -42,6 +58,13 @@ class Basis:
         """The columns alone, elsewhere and in another dtype."""
         left, right = (None if part is None else dense(part.to(device, dtype)) for part in (self.left, self.right))
         return Basis(left, right)
+
+
+def basis_of(
+    parts: Mapping[str, Tensor], captured: Tensor | None = None, dictionary: Dictionary | None = None
+) -> Basis:
+    """From its parts by name."""
+    return Basis(parts.get("left"), parts.get("right"), captured, dictionary)
 
 
 def dense(part: Tensor) -> Tensor:

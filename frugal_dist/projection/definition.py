@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import frugal_dist.projection
-from frugal_dist.projection.basis import Basis
+from frugal_dist.projection.basis import Basis, Dictionary, basis_shapes
 from frugal_dist.projection.coordinates import Selection
 from frugal_dist.projection.shapes import floor_of, round_of, sided_dim, sided_entries, sided_lines
 
@@ -93,6 +93,8 @@ class Projection:
     compute              basis: the new basis of a finite gradient on its owner; ``warm`` is the old one.
     from_gradient        basis: computed from the gradient, where that lies; else drawn from the seed, on the CPU.
     starts_warm          basis: whether ``compute`` starts from the old basis, which is then sent to the owner.
+    dictionary           basis: what its columns are chosen from, by the energies they catch. Their numbers are kept,
+                         and ranks find them together: each adds what its part of the gradient says.
     scratch              basis: (settings, rows, cols, side, r): bytes that computing it takes at most beside the
                          gradient. An estimate: libraries do not tell what they need.
     """
@@ -113,7 +115,13 @@ class Projection:
     compute: Callable[[Tensor, Drawing, Basis | None], Basis] = _no_basis
     from_gradient: bool = True
     starts_warm: Callable[[Settings], bool] = lambda config: False
+    dictionary: Dictionary | None = None
     scratch: Callable[[Settings, int, int, str, int], int] = lambda config, rows, cols, side, r: 0
+
+    def kept_shapes(self, side: str, rows: int, cols: int, r: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of what is kept of a basis between refreshes, by part: its columns, or their numbers."""
+        shapes = basis_shapes(side, rows, cols, r)
+        return {part: shape if self.dictionary is None else shape[1:] for part, shape in shapes.items()}
 
 
 def sided(**more: Any) -> Projection:

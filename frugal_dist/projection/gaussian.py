@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import frugal_dist.projection.coordinates as coordinates
-from frugal_dist.projection.basis import Basis, basis_shapes, dense
+from frugal_dist.projection.basis import Basis, basis_of, basis_shapes, dense
 from frugal_dist.projection.definition import Drawing, Settings, sided
 from frugal_dist.projection.numerics import FP32, FP64
 
@@ -20,7 +20,7 @@ def random_basis(
         generator = coordinates.seeded_generator(seed, f"{name}|{part}", refresh, length, width)
         gaussian = torch.randn(length, width, generator=generator, dtype=torch.float64, device="cpu")
         parts[part] = dense(torch.linalg.qr(gaussian).Q.to(dtype))
-    return Basis(**parts)
+    return basis_of(parts)
 
 
 def _compute(grad: Tensor, drawing: Drawing, warm: Basis | None) -> Basis:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from frugal_dist.projection.blocks import BLOCKWISE
 from frugal_dist.projection.coordinates import NOTHING, Selection, whole_block
 from frugal_dist.projection.definition import Drawing, Projection, Settings
+from frugal_dist.projection.dictionary import DCT
 from frugal_dist.projection.entries import RANDK
 from frugal_dist.projection.gaussian import RANDOM
 from frugal_dist.projection.lines import COLUMNS, RANDPERM, ROWS
@@ -15,6 +16,7 @@ PROJECTIONS: dict[str, Projection] = {
     one.name: one
     for one in (
         SVD,
+        DCT,
         RANDOM,
         RANDPERM,
         COLUMNS,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import frugal_dist.projection.coordinates as coordinates
-from frugal_dist.projection.basis import Basis, dense
+from frugal_dist.projection.basis import Basis, basis_of, dense
 
 # Chosen on the gradients of a small LLaMA (docs/performance.md): more of either costs time, less costs signs.
 OVERSAMPLING = 3 / 16
@@ -43,7 +43,7 @@ def subspace_svd(grad: Tensor, side: str, r: int, warm: Basis | None, *, seed: i
     turn, captured = _leading(matrix @ vectors, r)  # Rayleigh-Ritz
     inner = dense(vectors @ turn.to(matrix.dtype))
     if side != "full":
-        return Basis(**{side: inner}, captured=captured)
+        return basis_of({side: inner}, captured)
     return Basis(left=dense(torch.linalg.qr(matrix @ inner).Q), right=inner, captured=captured)
 
 
@@ -84,4 +84,4 @@ def gram_svd(grad: Tensor, side: str, r: int) -> Basis:
     if side in (other, "full"):
         found[other] = torch.linalg.qr(matrix @ inner).Q
     wanted = ("left", "right") if side == "full" else (side,)
-    return Basis(**{part: dense(found[part].to(grad.dtype)) for part in wanted}, captured=captured)
+    return basis_of({part: dense(found[part].to(grad.dtype)) for part in wanted}, captured)

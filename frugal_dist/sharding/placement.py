@@ -130,14 +130,16 @@ class CutCost:
 
 
 @lru_cache(maxsize=16)  # most matrices of a model have the shape and the storage of another
-def compute_cost(storage: Layout, rows: int, cols: int, side: str, r: int, itemsize: int = 4) -> CutCost:
+def compute_cost(
+    storage: Layout, rows: int, cols: int, side: str, r: int, itemsize: int = 4, numbered: bool = False
+) -> CutCost:
     """The cost rule of a basis projection, in bytes per rank (mean over ranks).
 
     cut: gradient in and update out for what is not where it is computed, and the basis on every rank.
-    owner: the whole matrix to its owner and back, the basis once.
+    owner: the whole matrix to its owner and back, the basis once. ``numbered``: the numbers of its columns are kept.
     """
     ranks = len(storage)
-    basis = (rows if side == "left" else cols) * r * itemsize
+    basis = (1 if numbered else rows if side == "left" else cols) * r * itemsize
     moved = 0
     free_dim = FREE_DIM[side]
     if free_dim is not None:
@@ -154,11 +156,21 @@ def compute_cost(storage: Layout, rows: int, cols: int, side: str, r: int, items
 
 
 def compute_layout(
-    storage: Layout, rows: int, cols: int, side: str, r: int, index: int, owner: int, choice: str, shard_replicas: bool
+    storage: Layout,
+    rows: int,
+    cols: int,
+    side: str,
+    r: int,
+    index: int,
+    owner: int,
+    choice: str,
+    shard_replicas: bool,
+    numbered: bool = False,
 ) -> Layout:
     """Where a basis projection of one matrix computes. ``choice``: "auto" by cost, "cut", "owner", or "whole": nowhere
     in parts.
 
+    ``numbered``: of the basis the numbers of its columns are kept.
     Replicas with ``shard_replicas`` off compute what they store, as long as that splits no contraction.
     """
     ranks, undivided = len(storage), "full" if choice == "whole" else side
@@ -171,7 +183,7 @@ def compute_layout(
     free_dim = FREE_DIM[side]
     if free_dim is None or choice in ("owner", "whole"):
         return owner_layout(ranks, owner, rows, cols)
-    if choice == "auto" and compute_cost(storage, rows, cols, side, r).prefers_owner:
+    if choice == "auto" and compute_cost(storage, rows, cols, side, r, numbered=numbered).prefers_owner:
         return owner_layout(ranks, owner, rows, cols)
     return free_cut(storage, rows, cols, free_dim, index)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from frugal_dist.notices import notice
-from frugal_dist.projection.basis import Basis, basis_shapes
+from frugal_dist.projection.basis import Basis, basis_of, basis_shapes
 from frugal_dist.projection.definition import Drawing
 from frugal_dist.projection.registry import PROJECTIONS
 from frugal_dist.sharding.collectives import all_to_all, broadcast
@@ -89,7 +89,7 @@ def _send_warm(runtime: Runtime, work: LocalMatrix, send: list[list[Tensor]], re
     if rank != work.matrix.owner:
         return None
     shapes = basis_shapes(work.side, work.matrix.rows, work.matrix.cols, work.state.counter("size"))
-    basis = Basis(**{part: torch.empty(size, dtype=work.dtype, device=work.device) for part, size in shapes.items()})
+    basis = basis_of({part: torch.empty(size, dtype=work.dtype, device=work.device) for part, size in shapes.items()})
     recv[source] += basis.parts
     return basis
 
@@ -146,28 +146,29 @@ def _publish(runtime: Runtime, works: Sequence[LocalMatrix], found: Sequence[Bas
         travels = used_by_others(runtime, work)
         if basis is None:  # where it does not travel, nobody here computes with it
             sizes = {name: shape if travels else (0, 0) for name, shape in shapes.items()}
-            basis = Basis(**{n: torch.zeros(size, dtype=work.dtype, device=work.device) for n, size in sizes.items()})
+            basis = basis_of({n: torch.zeros(size, dtype=work.dtype, device=work.device) for n, size in sizes.items()})
         bases.append(basis)
         if travels:
             pieces += basis.parts
     broadcast(runtime.ranks, owner, pieces, like)
     for work, basis, code in zip(works, bases, status.tolist(), strict=True):
-        _adopt(runtime, work, basis) if code == NEW else _count_failure(runtime, work, owner)
+        adopt(runtime, work, basis.to(work.basis_dtype)) if code == NEW else count_failure(runtime, work, owner)
 
 
-def _adopt(runtime: Runtime, work: LocalMatrix, basis: Basis) -> None:
+def adopt(runtime: Runtime, work: LocalMatrix, kept: Basis) -> None:
+    """A new basis, as it is kept: the state follows."""
     runtime.failures.pop(work.matrix.index, None)
-    plan, kept = basis_route(runtime, work), basis.to(work.basis_dtype)
-    basis = kept.to(work.dtype)  # everyone computes with what is kept
+    plan, basis = basis_route(runtime, work), work.usable(kept)  # everyone computes with what is kept
     carry_basis_moments(work, plan, basis)
     if plan.tiles:
         if runtime.ranks.rank == next(rank for rank, tiles in enumerate(plan.layout) if tiles):
-            runtime.figures.add_turn(work.basis(), basis)
+            shape, old = (work.matrix.rows, work.matrix.cols, work.dtype), work.basis()
+            runtime.figures.add_turn(old and old.shown(*shape), basis.shown(*shape))
         work.state.set_basis(work.side, kept)
     work.state.count_refresh(work.size)
 
 
-def _count_failure(runtime: Runtime, work: LocalMatrix, owner: int) -> None:
+def count_failure(runtime: Runtime, work: LocalMatrix, owner: int) -> None:
     """Go on with the old projector; raise on all ranks together when it keeps failing."""
     count = runtime.failures.get(work.matrix.index, 0) + 1
     runtime.failures[work.matrix.index] = count

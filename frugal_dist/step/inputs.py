@@ -199,7 +199,7 @@ def ensure_state(runtime: Runtime, load: StepInputs) -> None:
         if moment is None and not later:
             create_state(runtime, work)
         elif moment is not None and moment.dtype != work.dtype:  # loaded, or the model was cast
-            work.state.convert(work.dtype)
+            work.state.convert(work.dtype, work.numbered)
         work.state.remember(work.dtype)
     for one in others:
         one.state.follow(one.weight.device)
@@ -247,9 +247,7 @@ def create_state(runtime: Runtime, work: LocalMatrix) -> None:
     work.state.set_counter("size", work.size)
     work.state.ensure_moments(names, basis_piece_shapes(work, plan, work.size), work.dtype, work.device)
     if plan.tiles:
-        work.state.ensure_basis(
-            work.side, (work.matrix.rows, work.matrix.cols), work.size, work.basis_dtype, work.device
-        )
+        work.state.ensure_basis(work.side, work.kept_shapes(work.size), work.basis_dtype, work.device)
 
 
 def step_regular(runtime: Runtime, load: StepInputs) -> None:

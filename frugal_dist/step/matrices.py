@@ -243,7 +243,7 @@ def _step_bucket(runtime: Runtime, works: Sequence[LocalMatrix], active: set[int
     for work in works:
         if work.matrix.index in active:
             _decay(work)
-    gradients = _fetch_gradients(runtime, works, like)
+    gradients = fetch_gradients(runtime, works, like)
     packing = Packing(ranks.size)
     for work in works:
         prepare = _basis_parcel if work.family == "basis" else _coordinate_parcel
@@ -258,7 +258,7 @@ def _step_bucket(runtime: Runtime, works: Sequence[LocalMatrix], active: set[int
         _round_back(narrow[work.matrix.index], work)
 
 
-def _fetch_gradients(runtime: Runtime, works: Sequence[LocalMatrix], like: Tensor) -> dict[tuple[int, Tile], Tensor]:
+def fetch_gradients(runtime: Runtime, works: Sequence[LocalMatrix], like: Tensor) -> dict[tuple[int, Tile], Tensor]:
     """The gradients of compute tiles that are not part of one local storage tile."""
     ranks = runtime.ranks
     send: Lists = [[] for _ in range(ranks.size)]

@@ -35,6 +35,7 @@ def carry_basis_moments(work: LocalMatrix, plan: RedistributionPlan, new: Basis)
     old = work.basis()
     carried: dict[str, list[Tensor]] = {}
     if old is not None and (mode == "project" or (mode == "keep" and old_shapes != shapes)):
+        old, new = (basis.shown(work.matrix.rows, work.matrix.cols, work.dtype) for basis in (old, new))
         for moment in rule.moments:
             carried[moment.name] = [moment.carry(piece, old, new) for piece in state.pieces(moment.name, old_shapes)]
     state.ensure_moments(rule.names, shapes, work.dtype, work.device)

@@ -1,8 +1,9 @@
-"""The refresh of projectors: every rank draws coordinates for itself; an owner computes a basis for all."""
+"""The refresh of projectors: every rank draws coordinates for itself; an owner finds a basis for all."""
 
 from __future__ import annotations
 
 from frugal_dist.step.basis_refresh import refresh_bases
+from frugal_dist.step.column_refresh import refresh_columns
 from frugal_dist.step.decide import Decision
 from frugal_dist.step.moments import move_coordinate_moments
 from frugal_dist.step.runtime import LocalMatrix, LocalSelection, Runtime, local_selection
@@ -17,7 +18,8 @@ def refresh(runtime: Runtime, decision: Decision) -> None:
         new = local_selection(runtime, work)
         move_coordinate_moments(runtime, work, old, new.pieces, before)
         _count_coordinates(runtime, work, new)
-    refresh_bases(runtime, decision.bases)
+    refresh_bases(runtime, [work for work in decision.bases if not work.numbered])
+    refresh_columns(runtime, [work for work in decision.bases if work.numbered])
 
 
 def _count_coordinates(runtime: Runtime, work: LocalMatrix, cut: LocalSelection) -> None:

@@ -168,15 +168,31 @@ class LocalMatrix:
     side: str
 
     @property
+    def numbered(self) -> bool:
+        """Whether of bases the numbers of their columns are kept."""
+        return self.family == "basis" and PROJECTIONS[self.config.projection].dictionary is not None
+
+    @property
     def basis_dtype(self) -> torch.dtype:
         """Of bases between refreshes; they compute in ``dtype``."""
+        if self.numbered:
+            return torch.int32
         return torch.bfloat16 if self.config.basis_dtype == "bf16" else self.dtype
+
+    def kept_shapes(self, r: int) -> dict[str, Shape]:
+        """Shapes of what is kept of the basis between refreshes, by part."""
+        return PROJECTIONS[self.config.projection].kept_shapes(self.side, self.matrix.rows, self.matrix.cols, r)
 
     def basis(self) -> Basis | None:
         """The basis to compute with, or None before the first refresh and on ranks that do not use it."""
         kept = self.state.basis(self.side)
-        if kept is None:
-            return None
+        return None if kept is None else self.usable(kept)
+
+    def usable(self, kept: Basis) -> Basis:
+        """What is kept, to compute with: in ``dtype``, or with what its numbers choose from."""
+        dictionary = PROJECTIONS[self.config.projection].dictionary
+        if dictionary is not None:
+            return Basis(kept.left, kept.right, dictionary=dictionary)
         part = kept.right if kept.left is None else kept.left
         return kept if part is not None and part.dtype == self.dtype else kept.to(self.dtype)
 
@@ -300,6 +316,7 @@ def basis_layout(runtime: Runtime, work: LocalMatrix, choice: str | None = None)
         work.matrix.owner,
         (choice or work.config.compute_layout) if elementwise else "whole",
         runtime.shard_replicas,
+        work.numbered,
     )
 
 

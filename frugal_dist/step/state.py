@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from operator import is_
@@ -10,7 +10,7 @@ from operator import is_
 import torch
 from torch import Tensor
 
-from frugal_dist.projection.basis import Basis, basis_shapes
+from frugal_dist.projection.basis import Basis
 from frugal_dist.update.rules import every_moment
 
 COUNTERS = ("step", "updates", "refreshes", "refreshed_at", "size")
@@ -156,16 +156,18 @@ class MatrixState:
                 shape = shapes[0] if len(shapes) == 1 else (size,)
                 self.put(name, torch.zeros(shape, dtype=dtype, device=torch.device(str(device))))
 
-    def convert(self, dtype: torch.dtype) -> None:
-        """Moments and bases as this run computes with them. Bases kept in bf16 stay so until their refresh."""
+    def convert(self, dtype: torch.dtype, numbered: bool = False) -> None:
+        """Moments and bases as this run computes with them. Bases kept in bf16 stay so until their refresh.
+        ``numbered``: they are numbers of columns.
+        """
         for name in every_moment():
             moment = self.get(name)
             if moment is not None:
                 self.put(name, moment.to(dtype))
         for name in BASES:
             basis = self.get(name)
-            if basis is not None and basis.dtype != torch.bfloat16:
-                self.put(name, basis.to(dtype))
+            if basis is not None and (numbered or basis.dtype != torch.bfloat16):
+                self.put(name, basis.to(torch.int32 if numbered else dtype))
 
     def drop(self) -> None:
         """Forget everything but the counts."""
@@ -211,9 +213,9 @@ class MatrixState:
         only = store.get(prefix + "basis")
         return None if only is None else Basis(only, None) if side == "left" else Basis(None, only)
 
-    def ensure_basis(self, side: str, shape: tuple[int, int], r: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Zero bases of a rows x cols matrix where there are none of the right size."""
-        for part, size in basis_shapes(side, *shape, r).items():
+    def ensure_basis(self, side: str, shapes: Mapping[str, Shape], dtype: torch.dtype, device: torch.device) -> None:
+        """Zero bases, or numbers of columns, of these shapes by part where there are none."""
+        for part, size in shapes.items():
             key = "basis" if side != "full" else f"basis_{part}"
             present = self.get(key)
             if present is None or tuple(present.shape) != size:

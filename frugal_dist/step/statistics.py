@@ -33,14 +33,15 @@ class RefreshStats:
 
     def add_part(self, grads: Sequence[Tensor], captured: Sequence[Tensor]) -> None:
         """A refreshed matrix or tile: its gradient, and the part of it that is state-full."""
-        self._add(_energy(grads), _energy(captured))
+        self.add_energies(_energy(grads), _energy(captured))
 
     def add_basis(self, grad: Tensor, basis: Basis, captured: Tensor | None) -> None:
         """A new basis, on the rank that computed it from the whole gradient, and what it catches of it, if known."""
         caught = _energy([down(grad, basis)]) if captured is None else captured.to(grad.device)
-        self._add(_energy([grad]), caught)
+        self.add_energies(_energy([grad]), caught)
 
-    def _add(self, energy: Number, captured: Number) -> None:
+    def add_energies(self, energy: Number, captured: Number) -> None:
+        """A refreshed matrix whose energies are known."""
         self.refreshed += 1
         self.energy = _added(self.energy, energy)
         self.captured = _added(self.captured, captured)

@@ -187,7 +187,7 @@ def _step_bases(jobs: Sequence[TileUpdate]) -> None:
             decay_(job.weight, config.lr, decay)
             job.weight.add_(basis_delta(job.grad, cast("Basis", job.basis), job.side, job.moments, job.step, config))
         return
-    pairs = [(job, cast("Basis", job.basis)) for job in jobs]
+    pairs = [(job, _columns(cast("Basis", job.basis), job.grad)) for job in jobs]
     grads = [job.grad if job.grad.dtype is job.weight.dtype else _wide(job.grad) for job in jobs]
     lows = [down(grad, basis, config.matmul) for (_, basis), grad in zip(pairs, grads, strict=True)]
     rests: list[TileUpdate] = []
@@ -222,6 +222,7 @@ def _free_rows_(weight: Tensor, rest: Tensor, grad: Tensor, side: str, config: F
 def basis_delta(grad: Tensor, basis: Basis, side: str, moments: Moments, step: int, config: FrugalConfig) -> Tensor:
     """The same as a tensor to add to the weights (without weight decay), for weights that lie elsewhere."""
     grad = _wide(grad)
+    basis = _columns(basis, grad)
     low = down(grad, basis, config.matmul)
     direction = STATE_FREE[config.state_free].direction
     if direction is None or spans_everything(basis):
@@ -240,6 +241,11 @@ def _from_zero(lows: Sequence[Tensor], moments: Sequence[Moments], step: int, co
     moved = [part.view(low.shape) for part, low in zip(parts, lows, strict=True)]
     state_full_(moved, lows, moments, step, config.lr * config.projected_lr_scale, 0.0, config)
     return moved
+
+
+def _columns(basis: Basis, grad: Tensor) -> Basis:
+    """The basis of a tile's gradient as columns."""
+    return basis if basis.dictionary is None else basis.shown(grad.shape[0], grad.shape[1], compute_dtype(grad.dtype))
 
 
 def _wide(tensor: Tensor) -> Tensor:

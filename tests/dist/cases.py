@@ -32,6 +32,7 @@ PROJECTIONS = (
     ("svd", "left"),
     ("svd", "full"),
     ("random", "std"),
+    ("dct", "std"),
     ("randperm", "std"),
     ("columns", "std"),
     ("rows", "std"),

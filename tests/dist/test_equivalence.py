@@ -47,6 +47,7 @@ VARIANTS = [
         Case(projection, "std", mode, names=LARGE, later=((2, 0.5), (5, 0.2)))
         for projection, modes in (
             ("svd", ("reset", "keep", "project")),
+            ("dct", ("keep",)),
             ("randperm", ("keep",)),
             ("columns", ("keep", "project")),
             ("rows", ("keep",)),
@@ -72,6 +73,9 @@ VARIANTS = [
     with_options("columns", "keep", state_full="sgdm"),
     with_options("svd", "keep", refresh_schedule="staggered"),
     with_options("randk", "keep", refresh_schedule="staggered"),
+    with_options("dct", "keep", side="left", compute_layout="cut"),
+    with_options("dct", "project", side="full"),
+    with_options("dct", "reset", compute_layout="owner", state_full="lion"),
     with_options("svd", "reset", residual_threshold=0.8),
     with_options("randperm", "project", side="full"),
     with_options("blockwise", "reset", block_order="ascending"),

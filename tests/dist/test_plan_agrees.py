@@ -34,7 +34,8 @@ ENGINES = {
     "ZeRO-3": "zero3",
 }
 SETTINGS = [("svd", "std"), ("svd subspace", "std"), ("svd exact bf16", "std"), ("svd", "left"), ("random", "right"),
-            ("columns", "std"), ("rows", "std"), ("randk", "std"), ("blockwise", "std")]  # fmt: skip
+            ("dct", "std"), ("dct", "full"), ("columns", "std"), ("rows", "std"), ("randk", "std"),
+            ("blockwise", "std")]  # fmt: skip
 DRAWN = [("columns", "std"), ("rows", "std"), ("randk", "std"), ("randperm", "full")]
 NAMES = {**SHAPES, "more": (49, 47)}
 

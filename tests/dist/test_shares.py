@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 from frugal_dist import Frugal
 
 RANKS = 4
-CUT_EVENLY = [(p, s) for p, s in PROJECTIONS if p in ("svd", "random") and s != "full"]
+CUT_EVENLY = [(p, s) for p, s in PROJECTIONS if p in ("svd", "random", "dct") and s != "full"]
 """Bases that are cut in proportion to what a rank holds; of coordinates a rank has what falls into its part."""
 
 

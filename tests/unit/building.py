@@ -11,7 +11,7 @@ from torch import Tensor
 from frugal_dist import Frugal
 from frugal_dist.projection.coordinates import Columns, Everything, Flat, Rows, Selection
 
-PROJECTIONS = ("svd", "random", "randperm", "columns", "rows", "randk", "blockwise")
+PROJECTIONS = ("svd", "dct", "random", "randperm", "columns", "rows", "randk", "blockwise")
 # A density with which every projection selects something of the matrices used here.
 DENSITY = 0.5
 

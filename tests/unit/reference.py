@@ -17,7 +17,7 @@ from torch import Tensor
 
 import frugal_dist.projection
 
-BASES = ("svd", "random", "randperm")
+BASES = ("svd", "random", "dct", "randperm")
 COORDINATES = ("columns", "rows", "randk")
 # (left basis or None, right basis or None): what a refresh of a basis projection draws.
 Bases = tuple[Tensor | None, Tensor | None]
@@ -131,6 +131,10 @@ def draw_bases(parameter: Parameter, grad: Tensor, settings: Settings) -> Bases:
         left = u[:, :left_rank] if on_left else None
         right = vt[:right_rank].T if on_right else None
         return left, right
+    if settings.projection == "dct":
+        left = most_energetic(cosines(rows), grad.T, left_rank) if on_left else None
+        right = most_energetic(cosines(columns), grad, right_rank) if on_right else None
+        return left, right
     assert settings.projection == "randperm"
     if on_left:
         left = one_hot(rows, left_rank, parameter.name, parameter.refreshes, settings)
@@ -138,6 +142,18 @@ def draw_bases(parameter: Parameter, grad: Tensor, settings: Settings) -> Bases:
         name = parameter.name + (":columns" if on_left else "")
         right = one_hot(columns, right_rank, name, parameter.refreshes, settings)
     return left, right
+
+
+def cosines(length: int) -> Tensor:
+    """The orthonormal DCT-II, column by column."""
+    place = torch.arange(length, dtype=torch.float64) + 0.5
+    waves = [torch.cos(math.pi / length * place * k) for k in range(length)]
+    return torch.stack([wave / wave.norm() for wave in waves], dim=1)
+
+
+def most_energetic(dictionary: Tensor, grad: Tensor, count: int) -> Tensor:
+    energy = (grad @ dictionary).square().sum(dim=0)
+    return dictionary[:, sorted(energy.argsort(descending=True)[:count].tolist())]
 
 
 def one_hot(length: int, count: int, name: str, refresh: int, settings: Settings) -> Tensor:
@@ -231,7 +247,7 @@ def residual_of(parameter: Parameter, grad: Tensor, low_rank: Tensor, settings: 
     if bases and all(basis.shape[0] == basis.shape[1] for basis in bases):
         return torch.zeros_like(grad)
     residual = grad - up(parameter, low_rank, settings)
-    if settings.residual_threshold > 0 and settings.projection in ("svd", "random"):
+    if settings.residual_threshold > 0 and settings.projection in ("svd", "random", "dct"):
         dim = 0 if parameter.right is None else 1
         noise = residual.norm(dim=dim) <= settings.residual_threshold * grad.norm(dim=dim)
         residual[(slice(None), noise) if dim == 0 else noise] = 0.0
@@ -313,7 +329,7 @@ class Reference:
 
     def _step_matrix(self, parameter: Parameter, grad: Tensor, index: int) -> None:
         settings = self.settings
-        from_gradient = settings.projection in ("svd", "random") and settings.density > 0
+        from_gradient = settings.projection in ("svd", "random", "dct") and settings.density > 0
         if self._is_due(parameter, index):
             if from_gradient and not bool(torch.isfinite(grad).all()):
                 return  # the whole step is left out, and tried again

@@ -37,7 +37,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("step.runtime",),
     ("step.moments", "step.replicas", "step.inputs"),
     ("step.decide", "step.basis_refresh"),
-    ("step.refresh", "step.matrices"),
+    ("step.refresh", "step.matrices", "step.column_refresh"),
     (
         "engines",
         "engines.accelerate",

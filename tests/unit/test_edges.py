@@ -28,7 +28,7 @@ def test_tiny_matrices_with_full_density(projection: str, shape: tuple[int, int]
     assert not torch.equal(w, before)
 
 
-@pytest.mark.parametrize("projection", ["svd", "random"])
+@pytest.mark.parametrize("projection", ["svd", "dct", "random"])
 @pytest.mark.parametrize("side", ["std", "full"])
 def test_full_density_leaves_no_residual(projection: str, side: str) -> None:
     """But rounding noise, whose signs would be steps of their own."""
@@ -41,7 +41,7 @@ def test_full_density_leaves_no_residual(projection: str, side: str) -> None:
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("projection", ["svd", "random", "randperm", "columns", "rows", "randk"])
+@pytest.mark.parametrize("projection", ["svd", "dct", "random", "randperm", "columns", "rows", "randk"])
 def test_a_selection_of_nothing_is_an_error_that_names_the_parameter(projection: str) -> None:
     with pytest.raises(ValueError, match=r"layer\.tiny"):
         train(build({"layer.tiny": weight(4, 4)}, projection=projection, density=0.05), 1, 1)
@@ -326,7 +326,7 @@ def float32_precision(precision: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("side", ["std", "left", "full"])
-@pytest.mark.parametrize("projection", ["svd", "random"])
+@pytest.mark.parametrize("projection", ["svd", "dct", "random"])
 def test_reduced_matmul_precision_changes_nothing(projection: str, side: str) -> None:
     """TF32 flips 13-40 % of the residual's signs, bf16 37-49 %: a step always computes in full float32."""
 

@@ -50,7 +50,7 @@ def test_a_misspelt_choice_is_told_what_was_meant(key: str, value: str, hint: st
 @pytest.mark.parametrize(
     ("key", "allowed"),
     [
-        ("projection", ["svd", "random", "randperm", "columns", "rows", "randk", "blockwise"]),
+        ("projection", ["svd", "dct", "random", "randperm", "columns", "rows", "randk", "blockwise"]),
         ("side", ["std", "reverse_std", "right", "left", "full"]),
         ("block_order", ["random", "ascending", "descending", "mirror"]),
         ("state_full", ["adamw", "lion", "sgdm"]),
@@ -558,8 +558,8 @@ CHANGED: dict[str, Any] = {
 def fixed_keys(projection: str) -> set[str]:
     """What the state of a matrix depends on."""
     fixed = {"projection", "state_full", "compute_layout"}
-    fixed |= {"side"} if projection in ("svd", "random", "randperm") else set()
-    fixed |= {"seed"} if projection not in ("svd", "random") else set()
+    fixed |= {"side"} if projection in ("svd", "dct", "random", "randperm") else set()
+    fixed |= {"seed"} if projection not in ("svd", "dct", "random") else set()
     return fixed | ({"block_order"} if projection == "blockwise" else set())
 
 

@@ -133,7 +133,8 @@ def test_mirror_with_odd_and_even_counts(count: int) -> None:
 @pytest.mark.parametrize("state_full", ["lion", "sgdm"])
 @pytest.mark.parametrize(
     ("projection", "side"),
-    [("svd", "std"), ("svd", "full"), ("random", "left"), ("randperm", "right"), ("columns", "std"), ("rows", "std"),
+    [("svd", "std"), ("svd", "full"), ("random", "left"), ("dct", "std"), ("dct", "full"),
+     ("randperm", "right"), ("columns", "std"), ("rows", "std"),
      ("randk", "std"), ("blockwise", "std")],
 )  # fmt: skip
 def test_other_state_full_rules(projection: str, side: str, state_full: str, on_refresh: str) -> None:
@@ -152,6 +153,7 @@ def test_other_state_full_rules(projection: str, side: str, state_full: str, on_
 @pytest.mark.parametrize(
     ("projection", "side", "density"),
     [("svd", "std", 1.0), ("svd", "left", 1.0), ("svd", "right", 0.12), ("svd", "full", 1.0), ("random", "right", 0.5),
+     ("dct", "right", 0.5), ("dct", "std", 1.0),
      ("randperm", "right", 0.5), ("randperm", "std", 1.0), ("columns", "std", 0.25), ("rows", "std", 1.0),
      ("randk", "std", 0.25)],
 )  # fmt: skip

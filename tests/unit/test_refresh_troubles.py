@@ -14,7 +14,7 @@ from building import PROJECTIONS, build, counters, parameters_of, set_grads, tra
 
 from frugal_dist import Frugal
 
-BASES = ("svd", "random")
+BASES = ("svd", "random", "dct")
 
 
 def bases(optimizer: Frugal, parameter: torch.Tensor) -> torch.Tensor:

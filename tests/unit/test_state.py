@@ -445,7 +445,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(change: Callable[[dict
     assert all(torch.equal(a, b) for a, b in zip(weights(tried), weights(alone), strict=True))
 
 
-@pytest.mark.parametrize("projection", ["svd", "random"])
+@pytest.mark.parametrize("projection", ["svd", "random", "dct"])
 def test_state_saved_after_its_density_went_to_zero(projection: str) -> None:
     """The step refuses it, and so does the load: a basis projection has no basis then."""
     saved, loaded = build_all(projection=projection), build_all(projection=projection)
@@ -561,6 +561,8 @@ def test_state_takes_the_bytes_of_the_formula(projection: str) -> None:
         side = min(shape)
         if projection in ("svd", "random"):
             extra += 4 * side * round(density * side)
+        elif projection == "dct":
+            extra += 4 * round(density * side)  # numbers of columns
         elif projection == "randk":
             extra += 4 * low_rank[0]
         else:
@@ -578,7 +580,7 @@ def test_state_takes_the_bytes_of_the_formula(projection: str) -> None:
             else:
                 total += storage.nbytes()
     assert 8 * stateful <= total <= 8 * stateful + extra
-    if projection in ("svd", "random"):
+    if projection in ("svd", "random", "dct"):
         assert total == 8 * stateful + extra
     assert sum(clocks.values()) <= 5 * 6 * 8, "a few counters for each of the five parameters"
 

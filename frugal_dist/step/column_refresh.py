@@ -1,0 +1,148 @@
+"""The refresh of bases that are columns of a fixed matrix: ranks add up what the columns catch of their tiles.
+
+No gradient is gathered and no basis sent, beside what every step moves to its compute tiles: owners get a number for
+each column from each rank that computes, choose, and tell all ranks the numbers of the columns. They decide ties, so
+ranks never differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from frugal_dist.notices import notice
+from frugal_dist.projection.basis import Basis, basis_of, down
+from frugal_dist.projection.dictionary import column_energies, largest
+from frugal_dist.sharding.collectives import all_gather, all_to_all
+from frugal_dist.sharding.tile import Tile, holders
+from frugal_dist.step.basis_refresh import adopt, count_failure
+from frugal_dist.step.matrices import buckets_of, fetch_gradients
+from frugal_dist.step.runtime import LocalMatrix, Runtime, basis_route
+
+_FAILED = -1
+"""In the place of the number of a column."""
+
+
+def refresh_columns(runtime: Runtime, works: Sequence[LocalMatrix]) -> None:
+    """In the buckets of steps, which bound what is gathered of gradients."""
+    for bucket in buckets_of(runtime, works):
+        _refresh_bucket(runtime, bucket)
+
+
+def senders_of(runtime: Runtime, work: LocalMatrix) -> list[int]:
+    """The ranks that add to the energies of a matrix: the first that computes each tile."""
+    return sorted({ranks[0] for ranks in holders(basis_route(runtime, work).layout).values()})
+
+
+def lengths_of(work: LocalMatrix) -> list[int]:
+    """Of how many columns each part of the basis is chosen."""
+    length = {"left": work.matrix.rows, "right": work.matrix.cols}
+    return [length[part] for part in parts_of(work)]
+
+
+def parts_of(work: LocalMatrix) -> list[str]:
+    """The parts of the basis, in the order in which they travel."""
+    return list(work.kept_shapes(work.size))
+
+
+def _refresh_bucket(runtime: Runtime, works: Sequence[LocalMatrix]) -> None:
+    ranks, like = runtime.ranks, torch.empty(0, dtype=works[0].dtype, device=works[0].device)
+    fetched = {} if ranks.alone else fetch_gradients(runtime, works, like)
+    grads = {work.matrix.index: _counted(runtime, work, fetched) for work in works}
+    sums = _added(runtime, works, [_energies(work, grads[work.matrix.index]) for work in works])
+    chosen = _told(runtime, works, [_choose(runtime, work, total) for work, total in zip(works, sums, strict=True)])
+    first = torch.stack([basis.parts[0][0] for basis in chosen]).tolist()
+    for work, basis, number in zip(works, chosen, first, strict=True):
+        if number == _FAILED:
+            count_failure(runtime, work, work.matrix.owner)
+            continue
+        for grad in grads[work.matrix.index] if work.side == "full" else ():  # a whole matrix, on one rank
+            caught = down(grad, work.usable(basis).shown(work.matrix.rows, work.matrix.cols, work.dtype))
+            runtime.figures.add_part([grad], [caught])
+        adopt(runtime, work, basis)
+
+
+def _counted(runtime: Runtime, work: LocalMatrix, fetched: dict[tuple[int, Tile], Tensor]) -> list[Tensor]:
+    """The gradients of the compute tiles that this rank is the first to have."""
+    plan, rank = basis_route(runtime, work), runtime.ranks.rank
+    held = holders(plan.layout)
+    return [
+        fetched[work.matrix.index, tile] if home is None else work.local_grad(home)[tile.within(home)].to(work.dtype)
+        for tile, home in zip(plan.tiles, plan.home, strict=True)
+        if held[tile][0] == rank
+    ]
+
+
+def _energies(work: LocalMatrix, grads: Sequence[Tensor]) -> Tensor:
+    """What the columns of all parts catch here, one part behind the other. Never raises, as the others are waiting: NaN
+    says that it failed.
+    """
+    total = torch.zeros(sum(lengths_of(work)), dtype=torch.float64, device=work.device)
+    try:
+        for grad in grads:
+            total += torch.cat(list(column_energies(grad, work.side).values()))
+    except Exception as error:  # no memory left, say
+        notice(f"{work.matrix.name}: the refresh failed on a rank: {type(error).__name__}: {error}")
+        total.fill_(torch.nan)
+    return total
+
+
+def _added(runtime: Runtime, works: Sequence[LocalMatrix], mine: Sequence[Tensor]) -> list[Tensor]:
+    """The energies of the whole matrices this rank owns, added in the order of the ranks; of the others its own."""
+    ranks = runtime.ranks
+    if ranks.alone:
+        return list(mine)
+    send: list[list[Tensor]] = [[] for _ in range(ranks.size)]
+    recv: list[list[Tensor]] = [[] for _ in range(ranks.size)]
+    arrivals: list[list[Tensor]] = [[] for _ in works]
+    travels = False
+    for work, own, parts in zip(works, mine, arrivals, strict=True):
+        owner = work.matrix.owner
+        for sender in senders_of(runtime, work):
+            travels = travels or sender != owner
+            if owner == ranks.rank:
+                parts.append(own if sender == owner else torch.empty_like(own))
+                if sender != owner:
+                    recv[sender].append(parts[-1])
+            elif sender == ranks.rank:
+                send[owner].append(own)
+    if travels:
+        all_to_all(ranks, send, recv, torch.empty(0, dtype=torch.float64, device=works[0].device))
+    found = []
+    for own, parts in zip(mine, arrivals, strict=True):
+        total = parts[0].clone() if parts else own
+        for part in parts[1:]:
+            total += part
+        found.append(total)
+    return found
+
+
+def _choose(runtime: Runtime, work: LocalMatrix, energies: Tensor) -> Basis:
+    """The columns that catch most; numbers that mean failure where that is not known, and room for them elsewhere."""
+    if work.matrix.owner == runtime.ranks.rank and bool(torch.isfinite(energies).all()):
+        parts = dict(zip(parts_of(work), energies.split(lengths_of(work)), strict=True))
+        chosen = largest(parts, work.size)
+        if work.side != "full":
+            caught = energies[chosen.parts[0]].sum()
+            runtime.figures.add_energies(energies.sum(), caught)
+        return chosen
+    return basis_of(
+        {
+            part: torch.full(shape, _FAILED, dtype=work.basis_dtype, device=work.device)
+            for part, shape in work.kept_shapes(work.size).items()
+        }
+    )
+
+
+def _told(runtime: Runtime, works: Sequence[LocalMatrix], chosen: list[Basis]) -> list[Basis]:
+    """What every owner chose, on all ranks."""
+    ranks = runtime.ranks
+    if not ranks.alone:
+        recv: list[list[Tensor]] = [[] for _ in range(ranks.size)]
+        for work, basis in zip(works, chosen, strict=True):
+            recv[work.matrix.owner] += basis.parts
+        mine = [part.clone() for part in recv[ranks.rank]]
+        all_gather(ranks, mine, recv, torch.empty(0, dtype=torch.int32, device=works[0].device))
+    return chosen
