@@ -105,9 +105,10 @@ class Frugal(Optimizer):
         weight_decay: decoupled, applied first, with the unscaled ``lr``.
         density: the share of each matrix that is updated with state, 0 to 1 (``blockwise``: of the matrices).
         update_gap: updates between two projector refreshes.
-        projection: how that share is chosen: "svd", "random", "randperm", "columns", "rows", "randk" or "blockwise".
-        side: of svd, random and randperm: "std" (right if rows >= columns, else left), "reverse_std", "right", "left",
-            "full".
+        projection: how that share is chosen: "svd", "dct", "random", "randperm", "columns", "rows", "randk" or
+            "blockwise".
+        side: of svd, dct, random and randperm: "std" (right if rows >= columns, else left), "reverse_std", "right",
+            "left", "full".
         block_order: in which order ``blockwise`` makes whole matrices state-full: "random", "ascending", "descending",
             "mirror".
         state_full: the rule of the state-full part and of regular parameters: "adamw", "lion" or "sgdm".

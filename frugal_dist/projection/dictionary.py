@@ -47,7 +47,8 @@ def column_energies(grad: Tensor, side: str) -> dict[str, Tensor]:
 
 def _energies(lines: Tensor) -> Tensor:
     """Of the DCT-II of each line, by a real Fourier transform of its even entries and its odd ones backwards (Makhoul
-    1980): turned by a quarter of its frequency, its real parts are the lower coefficients, its imaginary ones the upper.
+    1980): turned by a quarter of their frequency, its real parts are the lower coefficients, its imaginary ones the
+    upper.
     """
     length, device = lines.shape[1], lines.device
     numbers = torch.arange(length, device=device)
