@@ -29,8 +29,8 @@ number=$(hosts "$HOSTFILE" | wc -l)
 way=$LAUNCHER
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-# shellcheck source=launch/passing.sh
-source "$ROOT/launch/passing.sh"
+# shellcheck source=launch/environment.sh
+source "$ROOT/launch/environment.sh"
 
 read_own_variables
 args=("${LAUNCHER_ARGS:-}")

@@ -252,7 +252,7 @@ def _tokenizer(given: Path | None, checkpoint: Path, model: PreTrainedModel) -> 
 
 def _read_tokenizer(source: str, model: PreTrainedModel) -> Any:
     """ValueError if there is none, or it does not fit the model."""
-    from frugal_dist.training.data.hub import looks_local
+    from frugal_dist.training.data.local_or_hub import looks_local
     from frugal_dist.training.data.tokenizer import ids_in_text
 
     path = Path(source)
@@ -276,7 +276,7 @@ def _read_tokenizer(source: str, model: PreTrainedModel) -> Any:
 def _by_transformers(source: str) -> Any:
     from transformers import AutoTokenizer
 
-    from frugal_dist.training.data.hub import settle_source
+    from frugal_dist.training.data.local_or_hub import settle_source
 
     settle_source(source, "--tokenizer")
     return AutoTokenizer.from_pretrained(source)

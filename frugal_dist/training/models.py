@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from frugal_dist.planner import LLAMA_SHAPES
 from frugal_dist.training.data.batches import IGNORED
-from frugal_dist.training.data.hub import settle_source
+from frugal_dist.training.data.local_or_hub import settle_source
 from frugal_dist.training.recipe import Model
 
 if TYPE_CHECKING:

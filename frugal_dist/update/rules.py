@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from frugal_dist.update.adamw import ADAMW
 from frugal_dist.update.definition import StateFree, StateFull
-from frugal_dist.update.free import NONE, SGD, SIGN
 from frugal_dist.update.momentum import LION, SGDM
+from frugal_dist.update.state_free import NONE, SGD, SIGN
 
 STATE_FULL: dict[str, StateFull] = {
     one.name: one

@@ -22,6 +22,6 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def processes() -> Iterator[Forks]:
     """Fresh ranks for every job, which need not import DeepSpeed and transformers again."""
-    found = Forks("preloaded", "legs")
+    found = Forks("preloaded", "run_legs")
     yield found
     found.stop()

@@ -8,8 +8,8 @@ import os
 from contextlib import redirect_stdout
 from pathlib import Path
 
-import legs
 import pytest
+import run_legs as legs
 import torch
 from deepspeed_cases import batch, small_llama
 from torch import nn

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from cases import Case, gradients
-from doubles import CASE, PLACE, trained
 from places import MODEL, PLACES, start
 from storages import Replicate, Shard, cut_like
 from threads import run_ranks
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
+from two_rank_runs import CASE, PLACE, trained
 
 from frugal_dist import Frugal, checkpoint, split_parameters
 from frugal_dist.checkpoint import MismatchError

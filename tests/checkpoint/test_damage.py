@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from doubles import CASE, PLACE, load_refused, refused, saved
 from places import MODEL, PLACES, Ended, Place, ended, identical, load_and_train, start
 from storages import Held
 from torch import distributed
+from two_rank_runs import CASE, PLACE, load_refused, refused, saved
 
 from frugal_dist import checkpoint
 from frugal_dist.checkpoint import DamagedError, disk, reader, tensors

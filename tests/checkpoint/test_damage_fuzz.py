@@ -18,13 +18,13 @@ import pytest
 import torch
 from cases import Case, gradients
 from damaging import SEEN, UNSEEN
-from doubles import PLACE
 from fuzzing import Fuzz
 from places import PLACES, start
 from storages import Held
 from tables import count
 from threads import run_ranks
 from torch import nn
+from two_rank_runs import PLACE
 
 from frugal_dist import checkpoint
 from frugal_dist.checkpoint import CheckpointError

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import exporting
-import legs
 import pytest
+import run_legs as legs
 import torch
 from forks import Forks
-from ways import PORTABLE
+from save_and_load_ways import PORTABLE
 
 SOURCES = [("ZeRO-3", 3), ("FSDP2", 2), ("ZeRO-2 bf16", 2)]
 

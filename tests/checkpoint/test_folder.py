@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from cases import gradients
-from doubles import CASE, PLACE, refused, trained
 from places import MODEL, PLACES, start
 from storages import Held
 from threads import run_ranks
+from two_rank_runs import CASE, PLACE, refused, trained
 
 from frugal_dist import checkpoint
 from frugal_dist.checkpoint import DamagedError, MismatchError

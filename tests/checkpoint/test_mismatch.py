@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from cases import GAP, MATRICES, REGULAR, Case, gradients, weights
-from doubles import CASE, PLACE, load_refused, refused, saved
 from places import MODEL, PLACES, start
 from storages import Held, Named, replicas
 from threads import run_ranks
+from two_rank_runs import CASE, PLACE, load_refused, refused, saved
 
 from frugal_dist import Frugal, checkpoint
 from frugal_dist.checkpoint import MismatchError

@@ -11,13 +11,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import legs
 import pytest
+import run_legs as legs
 import tables
 import torch
 from deepspeed_cases import Weights
 from forks import Forks
-from ways import PORTABLE, WAYS
+from save_and_load_ways import PORTABLE, WAYS
 
 DEADLINE = 600.0
 """Many processes on few cores, which may be busy with other things."""

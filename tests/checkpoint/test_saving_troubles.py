@@ -13,11 +13,11 @@ import pytest
 import torch
 from cases import gradients
 from disks import disk_that_fills_up, disk_that_turns_read_only
-from doubles import CASE, PLACE, STEPS, refused, saved, trained
 from places import MODEL, Ended, identical, load_and_train, train_and_save
 from storages import Held
 from threads import run_ranks
 from torch import distributed
+from two_rank_runs import CASE, PLACE, STEPS, refused, saved, trained
 
 from frugal_dist import checkpoint
 from frugal_dist.checkpoint import CheckpointError, StorageError, tensors, writing

@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import LAYOUTS, places
-from fuzz_runs import Named, Run, draw_run, gradients, prepare, weights
 from fuzzing import Fuzz
+from random_runs import Named, Run, draw_run, gradients, prepare, weights
 from storages import Held, replicas
 from threads import run_ranks
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from cases import MATRICES, ON_REFRESH, PROJECTIONS, REGULAR, Case, gradients, label, reference, weights
 from meshes import LAYOUTS, Cut, Place, mesh, on_places, pipeline
 from storages import Named, replicas
-from test_shares import elements
+from test_state_shares import elements
 from threads import run_ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor

@@ -20,7 +20,7 @@ from frugal_dist.training.distributed.place import settle_accelerator
 SCRIPTS = sorted(file.name for file in (ROOT / "launch").iterdir() if file.suffix in (".sh", ".sbatch"))
 NO_GPU = shutil.which("nvidia-smi") is None
 HIDDEN = "--num_gpus 2 / unset" if NO_GPU else "hides this machine's GPUs"
-SOURCED = {"common.sh", "gpus.sh", "passing.sh"}
+SOURCED = {"common.sh", "gpus.sh", "environment.sh"}
 
 
 def bash(script: str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -150,7 +150,7 @@ def test_what_is_sent_to_other_hosts() -> None:
 
 
 def test_a_variable_with_several_lines_is_refused() -> None:
-    script = f"scratch=/nowhere; source {ROOT}/launch/passing.sh; variables pdsh"
+    script = f"scratch=/nowhere; source {ROOT}/launch/environment.sh; variables pdsh"
     done = bash(script, SEND="MINE", MINE="a\nb")
     assert "MINE has several lines" in done.stderr and done.returncode == 2
 
@@ -160,7 +160,7 @@ def test_the_users_own_variables_for_deepspeed(tmp_path: Path) -> None:
     for folder, text in (("home", "A=1\nB = x  y \n\n# C=3\nD=last"), ("here", 'A=2=3\nE="q r"\n')):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / ".deepspeed_env").write_text(text)
-    script = f'source {ROOT}/launch/passing.sh; cd "$1"; read_own_variables; printf "%s\\n" "${{OWN[@]}}"'
+    script = f'source {ROOT}/launch/environment.sh; cd "$1"; read_own_variables; printf "%s\\n" "${{OWN[@]}}"'
     home, here, file = str(tmp_path / "home"), str(tmp_path / "here"), str(tmp_path / "home" / ".deepspeed_env")
     first, second = ["A=1", "B=x  y", "D=last"], ["A=2=3", 'E="q r"']
     assert bash(script, here, HOME=home).stdout.splitlines() == first + second

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz_runs import Group, Named, Run, draw_run, gradients, prepare, weights
 from fuzzing import Fuzz
+from random_runs import Group, Named, Run, draw_run, gradients, prepare, weights
 from reference import Bases, Reference, Settings
 from torch import Tensor, nn
 

@@ -33,9 +33,9 @@ import numpy as np
 from tqdm import tqdm
 
 from frugal_dist.checkpoint.disk import whole_file
-from frugal_dist.training.data.documents import Documents, open_documents
-from frugal_dist.training.data.hub import settle_source
+from frugal_dist.training.data.hub_and_files import Documents, open_documents
 from frugal_dist.training.data.local import MEND, find_damage
+from frugal_dist.training.data.local_or_hub import settle_source
 from frugal_dist.training.data.prepared import (
     FORMAT,
     TOKEN_TYPES,

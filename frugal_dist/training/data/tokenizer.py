@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from frugal_dist.training.data.hub import OFFLINE, settle_source
+from frugal_dist.training.data.local_or_hub import OFFLINE, settle_source
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

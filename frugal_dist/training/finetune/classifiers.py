@@ -12,7 +12,7 @@ from torch import nn
 from frugal_dist.optimizer import Frugal
 from frugal_dist.parameters.names import check_patterns, matches
 from frugal_dist.presets import LORA, WITHOUT_RANK
-from frugal_dist.training.data.hub import OFFLINE, settle_source
+from frugal_dist.training.data.local_or_hub import OFFLINE, settle_source
 from frugal_dist.training.finetune.recipe import Encoder, FinetuneRecipe, Lora
 from frugal_dist.training.optimizers import frugal_options, groups_of
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from frugal_dist.presets import NAMED
-from frugal_dist.training.data.hub import nearby
+from frugal_dist.training.data.local_or_hub import nearby
 from frugal_dist.training.recipe.declared import Recipe, Run
 from frugal_dist.training.recipe.spelling import (
     OPTIONS,

@@ -13,8 +13,8 @@ import deepspeed_cases
 import torch
 import torch.distributed as dist
 from deepspeed_cases import SMOOTH, Weights, batch, loss_of, small_llama
+from save_and_load_ways import PORTABLE, WAYS, Running
 from torch import Tensor, nn
-from ways import PORTABLE, WAYS, Running
 
 from frugal_dist import Frugal, split_parameters
 

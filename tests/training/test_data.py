@@ -27,8 +27,8 @@ import corpora
 
 from frugal_dist.cli import main
 from frugal_dist.training.data.batches import IGNORED, DocumentRows, TokenRows, cut_or_padded
-from frugal_dist.training.data.documents import hub_dataset, open_documents
-from frugal_dist.training.data.hub import nearby
+from frugal_dist.training.data.hub_and_files import hub_dataset, open_documents
+from frugal_dist.training.data.local_or_hub import nearby
 from frugal_dist.training.data.prepare import Preparation, prepare
 from frugal_dist.training.data.prepared import open_prepared
 from frugal_dist.training.data.sources import open_data

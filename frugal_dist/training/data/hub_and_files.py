@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from frugal_dist.training.data.hub import OFFLINE, settle_source
 from frugal_dist.training.data.local import (
     MEND,
     check_files,
@@ -20,6 +19,7 @@ from frugal_dist.training.data.local import (
     no_text,
     texts_of,
 )
+from frugal_dist.training.data.local_or_hub import OFFLINE, settle_source
 from frugal_dist.training.recipe import Data
 
 C4 = "allenai/c4"
