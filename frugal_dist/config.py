@@ -50,7 +50,8 @@ class FrugalConfig:
     side                 of the basis projections; "std": right if rows >= columns, else left.
     block_order          the order in which ``blockwise`` makes whole matrices state-full.
     state_full           the rule of the state-full part: AdamW, Lion or SGD with momentum.
-    state_free           the rule of the rest: sign, plain SGD or none.
+    state_free           the rule of the rest: sign, plain SGD, none, or one that needs whole rows, columns or matrices:
+                         softsign, normalized, normalized_columns, sinkhorn, scaled (``update.lines``).
     momentum             of ``sgdm``, torch.optim.SGD's rule.
     projected_lr_scale   s, scales both parts of a projected matrix. ``lr_scale`` is its old name, known to constructors
                          and JSON. In parameter groups that is a key of timm and BEiT, whose schedules put it into lr.
@@ -108,11 +109,7 @@ class FrugalConfig:
             object.__setattr__(self, key, _as_number(key, getattr(self, key), low, high))
         for key, least in _INTEGERS.items():
             object.__setattr__(self, key, _as_integer(key, getattr(self, key), least))
-        if not STATE_FULL[self.state_full].elementwise and self.density > 0 and family(self) != "basis":
-            raise ValueError(
-                f"state_full={self.state_full!r} updates whole matrices: it needs a projection with a basis, not "
-                f"projection={self.projection!r}."
-            )
+        self._check_lines()
         for key, one in options_of_others(self.projection):
             value = getattr(self, key)
             if value != _FIELDS[key].default:
@@ -120,6 +117,35 @@ class FrugalConfig:
                     f"{key}={value!r} belongs to projection={one.name!r}, but projection={self.projection!r} "
                     f"{one.own[key]}. Leave {key} out, or use projection={one.name!r}."
                 )
+
+    def _check_lines(self) -> None:
+        """What needs whole lines goes with bases, and with all or nothing of columns or rows."""
+        if STATE_FREE[self.state_free].factor is not None and self.density == 0.0:
+            raise ValueError(
+                f"state_free={self.state_free!r} scales the rest as the state-full part is scaled, and density=0 has "
+                "none. Raise density, or use another state_free."
+            )
+        if self.by_lines and family(self) != "basis":
+            full = not STATE_FULL[self.state_full].elementwise
+            rule = f"state_full={self.state_full!r} updates whole matrices"
+            if not full:
+                rule = f"state_free={self.state_free!r} needs whole rows or columns of the rest"
+            raise ValueError(
+                f"{rule}: it needs a projection with a basis, not projection={self.projection!r} with "
+                f"density={self.density:g}." + (" density=1 of columns or rows will do." if full else "")
+            )
+
+    @property
+    def by_lines(self) -> bool:
+        """Whether a rule needs whole lines or whole matrices, so that it computes where these are whole."""
+        free = STATE_FREE[self.state_free].whole is not None
+        full = not STATE_FULL[self.state_full].elementwise and self.density > 0
+        return free or full
+
+    @property
+    def free_side(self) -> str:
+        """The side of layouts that suit the state-free rule, where there is no basis."""
+        return STATE_FREE[self.state_free].free_side
 
     @property
     def beta_pair(self) -> tuple[float, float]:

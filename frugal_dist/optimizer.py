@@ -112,7 +112,8 @@ class Frugal(Optimizer):
         block_order: in which order ``blockwise`` makes whole matrices state-full: "random", "ascending", "descending",
             "mirror".
         state_full: the rule of the state-full part and of regular parameters: "adamw", "lion" or "sgdm".
-        state_free: the rule of the rest: "sign", "sgd" or "none".
+        state_free: the rule of the rest: "sign", "sgd", "none"; "softsign", "normalized" (rows), "normalized_columns",
+            "sinkhorn" or "scaled" (as the state-full part is), with a basis or density 0.
         momentum: of "sgdm".
         projected_lr_scale: scales both parts of a projected matrix' step.
         state_free_lr_scale: scales the state-free part once more; 1 for pre-training, 0.1 for fine-tuning.

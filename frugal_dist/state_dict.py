@@ -344,7 +344,7 @@ def _is_regular_part(runtime: Runtime, one: LocalParameter) -> bool:
 
 def _sizes_change(runtime: Runtime, work: LocalMatrix) -> bool:
     boxed = isinstance(runtime.storage.part(work.matrix.original), Box)
-    return boxed and PROJECTIONS[work.config.projection].family != "basis" and not work.empty and not same_slots(work)
+    return boxed and work.family != "basis" and not work.empty and not same_slots(work)
 
 
 def _to_dense(runtime: Runtime, work: LocalMatrix, name: str) -> Tensor:

@@ -202,7 +202,7 @@ class Restoring:
             return scratch
         plan, r = basis_route(self.runtime, work), int(counters["size"])
         scratch.state.ensure_moments(names, basis_piece_shapes(work, plan, r), work.dtype, device)
-        if plan.tiles:
+        if plan.tiles and work.kept_shapes(r):
             dtype = work.basis_dtype if device == META else self._basis_dtype(work)
             scratch.state.ensure_basis(work.side, work.kept_shapes(r), dtype, device)
         return scratch

@@ -15,9 +15,10 @@ from frugal_dist.projection.registry import depends_on as projection_depends_on
 from frugal_dist.projection.registry import family, selection_size
 from frugal_dist.sharding.shard import ParamSpec
 from frugal_dist.step.runtime import LocalMatrix, LocalParameter
-from frugal_dist.update.rules import STATE_FULL
+from frugal_dist.update.rules import STATE_FREE, STATE_FULL
 
-WATCHED = tuple(key for key, when in TAKEN_UP.items() if when != NOW)
+WATCHED = (*(key for key, when in TAKEN_UP.items() if when != NOW), "state_free")
+"""state_free: some of its rules decide where a matrix computes, and so where its state lies."""
 Seen = tuple[dict[str, Any], FrugalConfig]
 """The watched values of a group as they stood in it, and its configuration."""
 
@@ -95,7 +96,9 @@ def _fixed(config: FrugalConfig, projected: bool) -> set[str]:
 
 
 def _refuse(number: int, before: FrugalConfig, now: FrugalConfig, projected: bool) -> None:
-    for key in _fixed(before, projected):
+    lines = [STATE_FREE[config.state_free].whole for config in (before, now)]
+    tied = {"state_free"} if projected and lines != [None, None] else set()
+    for key in _fixed(before, projected) | tied:
         then, here = getattr(before, key), getattr(now, key)
         if then != here:
             raise ValueError(

@@ -172,14 +172,14 @@ def _plan_all(plan: Plan, runtime: Runtime, load: StepInputs, parts: Sequence[Se
     plan.owned, plan.refresh_work = [0] * plan.ranks, [0.0] * plan.ranks
     for work in load.works:
         if work.family == "basis":
-            if not work.numbered:
+            if work.chooses and not work.numbered:
                 plan.owned[work.matrix.owner] += 1
                 plan.refresh_work[work.matrix.owner] += refresh_cost(work.matrix.rows, work.matrix.cols)
             _note_solver(plan, work)
 
 
 def _note_solver(plan: Plan, work: LocalMatrix) -> None:
-    if work.empty:
+    if work.empty or not work.chooses:
         return
     rows, cols, chosen = work.matrix.rows, work.matrix.cols, PROJECTIONS[work.config.projection]
     taken = chosen.scratch(work.config, rows, cols, work.side, work.size)

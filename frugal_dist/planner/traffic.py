@@ -126,7 +126,7 @@ def common_refresh(runtime: Runtime, works: Sequence[LocalMatrix]) -> CommonRefr
     """A refresh of all matrices, later than their first."""
     moving = [work for work in works if moves_between_ranks(runtime, work, (1, work.size))]
     moved = [sum(sent) for sent in zip(*(moments_sent(runtime, work) for work in moving), strict=True)]
-    bases = [work for work in works if work.family == "basis" and not work.empty]
+    bases = [work for work in works if work.chooses and not work.empty]
     numbered, computed = ([work for work in bases if work.numbered is kind] for kind in (True, False))
     position = {work.matrix.index: i for i, work in enumerate(works)}
     buckets = (basis_refresh.buckets_of(runtime, computed), matrices.buckets_of(runtime, numbered))

@@ -24,9 +24,10 @@ class Basis:
 
     Contiguous down to the strides of dims of length 1, which BLAS looks at: the last bits depend on them, and are to be
     the same on the rank that computed a basis, on those that received it, and on all after a resume. They compute in
-    fp32 or fp64, and may be kept in bf16. ``captured``: the sum of squares of what they catch of the
-    matrix they were just found from (fp64, no dimensions), where that cost nothing. With a ``dictionary`` the parts are
-    the numbers of its columns (int32, r), and ``shown`` makes the columns of them for the time of a computation.
+    fp32 or fp64, and may be kept in bf16. Without parts it is everything. ``captured``: the sum of squares of what they
+    catch of the matrix they were just found from (fp64, no dimensions), where that cost nothing. With a ``dictionary``
+    the parts are the numbers of its columns (int32, r), and ``shown`` makes the columns of them for the time of a
+    computation.
     """
 
     left: Tensor | None = None
@@ -96,7 +97,8 @@ def add_up_(out: Tensor, low: Tensor, basis: Basis, alpha: float = 1.0, matmul: 
     """Out += alpha * up(low), without a temporary of out's size."""
     products = MATMULS[matmul]
     if basis.right is None:
-        assert basis.left is not None
+        if basis.left is None:
+            return out.add_(low, alpha=alpha)
         return products.add_(out, basis.left, low, alpha=alpha)
     low = low if basis.left is None else products.multiply(basis.left, low)
     return products.add_(out, low, basis.right.T, alpha=alpha)

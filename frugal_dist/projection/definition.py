@@ -39,6 +39,12 @@ class Settings(Protocol):
     @property
     def seed(self) -> int: ...
 
+    @property
+    def by_lines(self) -> bool: ...
+
+    @property
+    def free_side(self) -> str: ...
+
 
 @dataclass(frozen=True)
 class Drawing:

@@ -28,8 +28,28 @@ PROJECTIONS: dict[str, Projection] = {
 
 
 def family(config: Settings) -> str:
-    """One of "basis", "coordinates" or "blocks"; density 0 selects no coordinates, whatever the projection."""
-    return PROJECTIONS[config.projection].family if config.density > 0 else "coordinates"
+    """One of "basis", "coordinates" or "blocks"; density 0 selects no coordinates, whatever the projection.
+
+    Rules that need whole lines compute as bases do, where these are whole: also with a basis of no columns (density 0),
+    and where nothing is left out.
+    """
+    chosen = PROJECTIONS[config.projection].family
+    if config.by_lines and (config.density == 0 or undivided(config)):
+        return "basis"
+    return chosen if config.density > 0 else "coordinates"
+
+
+def undivided(config: Settings) -> bool:
+    """Whether a rule gets whole gradients: lines of coordinates, and all of them."""
+    lines = PROJECTIONS[config.projection].whole_when_complete
+    return config.by_lines and lines and config.density == 1.0
+
+
+def side_of(config: Settings, rows: int, cols: int) -> str:
+    """Of a basis: one of "right", "left" and "full" for a matrix."""
+    if undivided(config):
+        return "right"
+    return config.free_side if config.by_lines and config.density == 0 else resolve_side(config.side, rows, cols)
 
 
 def depends_on(config: Settings) -> tuple[str, ...]:
@@ -50,6 +70,8 @@ def selection_size(config: Settings, name: str, rows: int, cols: int) -> int:
     """
     if rows * cols == 0 or config.density == 0:
         return 0
+    if undivided(config):
+        return cols
     chosen = PROJECTIONS[config.projection]
     dim = chosen.dim(resolve_side(config.side, rows, cols), rows, cols)
     size = chosen.share(config.density, dim)

@@ -160,7 +160,7 @@ def adopt(runtime: Runtime, work: LocalMatrix, kept: Basis) -> None:
     runtime.failures.pop(work.matrix.index, None)
     plan, basis = basis_route(runtime, work), work.usable(kept)  # everyone computes with what is kept
     carry_basis_moments(work, plan, basis)
-    if plan.tiles:
+    if plan.tiles and kept.parts:
         if runtime.ranks.rank == next(rank for rank, tiles in enumerate(plan.layout) if tiles):
             shape, old = (work.matrix.rows, work.matrix.cols, work.dtype), work.basis()
             runtime.figures.add_turn(old and old.shown(*shape), basis.shown(*shape))

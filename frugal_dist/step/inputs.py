@@ -10,8 +10,7 @@ from torch import Tensor
 
 from frugal_dist.config import FrugalConfig
 from frugal_dist.projection.numerics import compute_dtype
-from frugal_dist.projection.registry import PROJECTIONS, family
-from frugal_dist.projection.shapes import SIDES
+from frugal_dist.projection.registry import PROJECTIONS, family, side_of
 from frugal_dist.sharding.redistribution import fill_buckets
 from frugal_dist.sharding.shard import ParamSpec
 from frugal_dist.step.runtime import (
@@ -143,7 +142,7 @@ def _bind(
         site.works = [
             LocalMatrix(
                 matrix, config, decay, state, tiles, [], None, weight.device, weight.dtype, False, dtype, kind,
-                SIDES[config.side, matrix.rows >= matrix.cols],
+                side_of(config, matrix.rows, matrix.cols),
             )
             for (matrix, tiles), state in zip(site.members, states, strict=True)
         ]  # fmt: skip
@@ -226,7 +225,9 @@ def check_density(work: LocalMatrix) -> None:
     """A basis projection at density 0 has no basis, and its state is another one."""
     before, now = work.state.counter("size"), work.config.density
     started = (
-        PROJECTIONS[work.config.projection].family == "basis" and not work.empty and work.state.counter("refreshes")
+        "basis" in (PROJECTIONS[work.config.projection].family, work.family)
+        and not work.empty
+        and work.state.counter("refreshes")
     )
     if started and (before == 0) != (now == 0.0):
         raise ValueError(

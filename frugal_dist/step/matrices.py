@@ -160,7 +160,10 @@ def _basis_updates(runtime: Runtime, work: LocalMatrix, decay: float) -> list[Ti
                 area = tile.within(home)
                 weight, grad = weight[area], grad[area]
             step = work.state.counts["step"]
-            found.append(TileUpdate(weight, grad, None, moment, step, decay, work.config, None, basis, work.side))
+            shape = work.matrix.rows, work.matrix.cols
+            found.append(
+                TileUpdate(weight, grad, None, moment, step, decay, work.config, None, basis, work.side, shape)
+            )
     return found
 
 
@@ -356,7 +359,8 @@ def _deltas(
         assert basis is not None
         key = (work.matrix.index, tile)
         grad = gradients[key] if home is None else work.local_grad(home)[tile.within(home)]
-        found[tile] = basis_delta(grad, basis, work.side, moment, work.state.counts["step"], work.config)
+        shape, step = (work.matrix.rows, work.matrix.cols), work.state.counts["step"]
+        found[tile] = basis_delta(grad, basis, work.side, shape, moment, step, work.config)
     return found
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from frugal_dist.step.basis_refresh import refresh_bases
+from frugal_dist.projection.basis import Basis
+from frugal_dist.step.basis_refresh import adopt, refresh_bases
 from frugal_dist.step.column_refresh import refresh_columns
 from frugal_dist.step.decide import Decision
 from frugal_dist.step.moments import move_coordinate_moments
@@ -18,7 +19,10 @@ def refresh(runtime: Runtime, decision: Decision) -> None:
         new = local_selection(runtime, work)
         move_coordinate_moments(runtime, work, old, new.pieces, before)
         _count_coordinates(runtime, work, new)
-    refresh_bases(runtime, [work for work in decision.bases if not work.numbered])
+    for work in decision.bases:
+        if not work.chooses:
+            adopt(runtime, work, Basis())
+    refresh_bases(runtime, [work for work in decision.bases if work.chooses and not work.numbered])
     refresh_columns(runtime, [work for work in decision.bases if work.numbered])
 
 

@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 from frugal_dist.config import HYPERPARAMETERS, FrugalConfig, config_from, python_value
-from frugal_dist.projection.basis import Basis
+from frugal_dist.projection.basis import Basis, basis_of
 from frugal_dist.projection.blocks import active_blocks, active_count
 from frugal_dist.projection.coordinates import NOTHING, Selection, whole_block
-from frugal_dist.projection.registry import PROJECTIONS, draw_selection, selection_size
+from frugal_dist.projection.registry import PROJECTIONS, draw_selection, selection_size, undivided
 from frugal_dist.sharding.collectives import Ranks
-from frugal_dist.sharding.placement import compute_layout
+from frugal_dist.sharding.placement import FREE_DIM, compute_layout
 from frugal_dist.sharding.redistribution import Redistribution, RedistributionPlan
 from frugal_dist.sharding.shard import Box, Interval, LocalShard, ParamSpec, Storage
 from frugal_dist.sharding.table import Matrix, Table
 from frugal_dist.sharding.tile import Layout, Tile, Tiles, split_evenly
 from frugal_dist.step.state import Counters, MatrixState, Shape
 from frugal_dist.step.statistics import RefreshStats
-from frugal_dist.update.rules import STATE_FULL
+from frugal_dist.update.rules import STATE_FREE, STATE_FULL
 
 
 @dataclass
@@ -170,7 +170,7 @@ class LocalMatrix:
     @property
     def numbered(self) -> bool:
         """Whether of bases the numbers of their columns are kept."""
-        return self.family == "basis" and PROJECTIONS[self.config.projection].dictionary is not None
+        return self.chooses and PROJECTIONS[self.config.projection].dictionary is not None
 
     @property
     def basis_dtype(self) -> torch.dtype:
@@ -181,15 +181,33 @@ class LocalMatrix:
 
     def kept_shapes(self, r: int) -> dict[str, Shape]:
         """Shapes of what is kept of the basis between refreshes, by part."""
+        if not self.chooses:
+            return {}
         return PROJECTIONS[self.config.projection].kept_shapes(self.side, self.matrix.rows, self.matrix.cols, r)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether there is a basis to be found: not where it has no columns, or nothing is left out."""
+        return self.family == "basis" and self.config.density > 0 and not undivided(self.config)
 
     def basis(self) -> Basis | None:
         """The basis to compute with, or None before the first refresh and on ranks that do not use it."""
+        if not self.chooses:
+            return self._no_choice() if self.state.counter("refreshes") else None
         kept = self.state.basis(self.side)
         return None if kept is None else self.usable(kept)
 
+    def _no_choice(self) -> Basis:
+        """Everything, or no column."""
+        if self.config.density > 0:
+            return Basis()
+        length = self.matrix.rows if self.side == "left" else self.matrix.cols
+        return basis_of({self.side: torch.zeros(length, 0, dtype=self.dtype, device=self.device)})
+
     def usable(self, kept: Basis) -> Basis:
         """What is kept, to compute with: in ``dtype``, or with what its numbers choose from."""
+        if not kept.parts:
+            return self._no_choice()
         dictionary = PROJECTIONS[self.config.projection].dictionary
         if dictionary is not None:
             return Basis(kept.left, kept.right, dictionary=dictionary)
@@ -304,8 +322,10 @@ def basis_route(runtime: Runtime, work: LocalMatrix) -> RedistributionPlan:
 
 
 def basis_layout(runtime: Runtime, work: LocalMatrix, choice: str | None = None) -> Layout:
-    """The compute layout for the present density; ``choice`` overrides the configured one, but not the rule's needs."""
-    elementwise = STATE_FULL[work.config.state_full].elementwise
+    """The compute layout for the present density; ``choice`` overrides the configured one, but not the rules' needs."""
+    by_entries, lines = STATE_FULL[work.config.state_full].elementwise, STATE_FREE[work.config.state_free].whole
+    needed = () if lines is None else lines(work.side, work.matrix.rows, work.matrix.cols, work.size)
+    in_parts = by_entries and FREE_DIM[work.side] not in needed
     return compute_layout(
         work.matrix.storage,
         work.matrix.rows,
@@ -314,7 +334,7 @@ def basis_layout(runtime: Runtime, work: LocalMatrix, choice: str | None = None)
         work.size,
         work.matrix.index,
         work.matrix.owner,
-        (choice or work.config.compute_layout) if elementwise else "whole",
+        (choice or work.config.compute_layout) if in_parts else "whole",
         runtime.shard_replicas,
         work.numbered,
     )

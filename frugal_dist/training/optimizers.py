@@ -30,7 +30,8 @@ class AnyOptimizer:
         no_decay: name patterns of parameters without weight decay.
         options: any other hyperparameter of FrugalConfig, each as --optimizer.options.NAME: density, update_gap,
             projection (svd, dct, random, randperm, columns, rows, randk, blockwise), side, block_order, state_full
-            (adamw, lion, sgdm), state_free (sign, sgd, none), betas, eps, momentum, projected_lr_scale,
+            (adamw, lion, sgdm), state_free (sign, sgd, none, softsign, normalized, normalized_columns, sinkhorn,
+            scaled), betas, eps, momentum, projected_lr_scale,
             state_free_lr_scale, on_refresh (reset, keep, project), svd_method, basis_dtype, matmul, rounding,
             refresh_schedule, compute_layout, residual_threshold, seed, shard_state.
     """

@@ -80,13 +80,21 @@ class StateFull:
 
 @dataclass(frozen=True, kw_only=True)
 class StateFree:
-    """A rule of the rest, entry by entry. ``has_kernel`` as of state-full rules.
+    """A rule of the rest. ``has_kernel`` as of state-full rules.
 
     direction    turns a residual into the step's direction, in a new tensor or the same; None: there is no step.
+    whole        (side, rows, cols, r): the dims along which it needs the matrix whole, so that no rank steps a part of
+                 a line; nothing for rules that go entry by entry.
+    free_side    the side whose layouts keep those lines whole, where there is no basis (density 0).
+    factor       (R, its update, dim): what the direction is multiplied with, where ``dim`` is the one it needs whole;
+                 such a rule needs a density above 0.
     """
 
     name: str
     direction: Callable[[Tensor], Tensor] | None
+    whole: Callable[[str, int, int, int], tuple[int, ...]] | None = None
+    free_side: str = "right"
+    factor: Callable[[Tensor, Tensor, int], Tensor] | None = None
     has_kernel: bool = False
 
 

@@ -182,10 +182,11 @@ def _batches(jobs: Sequence[TileUpdate]) -> Iterator[list[TileUpdate]]:
 def _step_bases(jobs: Sequence[TileUpdate]) -> None:
     """Weight decay and basis projections of tiles with the same settings, in place."""
     first, config, decay = jobs[0], jobs[0].config, jobs[0].decay
-    if first.weight.dtype != compute_dtype(first.weight.dtype):
+    if first.weight.dtype != compute_dtype(first.weight.dtype) or config.by_lines:
         for job in jobs:
             decay_(job.weight, config.lr, decay)
-            job.weight.add_(basis_delta(job.grad, cast("Basis", job.basis), job.side, job.moments, job.step, config))
+            basis = cast("Basis", job.basis)
+            job.weight.add_(basis_delta(job.grad, basis, job.side, job.shape, job.moments, job.step, config))
         return
     pairs = [(job, _columns(cast("Basis", job.basis), job.grad)) for job in jobs]
     grads = [job.grad if job.grad.dtype is job.weight.dtype else _wide(job.grad) for job in jobs]
@@ -219,19 +220,25 @@ def _free_rows_(weight: Tensor, rest: Tensor, grad: Tensor, side: str, config: F
     return fused is not None and fused.sign_step_above_(weight, rest, grad, size, keep, config.residual_threshold)
 
 
-def basis_delta(grad: Tensor, basis: Basis, side: str, moments: Moments, step: int, config: FrugalConfig) -> Tensor:
-    """The same as a tensor to add to the weights (without weight decay), for weights that lie elsewhere."""
+def basis_delta(grad: Tensor, basis: Basis, side: str, shape: tuple[int, int], moments: Moments, step: int,
+                config: FrugalConfig) -> Tensor:  # fmt: skip
+    """The same as a tensor to add to the weights (without weight decay), for weights that lie elsewhere, and for rules
+    that need whole lines. ``shape``: of the whole matrix.
+    """
     grad = _wide(grad)
     basis = _columns(basis, grad)
     low = down(grad, basis, config.matmul)
-    direction = STATE_FREE[config.state_free].direction
-    if direction is None or spans_everything(basis):
+    update = _from_zero([low], [moments], step, config)[0] if low.numel() else low
+    rule, rate = STATE_FREE[config.state_free], config.lr * config.projected_lr_scale
+    if rule.direction is None or spans_everything(basis):
         delta = torch.zeros_like(grad, memory_format=torch.contiguous_format)
     else:
         rest = silence_noise_(residual(grad, low, basis, config.matmul), grad, side, config.residual_threshold)
-        delta = direction(rest).mul_(-config.lr * config.projected_lr_scale * config.state_free_lr_scale)
-    update = _from_zero([low], [moments], step, config)[0]
-    return add_up_(delta, update, basis, matmul=config.matmul)
+        delta = rule.direction(rest).mul_(-rate * config.state_free_lr_scale)
+        if rule.factor is not None and rule.whole is not None and rate > 0.0:
+            (dim,) = rule.whole(side, *shape, low.shape[1] if side == "right" else low.shape[0])
+            delta.mul_(rule.factor(low, update.div(-rate), dim))
+    return add_up_(delta, update, basis, matmul=config.matmul) if low.numel() else delta
 
 
 def _from_zero(lows: Sequence[Tensor], moments: Sequence[Moments], step: int, config: FrugalConfig) -> Sequence[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from frugal_dist.update.adamw import ADAMW
 from frugal_dist.update.definition import StateFree, StateFull
+from frugal_dist.update.lines import NORMALIZED, NORMALIZED_COLUMNS, SCALED, SINKHORN, SOFTSIGN
 from frugal_dist.update.momentum import LION, SGDM
 from frugal_dist.update.state_free import NONE, SGD, SIGN
 
@@ -21,6 +22,11 @@ STATE_FREE: dict[str, StateFree] = {
         SIGN,
         SGD,
         NONE,
+        SOFTSIGN,
+        NORMALIZED,
+        NORMALIZED_COLUMNS,
+        SINKHORN,
+        SCALED,
     )
 }
 

@@ -24,7 +24,15 @@ from frugal_dist.update.rules import STATE_FREE, STATE_FULL
 LAYERS: list[tuple[str, ...]] = [
     ("_first_word", "notices", "parameters", "parameters.names"),
     ("projection", "projection.*"),
-    ("update", "update.definition", "update.adamw", "update.momentum", "update.state_free", "update.rules"),
+    (
+        "update",
+        "update.definition",
+        "update.adamw",
+        "update.momentum",
+        "update.state_free",
+        "update.lines",
+        "update.rules",
+    ),
     ("config",),
     ("presets", "update.rounding"),
     ("update.kernels", "update.kernels.*"),

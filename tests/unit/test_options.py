@@ -54,7 +54,7 @@ def test_a_misspelt_choice_is_told_what_was_meant(key: str, value: str, hint: st
         ("side", ["std", "reverse_std", "right", "left", "full"]),
         ("block_order", ["random", "ascending", "descending", "mirror"]),
         ("state_full", ["adamw", "lion", "sgdm"]),
-        ("state_free", ["sign", "sgd", "none"]),
+        ("state_free", ["sign", "sgd", "none", "softsign", "normalized", "normalized_columns", "sinkhorn", "scaled"]),
         ("on_refresh", ["reset", "keep", "project"]),
     ],
 )

@@ -26,7 +26,8 @@ class TileUpdate(NamedTuple):
     """One tile and its step; ``weight`` and ``grad`` are 2-D, all is on one device. ``moments`` are of R's shape.
 
     ``selection``: the state-full entries of a coordinate or block projection, None: there are none in the whole matrix.
-    ``noise``: None for weights that are rounded to the nearest. ``basis``: of a basis projection, with its ``side``.
+    ``noise``: None for weights that are rounded to the nearest. ``basis``: of a basis projection, with its ``side`` and
+    the ``shape`` of the whole matrix.
     """
 
     weight: Tensor
@@ -39,3 +40,4 @@ class TileUpdate(NamedTuple):
     noise: Noise | None = None
     basis: Basis | None = None
     side: str = ""
+    shape: tuple[int, int] = (0, 0)

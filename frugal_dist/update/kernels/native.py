@@ -165,7 +165,7 @@ def described(job: TileUpdate) -> tuple[Kind, bytes] | None:
     The kernel does AdamW with sign, where the tile has selected entries, and the signed step; on contiguous tensors
     with memory of their own (a wrapper of other tensors, such as torchao's float8 weights, has the address 0).
     """
-    weight, grad, selection, moments, _, _, config, noise, _, _ = job
+    weight, grad, selection, moments, _, _, config, noise, *_ = job
     if not STATE_FREE[config.state_free].has_kernel or weight.dtype not in DTYPES or grad.dtype not in DTYPES:
         return None
     if not (weight.is_cpu and grad.is_cpu and weight.is_contiguous() and grad.is_contiguous()):
@@ -207,7 +207,7 @@ class Launches:
         found = described(job)
         if found is None:
             return False
-        weight, grad, _, _, step, decay, config, noise, _, _ = job
+        weight, grad, _, _, step, decay, config, noise, *_ = job
         kind, row = found
         step = 0 if kind is _SIGN else step
         key = (kind.number, id(config), decay, step, weight.dtype, grad.dtype, noise is None)
