@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import InitVar, dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from frugal_dist.projection.blocks import ORDERS as BLOCK_ORDERS
@@ -147,7 +148,7 @@ class FrugalConfig:
         """The side of layouts that suit the state-free rule, where there is no basis."""
         return STATE_FREE[self.state_free].free_side
 
-    @property
+    @cached_property
     def beta_pair(self) -> tuple[float, float]:
         """The betas, resolved."""
         assert self.betas is not None

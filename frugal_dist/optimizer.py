@@ -27,7 +27,7 @@ from frugal_dist.config import (
 )
 from frugal_dist.engines.hooks import dcp_does_without_names, innermost, on_innermost, own
 from frugal_dist.notices import notice, tell
-from frugal_dist.parameters.changes import Seen, as_made, check_sizes, settle
+from frugal_dist.parameters.changes import Seen, as_made, check_sizes, follow_cycles, follow_replaced, settle
 from frugal_dist.parameters.groups import (
     NAMES,
     Saved,
@@ -35,8 +35,6 @@ from frugal_dist.parameters.groups import (
     as_groups,
     check_group_keys,
     check_unique,
-    follow_cycles,
-    follow_replaced,
     members_of,
     read_groups,
     tables_in,
@@ -411,7 +409,8 @@ class Frugal(Optimizer):
                 if not self._starts(runtime, load):
                     self._check_saving()
                     decision = decide(runtime, load.works, load.regular)
-                    refresh(runtime, decision)
+                    if decision.coordinates or decision.bases:
+                        refresh(runtime, decision)
                     step_matrices(runtime, load.works, stepping(runtime, load.works, decision))
                     step_regular(runtime, load)
                     self._summarise(runtime)

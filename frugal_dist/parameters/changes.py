@@ -51,6 +51,38 @@ def seen(group: Mapping[str, Any]) -> Seen:
     return {key: group.get(key) for key in WATCHED}, config_from(group)
 
 
+def follow_cycles(groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> None:
+    """OneCycleLR and CyclicLR cycle betas or else momentum, as ``defaults`` has them: take it to groups of other rules.
+
+    They leave "base_momentum" in the groups.
+    """
+    for group in groups:
+        if "base_momentum" not in group or group["state_full"] not in STATE_FULL:
+            continue
+        cycles = STATE_FULL[group["state_full"]].cycles
+        if cycles == "momentum" and "betas" in defaults:
+            group["momentum"] = group["betas"][0]
+        elif cycles == "betas" and "betas" not in defaults:
+            group["betas"] = (group["momentum"], group["betas"][1])
+
+
+def follow_replaced(groups: list[dict[str, Any]], shown: Sequence[dict[str, Any]]) -> None:
+    """Take up groups that others have put in the place of ours, with the same tensors.
+
+    The usual SAM does so when it loads (``self.base_optimizer.param_groups = self.param_groups``), and Lightning's
+    BaseFinetuning when it resumes: schedulers then set the learning rates of those groups, not of ours.
+    """
+    known = {id(group) for group in groups}
+    others = [group for group in shown if id(group) not in known and group["params"]]
+    if not others:
+        return
+    places = {tuple(map(id, group["params"])): number for number, group in enumerate(groups)}
+    for group in others:
+        number = places.get(tuple(map(id, group["params"])))
+        if number is not None:
+            groups[number] = group
+
+
 def settle(groups: Sequence[Mapping[str, Any]], originals: Sequence[ParamSpec], before: dict[int, Seen]) -> None:
     """Take up what changed in ``groups`` since ``before``, and note groups that have state from now on.
 
@@ -58,7 +90,7 @@ def settle(groups: Sequence[Mapping[str, Any]], originals: Sequence[ParamSpec], 
     ranks change them alike, so all raise alike.
     """
     for number, group in enumerate(groups):
-        if number in before and all(_same(value, group.get(key)) for key, value in before[number][0].items()):
+        if number in before and before[number][0] == {key: group.get(key) for key in WATCHED}:
             continue
         now = seen(group)
         if number in before:
@@ -82,10 +114,6 @@ def as_made(groups: Sequence[dict[str, Any]], before: Mapping[int, Seen]) -> Ite
     finally:
         for group, present in changed:
             group.update(present)
-
-
-def _same(one: Any, other: Any) -> bool:
-    return one is other or bool(one == other)
 
 
 def _fixed(config: FrugalConfig, projected: bool) -> set[str]:

@@ -15,7 +15,6 @@ from frugal_dist import engines
 from frugal_dist.config import HYPERPARAMETERS, NEVER, TAKEN_UP, config_from, python_value, saved_group
 from frugal_dist.parameters.names import Choice, clean_name, is_table_name
 from frugal_dist.sharding.shard import ParamSpec
-from frugal_dist.update.rules import STATE_FULL
 
 
 def as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
@@ -150,38 +149,6 @@ def check_group_keys(group: dict[str, Any]) -> None:
 def _words(key: str) -> set[str]:
     """With one more of them than a known key it is another name: ``max_momentum``."""
     return {word for word in key.split("_") if word}
-
-
-def follow_cycles(groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> None:
-    """OneCycleLR and CyclicLR cycle betas or else momentum, as ``defaults`` has them: take it to groups of other rules.
-
-    They leave "base_momentum" in the groups.
-    """
-    for group in groups:
-        if "base_momentum" not in group or group["state_full"] not in STATE_FULL:
-            continue
-        cycles = STATE_FULL[group["state_full"]].cycles
-        if cycles == "momentum" and "betas" in defaults:
-            group["momentum"] = group["betas"][0]
-        elif cycles == "betas" and "betas" not in defaults:
-            group["betas"] = (group["momentum"], group["betas"][1])
-
-
-def follow_replaced(groups: list[dict[str, Any]], shown: Sequence[dict[str, Any]]) -> None:
-    """Take up groups that others have put in the place of ours, with the same tensors.
-
-    The usual SAM does so when it loads (``self.base_optimizer.param_groups = self.param_groups``), and Lightning's
-    BaseFinetuning when it resumes: schedulers then set the learning rates of those groups, not of ours.
-    """
-    known = {id(group) for group in groups}
-    others = [group for group in shown if id(group) not in known and group["params"]]
-    if not others:
-        return
-    places = {tuple(map(id, group["params"])): number for number, group in enumerate(groups)}
-    for group in others:
-        number = places.get(tuple(map(id, group["params"])))
-        if number is not None:
-            groups[number] = group
 
 
 def check_unique(originals: Sequence[ParamSpec]) -> None:

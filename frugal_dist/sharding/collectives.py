@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar, cast
 
 import torch
@@ -25,7 +26,7 @@ class Ranks:
     rank: int
     size: int
 
-    @property
+    @cached_property
     def alone(self) -> bool:
         return self.size == 1
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -159,7 +159,7 @@ def _settings(suspects: Sequence[LocalMatrix], regular: Sequence[LocalParameter]
 
 def _difference(runtime: Runtime, settings: Settings) -> str:
     """The first hyperparameter that is another one on some rank. Collective."""
-    own = [(name, vars(config) | {"weight_decay": decay}) for name, config, decay in settings]
+    own = [(name, asdict(config) | {"weight_decay": decay}) for name, config, decay in settings]
     everyone = gather_objects(runtime.ranks, own)
     for rank, theirs in enumerate(everyone):
         for (name, first), (_, options) in zip(everyone[0], theirs, strict=False):

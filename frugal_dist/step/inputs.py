@@ -296,12 +296,12 @@ def _step_group(members: Sequence[LocalParameter]) -> None:
     slices = [part for one in members for part in _slices(one, most)]
     whole = [list(range(len(slices)))]
     for bucket in fill_buckets([(part.weight.numel(),) for part in slices], most) if narrow else whole:
-        _step_slices([slices[i] for i in bucket], first.state.counts["step"], first.decay, first.config)
+        _step_slices([slices[i] for i in bucket], first.state.counts["step"], first.decay, first.config, narrow)
 
 
-def _step_slices(slices: Sequence[_Slice], step: int, decay: float, config: FrugalConfig) -> None:
+def _step_slices(slices: Sequence[_Slice], step: int, decay: float, config: FrugalConfig, narrow: bool) -> None:
     weights = [part.weight for part in slices]
-    rounds = rounds_stochastically(config, weights[0].dtype)
+    rounds = narrow and rounds_stochastically(config, weights[0].dtype)
     updated = [weight.float() for weight in weights] if rounds else weights
     update_regular(updated, [part.grad for part in slices], [part.moments for part in slices], step, decay, config)
     if rounds:

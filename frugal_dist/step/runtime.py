@@ -26,6 +26,8 @@ from frugal_dist.step.state import Counters, MatrixState, Shape
 from frugal_dist.step.statistics import RefreshStats
 from frugal_dist.update.rules import STATE_FREE, STATE_FULL
 
+_AS_THEY_ARE = (float, int, str, bool, type(None))
+
 
 @dataclass
 class Agreed:
@@ -108,7 +110,8 @@ class Runtime:
 
     def config(self, group: int, options: dict[str, Any]) -> FrugalConfig:
         """The checked settings of a group, the same object as long as they are the same."""
-        values = [python_value(options.get(key)) for key in HYPERPARAMETERS]
+        given = map(options.get, HYPERPARAMETERS)
+        values = [value if type(value) in _AS_THEY_ARE else python_value(value) for value in given]
         known = self.settings.get(group)
         if known is None or known[0] != values:
             known = self.settings[group] = values, config_from(options)
