@@ -1,9 +1,10 @@
 """The state as it goes into ``state_dict`` and comes back: same engine, same ranks, bit for bit.
 
-Two things differ from the live state. Keys of tensors of which a rank holds only its part name the rank, because
-torch.distributed.checkpoint takes equal keys for copies. And where the number of selected entries on a rank changes
-from refresh to refresh, that one gets moments in the shape of the stored tile: its template, made before loading, must
-fit. For everyone else this would only be several times the bytes.
+Two things differ from the live state. Keys of tensors of which a rank holds only its part name the rank. And
+torch.distributed.checkpoint, which takes equal keys for copies, gets them as rectangles of the whole (``Pieces``), and
+loads these on another number of ranks, too. Where the number of selected entries changes from refresh to refresh, its
+moments have the shape of the matrix: its template, made before loading, must fit. For everyone else this would only be
+several times the bytes.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import torch
 from torch import Tensor
 
 from frugal_dist.engines.hooks import dcp_is_asking, dcp_losing_option
+from frugal_dist.engines.pieces import Pieces
 from frugal_dist.engines.plain import PlainStorage
 from frugal_dist.notices import notice
 from frugal_dist.projection.registry import PROJECTIONS
 from frugal_dist.sharding.collectives import gather_objects, together
 from frugal_dist.sharding.placement import owner_layout
-from frugal_dist.sharding.shard import Box
-from frugal_dist.sharding.tile import is_replicated
+from frugal_dist.sharding.shard import Box, Interval
+from frugal_dist.sharding.tile import is_replicated, split_evenly
 from frugal_dist.step.inputs import StepInputs, check_density, create_state, step_inputs
 from frugal_dist.step.runtime import (
     CoordinatePiece,
@@ -35,10 +37,12 @@ from frugal_dist.step.runtime import (
     basis_piece_shapes,
     basis_route,
     basis_tile_shapes,
+    cut_selection,
+    free_dim_of,
     local_selection,
     moment_names,
     route_to,
-    same_slots,
+    whole_selection,
 )
 from frugal_dist.step.state import BASES, COUNTERS, MatrixState, Shape
 from frugal_dist.update.rules import every_moment
@@ -77,24 +81,88 @@ def pack_all(runtime: Runtime, state: MutableMapping[Tensor, Store]) -> dict[int
     for work in load.works:
         if work.state.has_moments():
             saved = MatrixState(packed[owner[id(work.state.store)]], work.state.prefix)
-            dense = template and _sizes_change(runtime, work)
             for name in moment_names(work.config):
-                value = _to_dense(runtime, work, name) if dense else work.state.get(name)
+                value, part = work.state.get(name), _is_part(runtime, work)
+                if template and value is not None:
+                    value, part = _for_dcp(runtime, work, name, value, part)
                 saved.put(name, None)
-                saved.put(_key(runtime, name, _is_part(runtime, work)), value)
+                saved.put(_key(runtime, name, part), value)
     for one in load.regular:
         if one.state.has_moments() and _is_regular_part(runtime, one):
             saved = MatrixState(packed[owner[id(one.state.store)]], one.state.prefix)
             for name in moment_names(one.config):
                 value = saved.get(name)
+                assert value is not None
                 saved.put(name, None)
-                saved.put(_key(runtime, name, True), value)
+                as_pieces = template and not isinstance(one.part, Interval)
+                saved.put(_key(runtime, name, not as_pieces), _boxes(one, value) if as_pieces else value)
     return packed
+
+
+def _for_dcp(runtime: Runtime, work: LocalMatrix, name: str, value: Tensor, part: bool) -> tuple[Tensor, bool]:
+    """A moment as torch.distributed.checkpoint can load it on other ranks; (itself, whether it is a part) if there are
+    no rectangles of it.
+    """
+    if work.family == "basis" and not work.empty:
+        return (_basis_pieces(runtime, work, value), False) if part else (value, part)
+    if not isinstance(runtime.storage.part(work.matrix.original), Box) or work.empty:
+        return value, part
+    if not _sizes_change(runtime, work):
+        return (_line_pieces(runtime, work, value), False) if part else (value, part)
+    dense, along = _to_dense(runtime, work, name), free_dim_of(work)
+    if not part:
+        return dense, part
+    shared = runtime.shard_replicas and work.matrix.copies > 1
+    if shared and along is None:
+        return dense, part
+    shape, rectangles = (work.matrix.rows, work.matrix.cols), []
+    for tile in work.tiles:  # one, or none
+        begin, view = [tile.rows[0], tile.cols[0]], dense
+        if shared and along is not None:
+            ranks = work.matrix.held[tile]
+            start, stop = split_evenly(dense.shape[along], len(ranks), work.matrix.index)[
+                ranks.index(runtime.ranks.rank)
+            ]
+            begin[along] += start
+            view = dense.narrow(along, start, stop - start)
+        rectangles.append((tuple(begin), view))
+    return Pieces(shape, dense, rectangles), False
+
+
+def _basis_pieces(runtime: Runtime, work: LocalMatrix, value: Tensor) -> Pieces:
+    plan, r = basis_route(runtime, work), work.state.counter("size")
+    shape = {"right": (work.matrix.rows, r), "left": (r, work.matrix.cols), "full": (r, r)}[work.side]
+    rectangles, start = [], 0
+    for tile, size in zip(plan.tiles, basis_piece_shapes(work, plan, r), strict=True):
+        view = value.view(-1)[start : start + prod(size)].view(size)
+        begin = {"right": (tile.rows[0], 0), "left": (0, tile.cols[0]), "full": (0, 0)}[work.side]
+        rectangles.append((begin, view))
+        start += prod(size)
+    return Pieces(shape, value, rectangles)
+
+
+def _line_pieces(runtime: Runtime, work: LocalMatrix, value: Tensor) -> Pieces:
+    """Whole rows of the selected columns."""
+    size = work.state.counter("size") or work.size
+    rectangles, start = [], 0
+    for piece in cut_selection(runtime, work, whole_selection(work, 0, size), runtime.ranks.rank):
+        top, bottom = piece.my_bounds
+        view = value.view(-1)[start : start + (bottom - top) * size].view(bottom - top, size)
+        rectangles.append(((piece.tile.rows[0] + top, 0), view))
+        start += view.numel()
+    return Pieces((work.matrix.rows, size), value, rectangles)
+
+
+def _boxes(one: LocalParameter, value: Tensor) -> Pieces:
+    assert not isinstance(one.part, Interval)
+    boxes = one.part.boxes(value.view(one.weight.shape))
+    return Pieces(one.shape, value, [(tuple(start for start, _ in box.spans), view) for box, view in boxes])
 
 
 def has_parts(packed: Mapping[int, Store]) -> bool:
     """Whether other ranks hold the rest of some tensor."""
-    return any(_PART.match(key) for store in packed.values() for key in store)
+    parts = (_PART.match(key) or isinstance(value, Pieces) for store in packed.values() for key, value in store.items())
+    return any(parts)
 
 
 def is_one_of_many(runtime: Runtime, packed: Mapping[int, Store]) -> bool:
@@ -320,7 +388,8 @@ def placed(store: Mapping[str, Tensor], device: torch.device) -> Store:
     found = {}
     with torch.inference_mode(False):  # what is made in it can be changed in it only
         for key, value in store.items():
-            copied = value.detach().clone(memory_format=torch.contiguous_format)
+            held = value.local if isinstance(value, Pieces) else value.detach()
+            copied = held.clone(memory_format=torch.contiguous_format)
             found[key] = copied.to("cpu", torch.int64).view(()) if _is_counter(key) else copied.to(device)
     return found
 
@@ -343,8 +412,11 @@ def _is_regular_part(runtime: Runtime, one: LocalParameter) -> bool:
 
 
 def _sizes_change(runtime: Runtime, work: LocalMatrix) -> bool:
+    """Of columns it does not, where rows are stored whole."""
     boxed = isinstance(runtime.storage.part(work.matrix.original), Box)
-    return boxed and work.family != "basis" and not work.empty and not same_slots(work)
+    coordinates = work.family != "basis" and not work.empty
+    whole_rows = all(tile.width == work.matrix.cols for tiles in work.matrix.storage for tile in tiles)
+    return boxed and coordinates and not (free_dim_of(work) == 0 and work.family == "coordinates" and whole_rows)
 
 
 def _to_dense(runtime: Runtime, work: LocalMatrix, name: str) -> Tensor:

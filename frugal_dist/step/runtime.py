@@ -265,6 +265,17 @@ def same_slots(work: LocalMatrix) -> bool:
     return all((tile.height, tile.width)[dim] == whole[dim] for dim in chosen.lines(work.side) for tile in tiles)
 
 
+def free_dim_of(work: LocalMatrix) -> int | None:
+    """The dim along which a selection is the same everywhere: rows of selected columns, columns of selected rows, rows
+    of whole blocks. None: there is none.
+    """
+    chosen = PROJECTIONS[work.config.projection]
+    if chosen.family == "blocks":
+        return 0
+    lines = tuple(chosen.lines(work.side))
+    return 1 - lines[0] if len(lines) == 1 else None
+
+
 @dataclass(frozen=True)
 class CoordinatePiece:
     """The selected entries of one storage tile, and this rank's share of their state among the tile's holders."""

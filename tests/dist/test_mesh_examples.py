@@ -26,6 +26,15 @@ ParallelismConfig._validate_accelerator = lambda self, accelerator: None  # it w
 """
 
 
+def run(folder: Path, ranks: int, *arguments: str) -> None:
+    """``folder``/script.py on so many processes."""
+    launch = [str(Path(sys.executable).parent / "torchrun"), f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [*launch, "--rdzv-endpoint=localhost:0", "script.py", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.heavy
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("number", range(3))
@@ -37,20 +46,50 @@ def test_an_example_trains_and_its_checkpoint_loads_on_one_process(number: int, 
     model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "script.py").write_text(ON_CPUS + EXAMPLES[number])
-    launch = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node=4", "--rdzv-backend=c10d"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*launch, "--rdzv-endpoint=localhost:0", "script.py"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(tmp_path, 4)
     before = [param.detach().clone() for param in model.parameters()]
     optimizer = Frugal(split_parameters(model), lr=1e-3, process_group=None)
     checkpoint.load(tmp_path / ("by_hand", "accelerate", "trainer/frugal")[number], model, optimizer)
     assert all(not (old == new).all() for old, new in zip(before, model.parameters(), strict=True))
     _, load = optimizer.everything()
     assert {work.state.counter("updates") for work in load.works} == {3}
+
+
+MIXTRAL = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+from frugal_dist import Frugal, checkpoint, split_parameters
+
+sizes = {key: int(size) for key, _, size in (word.partition("=") for word in sys.argv[1:])}
+more = {"distributed_config": DistributedConfig(**sizes)} if sizes else {}
+model = AutoModelForCausalLM.from_pretrained("model", **more)
+options = {"projection": "columns", "state_free": "sgd", "eps": 1e-3, "update_gap": 2}
+optimizer = Frugal(split_parameters(model), lr=1e-2, **options)
+for step in range(3):
+    rows = torch.randint(0, 128, (4, 16), generator=torch.Generator().manual_seed(step))
+    model(input_ids=rows, labels=rows).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+checkpoint.save("ranks" if sizes else "alone", model, optimizer)
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(300)
+def test_experts_as_transformers_lays_them_on_meshes(tmp_path: Path) -> None:
+    """A small Mixtral: packed experts under tensor parallelism, and experts on meshes of their own. In fp32, in which
+    sums have another order.
+    """
+    config = transformers.MixtralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128, max_position_embeddings=64, num_local_experts=4,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "script.py").write_text(MIXTRAL)
+    run(tmp_path, 1)
+    want = checkpoint.SavedWeights(tmp_path / "alone")
+    for sizes in ("tp_size=2 fsdp_size=2", "fsdp_size=4 ep_size=2", "tp_size=2 fsdp_size=2 ep_size=4"):
+        run(tmp_path, 4, *sizes.split())
+        found = checkpoint.SavedWeights(tmp_path / "ranks")
+        assert max(float((found[name] - want[name]).abs().max()) for name in want.shapes) < 1e-5, sizes

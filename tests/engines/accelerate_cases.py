@@ -121,6 +121,29 @@ def train_and_resume(folder: Path, engine: str) -> dict[str, Any]:
     }
 
 
+def save_in_the_middle(folder: Path, projection: str) -> None:
+    """Saved under way; the weights at the end are written down by rank 0."""
+    accelerator, model, optimizer = prepared("FSDP2", projection=projection)
+    train(accelerator, model, optimizer, range(MIDDLE))
+    accelerator.save_state(str(folder))
+    train(accelerator, model, optimizer, range(MIDDLE, STEPS))
+    found = weights_of(model)
+    if torch.distributed.get_rank() == 0:
+        torch.save(found, folder / "end.pt")
+    hf_cases.reset()
+
+
+def resume_elsewhere(folder: Path, projection: str) -> float:
+    """On another number of ranks than saved; the largest difference at the end."""
+    accelerator, model, optimizer = prepared("FSDP2", projection=projection)
+    hf_cases.spoil(model)
+    accelerator.load_state(str(folder))
+    train(accelerator, model, optimizer, range(MIDDLE, STEPS))
+    found, want = weights_of(model), torch.load(folder / "end.pt")
+    hf_cases.reset()
+    return max(float((found[name] - want[name]).abs().max()) for name in want)
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,13 @@ def test_two_ranks_train_like_plain_pytorch_and_load_exactly(engine: str, fleet:
     assert sum(one["moments"] for one in found) == hf_cases.MOMENTS * (2 if engine == "plain" else 1)
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize("projection", ["svd", "columns", "randk", "blockwise"])
+def test_fsdp2_goes_on_on_another_number_of_ranks(projection: str, fleet: Fleets, tmp_path: Path) -> None:
+    fleet(2).run(accelerate_cases.save_in_the_middle, tmp_path, projection)
+    assert max(fleet(4).run(accelerate_cases.resume_elsewhere, tmp_path, projection)) <= hf_cases.LIMIT
+
+
 def test_one_process(fleet: Fleets, tmp_path: Path) -> None:
     (found,) = fleet(1).run(accelerate_cases.train_and_resume, tmp_path, "plain")
     assert found["apart"] <= hf_cases.LIMIT

@@ -1,0 +1,24 @@
+"""torch.distributed.checkpoint resumes on another number of ranks, whatever the projection, as on one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import dcp_jobs
+import pytest
+from cases import PROJECTIONS, Case, reference
+from processes import Fleet
+
+CASES = [Case(projection, side, "keep") for projection, side in PROJECTIONS]
+WAYS = [("Shard(0)", 2, "Shard(0)", 3), ("Shard(0)", 3, "FSDP2 2 x TP 2", 4), ("FSDP2 2 x EP 2", 4, "Shard(0)", 2)]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("source", "before", "target", "after"), WAYS)
+def test_other_ranks_go_on(source: str, before: int, target: str, after: int, fleet: Fleet, tmp_path: Path) -> None:
+    cases = [case for case in CASES if "TP" not in target or case.projection not in ("columns", "randk")]
+    fleet.run(before, dcp_jobs.save_all, source, cases, tmp_path)
+    for found in fleet.run(after, dcp_jobs.load_all, target, cases, tmp_path):
+        for case, full in zip(cases, found, strict=True):
+            want = reference(case)
+            assert max(float((full[name] - want[name]).abs().max()) for name in want) < case.tolerance, case
