@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import InitVar, dataclass, field, fields
-from functools import cached_property
+from dataclasses import InitVar, dataclass, field, fields, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 from frugal_dist.projection.blocks import ORDERS as BLOCK_ORDERS
@@ -14,6 +14,7 @@ from frugal_dist.projection.products import MATMULS
 from frugal_dist.projection.registry import PROJECTIONS, family, options_of_others
 from frugal_dist.projection.shapes import SIDE_CHOICES
 from frugal_dist.projection.svd import METHODS as SVD_METHODS
+from frugal_dist.update.lines import COMBINES
 from frugal_dist.update.rules import STATE_FREE, STATE_FULL
 
 NOW, REFRESH, NEVER = "now", "refresh", "never"
@@ -50,10 +51,16 @@ class FrugalConfig:
     projection           how the state-full part is chosen, see ``frugal_dist.projection``.
     side                 of the basis projections; "std": right if rows >= columns, else left.
     block_order          the order in which ``blockwise`` makes whole matrices state-full.
-    state_full           the rule of the state-full part: AdamW, Lion or SGD with momentum.
+    state_full           the rule of the state-full part: AdamW, Lion, SGD with momentum, or, of whole matrices, Muon or
+                         the normalized average of SCALE's head.
     state_free           the rule of the rest: sign, plain SGD, none, or one that needs whole rows, columns or matrices:
-                         softsign, normalized, normalized_columns, sinkhorn, scaled (``update.lines``).
-    momentum             of ``sgdm``, torch.optim.SGD's rule.
+                         softsign, normalized, normalized_columns, sinkhorn, scaled, racs (``update.lines``).
+    combine              how the two parts make a step: "add", or as APOLLO has it: the whole gradient, "scale"d line by
+                         line, or "scale_matrix" with one factor, by how the state-full rule changes the norms of its
+                         part. There is no rest then.
+    growth_limit         by how much the norm of what whole lines are stepped with may grow from step to step (Fira and
+                         APOLLO: 1.01); 0 turns it off.
+    momentum             of ``sgdm``, torch.optim.SGD's rule, of the averages of muon, normalized_momentum and racs.
     projected_lr_scale   s, scales both parts of a projected matrix. ``lr_scale`` is its old name, known to constructors
                          and JSON. In parameter groups that is a key of timm and BEiT, whose schedules put it into lr.
     state_free_lr_scale  s_free, scales the state-free part once more.
@@ -85,6 +92,8 @@ class FrugalConfig:
     block_order: str = _choice("random", NEVER, BLOCK_ORDERS)
     state_full: str = _choice("adamw", NEVER, STATE_FULL)
     state_free: str = _choice("sign", NOW, STATE_FREE)
+    combine: str = _choice("add", NEVER, COMBINES)
+    growth_limit: float = _number(0.0, NEVER)
     momentum: float = _number(0.9, NOW, high=1.0)
     projected_lr_scale: float = _number(1.0, NOW)
     state_free_lr_scale: float = _number(1.0, NOW)
@@ -126,11 +135,27 @@ class FrugalConfig:
                 f"state_free={self.state_free!r} scales the rest as the state-full part is scaled, and density=0 has "
                 "none. Raise density, or use another state_free."
             )
+        if self.combine != "add" and (self.density == 0.0 or STATE_FREE[self.state_free].whole is not None):
+            raise ValueError(
+                f"combine={self.combine!r} scales the whole gradient as the state-full part is scaled: it needs a "
+                f"density above 0 (now {self.density:g}), and leaves no rest to state_free={self.state_free!r}."
+            )
+        if self.combine == "add" and self.density > 0.0 and not PROJECTIONS[self.projection].orthonormal:
+            raise ValueError(
+                f"projection={self.projection!r} has columns that are not orthonormal, so that no rest is left over: "
+                "it goes with combine='scale' or 'scale_matrix'."
+            )
+        if 0.0 < self.growth_limit < 1.0 or (self.growth_limit > 0.0 and not self._free_lines):
+            raise ValueError(
+                f"growth_limit={self.growth_limit:g} must be 0 or at least 1, and limits what state_free rules of "
+                f"whole lines (scaled, racs, ...) or combine='scale' step with, not state_free={self.state_free!r}."
+            )
         if self.by_lines and family(self) != "basis":
             full = not STATE_FULL[self.state_full].elementwise
             rule = f"state_full={self.state_full!r} updates whole matrices"
             if not full:
-                rule = f"state_free={self.state_free!r} needs whole rows or columns of the rest"
+                key = "combine" if self.combine != "add" else "state_free"
+                rule = f"{key}={getattr(self, key)!r} needs whole rows or columns"
             raise ValueError(
                 f"{rule}: it needs a projection with a basis, not projection={self.projection!r} with "
                 f"density={self.density:g}." + (" density=1 of columns or rows will do." if full else "")
@@ -139,9 +164,21 @@ class FrugalConfig:
     @property
     def by_lines(self) -> bool:
         """Whether a rule needs whole lines or whole matrices, so that it computes where these are whole."""
-        free = STATE_FREE[self.state_free].whole is not None
-        full = not STATE_FULL[self.state_full].elementwise and self.density > 0
-        return free or full
+        return self._free_lines or (not STATE_FULL[self.state_full].elementwise and self.density > 0)
+
+    @property
+    def _free_lines(self) -> bool:
+        return self.combine != "add" or STATE_FREE[self.state_free].whole is not None
+
+    def lines(self, side: str, rows: int, cols: int, r: int) -> tuple[int, ...]:
+        """The dims along which the state-free rule, or ``combine``, needs a matrix whole."""
+        needed = COMBINES[self.combine] or STATE_FREE[self.state_free].whole
+        return () if needed is None else needed(side, rows, cols, r)
+
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """What is kept for the rest, see ``step.state.FREE``."""
+        return (*STATE_FREE[self.state_free].keeps, *(("free_norm",) if self.growth_limit > 0.0 else ()))
 
     @property
     def free_side(self) -> str:
@@ -167,6 +204,17 @@ CHOICES: dict[str, Collection[str]] = _declared("choices")
 _NUMBERS: dict[str, tuple[float, float]] = _declared("number")
 _INTEGERS: dict[str, int] = _declared("integer")
 TAKEN_UP: dict[str, str] = _declared("taken_up")
+
+
+@lru_cache(maxsize=64)
+def for_regular(config: FrugalConfig) -> FrugalConfig:
+    """The settings of a group's regular parameters: they may be cut anywhere, where a rule of whole matrices does not
+    go, and take another one then. The same object for the same group.
+    """
+    rule = STATE_FULL[config.state_full]
+    if rule.elementwise or not rule.regular:
+        return config
+    return replace(config, state_full=rule.regular)
 
 
 def config_from(options: Mapping[str, Any]) -> FrugalConfig:

@@ -103,16 +103,20 @@ class Frugal(Optimizer):
         weight_decay: decoupled, applied first, with the unscaled ``lr``.
         density: the share of each matrix that is updated with state, 0 to 1 (``blockwise``: of the matrices).
         update_gap: updates between two projector refreshes.
-        projection: how that share is chosen: "svd", "dct", "random", "randperm", "columns", "rows", "randk" or
-            "blockwise".
+        projection: how that share is chosen: "svd", "dct", "random", "gaussian" (APOLLO's), "randperm", "columns",
+            "rows", "randk" or "blockwise".
         side: of svd, dct, random and randperm: "std" (right if rows >= columns, else left), "reverse_std", "right",
             "left", "full".
         block_order: in which order ``blockwise`` makes whole matrices state-full: "random", "ascending", "descending",
             "mirror".
-        state_full: the rule of the state-full part and of regular parameters: "adamw", "lion" or "sgdm".
+        state_full: the rule of the state-full part and of regular parameters: "adamw", "lion" or "sgdm"; of projected
+            matrices also "muon" or "normalized_momentum", computed by their owners, while regular ones take AdamW.
         state_free: the rule of the rest: "sign", "sgd", "none"; "softsign", "normalized" (rows), "normalized_columns",
-            "sinkhorn" or "scaled" (as the state-full part is), with a basis or density 0.
-        momentum: of "sgdm".
+            "sinkhorn", "scaled" (as the state-full part is) or "racs", with a basis or density 0.
+        combine: "add" both parts, or (APOLLO) "scale" the whole gradient line by line, or by one factor
+            ("scale_matrix"), as the state-full rule scales its part.
+        growth_limit: by how much the norm of what rules of whole lines step with may grow from step to step; 0: off.
+        momentum: of "sgdm", "muon", "normalized_momentum" and of the averages of "racs".
         projected_lr_scale: scales both parts of a projected matrix' step.
         state_free_lr_scale: scales the state-free part once more; 1 for pre-training, 0.1 for fine-tuning.
         on_refresh: what becomes of the moments at a refresh: "reset", "keep", or "project" into the new basis.
@@ -160,6 +164,8 @@ class Frugal(Optimizer):
         block_order: str = "random",
         state_full: str = "adamw",
         state_free: str = "sign",
+        combine: str = "add",
+        growth_limit: float = 0.0,
         momentum: float = 0.9,
         projected_lr_scale: float = 1.0,
         state_free_lr_scale: float = 1.0,

@@ -13,18 +13,51 @@ PRESETS: dict[str, dict[str, Any]] = {
     "badam": {"projection": "blockwise", "state_free": "none"},
     "signsgd": {"density": 0.0, "projection": "columns"},
     "adamw": {"density": 1.0, "projection": "columns", "on_refresh": "keep"},
+    "fira": {"projection": "svd", "on_refresh": "keep", "state_free": "scaled", "growth_limit": 1.01},
+    "apollo": {"projection": "gaussian", "on_refresh": "keep", "combine": "scale", "growth_limit": 1.01},
+    "apollo_mini": {
+        "density": 1e-6,
+        "projection": "gaussian",
+        "on_refresh": "keep",
+        "combine": "scale_matrix",
+        "growth_limit": 1.01,
+        "projected_lr_scale": 128**0.5,
+    },
+    "scale": {"density": 0.0, "projection": "columns", "state_free": "normalized"},
+    "sinkgd": {"density": 0.0, "projection": "columns", "state_free": "sinkhorn"},
+    "racs": {
+        "density": 0.0,
+        "projection": "columns",
+        "state_free": "racs",
+        "growth_limit": 1.01,
+        "projected_lr_scale": 0.05,
+    },
+    "muon": {"density": 1.0, "projection": "columns", "on_refresh": "keep", "state_full": "muon", "momentum": 0.95},
+    "frugal_dct": {"projection": "dct"},
 }
-OptimizerName = Literal["frugal", "galore", "badam", "signsgd", "adamw"]
-TuningName = Literal["frugal", "galore", "badam", "signsgd", "adamw", "lora"]
+OptimizerName = Literal[
+    "frugal", "galore", "badam", "signsgd", "adamw", "fira", "apollo", "apollo_mini", "scale", "sinkgd", "racs", "muon",
+    "muon", "frugal_dct",
+]  # fmt: skip
+TuningName = Literal[OptimizerName, "lora"]
 LORA = "lora"
 BEHIND = {LORA: "adamw"}
 """Names that fine-tuning has beyond those, and the preset behind them."""
+_REST = ("state_free", "combine", "growth_limit")
 _DECIDED: dict[str, tuple[str, ...]] = {
     "frugal": (),
-    "galore": ("projection", "on_refresh", "state_free"),
-    "badam": ("projection", "state_full", "state_free"),
-    "signsgd": ("projection", "density", "state_free"),
-    "adamw": ("projection", "density", "on_refresh", "state_full"),
+    "galore": ("projection", "on_refresh", *_REST),
+    "badam": ("projection", "state_full", *_REST),
+    "signsgd": ("projection", "density", *_REST),
+    "adamw": ("projection", "density", "on_refresh", "state_full", *_REST),
+    "fira": ("projection", "on_refresh", *_REST),
+    "apollo": ("projection", "on_refresh", *_REST),
+    "apollo_mini": ("projection", "density", "on_refresh", *_REST),
+    "scale": ("projection", "density", *_REST),
+    "sinkgd": ("projection", "density", *_REST),
+    "racs": ("projection", "density", *_REST),
+    "muon": ("projection", "density", "on_refresh", "state_full", "momentum", *_REST),
+    "frugal_dct": ("projection",),
 }
 
 
@@ -45,14 +78,18 @@ BASELINES: tuple[OptimizerName, ...] = (REFERENCE, "galore")
 """Planned beside a recipe's optimizer, with its options as far as their names allow."""
 
 NAMED: dict[str, tuple[str, dict[str, str]]] = {
-    **{f"frugal-{projection}": ("frugal", {"projection": projection}) for projection in PROJECTIONS},
+    **{
+        f"frugal-{projection}": ("frugal", {"projection": projection})
+        for projection, one in PROJECTIONS.items()
+        if one.orthonormal
+    },
     "frugal-rho0": ("signsgd", {}),
 }
 """Short for a name and options: FRUGAL with its projection, and "nothing with state", which is signSGD."""
 
 
 def preset(name: str, **changes: Any) -> dict[str, Any]:
-    """Keyword arguments for ``Frugal`` that make it GaLore, BAdam, signSGD or AdamW.
+    """Keyword arguments for ``Frugal`` that make it one of ``PRESETS``: GaLore, Fira, APOLLO, AdamW, ...
 
     >>> preset("galore", density=0.5)["state_free"]
     'none'

@@ -44,7 +44,7 @@ from frugal_dist.step.runtime import (
     route_to,
     whole_selection,
 )
-from frugal_dist.step.state import BASES, COUNTERS, MatrixState, Shape
+from frugal_dist.step.state import COUNTERS, FREE, KEPT, MatrixState, Shape
 from frugal_dist.update.rules import every_moment
 
 _PART = re.compile(r"^(?P<key>.*)@rank(?P<rank>\d+)of(?P<size>\d+)$")
@@ -250,7 +250,7 @@ def _check_keys(runtime: Runtime, load: StepInputs, state: Mapping[Tensor, Store
     groups: dict[int, list[tuple[str, bool, bool]]] = {}
     by_name = {original.name: original for original in runtime.originals}
     for work in load.works:
-        keys = {work.state.prefix + key for key in (*COUNTERS, *every_moment(), *BASES)}
+        keys = {work.state.prefix + key for key in (*COUNTERS, *every_moment(), *KEPT)}
         known.setdefault(id(work.state.store), set()).update(keys)
         group = runtime.originals[work.matrix.original].group
         groups.setdefault(group, []).append((work.matrix.name, work.state.get("updates") is not None, work.frozen))
@@ -509,6 +509,8 @@ def _check_moments(runtime: Runtime, work: LocalMatrix, shapes: Sequence[Shape])
 def _check_basis(runtime: Runtime, work: LocalMatrix) -> None:
     if not basis_route(runtime, work).tiles:
         return
+    for name in work.config.keeps:
+        _check_shape(runtime, work, name, FREE[name][0](work.matrix.rows, work.matrix.cols))
     for part, shape in work.kept_shapes(work.state.counter("size")).items():
         key = "basis" if work.side != "full" else f"basis_{part}"
         _check_shape(runtime, work, key, shape)

@@ -32,7 +32,7 @@ from frugal_dist.step.runtime import (
     local_selection,
     moment_names,
 )
-from frugal_dist.step.state import BASES, COUNTERS, MatrixState
+from frugal_dist.step.state import COUNTERS, KEPT, MatrixState
 from frugal_dist.update.rules import every_moment
 
 META = torch.device("meta")
@@ -202,6 +202,8 @@ class Restoring:
             return scratch
         plan, r = basis_route(self.runtime, work), int(counters["size"])
         scratch.state.ensure_moments(names, basis_piece_shapes(work, plan, r), work.dtype, device)
+        if plan.tiles:
+            scratch.state.ensure_free(work.config.keeps, (work.matrix.rows, work.matrix.cols), work.dtype, device)
         if plan.tiles and work.kept_shapes(r):
             dtype = work.basis_dtype if device == META else self._basis_dtype(work)
             scratch.state.ensure_basis(work.side, work.kept_shapes(r), dtype, device)
@@ -238,7 +240,7 @@ def _replace_state(work: LocalMatrix, new: MatrixState) -> None:
 
 
 def _keys(state: MatrixState) -> set[str]:
-    return {state.prefix + name for name in (*COUNTERS, *every_moment(), *BASES)}
+    return {state.prefix + name for name in (*COUNTERS, *every_moment(), *KEPT)}
 
 
 def _reset_regular(one: LocalParameter) -> None:

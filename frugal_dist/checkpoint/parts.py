@@ -34,7 +34,7 @@ from frugal_dist.step.runtime import (
     moment_names,
     whole_selection,
 )
-from frugal_dist.step.state import BASES
+from frugal_dist.step.state import KEPT
 
 WEIGHT = "weight/"
 """Of the names of parameters in a checkpoint, whether anybody optimizes them or not."""
@@ -146,10 +146,10 @@ def _basis_chunks(runtime: Runtime, work: LocalMatrix) -> Iterator[Chunk]:
     if not plan.tiles:
         return
     prefix = f"state/{matrix.name}/"
-    for key in BASES:
+    for key in KEPT:
         part = work.state.get(key)
         if part is not None:
-            table = part if part.dim() == 2 else part.view(1, -1)  # numbers of columns
+            table = part if part.dim() == 2 else part.view(1, -1)  # numbers of columns, or norms
             yield Chunk(prefix + key, (table.shape[0], table.shape[1]), _all_of(table), table)
     shape = {"right": (matrix.rows, r), "left": (r, matrix.cols), "full": (r, r)}[work.side]
     shapes = basis_piece_shapes(work, plan, r)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from frugal_dist.config import NEVER, NOW, TAKEN_UP, FrugalConfig, config_from
+from frugal_dist.config import NEVER, NOW, TAKEN_UP, FrugalConfig, config_from, for_regular
 from frugal_dist.projection.blocks import active_count
 from frugal_dist.projection.registry import depends_on as projection_depends_on
 from frugal_dist.projection.registry import family, selection_size
@@ -33,6 +33,8 @@ def matrix_options(work: LocalMatrix) -> dict[str, Any]:
     found = {key: getattr(work.config, key) for key in depends_on(work.config)}
     if "side" in found:
         found["side"] = work.side
+    if work.config.keeps:
+        found["keeps"] = ", ".join(work.config.keeps)
     if work.family == "blocks":
         found["position"] = f"{work.matrix.block} of {work.matrix.blocks} blocks"
     return found
@@ -120,7 +122,7 @@ def _fixed(config: FrugalConfig, projected: bool) -> set[str]:
     """What cannot change under the state of a group."""
     if not projected:
         return {"state_full"}
-    return {key for key in (*depends_on(config), "compute_layout") if TAKEN_UP[key] == NEVER}
+    return {key for key in (*depends_on(config), "compute_layout", "combine", "growth_limit") if TAKEN_UP[key] == NEVER}
 
 
 def _refuse(number: int, before: FrugalConfig, now: FrugalConfig, projected: bool) -> None:
@@ -141,7 +143,7 @@ def check_sizes(config: FrugalConfig, members: Sequence[ParamSpec]) -> None:
     rule cannot update one of its regular parameters.
     """
     regular = [original for original in members if not original.projected]
-    if regular and not STATE_FULL[config.state_full].elementwise:
+    if regular and not STATE_FULL[for_regular(config).state_full].elementwise:
         raise ValueError(
             f"{regular[0].name} is not projected, and state_full={config.state_full!r} updates whole matrices. Give it "
             "a group with another state_full."

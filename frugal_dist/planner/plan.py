@@ -25,7 +25,7 @@ from frugal_dist.sharding.table import Matrix, Table, group_owners, number_block
 from frugal_dist.sharding.tile import Layout, holders
 from frugal_dist.step.inputs import StepInputs, ensure_state, step_inputs
 from frugal_dist.step.runtime import LocalMatrix, Runtime, basis_route
-from frugal_dist.step.state import BASES, MatrixState
+from frugal_dist.step.state import BASES, FREE, MatrixState
 from frugal_dist.update.rules import every_moment
 
 
@@ -220,7 +220,7 @@ def _rank_plan(runtime: Runtime, load: StepInputs) -> RankPlan:
         for name, size in _sizes(work.state):
             if name in BASES:
                 found.bases += size
-            elif name in every_moment():
+            elif name in (*every_moment(), *FREE):
                 found.moments += size
             else:
                 found.counters += size

@@ -11,7 +11,7 @@ from frugal_dist.sharding.shard import LocalShard
 from frugal_dist.sharding.tile import split_evenly, whole
 from frugal_dist.step.inputs import StepInputs
 from frugal_dist.step.runtime import LocalMatrix, Runtime, basis_route, basis_tile_shapes, moment_names, whole_selection
-from frugal_dist.step.state import MatrixState
+from frugal_dist.step.state import FREE, MatrixState
 
 ITEM = 4
 """Bytes of an fp32 number: masters, moments, bases and what travels."""
@@ -62,6 +62,8 @@ def _bases(runtime: Runtime, work: LocalMatrix) -> list[int]:
     side, r = work.side, work.size  # looked up once, not for each of a thousand ranks
     shapes = work.kept_shapes(r).values()
     basis = work.basis_dtype.itemsize * sum(prod(shape) for shape in shapes)
+    shape = work.matrix.rows, work.matrix.cols
+    basis += work.dtype.itemsize * sum(prod(FREE[name][0](*shape)) for name in work.config.keeps)
     layout = basis_route(runtime, work).layout
     moments = [entry * sum(prod(shape) for shape in basis_tile_shapes(side, tiles, r)) for tiles in layout]
     return [size + basis * bool(tiles) for size, tiles in zip(moments, layout, strict=True)]

@@ -101,6 +101,7 @@ class Projection:
     starts_warm          basis: whether ``compute`` starts from the old basis, which is then sent to the owner.
     dictionary           basis: what its columns are chosen from, by the energies they catch. Their numbers are kept,
                          and ranks find them together: each adds what its part of the gradient says.
+    orthonormal          basis: whether what its columns do not catch is left over; else there is no rest.
     scratch              basis: (settings, rows, cols, side, r): bytes that computing it takes at most beside the
                          gradient. An estimate: libraries do not tell what they need.
     """
@@ -122,6 +123,7 @@ class Projection:
     from_gradient: bool = True
     starts_warm: Callable[[Settings], bool] = lambda config: False
     dictionary: Dictionary | None = None
+    orthonormal: bool = True
     scratch: Callable[[Settings, int, int, str, int], int] = lambda config, rows, cols, side, r: 0
 
     def kept_shapes(self, side: str, rows: int, cols: int, r: int) -> dict[str, tuple[int, ...]]:
@@ -132,11 +134,5 @@ class Projection:
 
 def sided(**more: Any) -> Projection:
     """A projection that follows ``side`` and has r = round(density * length) columns, rows or both."""
-    return Projection(
-        dim=sided_dim,
-        share=round_of,
-        written="r = round({density:g} * {dim})",
-        lines=sided_lines,
-        entries=sided_entries,
-        **more,
-    )
+    usual: dict[str, Any] = {"share": round_of, "written": "r = round({density:g} * {dim})"}
+    return Projection(dim=sided_dim, lines=sided_lines, entries=sided_entries, **usual | more)

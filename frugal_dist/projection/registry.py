@@ -7,7 +7,7 @@ from frugal_dist.projection.coordinates import NOTHING, Selection, whole_block
 from frugal_dist.projection.definition import Drawing, Projection, Settings
 from frugal_dist.projection.dictionary import DCT
 from frugal_dist.projection.entries import RANDK
-from frugal_dist.projection.gaussian import RANDOM
+from frugal_dist.projection.gaussian import GAUSSIAN, RANDOM
 from frugal_dist.projection.lines import COLUMNS, RANDPERM, ROWS
 from frugal_dist.projection.shapes import longer_dim, resolve_side
 from frugal_dist.projection.svd import SVD
@@ -18,6 +18,7 @@ PROJECTIONS: dict[str, Projection] = {
         SVD,
         DCT,
         RANDOM,
+        GAUSSIAN,
         RANDPERM,
         COLUMNS,
         ROWS,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from frugal_dist.config import FrugalConfig
+from frugal_dist.config import FrugalConfig, for_regular
 from frugal_dist.projection.numerics import compute_dtype
 from frugal_dist.projection.registry import PROJECTIONS, family, side_of
 from frugal_dist.sharding.redistribution import fill_buckets
@@ -135,7 +135,7 @@ def _bind(
     decay = config.weight_decay if original.decay else 0.0
     if not original.projected:
         site.regular = LocalParameter(
-            original.name, original.shape, config, decay, states[0], weight, None, site.part, False
+            original.name, original.shape, for_regular(config), decay, states[0], weight, None, site.part, False
         )
     else:
         dtype, kind = compute_dtype(weight.dtype), family(config)
@@ -248,6 +248,7 @@ def create_state(runtime: Runtime, work: LocalMatrix) -> None:
     work.state.set_counter("size", work.size)
     work.state.ensure_moments(names, basis_piece_shapes(work, plan, work.size), work.dtype, work.device)
     if plan.tiles:
+        work.state.ensure_free(work.config.keeps, (work.matrix.rows, work.matrix.cols), work.dtype, work.device)
         work.state.ensure_basis(work.side, work.kept_shapes(work.size), work.basis_dtype, work.device)
 
 

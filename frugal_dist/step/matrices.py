@@ -160,10 +160,8 @@ def _basis_updates(runtime: Runtime, work: LocalMatrix, decay: float) -> list[Ti
                 area = tile.within(home)
                 weight, grad = weight[area], grad[area]
             step = work.state.counts["step"]
-            shape = work.matrix.rows, work.matrix.cols
-            found.append(
-                TileUpdate(weight, grad, None, moment, step, decay, work.config, None, basis, work.side, shape)
-            )
+            kind = None, basis, work.side, (work.matrix.rows, work.matrix.cols), work.free()
+            found.append(TileUpdate(weight, grad, None, moment, step, decay, work.config, *kind))
     return found
 
 
@@ -360,7 +358,9 @@ def _deltas(
         key = (work.matrix.index, tile)
         grad = gradients[key] if home is None else work.local_grad(home)[tile.within(home)]
         shape, step = (work.matrix.rows, work.matrix.cols), work.state.counts["step"]
-        found[tile] = basis_delta(grad, basis, work.side, shape, moment, step, work.config)
+        found[tile] = basis_delta(
+            TileUpdate(grad, grad, None, moment, step, 0.0, work.config, None, basis, work.side, shape, work.free())
+        )
     return found
 
 

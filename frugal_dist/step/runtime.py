@@ -24,7 +24,7 @@ from frugal_dist.sharding.table import Matrix, Table
 from frugal_dist.sharding.tile import Layout, Tile, Tiles, split_evenly
 from frugal_dist.step.state import Counters, MatrixState, Shape
 from frugal_dist.step.statistics import RefreshStats
-from frugal_dist.update.rules import STATE_FREE, STATE_FULL
+from frugal_dist.update.rules import STATE_FULL
 
 _AS_THEY_ARE = (float, int, str, bool, type(None))
 
@@ -200,6 +200,11 @@ class LocalMatrix:
         kept = self.state.basis(self.side)
         return None if kept is None else self.usable(kept)
 
+    def free(self) -> dict[str, Tensor]:
+        """What the state-free rule keeps, where the matrix is whole."""
+        state = self.state
+        return {name: state.store[state.prefix + name] for name in self.config.keeps}
+
     def _no_choice(self) -> Basis:
         """Everything, or no column."""
         if self.config.density > 0:
@@ -337,8 +342,8 @@ def basis_route(runtime: Runtime, work: LocalMatrix) -> RedistributionPlan:
 
 def basis_layout(runtime: Runtime, work: LocalMatrix, choice: str | None = None) -> Layout:
     """The compute layout for the present density; ``choice`` overrides the configured one, but not the rules' needs."""
-    by_entries, lines = STATE_FULL[work.config.state_full].elementwise, STATE_FREE[work.config.state_free].whole
-    needed = () if lines is None else lines(work.side, work.matrix.rows, work.matrix.cols, work.size)
+    by_entries = STATE_FULL[work.config.state_full].elementwise and not work.config.keeps
+    needed = work.config.lines(work.side, work.matrix.rows, work.matrix.cols, work.size)
     in_parts = by_entries and FREE_DIM[work.side] not in needed
     return compute_layout(
         work.matrix.storage,

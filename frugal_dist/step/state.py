@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from operator import is_
@@ -19,6 +19,13 @@ size: r, or the number of selected columns, rows, entries or blocks, at the last
 
 BASES = ("basis", "basis_left", "basis_right")
 Shape = tuple[int, ...]
+FREE: dict[str, tuple[Callable[[int, int], Shape], float]] = {
+    "free_norm": (lambda rows, cols: (1,), 0.0),
+    "free_rows": (lambda rows, cols: (rows,), 0.0),
+    "free_cols": (lambda rows, cols: (cols,), 1.0),
+}
+"""What state-free rules keep, where their matrix is whole: its shape, and what it begins with."""
+KEPT = (*BASES, *FREE)
 
 
 class Counters:
@@ -79,7 +86,7 @@ class MatrixState:
                 own.fill_(self.counts[name])
                 self.counters.written += 1
                 self.store[self.prefix + name] = own
-        keys = [self.prefix + name for name in (*names, *every_moment(), *BASES)]
+        keys = [self.prefix + name for name in (*names, *every_moment(), *KEPT)]
         self._keys = [key for key in keys if key in self.store]
         self._seen = [self.store[key] for key in self._keys]
         self._others = self._seen[len(names) :]
@@ -113,7 +120,7 @@ class MatrixState:
 
     def follow(self, device: torch.device) -> None:
         """Take moments and bases to where the weights are now. People keep state on the CPU between two phases."""
-        for key in (self.prefix + name for name in (*every_moment(), *BASES)):
+        for key in (self.prefix + name for name in (*every_moment(), *KEPT)):
             value = self.store.get(key)
             if value is not None and value.device != device:
                 self.store[key] = value.to(device)
@@ -160,7 +167,7 @@ class MatrixState:
         """Moments and bases as this run computes with them. Bases kept in bf16 stay so until their refresh.
         ``numbered``: they are numbers of columns.
         """
-        for name in every_moment():
+        for name in (*every_moment(), *FREE):
             moment = self.get(name)
             if moment is not None:
                 self.put(name, moment.to(dtype))
@@ -171,7 +178,7 @@ class MatrixState:
 
     def drop(self) -> None:
         """Forget everything but the counts."""
-        for name in (*every_moment(), *BASES):
+        for name in (*every_moment(), *KEPT):
             self.put(name, None)
 
     def has_moments(self) -> bool:
@@ -220,6 +227,15 @@ class MatrixState:
             present = self.get(key)
             if present is None or tuple(present.shape) != size:
                 self.put(key, torch.zeros(size, dtype=dtype, device=device))
+
+    def ensure_free(
+        self, names: Sequence[str], shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """What a state-free rule keeps of a rows x cols matrix, where it is not there."""
+        for name in names:
+            size, value = FREE[name]
+            if self.get(name) is None:
+                self.put(name, torch.full(size(*shape), value, dtype=dtype, device=device))
 
     def set_basis(self, side: str, basis: Basis) -> None:
         if side == "full":

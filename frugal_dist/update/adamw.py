@@ -88,5 +88,6 @@ ADAMW = StateFull(
     moments=(Moment("exp_avg", carry_first), Moment("exp_avg_sq", carry_second)),
     update=adamw,
     is_adamw=True,
+    correction=lambda step, config: (1.0 - config.beta_pair[1] ** step) ** 0.5 / (1.0 - config.beta_pair[0] ** step),
     has_kernel=True,
 )

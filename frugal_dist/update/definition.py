@@ -59,8 +59,10 @@ class StateFull:
     cycles       the hyperparameter that schedules which cycle momentum change: "betas" (the first) or "momentum".
     is_adamw     whether it takes the betas and eps that a program has for the AdamW it would use otherwise.
     elementwise  whether each entry is updated by itself; if not, R is computed whole, by the owner of its matrix, and
-                 regular parameters and selected coordinates, which may be cut anywhere, are refused.
+                 selected coordinates, which may be cut anywhere, are refused.
+    regular      the rule that regular parameters take in place of one that is not elementwise; none: they are refused.
     has_kernel   whether ``kernels`` do it, together with a state-free rule that has one.
+    correction   (step, settings): what the update is multiplied with beyond its moments, as AdamW's bias correction is.
     names        of the moments.
     """
 
@@ -71,7 +73,9 @@ class StateFull:
     cycles: str = "betas"
     is_adamw: bool = False
     elementwise: bool = True
+    regular: str = ""
     has_kernel: bool = False
+    correction: Callable[[int, Settings], float] = lambda step, config: 1.0
     names: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -86,15 +90,19 @@ class StateFree:
     whole        (side, rows, cols, r): the dims along which it needs the matrix whole, so that no rank steps a part of
                  a line; nothing for rules that go entry by entry.
     free_side    the side whose layouts keep those lines whole, where there is no basis (density 0).
-    factor       (R, its update, dim): what the direction is multiplied with, where ``dim`` is the one it needs whole;
+    factor       (R, its update, dims): what the direction is multiplied with, where ``dims`` are those it needs whole;
                  such a rule needs a density above 0.
+    averages     (direction, state, settings): the same with what it keeps of all gradients, tensors named ``keeps``.
+    keeps        of ``step.state.FREE``.
     """
 
     name: str
     direction: Callable[[Tensor], Tensor] | None
     whole: Callable[[str, int, int, int], tuple[int, ...]] | None = None
     free_side: str = "right"
-    factor: Callable[[Tensor, Tensor, int], Tensor] | None = None
+    factor: Callable[[Tensor, Tensor, tuple[int, ...]], Tensor] | None = None
+    averages: Callable[[Tensor, Sequence[Tensor], Settings], Tensor] | None = None
+    keeps: tuple[str, ...] = ()
     has_kernel: bool = False
 
 

@@ -17,6 +17,7 @@ from frugal_dist.projection.coordinates import Selection
 from frugal_dist.projection.numerics import compute_dtype
 from frugal_dist.update.kernels import fused_for
 from frugal_dist.update.kernels.jobs import TileUpdate
+from frugal_dist.update.lines import limit_growth_, ratio
 from frugal_dist.update.rules import STATE_FREE, STATE_FULL
 
 Moments = Sequence[Tensor]
@@ -161,7 +162,7 @@ def coordinate_share(grad: Tensor, selection: Selection, bounds: tuple[int, int]
                      config: FrugalConfig) -> Tensor:  # fmt: skip
     """This replica's share of -lr s U: the range ``bounds`` of R along the selection's free dim."""
     low = _wide(selection.take(grad)).narrow(selection.free_dim, bounds[0], bounds[1] - bounds[0]).contiguous()
-    return _from_zero([low], [moments], step, config)[0]
+    return _from_zero([low], [moments], step, config, config.lr * config.projected_lr_scale)[0]
 
 
 def _batches(jobs: Sequence[TileUpdate]) -> Iterator[list[TileUpdate]]:
@@ -185,8 +186,7 @@ def _step_bases(jobs: Sequence[TileUpdate]) -> None:
     if first.weight.dtype != compute_dtype(first.weight.dtype) or config.by_lines:
         for job in jobs:
             decay_(job.weight, config.lr, decay)
-            basis = cast("Basis", job.basis)
-            job.weight.add_(basis_delta(job.grad, basis, job.side, job.shape, job.moments, job.step, config))
+            job.weight.add_(basis_delta(job))
         return
     pairs = [(job, _columns(cast("Basis", job.basis), job.grad)) for job in jobs]
     grads = [job.grad if job.grad.dtype is job.weight.dtype else _wide(job.grad) for job in jobs]
@@ -206,7 +206,8 @@ def _step_bases(jobs: Sequence[TileUpdate]) -> None:
     elif rests:
         step_tiles(rests)
     del rests
-    moved = _from_zero(lows, [job.moments for job in jobs], first.step, config)
+    rate = config.lr * config.projected_lr_scale
+    moved = _from_zero(lows, [job.moments for job in jobs], first.step, config, rate)
     for (job, basis), update in zip(pairs, moved, strict=True):
         add_up_(job.weight, update, basis, matmul=config.matmul)
 
@@ -220,33 +221,56 @@ def _free_rows_(weight: Tensor, rest: Tensor, grad: Tensor, side: str, config: F
     return fused is not None and fused.sign_step_above_(weight, rest, grad, size, keep, config.residual_threshold)
 
 
-def basis_delta(grad: Tensor, basis: Basis, side: str, shape: tuple[int, int], moments: Moments, step: int,
-                config: FrugalConfig) -> Tensor:  # fmt: skip
+def basis_delta(job: TileUpdate) -> Tensor:
     """The same as a tensor to add to the weights (without weight decay), for weights that lie elsewhere, and for rules
-    that need whole lines. ``shape``: of the whole matrix.
+    that need whole lines.
     """
-    grad = _wide(grad)
-    basis = _columns(basis, grad)
+    config, grad = job.config, _wide(job.grad)
+    basis = _columns(cast("Basis", job.basis), grad)
     low = down(grad, basis, config.matmul)
-    update = _from_zero([low], [moments], step, config)[0] if low.numel() else low
+    if config.by_lines:
+        return _lines_delta(job, grad, basis, low)
     rule, rate = STATE_FREE[config.state_free], config.lr * config.projected_lr_scale
+    update = _from_zero([low], [job.moments], job.step, config, rate)[0]
     if rule.direction is None or spans_everything(basis):
         delta = torch.zeros_like(grad, memory_format=torch.contiguous_format)
     else:
-        rest = silence_noise_(residual(grad, low, basis, config.matmul), grad, side, config.residual_threshold)
+        rest = silence_noise_(residual(grad, low, basis, config.matmul), grad, job.side, config.residual_threshold)
         delta = rule.direction(rest).mul_(-rate * config.state_free_lr_scale)
-        if rule.factor is not None and rule.whole is not None and rate > 0.0:
-            (dim,) = rule.whole(side, *shape, low.shape[1] if side == "right" else low.shape[0])
-            delta.mul_(rule.factor(low, update.div(-rate), dim))
-    return add_up_(delta, update, basis, matmul=config.matmul) if low.numel() else delta
+    return add_up_(delta, update, basis, matmul=config.matmul)
 
 
-def _from_zero(lows: Sequence[Tensor], moments: Sequence[Moments], step: int, config: FrugalConfig) -> Sequence[Tensor]:
-    """-lr s U(low), by moving zeros: the fused rules only know how to move parameters."""
+def _lines_delta(job: TileUpdate, grad: Tensor, basis: Basis, low: Tensor) -> Tensor:
+    """By rules of whole lines: the rest's direction, scaled and limited as they say, or the whole gradient's."""
+    config, free = job.config, job.free or {}
+    rule, rate, scales = STATE_FREE[config.state_free], config.lr * config.projected_lr_scale, config.combine != "add"
+    update = _from_zero([low], [job.moments], job.step, config, 1.0)[0] if low.numel() else low  # -U, whatever lr is
+    dims = config.lines(job.side, *job.shape, low.shape[0 if job.side == "left" else 1])
+    if scales:
+        rest = grad.mul(ratio(low, update, dims))
+    elif rule.direction is None or spans_everything(basis):
+        rest = torch.zeros_like(grad, memory_format=torch.contiguous_format)
+    else:
+        rest = residual(grad, low, basis, config.matmul)
+        rest = rule.direction(silence_noise_(rest, grad, job.side, config.residual_threshold))
+        if rule.averages is not None:
+            rest = rule.averages(rest, [free[name] for name in rule.keeps], config)
+        if rule.factor is not None:
+            rest.mul_(rule.factor(low, update, dims))
+    if "free_norm" in free:
+        unit = STATE_FULL[config.state_full].correction(job.step, config) if scales or rule.factor else 1.0
+        limit_growth_(rest, free["free_norm"], config.growth_limit, unit)
+    rest.mul_(-rate if scales else -rate * config.state_free_lr_scale)
+    return rest if scales or not low.numel() else add_up_(rest, update, basis, alpha=rate, matmul=config.matmul)
+
+
+def _from_zero(lows: Sequence[Tensor], moments: Sequence[Moments], step: int, config: FrugalConfig,
+               rate: float) -> Sequence[Tensor]:  # fmt: skip
+    """-rate U(low), by moving zeros: the fused rules only know how to move parameters."""
     flat = torch.zeros(sum(low.numel() for low in lows), dtype=lows[0].dtype, device=lows[0].device)
     parts = flat.split([low.numel() for low in lows])
     moved = [part.view(low.shape) for part, low in zip(parts, lows, strict=True)]
-    state_full_(moved, lows, moments, step, config.lr * config.projected_lr_scale, 0.0, config)
+    state_full_(moved, lows, moments, step, rate, 0.0, config)
     return moved
 
 

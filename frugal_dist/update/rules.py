@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from frugal_dist.update.adamw import ADAMW
 from frugal_dist.update.definition import StateFree, StateFull
-from frugal_dist.update.lines import NORMALIZED, NORMALIZED_COLUMNS, SCALED, SINKHORN, SOFTSIGN
+from frugal_dist.update.lines import NORMALIZED, NORMALIZED_COLUMNS, RACS, SCALED, SINKHORN, SOFTSIGN
+from frugal_dist.update.matrices import MUON, NORMALIZED_MOMENTUM
 from frugal_dist.update.momentum import LION, SGDM
 from frugal_dist.update.state_free import NONE, SGD, SIGN
 
@@ -14,6 +15,8 @@ STATE_FULL: dict[str, StateFull] = {
         ADAMW,
         LION,
         SGDM,
+        MUON,
+        NORMALIZED_MOMENTUM,
     )
 }
 STATE_FREE: dict[str, StateFree] = {
@@ -27,6 +30,7 @@ STATE_FREE: dict[str, StateFree] = {
         NORMALIZED_COLUMNS,
         SINKHORN,
         SCALED,
+        RACS,
     )
 }
 

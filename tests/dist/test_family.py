@@ -14,7 +14,7 @@ from test_plan_agrees import ENGINES, check
 from threads import run_ranks
 from torch import Tensor, nn
 
-from frugal_dist import Frugal, FrugalConfig, checkpoint
+from frugal_dist import Frugal, FrugalConfig, checkpoint, preset
 
 SHAPES = {"tall": (24, 16), "wide": (16, 40), "square": (33, 33), "experts": (3, 10, 6)}
 MORE = {"density": 0.5, "update_gap": 2, "lr": 0.01, "weight_decay": 0.1}
@@ -31,6 +31,18 @@ WAYS: dict[str, dict[str, Any]] = {
     "softsign 0": {"state_free": "softsign", **NONE},
     "scaled": {"state_free": "scaled", "on_refresh": "keep"},
     "scaled reverse": {"state_free": "scaled", "side": "reverse_std", "density": 0.4},
+    "racs 0": {"state_free": "racs", **NONE, "growth_limit": 1.01},
+    "racs": {"state_free": "racs", "growth_limit": 1.01, "on_refresh": "keep"},
+    "scaled limited": {"state_free": "scaled", "growth_limit": 1.01, "on_refresh": "keep"},
+    "scale": {"combine": "scale", "projection": "random", "on_refresh": "keep"},
+    "scale dct": {"combine": "scale", "projection": "dct", "growth_limit": 1.01, "side": "left"},
+    "scale_matrix": {"combine": "scale_matrix", "projection": "random", "density": 0.1, "growth_limit": 1.2},
+    "scale gaussian": {"combine": "scale", "projection": "gaussian", "on_refresh": "keep", "growth_limit": 1.01},
+    "scale_matrix 1": {"combine": "scale_matrix", "projection": "gaussian", "density": 1e-6},
+    "muon": {"state_full": "muon", "projection": "columns", "density": 1.0, "on_refresh": "keep"},
+    "muon dct": {"state_full": "muon", "projection": "dct", "on_refresh": "project"},
+    "muon sinkhorn": {"state_full": "muon", "projection": "svd", "state_free": "sinkhorn"},
+    "normalized_momentum": {"state_full": "normalized_momentum", "projection": "rows", "density": 1.0},
     "scaled dct lion": {"state_free": "scaled", "projection": "dct", "state_full": "lion"},
 }
 
@@ -140,6 +152,22 @@ def test_a_gradient_of_zeros_moves_nothing(rule: str) -> None:
     assert torch.equal(weight, before)
 
 
+def test_regular_parameters_beside_muon_are_adamws() -> None:
+    torch.manual_seed(0)
+    matrix, norm = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(5))
+    other = nn.Parameter(norm.detach().clone())
+    named, settings = [("matrix", matrix), ("norm", norm)], preset("muon", lr=0.01, betas=(0.8, 0.9), weight_decay=0.1)
+    optimizer = Frugal(named, project=["matrix"], process_group=None, projected_lr_scale=2.0, **settings)
+    adamw = torch.optim.AdamW([other], lr=0.01, betas=(0.8, 0.9), weight_decay=0.1)
+    for _ in range(3):
+        matrix.grad, norm.grad = torch.randn(6, 4), torch.randn(5)
+        other.grad = norm.grad.clone()
+        optimizer.step()
+        adamw.step()
+    torch.testing.assert_close(norm, other)
+    assert set(optimizer.state[matrix]) & {"exp_avg", "exp_avg_sq"} == {"exp_avg"}
+
+
 # --- resumes and refusals ---------------------------------------------------------------------------------------------
 
 
@@ -184,6 +212,22 @@ def test_coordinates_leave_no_whole_lines(projection: str) -> None:
 def test_what_scales_the_rest_needs_a_state_full_part() -> None:
     with pytest.raises(ValueError, match=r"state_free='scaled' scales the rest .* density=0 has none"):
         FrugalConfig(state_free="scaled", density=0.0)
+
+
+def test_what_is_scaled_has_no_rest() -> None:
+    with pytest.raises(ValueError, match=r"combine='scale' .* leaves no rest to state_free='sinkhorn'"):
+        FrugalConfig(combine="scale", state_free="sinkhorn")
+    with pytest.raises(ValueError, match=r"combine='scale_matrix' .* density above 0"):
+        FrugalConfig(combine="scale_matrix", density=0.0)
+    with pytest.raises(ValueError, match=r"combine='scale' needs whole rows or columns.*projection='columns'"):
+        FrugalConfig(combine="scale", projection="columns")
+
+
+def test_growth_is_limited_where_lines_are_scaled() -> None:
+    with pytest.raises(ValueError, match=r"growth_limit=1.01 .* not state_free='sign'"):
+        FrugalConfig(growth_limit=1.01)
+    with pytest.raises(ValueError, match=r"growth_limit=0.5 must be 0 or at least 1"):
+        FrugalConfig(growth_limit=0.5, state_free="scaled")
 
 
 def test_rules_that_need_lines_do_not_come_or_go_while_training() -> None:

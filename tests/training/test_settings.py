@@ -24,6 +24,14 @@ MEANING = {
     "badam": {"projection": "blockwise", "state_free": "none", "state_full": "adamw"},
     "signsgd": {"density": 0.0, "state_free": "sign"},
     "adamw": {"density": 1.0, "projection": "columns", "state_full": "adamw"},
+    "fira": {"projection": "svd", "state_free": "scaled", "combine": "add", "growth_limit": 1.01, "on_refresh": "keep"},
+    "apollo": {"projection": "gaussian", "combine": "scale", "growth_limit": 1.01, "on_refresh": "keep"},
+    "apollo_mini": {"projection": "gaussian", "combine": "scale_matrix", "density": 1e-6},
+    "scale": {"density": 0.0, "state_free": "normalized"},
+    "sinkgd": {"density": 0.0, "state_free": "sinkhorn"},
+    "racs": {"density": 0.0, "state_free": "racs", "growth_limit": 1.01},
+    "muon": {"density": 1.0, "state_full": "muon", "momentum": 0.95},
+    "frugal_dct": {"projection": "dct"},
 }
 """What the names mean, and that the density of a recipe is taken over where it means something."""
 
@@ -71,7 +79,7 @@ def test_every_preset_is_in_the_table() -> None:
 HARD = {"svd_method": "subspace", "state_free": "sgd", "state_full": "lion", "on_refresh": "project", "density": 0.5}
 
 
-@pytest.mark.parametrize("name", ["adamw", "galore", "badam", "lora", *NAMED])
+@pytest.mark.parametrize("name", [*MEANING, "lora", *NAMED])
 def test_contenders_are_what_they_are_called(name: str) -> None:
     """With options in the recipe that would make them something else, or nothing."""
     preset_name, fixed = NAMED.get(name, (name, {}))

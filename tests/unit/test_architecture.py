@@ -16,6 +16,7 @@ from graphlib import CycleError, TopologicalSorter
 import pytest
 from imports import PACKAGE, ROOT, read_modules
 
+from frugal_dist.presets import PRESETS
 from frugal_dist.projection.registry import PROJECTIONS
 from frugal_dist.update.rules import STATE_FREE, STATE_FULL
 
@@ -31,6 +32,7 @@ LAYERS: list[tuple[str, ...]] = [
         "update.momentum",
         "update.state_free",
         "update.lines",
+        "update.matrices",
         "update.rules",
     ),
     ("config",),
@@ -203,7 +205,8 @@ def names_compared(tree: ast.AST) -> Iterator[str]:
         said = {one.value for one in inside if isinstance(one, ast.Constant) and isinstance(one.value, str)} & known
         asks = not isinstance(node, ast.Dict) and any(word in ast.unparse(node) for word in ("projection", "state_f"))
         sure = said - WORDS and not isinstance(node, ast.Dict)
-        if sure or (said and asks) or len(said) > 1:
+        named = said - PRESETS.keys() if isinstance(node, ast.Dict) else said  # some are called as their rules are
+        if sure or (said and asks) or len(named) > 1:
             yield f"line {node.lineno}: {ast.unparse(node)}"  # type: ignore[attr-defined]
 
 

@@ -50,11 +50,14 @@ def test_a_misspelt_choice_is_told_what_was_meant(key: str, value: str, hint: st
 @pytest.mark.parametrize(
     ("key", "allowed"),
     [
-        ("projection", ["svd", "dct", "random", "randperm", "columns", "rows", "randk", "blockwise"]),
+        ("projection", ["svd", "dct", "random", "gaussian", "randperm", "columns", "rows", "randk", "blockwise"]),
         ("side", ["std", "reverse_std", "right", "left", "full"]),
         ("block_order", ["random", "ascending", "descending", "mirror"]),
-        ("state_full", ["adamw", "lion", "sgdm"]),
-        ("state_free", ["sign", "sgd", "none", "softsign", "normalized", "normalized_columns", "sinkhorn", "scaled"]),
+        ("state_full", ["adamw", "lion", "sgdm", "muon", "normalized_momentum"]),
+        (
+            "state_free",
+            ["sign", "sgd", "none", "softsign", "normalized", "normalized_columns", "sinkhorn", "scaled", "racs"],
+        ),
         ("on_refresh", ["reset", "keep", "project"]),
     ],
 )
@@ -547,6 +550,7 @@ def test_a_bad_value_set_between_steps_is_noticed() -> None:
 CHANGED: dict[str, Any] = {
     "lr": 0.02, "betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.3, "density": 0.75, "update_gap": 2,
     "projection": "columns", "side": "left", "block_order": "descending", "state_full": "lion", "state_free": "sgd",
+    "combine": "scale", "growth_limit": 1.01,
     "momentum": 0.5, "projected_lr_scale": 0.5, "state_free_lr_scale": 0.5, "on_refresh": "project",
     "svd_method": "gram64",
     "basis_dtype": "bf16", "matmul": "bf16x3", "rounding": "stochastic", "refresh_schedule": "staggered",

@@ -68,7 +68,7 @@ class Tuning(AnyOptimizer):
     """The optimizer.
 
     Args:
-        name: frugal, galore, badam, signsgd, adamw, or lora: AdamW on adapters.
+        name: frugal or another of ``PRESETS``, or lora: AdamW on adapters.
         rank: the density as a rank: it becomes rank / hidden size. Null: options.density counts, as it does for badam
             and blockwise, where the density is a share of the matrices.
         stateful: name patterns of matrices to which the density applies; the other matrices get density 0. Null: all.

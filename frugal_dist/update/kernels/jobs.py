@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -27,7 +27,7 @@ class TileUpdate(NamedTuple):
 
     ``selection``: the state-full entries of a coordinate or block projection, None: there are none in the whole matrix.
     ``noise``: None for weights that are rounded to the nearest. ``basis``: of a basis projection, with its ``side`` and
-    the ``shape`` of the whole matrix.
+    the ``shape`` of the whole matrix. ``free``: what the state-free rule keeps.
     """
 
     weight: Tensor
@@ -41,3 +41,4 @@ class TileUpdate(NamedTuple):
     basis: Basis | None = None
     side: str = ""
     shape: tuple[int, int] = (0, 0)
+    free: Mapping[str, Tensor] | None = None
