@@ -14,7 +14,7 @@ from frugal_dist.projection.products import MATMULS
 from frugal_dist.projection.registry import PROJECTIONS, family, options_of_others
 from frugal_dist.projection.shapes import SIDE_CHOICES
 from frugal_dist.projection.svd import METHODS as SVD_METHODS
-from frugal_dist.update.lines import COMBINES
+from frugal_dist.update.lines import COMBINES, Treatment
 from frugal_dist.update.rules import STATE_FREE, STATE_FULL
 
 NOW, REFRESH, NEVER = "now", "refresh", "never"
@@ -130,12 +130,12 @@ class FrugalConfig:
 
     def _check_lines(self) -> None:
         """What needs whole lines goes with bases, and with all or nothing of columns or rows."""
-        if STATE_FREE[self.state_free].factor is not None and self.density == 0.0:
+        if STATE_FREE[self.state_free].scaled and self.density == 0.0:
             raise ValueError(
                 f"state_free={self.state_free!r} scales the rest as the state-full part is scaled, and density=0 has "
                 "none. Raise density, or use another state_free."
             )
-        if self.combine != "add" and (self.density == 0.0 or STATE_FREE[self.state_free].whole is not None):
+        if self.combine != "add" and (self.density == 0.0 or STATE_FREE[self.state_free].lines is not None):
             raise ValueError(
                 f"combine={self.combine!r} scales the whole gradient as the state-full part is scaled: it needs a "
                 f"density above 0 (now {self.density:g}), and leaves no rest to state_free={self.state_free!r}."
@@ -168,12 +168,17 @@ class FrugalConfig:
 
     @property
     def _free_lines(self) -> bool:
-        return self.combine != "add" or STATE_FREE[self.state_free].whole is not None
+        return self.combine != "add" or STATE_FREE[self.state_free].lines is not None
 
-    def lines(self, side: str, rows: int, cols: int, r: int) -> tuple[int, ...]:
-        """The dims along which the state-free rule, or ``combine``, needs a matrix whole."""
-        needed = COMBINES[self.combine] or STATE_FREE[self.state_free].whole
-        return () if needed is None else needed(side, rows, cols, r)
+    @property
+    def treatment(self) -> Treatment:
+        """What becomes of the rest by rules that need lines."""
+        return Treatment(STATE_FREE[self.state_free], self.combine, self.growth_limit)
+
+    @property
+    def undivided(self) -> bool:
+        """Whether a rule needs whole matrices, and not only sums over what lies elsewhere."""
+        return not STATE_FULL[self.state_full].elementwise or STATE_FREE[self.state_free].averages is not None
 
     @property
     def keeps(self) -> tuple[str, ...]:

@@ -126,7 +126,7 @@ def _fixed(config: FrugalConfig, projected: bool) -> set[str]:
 
 
 def _refuse(number: int, before: FrugalConfig, now: FrugalConfig, projected: bool) -> None:
-    lines = [STATE_FREE[config.state_free].whole for config in (before, now)]
+    lines = [STATE_FREE[config.state_free].lines for config in (before, now)]
     tied = {"state_free"} if projected and lines != [None, None] else set()
     for key in _fixed(before, projected) | tied:
         then, here = getattr(before, key), getattr(now, key)

@@ -25,6 +25,7 @@ from frugal_dist.step.runtime import (
     cut_selection,
     local_selection,
     moment_names,
+    sums_of,
     whole_selection,
 )
 
@@ -56,9 +57,15 @@ def plan_step(runtime: Runtime, works: Sequence[LocalMatrix], buckets: Sequence[
     for bucket in buckets:
         members = [works[i] for i in bucket.works]
         routes = [basis_route(runtime, work) for work in members if work.family == "basis"]
+        rounds = [sums_of(runtime, work) for work in members]
+        for asked in range(max(map(len, rounds))):
+            calls["all_reduce"] += 1
+            sent += sum(numbers[asked] for numbers in rounds if asked < len(numbers))
         if any(route.travels_in for route in routes):
             calls["all_to_all"] += 1
             sent += sum(away(route.gradient_in, rank) for route in routes)
+        if not any(matrices.exchanges(runtime, work) for work in members):
+            continue
         if bucket.padded is not None:
             calls["all_gather"] += 1
             sent += bucket.padded * (runtime.ranks.size - 1)

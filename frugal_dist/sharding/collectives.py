@@ -123,6 +123,17 @@ def agree_max(ranks: Ranks, values: Sequence[int], device: torch.device) -> list
     return [int(value) for value in vector.tolist()]
 
 
+def add_up(ranks: Ranks, pieces: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+    """The sums of ``pieces`` over the ranks, in one collective; all list the same pieces and get the same bytes."""
+    if ranks.alone or not pieces:
+        return list(pieces)
+    packed = _pack(pieces, like.dtype, ranks.device(like.device))
+    dist.all_reduce(packed, group=ranks.group)
+    found = [torch.empty_like(piece, dtype=like.dtype) for piece in pieces]
+    _unpack(packed, found)
+    return found
+
+
 def all_to_all(ranks: Ranks, send: Sequence[Sequence[Tensor]], recv: Sequence[Sequence[Tensor]], like: Tensor) -> None:
     """Send ``send[k]`` to rank k and fill ``recv[k]`` from rank k: one collective, packed in ``like``'s dtype.
 

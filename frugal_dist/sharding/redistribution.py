@@ -16,6 +16,7 @@ class RedistributionPlan:
 
     ``gradient_in`` and ``update_out`` list this rank's moves, its own copies included; ``travels_*`` say whether any
     rank moves anything, which all ranks answer alike. ``gathered``: every rank holds everything, so updates go to all.
+    ``divided``: there is more than one compute tile.
     """
 
     layout: Layout
@@ -28,6 +29,7 @@ class RedistributionPlan:
     travels_out: bool
     gathered: bool
     load: tuple[int, ...]
+    divided: bool
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class Redistribution:
         return [owned(self.storage[k], tile) for k, tiles in enumerate(self.compute) for tile in tiles]
 
     @cached_property
+    def divided(self) -> bool:
+        """Whether the matrix computes in parts."""
+        return len(self.computed) > 1
+
+    @cached_property
     def travels_in(self) -> bool:
         return None in self._homes
 
@@ -69,7 +76,7 @@ class Redistribution:
         storage, compute, mine = self.storage, self.compute, self.compute[rank]
         if storage == compute:  # one process, or replicas that compute everything everywhere
             return RedistributionPlan(
-                compute, mine, mine, (True,) * len(mine), (), (), False, False, False, (0,) * len(storage)
+                compute, mine, mine, (True,) * len(mine), (), (), False, False, False, (0,) * len(storage), self.divided
             )
         home = tuple(owned(storage[rank], tile) for tile in mine)
         in_place = tuple(outer is not None and len(self.held[outer]) == 1 for outer in home)
@@ -92,6 +99,7 @@ class Redistribution:
             travels_out=self.travels_out,
             gathered=is_replicated(storage),
             load=self.load,
+            divided=self.divided,
         )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from frugal_dist.projection.basis import Basis
-from frugal_dist.sharding.collectives import all_gather, all_to_all
+from frugal_dist.sharding.collectives import add_up, all_gather, all_to_all
 from frugal_dist.sharding.redistribution import RedistributionPlan, fill_buckets
 from frugal_dist.sharding.tile import Tile
 from frugal_dist.step.runtime import (
@@ -24,13 +24,17 @@ from frugal_dist.step.runtime import (
     basis_route,
     local_selection,
     moments_of,
+    part_of,
+    sums_of,
 )
 from frugal_dist.update.kernels.jobs import Noise, TileUpdate
+from frugal_dist.update.lines import Sums, without_tile
 from frugal_dist.update.local import (
     add_coordinates_,
     basis_delta,
     coordinate_share,
     decay_,
+    lines_delta,
     rounds_once,
     step_tiles,
 )
@@ -199,6 +203,11 @@ def travels(runtime: Runtime, work: LocalMatrix) -> bool:
     """
     if runtime.ranks.alone or work.empty or work.state.counter("refreshes") == 0:
         return False
+    return exchanges(runtime, work) or bool(sums_of(runtime, work))
+
+
+def exchanges(runtime: Runtime, work: LocalMatrix) -> bool:
+    """Whether updates of this matrix go from rank to rank; gradients do only where they do."""
     if work.family == "basis":
         plan = basis_route(runtime, work)
         return plan.travels_in or plan.travels_out
@@ -245,11 +254,17 @@ def _step_bucket(runtime: Runtime, works: Sequence[LocalMatrix], active: set[int
         if work.matrix.index in active:
             _decay(work)
     gradients = fetch_gradients(runtime, works, like)
+    directed = _directed(runtime, works, gradients, active, like)
     packing = Packing(ranks.size)
     for work in works:
-        prepare = _basis_parcel if work.family == "basis" else _coordinate_parcel
-        packing.parcels.append(prepare(runtime, work, gradients, work.matrix.index in active))
-    if works[0].matrix.replicated:
+        if work.family == "basis":
+            deltas = directed.get(work.matrix.index)
+            packing.parcels.append(_basis_parcel(runtime, work, gradients, work.matrix.index in active, deltas))
+        else:
+            packing.parcels.append(_coordinate_parcel(runtime, work, work.matrix.index in active))
+    if not any(exchanges(runtime, work) for work in works):
+        pass  # sums were all they had to tell each other
+    elif works[0].matrix.replicated:
         mine = packing.merged("send")[ranks.rank]
         all_gather(ranks, mine, packing.merged("recv"), like)
     else:
@@ -287,14 +302,62 @@ def fetch_gradients(runtime: Runtime, works: Sequence[LocalMatrix], like: Tensor
     return found
 
 
+def _directed(
+    runtime: Runtime,
+    works: Sequence[LocalMatrix],
+    gradients: dict[tuple[int, Tile], Tensor],
+    active: set[int],
+    like: Tensor,
+) -> dict[int, dict[Tile, Tensor]]:
+    """The updates, by matrix and compute tile, by rules that ask for sums over what lies on several ranks.
+
+    All matrices ask together, each time in one packed all-reduce. A rank without a gradient or a tile adds nothing.
+    """
+    asking: dict[int, list[Sums]] = {}
+    tiles: dict[int, list[Tile]] = {}
+    for work in works:
+        if not sums_of(runtime, work):
+            continue
+        index, part = work.matrix.index, part_of(runtime, work)
+        jobs = _jobs(runtime, work, basis_route(runtime, work), gradients) if index in active else {}
+        tiles[index] = list(jobs)
+        asking[index] = [lines_delta(job, part.cut) for job in jobs.values()]
+        if not jobs:
+            empty = without_tile(work.config.treatment, part, work.state.counter("size"), like, work.config)
+            asking[index] = [empty]
+    found: dict[int, list[Tensor]] = {index: [] for index in asking}
+    answers: dict[int, Tensor | None] = dict.fromkeys(asking)
+    while answers:
+        sums: dict[int, Tensor] = {}
+        for index, answer in answers.items():
+            for rule in asking[index]:
+                try:
+                    asked = next(rule) if answer is None else rule.send(answer)
+                    sums[index] = sums[index] + asked if index in sums else asked
+                except StopIteration as done:
+                    found[index].append(done.value)
+        totals = add_up(runtime.ranks, list(sums.values()), like)
+        answers = dict(zip(sums, totals, strict=True))
+    return {index: dict(zip(tiles[index], found[index], strict=False)) for index in found}
+
+
 def _basis_parcel(
-    runtime: Runtime, work: LocalMatrix, gradients: dict[tuple[int, Tile], Tensor], active: bool
+    runtime: Runtime,
+    work: LocalMatrix,
+    gradients: dict[tuple[int, Tile], Tensor],
+    active: bool,
+    directed: dict[Tile, Tensor] | None,
 ) -> PendingUpdate:
-    """Compute this rank's tiles; send each holder of a tile its part of the update."""
+    """Compute this rank's tiles; send each holder of a tile its part of the update. ``directed``: it is known."""
     plan, rank = basis_route(runtime, work), runtime.ranks.rank
-    if active:
+    if active and directed is None:
         step_tiles(_basis_updates(runtime, work, 0.0))  # their weights have decayed, with those of all other tiles
-    deltas = _deltas(runtime, work, plan, gradients, active)
+    elif active and directed is not None:
+        for tile, home, here in zip(plan.tiles, plan.home, plan.in_place, strict=True):
+            if here:
+                assert home is not None
+                work.local_weight(home)[tile.within(home)].add_(directed[tile])
+    deltas = _deltas(runtime, work, plan, gradients, active, directed)
     if plan.gathered:
         return _gathered_parcel(runtime, work, plan, deltas)
     send: Lists = [[] for _ in range(runtime.ranks.size)]
@@ -343,28 +406,37 @@ def _deltas(
     plan: RedistributionPlan,
     gradients: dict[tuple[int, Tile], Tensor],
     active: bool,
+    directed: dict[Tile, Tensor] | None,
 ) -> dict[Tile, Tensor]:
     """The updates of the compute tiles that are not stepped in place; zeros for a matrix that is skipped."""
-    found: dict[Tile, Tensor] = {}
+    remote = [tile for tile, here in zip(plan.tiles, plan.in_place, strict=True) if not here]
+    if not active:
+        return {tile: torch.zeros(tile.height, tile.width, dtype=work.dtype, device=work.device) for tile in remote}
+    if directed is not None:
+        return {tile: directed[tile] for tile in remote}
+    jobs = _jobs(runtime, work, plan, gradients)
+    return {tile: basis_delta(jobs[tile]) for tile in remote}
+
+
+def _jobs(
+    runtime: Runtime, work: LocalMatrix, plan: RedistributionPlan, gradients: dict[tuple[int, Tile], Tensor]
+) -> dict[Tile, TileUpdate]:
+    """The compute tiles of a matrix that is stepped; their weights may be elsewhere."""
+    found: dict[Tile, TileUpdate] = {}
     basis: Basis | None = work.basis()
     moments = basis_moments(runtime, work, plan) if plan.tiles else []
-    for tile, home, here, moment in zip(plan.tiles, plan.home, plan.in_place, moments, strict=True):
-        if here:
-            continue
-        if not active:
-            found[tile] = torch.zeros(tile.height, tile.width, dtype=work.dtype, device=work.device)
-            continue
+    for tile, home, moment in zip(plan.tiles, plan.home, moments, strict=True):
         assert basis is not None
         key = (work.matrix.index, tile)
         grad = gradients[key] if home is None else work.local_grad(home)[tile.within(home)]
-        shape, step = (work.matrix.rows, work.matrix.cols), work.state.counts["step"]
-        found[tile] = basis_delta(
-            TileUpdate(grad, grad, None, moment, step, 0.0, work.config, None, basis, work.side, shape, work.free())
-        )
+        # One tile writes what the rule keeps; the others read it as it was.
+        free = {name: value.clone() for name, value in work.free().items()} if found else work.free()
+        kind = None, basis, work.side, (work.matrix.rows, work.matrix.cols), free
+        found[tile] = TileUpdate(grad, grad, None, moment, work.state.counts["step"], 0.0, work.config, *kind)
     return found
 
 
-def _coordinate_parcel(runtime: Runtime, work: LocalMatrix, gradients: object, active: bool) -> PendingUpdate:
+def _coordinate_parcel(runtime: Runtime, work: LocalMatrix, active: bool) -> PendingUpdate:
     """Each holder of a tile computes its share of the state-full update; the state-free step is everybody's own."""
     ranks = runtime.ranks
     pieces = local_selection(runtime, work).pieces

@@ -24,6 +24,7 @@ from frugal_dist.sharding.table import Matrix, Table
 from frugal_dist.sharding.tile import Layout, Tile, Tiles, split_evenly
 from frugal_dist.step.state import Counters, MatrixState, Shape
 from frugal_dist.step.statistics import RefreshStats
+from frugal_dist.update.lines import Part, sums_asked
 from frugal_dist.update.rules import STATE_FULL
 
 _AS_THEY_ARE = (float, int, str, bool, type(None))
@@ -342,9 +343,6 @@ def basis_route(runtime: Runtime, work: LocalMatrix) -> RedistributionPlan:
 
 def basis_layout(runtime: Runtime, work: LocalMatrix, choice: str | None = None) -> Layout:
     """The compute layout for the present density; ``choice`` overrides the configured one, but not the rules' needs."""
-    by_entries = STATE_FULL[work.config.state_full].elementwise and not work.config.keeps
-    needed = work.config.lines(work.side, work.matrix.rows, work.matrix.cols, work.size)
-    in_parts = by_entries and FREE_DIM[work.side] not in needed
     return compute_layout(
         work.matrix.storage,
         work.matrix.rows,
@@ -353,10 +351,27 @@ def basis_layout(runtime: Runtime, work: LocalMatrix, choice: str | None = None)
         work.size,
         work.matrix.index,
         work.matrix.owner,
-        (choice or work.config.compute_layout) if in_parts else "whole",
+        "whole" if work.config.undivided else choice or work.config.compute_layout,
         runtime.shard_replicas,
         work.numbered,
     )
+
+
+def part_of(runtime: Runtime, work: LocalMatrix) -> Part:
+    """How the compute tiles of a basis matrix lie in it; the same on every rank."""
+    divided = basis_route(runtime, work).divided
+    return Part((work.matrix.rows, work.matrix.cols), work.side, FREE_DIM[work.side] if divided else None)
+
+
+def sums_of(runtime: Runtime, work: LocalMatrix) -> tuple[int, ...]:
+    """How many numbers all ranks add up at a step of this matrix, one time after the other: nothing, if no norm runs
+    across what is cut.
+    """
+    if work.family != "basis" or work.empty or runtime.ranks.alone or not work.config.by_lines:
+        return ()
+    if work.state.counter("refreshes") == 0:
+        return ()
+    return sums_asked(work.config.treatment, part_of(runtime, work), work.state.counter("size"))
 
 
 def route_to(runtime: Runtime, work: LocalMatrix, layout: Layout) -> RedistributionPlan:

@@ -6,7 +6,7 @@ name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -86,21 +86,22 @@ class StateFull:
 class StateFree:
     """A rule of the rest. ``has_kernel`` as of state-full rules.
 
-    direction    turns a residual into the step's direction, in a new tensor or the same; None: there is no step.
-    whole        (side, rows, cols, r): the dims along which it needs the matrix whole, so that no rank steps a part of
-                 a line; nothing for rules that go entry by entry.
-    free_side    the side whose layouts keep those lines whole, where there is no basis (density 0).
-    factor       (R, its update, dims): what the direction is multiplied with, where ``dims`` are those it needs whole;
-                 such a rule needs a density above 0.
-    averages     (direction, state, settings): the same with what it keeps of all gradients, tensors named ``keeps``.
+    direction    turns a residual into the step's direction, entry by entry, in a new tensor or the same; None: there is
+                 no step, or ``lines`` say which.
+    lines        (residual, part): the same by norms of lines or of all, see ``lines``; such rules compute where bases
+                 do, and ask for sums over what lies elsewhere.
+    free_side    the side whose cuts leave those lines whole, where there is no basis (density 0).
+    scaled       whether the direction is multiplied with how R's update changes its norms: needs a density above 0.
+    averages     (direction, state, settings): the same with what it keeps of all gradients, tensors named ``keeps``;
+                 then the matrix is whole where it computes.
     keeps        of ``step.state.FREE``.
     """
 
     name: str
     direction: Callable[[Tensor], Tensor] | None
-    whole: Callable[[str, int, int, int], tuple[int, ...]] | None = None
+    lines: Callable[..., Generator[Tensor, Tensor, Tensor]] | None = None
     free_side: str = "right"
-    factor: Callable[[Tensor, Tensor, tuple[int, ...]], Tensor] | None = None
+    scaled: bool = False
     averages: Callable[[Tensor, Sequence[Tensor], Settings], Tensor] | None = None
     keeps: tuple[str, ...] = ()
     has_kernel: bool = False

@@ -1,13 +1,22 @@
-"""State-free rules that need whole rows, columns or matrices: their norms."""
+"""State-free rules that need norms of whole rows, columns or matrices.
+
+They are generators: where a sum runs along the dim that is cut, they yield this tile's and are sent that of the whole
+matrix. So the same rule steps a matrix that is whole and one in parts, and all ranks ask in the same order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from frugal_dist.update.definition import Settings, StateFree
+
+Sums = Generator[Tensor, Tensor, Tensor]
+"""Yields sums over a tile, is sent those over its matrix, returns a direction."""
 
 ROUNDS = 5
 """Of sinkhorn, as in its paper."""
@@ -16,54 +25,75 @@ _TINY = 1e-8
 _LEAST = 1e-12
 
 
-def _everything(side: str, rows: int, cols: int, r: int) -> tuple[int, ...]:
-    return 0, 1
+class Part(NamedTuple):
+    """A tile of a matrix of ``shape`` with a basis on ``side``; ``cut``: the dim along which it is not whole."""
+
+    shape: tuple[int, int]
+    side: str
+    cut: int | None
+
+    def squares(self, values: Tensor, dims: tuple[int, ...]) -> Sums:
+        """Sums of squares along ``dims``."""
+        norms: Tensor = torch.linalg.vector_norm(values, dim=dims, keepdim=True)
+        return self.total(norms.square_(), dims)
+
+    def total(self, here: Tensor, dims: tuple[int, ...]) -> Sums:
+        """A tile's sums along ``dims``, with those of other tiles."""
+        found = here
+        if self.cut in dims:
+            found = yield here
+        return found
 
 
-def _root_mean_square(rest: Tensor, dim: int, least: float = _TINY) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(rest, dim=dim, keepdim=True)
-    return norms.div_(rest.shape[dim] ** 0.5).clamp_(min=least)
+def _root_mean_square(rest: Tensor, dim: int, part: Part, least: float) -> Sums:
+    squares = yield from part.squares(rest, (dim,))
+    return (squares / part.shape[dim]).sqrt_().clamp_(min=least)
 
 
 def _normalized(dim: int) -> StateFree:
     """Each row (column) divided by its root mean square (SCALE, arXiv 2506.16659; columns are for embeddings)."""
-    return StateFree(
-        name="normalized" if dim == 1 else "normalized_columns",
-        direction=lambda rest: rest.div_(_root_mean_square(rest, dim)),
-        whole=lambda side, rows, cols, r: (dim,),
-        free_side="right" if dim == 1 else "left",
-    )
+
+    def lines(rest: Tensor, part: Part) -> Sums:
+        sizes = yield from _root_mean_square(rest, dim, part, _TINY)
+        return rest.div_(sizes)
+
+    name, side = ("normalized", "right") if dim == 1 else ("normalized_columns", "left")
+    return StateFree(name=name, direction=None, lines=lines, free_side=side)
 
 
-def sinkhorn(rest: Tensor) -> Tensor:
+def sinkhorn(rest: Tensor, part: Part) -> Sums:
     """Rows and columns divided by their root mean squares in turn (SinkGD, arXiv 2502.06742)."""
     for _ in range(ROUNDS):
         for dim in (1, 0):
-            rest.div_(_root_mean_square(rest, dim, _LEAST))
+            sizes = yield from _root_mean_square(rest, dim, part, _LEAST)
+            rest.div_(sizes)
     return rest
 
 
-def softsign(rest: Tensor) -> Tensor:
+def softsign(rest: Tensor, part: Part) -> Sums:
     """Sign for entries above the mean size of all, below it their share of that (SoftSignum, arXiv 2605.31371)."""
-    mean = rest.abs().mean().clamp_(min=torch.finfo(rest.dtype).tiny)
+    sizes = yield from part.total(rest.abs().sum((0, 1), keepdim=True), (0, 1))
+    mean = (sizes / (part.shape[0] * part.shape[1])).clamp_(min=torch.finfo(rest.dtype).tiny)
     return rest.div_(mean).clamp_(-1.0, 1.0)
 
 
-def _lines_of_r(side: str, rows: int, cols: int, r: int) -> tuple[int, ...]:
-    """R's lines along those of the matrix: rows for a right basis, columns for a left one. Whole in every cut."""
-    return {"right": (1,), "left": (0,), "full": (0, 1)}[side]
+def unchanged(rest: Tensor, part: Part) -> Sums:
+    """As it is."""
+    yield from ()
+    return rest
 
 
-def ratio(low: Tensor, update: Tensor, dims: tuple[int, ...]) -> Tensor:
+def _ratio(low: Tensor, update: Tensor, part: Part, dims: tuple[int, ...]) -> Sums:
     """Norms of R's update over those of R along ``dims``."""
-    above: Tensor = torch.linalg.vector_norm(update, dim=dims, keepdim=True)
-    return above.div_(torch.linalg.vector_norm(low, dim=dims, keepdim=True).add_(_TINY))
+    above = yield from part.squares(update, dims)
+    below = yield from part.squares(low, dims)
+    return above.sqrt().div_(below.sqrt().add_(_TINY))
 
 
 NORMALIZED, NORMALIZED_COLUMNS = _normalized(1), _normalized(0)
-SINKHORN = StateFree(name="sinkhorn", direction=sinkhorn, whole=_everything)
-SOFTSIGN = StateFree(name="softsign", direction=softsign, whole=_everything)
-SCALED = StateFree(name="scaled", direction=lambda rest: rest, whole=_lines_of_r, factor=ratio)
+SINKHORN = StateFree(name="sinkhorn", direction=None, lines=sinkhorn)
+SOFTSIGN = StateFree(name="softsign", direction=None, lines=softsign)
+SCALED = StateFree(name="scaled", direction=None, lines=unchanged, scaled=True)
 """As large beside the residual as the update is beside R (Fira, arXiv 2410.01623)."""
 
 
@@ -79,29 +109,108 @@ def _averaged(rest: Tensor, kept: Sequence[Tensor], config: Settings) -> Tensor:
 
 RACS = StateFree(
     name="racs",
-    direction=lambda rest: rest,
-    whole=_everything,
+    direction=None,
+    lines=unchanged,
     averages=_averaged,
     keeps=("free_rows", "free_cols"),
 )
 """Row and column scaled SGD (arXiv 2502.07752), the averages as pytorch_optimizer has them; it wants a growth_limit."""
 
-COMBINES: dict[str, Callable[[str, int, int, int], tuple[int, ...]] | None] = {
-    "add": None,
-    "scale": _lines_of_r,
-    "scale_matrix": _everything,
-}
+COMBINES: Collection[str] = ("add", "scale", "scale_matrix")
 """How R's update becomes that of a matrix: added to the rest's, or as a factor of the whole gradient (APOLLO, arXiv
-2412.05270), one for each of R's lines or one for all. Of the latter the dims that must be whole.
+2412.05270), one for each of R's lines or one for all.
 """
+_LINES_OF_R = {"right": (1,), "left": (0,), "full": (0, 1)}
+"""Along which R's lines run that are lines of the matrix: rows for a right basis, columns for a left one."""
 
 
-def limit_growth_(direction: Tensor, before: Tensor, most: float, unit: float) -> None:
-    """Let the norm of ``direction``, in units of ``unit``, grow to ``most`` times what is was at most (Fira).
+class Treatment(NamedTuple):
+    """What becomes of the rest, or of the whole gradient where ``combine`` scales it. ``limit``: of growth, 0: none."""
+
+    rule: StateFree
+    combine: str
+    limit: float
+
+    def leaves_nothing(self, part: Part, r: int) -> bool:
+        """Whether there is no rest: no gradient has one (density 1), or it is not stepped."""
+        rows, cols = part.shape
+        square = {"right": r == cols, "left": r == rows, "full": r == rows == cols}[part.side]
+        return self.combine == "add" and (self.rule.lines is None or square)
+
+    def directed(self, rest: Tensor, low: Tensor, update: Tensor, part: Part, free: Mapping[str, Tensor],
+                 config: Settings, unit: float) -> Sums:  # fmt: skip
+        """The direction of the rest of a tile, in its memory. ``unit``: of norms whose growth is limited."""
+        if self.combine != "add":
+            dims = (0, 1) if self.combine == "scale_matrix" else _LINES_OF_R[part.side]
+            factor = yield from _ratio(low, update, part, dims)
+            rest.mul_(factor)
+        else:
+            assert self.rule.lines is not None
+            rest = yield from self.rule.lines(rest, part)
+            if self.rule.averages is not None:
+                rest = self.rule.averages(rest, [free[name] for name in self.rule.keeps], config)
+            if self.rule.scaled:
+                factor = yield from _ratio(low, update, part, _LINES_OF_R[part.side])
+                rest.mul_(factor)
+        if self.limit > 0.0:
+            squares = yield from part.squares(rest, (0, 1))
+            if "free_norm" in free:
+                _limit_growth_(rest, squares.sqrt().view(1).div_(unit), free["free_norm"], self.limit)
+        return rest
+
+
+def _limit_growth_(direction: Tensor, now: Tensor, before: Tensor, most: float) -> None:
+    """Let the norm of a direction, which is ``now``, become ``most`` times what it was at most (Fira).
 
     ``before`` holds the last one and gets this one; 0 is none.
     """
-    now = torch.linalg.vector_norm(direction) / unit
     excess = torch.where(before > 0.0, (now / (before + _TINY)).clamp_(min=most).div_(most), 1.0)
     direction.div_(excess)
     before.copy_(now / excess)
+
+
+def without_tile(treatment: Treatment, part: Part, r: int, like: Tensor, config: Settings) -> Sums:
+    """What a rank asks, and adds, that has no tile of a matrix: the sums over nothing."""
+    rows, cols = part.shape
+    empty = {"right": ((0, cols), (0, r)), "left": ((rows, 0), (r, 0))}[part.side]
+    rest, low = (like.new_zeros(size) for size in empty)
+    if treatment.leaves_nothing(part, r):
+        return unchanged(rest, part)
+    return treatment.directed(rest, low, low.clone(), part, {}, config, 1.0)
+
+
+@lru_cache(maxsize=4096)
+def sums_asked(treatment: Treatment, part: Part, r: int) -> tuple[int, ...]:
+    """How many numbers the ranks add up, one time after the other, for a matrix that is cut."""
+    if part.cut is None or treatment.rule.averages is not None:
+        return ()
+    asking, found = without_tile(treatment, part, r, torch.empty(0, device="cpu"), _NO_SETTINGS), []
+    try:
+        asked = next(asking)
+        while True:
+            found.append(asked.numel())
+            asked = asking.send(asked)
+    except StopIteration:
+        return tuple(found)
+
+
+class _NoSettings(NamedTuple):
+    """Sums over nothing need none."""
+
+    beta_pair: tuple[float, float] = (0.0, 0.0)
+    eps: float = 0.0
+    momentum: float = 0.0
+
+
+_NO_SETTINGS = _NoSettings()
+
+
+def alone(asking: Sums) -> Tensor:
+    """The direction of a tile that is its whole matrix."""
+    try:
+        asked = next(asking)
+        while True:
+            asked = asking.send(asked)
+    except StopIteration as done:
+        found: Tensor = done.value
+        return found

@@ -17,7 +17,7 @@ from frugal_dist.projection.coordinates import Selection
 from frugal_dist.projection.numerics import compute_dtype
 from frugal_dist.update.kernels import fused_for
 from frugal_dist.update.kernels.jobs import TileUpdate
-from frugal_dist.update.lines import limit_growth_, ratio
+from frugal_dist.update.lines import Part, Sums, alone
 from frugal_dist.update.rules import STATE_FREE, STATE_FULL
 
 Moments = Sequence[Tensor]
@@ -226,10 +226,10 @@ def basis_delta(job: TileUpdate) -> Tensor:
     that need whole lines.
     """
     config, grad = job.config, _wide(job.grad)
+    if config.by_lines:
+        return alone(lines_delta(job))
     basis = _columns(cast("Basis", job.basis), grad)
     low = down(grad, basis, config.matmul)
-    if config.by_lines:
-        return _lines_delta(job, grad, basis, low)
     rule, rate = STATE_FREE[config.state_free], config.lr * config.projected_lr_scale
     update = _from_zero([low], [job.moments], job.step, config, rate)[0]
     if rule.direction is None or spans_everything(basis):
@@ -240,26 +240,25 @@ def basis_delta(job: TileUpdate) -> Tensor:
     return add_up_(delta, update, basis, matmul=config.matmul)
 
 
-def _lines_delta(job: TileUpdate, grad: Tensor, basis: Basis, low: Tensor) -> Tensor:
-    """By rules of whole lines: the rest's direction, scaled and limited as they say, or the whole gradient's."""
-    config, free = job.config, job.free or {}
-    rule, rate, scales = STATE_FREE[config.state_free], config.lr * config.projected_lr_scale, config.combine != "add"
+def lines_delta(job: TileUpdate, cut: int | None = None) -> Sums:
+    """The same by rules that need whole lines; it asks for sums along the dim that is cut."""
+    config, grad, rate = job.config, _wide(job.grad), job.config.lr * job.config.projected_lr_scale
+    basis, treatment, part = _columns(cast("Basis", job.basis), grad), config.treatment, Part(job.shape, job.side, cut)
+    low = down(grad, basis, config.matmul)
     update = _from_zero([low], [job.moments], job.step, config, 1.0)[0] if low.numel() else low  # -U, whatever lr is
-    dims = config.lines(job.side, *job.shape, low.shape[0 if job.side == "left" else 1])
-    if scales:
-        rest = grad.mul(ratio(low, update, dims))
-    elif rule.direction is None or spans_everything(basis):
+    scales = config.combine != "add"
+    if treatment.leaves_nothing(part, low.shape[0 if job.side == "left" else 1]):
         rest = torch.zeros_like(grad, memory_format=torch.contiguous_format)
     else:
-        rest = residual(grad, low, basis, config.matmul)
-        rest = rule.direction(silence_noise_(rest, grad, job.side, config.residual_threshold))
-        if rule.averages is not None:
-            rest = rule.averages(rest, [free[name] for name in rule.keeps], config)
-        if rule.factor is not None:
-            rest.mul_(rule.factor(low, update, dims))
-    if "free_norm" in free:
-        unit = STATE_FULL[config.state_full].correction(job.step, config) if scales or rule.factor else 1.0
-        limit_growth_(rest, free["free_norm"], config.growth_limit, unit)
+        if scales:
+            rest = grad.clone(memory_format=torch.contiguous_format)
+        else:
+            rest = residual(grad, low, basis, config.matmul)
+            rest = silence_noise_(rest, grad, job.side, config.residual_threshold)
+        unit = 1.0
+        if scales or treatment.rule.scaled:
+            unit = STATE_FULL[config.state_full].correction(job.step, config)
+        rest = yield from treatment.directed(rest, low, update, part, job.free or {}, config, unit)
     rest.mul_(-rate if scales else -rate * config.state_free_lr_scale)
     return rest if scales or not low.numel() else add_up_(rest, update, basis, alpha=rate, matmul=config.matmul)
 
