@@ -46,6 +46,34 @@ def test_each_engine_to_another(projection: tuple[str, str], source: str, tmp_pa
     check(projection, source, [target], SAVED_AFTER[(turn + position) % 3], tmp_path / "saved")
 
 
+LIMIT = ("growth_limit", 1.01)
+KEEPING = {
+    "a growth limit": Case("dct", "std", "keep", free="scaled", more=(("state_free", "scaled"), LIMIT)),
+    "racs": Case(
+        *("columns", "std", "keep"),
+        free="racs",
+        more=(("state_free", "racs"), ("density", 0.0), LIMIT),
+        densities=(0.0,),
+    ),
+    "muon": Case(
+        *("columns", "std", "keep"),
+        free="sign",
+        more=(("state_full", "muon"), ("density", 1.0)),
+        densities=(1.0,),
+    ),
+}
+TRIPS = [("one process", "ZeRO-3, 3"), ("ZeRO-2, 4", "Shard(1), 2"), ("HSDP 2x2", "one process")]
+
+
+@pytest.mark.parametrize(("source", "target"), TRIPS)
+@pytest.mark.parametrize("rule", KEEPING)
+def test_what_rules_keep_goes_along(rule: str, source: str, target: str, tmp_path: Path) -> None:
+    case, dtype = KEEPING[rule], torch.float64
+    train_and_save(PLACES[source], case, dtype, {4: tmp_path / "saved"})
+    found = load_and_train(PLACES[target], case, dtype, tmp_path / "saved", 4)
+    assert apart(found, uninterrupted(case, dtype)) <= case.tolerance
+
+
 @pytest.mark.parametrize(("source", "target"), [(LARGE, PLACES["Shard(0), 4"]), (PLACES["ZeRO-3, 3"], LARGE)])
 @pytest.mark.parametrize("projection", [("svd", "std"), ("columns", "std")])
 def test_to_and_from_three_axes(projection: tuple[str, str], source: Place, target: Place, tmp_path: Path) -> None:

@@ -9,7 +9,12 @@ import pytest
 from cases import PROJECTIONS, Case, reference
 from processes import Fleet
 
-CASES = [Case(projection, side, "keep") for projection, side in PROJECTIONS]
+FREE = (("state_free", "scaled"), ("growth_limit", 1.01))
+"""A rule that keeps something itself; a 1x9 gradient has no rest to be scaled."""
+CASES = [
+    *(Case(projection, side, "keep") for projection, side in PROJECTIONS),
+    Case("dct", "std", "keep", free="scaled", more=FREE, names=("tall", "wide", "square", "experts")),
+]
 WAYS = [("Shard(0)", 2, "Shard(0)", 3), ("Shard(0)", 3, "FSDP2 2 x TP 2", 4), ("FSDP2 2 x EP 2", 4, "Shard(0)", 2)]
 
 

@@ -94,6 +94,7 @@ SINGLE = [
     Case("svd", "std", "reset", free="sign"),
     Case("svd", "left", "keep", free="sign"),
     Case("random", "std", "project", free="sign"),
+    Case("dct", "std", "keep", free="sign"),
     Case("svd", "full", "keep", free="sign", more=(("matmul", "bf16x3"), ("eps", 1e-3))),
     Case("svd", "std", "project", free="sign", more=(("matmul", "bf16x3"),)),
     Case("columns", "std", "keep", free="sign"),
