@@ -22,7 +22,6 @@ ROUNDS = 5
 """Of sinkhorn, as in its paper."""
 _TINY = 1e-8
 """Below it a norm counts as this, as in SCALE and Fira."""
-_LEAST = 1e-12
 
 
 class Part(NamedTuple):
@@ -45,29 +44,32 @@ class Part(NamedTuple):
         return found
 
 
-def _root_mean_square(rest: Tensor, dim: int, part: Part, least: float) -> Sums:
-    squares = yield from part.squares(rest, (dim,))
-    return (squares / part.shape[dim]).sqrt_().clamp_(min=least)
-
-
 def _normalized(dim: int) -> StateFree:
     """Each row (column) divided by its root mean square (SCALE, arXiv 2506.16659; columns are for embeddings)."""
 
     def lines(rest: Tensor, part: Part) -> Sums:
-        sizes = yield from _root_mean_square(rest, dim, part, _TINY)
-        return rest.div_(sizes)
+        squares = yield from part.squares(rest, (dim,))
+        return rest.div_((squares / part.shape[dim]).sqrt_().clamp_(min=_TINY))
 
     name, side = ("normalized", "right") if dim == 1 else ("normalized_columns", "left")
     return StateFree(name=name, direction=None, lines=lines, free_side=side)
 
 
 def sinkhorn(rest: Tensor, part: Part) -> Sums:
-    """Rows and columns divided by their root mean squares in turn (SinkGD, arXiv 2502.06742)."""
+    """Rows and columns divided by their root mean squares in turn (SinkGD, arXiv 2502.06742).
+
+    Dividing all rows makes their mean squares 1 whatever they were divided by before, so one factor for each row and
+    column says it all, and a round is two products of the squares with a vector.
+    """
+    squares = rest.square()
+    cols = rest.new_ones(1, rest.shape[1])  # factors of mean squares
+    rows = rest.new_ones(rest.shape[0], 1)
     for _ in range(ROUNDS):
-        for dim in (1, 0):
-            sizes = yield from _root_mean_square(rest, dim, part, _LEAST)
-            rest.div_(sizes)
-    return rest
+        sums = yield from part.total(squares @ cols.T, (1,))
+        rows = torch.where(sums > 0.0, part.shape[1] / sums, 0.0)
+        sums = yield from part.total(rows.T @ squares, (0,))
+        cols = torch.where(sums > 0.0, part.shape[0] / sums, 0.0)
+    return rest.mul_(rows.sqrt_()).mul_(cols.sqrt_())
 
 
 def softsign(rest: Tensor, part: Part) -> Sums:
