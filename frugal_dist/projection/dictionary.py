@@ -16,10 +16,11 @@ from torch import Tensor
 
 from frugal_dist.projection.basis import Basis, basis_of, basis_shapes
 from frugal_dist.projection.definition import Drawing, Settings, sided
-from frugal_dist.projection.numerics import FP32, FP64
+from frugal_dist.projection.numerics import FP32
 
 _PIECE = 1 << 18
 """Entries that are transformed at one time: they stay in the cache."""
+_LEAST = 1e-30
 
 
 @cache
@@ -54,13 +55,13 @@ def _energies(lines: Tensor) -> Tensor:
     numbers = torch.arange(length, device=device)
     order = torch.cat((numbers[::2], numbers[1::2].flip(0)))
     angles = numbers[: length // 2 + 1].double() * (-math.pi / (2 * length))
-    turn = torch.complex(angles.cos().to(lines.dtype), angles.sin().to(lines.dtype))
+    largest = torch.stack(torch.aminmax(lines)).abs().max().clamp_(min=_LEAST)  # squares of less would be lost in fp32
+    turn = torch.complex(angles.cos().to(lines.dtype), angles.sin().to(lines.dtype)).div_(largest)
     squares = torch.zeros(len(angles), 2, dtype=torch.float64, device=device)
     for part in lines.split(max(1, _PIECE // length)):
-        turned = torch.view_as_real(torch.fft.rfft(part.index_select(1, order)).mul_(turn))
-        squares += torch.linalg.vector_norm(turned, dim=0, dtype=torch.float64).square()
+        squares += torch.view_as_real(torch.fft.rfft(part.index_select(1, order)).mul_(turn)).square_().sum(0)
     upper = squares[1 : (length + 1) // 2, 1].flip(0)
-    total = torch.cat((squares[: length - len(upper), 0], upper)).mul_(2.0 / length)
+    total = torch.cat((squares[: length - len(upper), 0], upper)).mul_(largest.double().square() * (2.0 / length))
     total[0] *= 0.5
     return total
 
@@ -81,9 +82,9 @@ def _compute(grad: Tensor, drawing: Drawing, warm: Basis | None) -> Basis:
 
 
 def _scratch(config: Settings, rows: int, cols: int, side: str, r: int) -> int:
-    """The fixed matrix, and a piece of the gradient in order, transformed, and in fp64."""
+    """The fixed matrix, and a piece of the gradient in order, and transformed."""
     length = max(size for size, _ in basis_shapes(side, rows, cols, r).values())
-    return FP32 * length * length + (2 * FP32 + FP64) * min(rows * cols, _PIECE)
+    return FP32 * length * length + 2 * FP32 * min(rows * cols, _PIECE)
 
 
 DCT = sided(

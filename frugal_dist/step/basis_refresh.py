@@ -162,8 +162,7 @@ def adopt(runtime: Runtime, work: LocalMatrix, kept: Basis) -> None:
     carry_basis_moments(work, plan, basis)
     if plan.tiles and kept.parts:
         if runtime.ranks.rank == next(rank for rank, tiles in enumerate(plan.layout) if tiles):
-            shape, old = (work.matrix.rows, work.matrix.cols, work.dtype), work.basis()
-            runtime.figures.add_turn(old and old.shown(*shape), basis.shown(*shape))
+            runtime.figures.add_turn(work.basis(), basis)
         work.state.set_basis(work.side, kept)
     work.state.count_refresh(work.size)
 

@@ -48,10 +48,14 @@ class RefreshStats:
 
     def add_turn(self, old: Basis | None, new: Basis) -> None:
         """A basis that takes the place of another; nothing is counted where they cannot be compared."""
-        if old is None or [part.shape[0] for part in old.parts] != [part.shape[0] for part in new.parts]:
-            return  # the first one, or on another side
+        if old is None:
+            return  # the first one
+        numbered = new.dictionary is not None
+        if not numbered and [part.shape[0] for part in old.parts] != [part.shape[0] for part in new.parts]:
+            return  # on another side
         self.turned += 1
-        cosines = [_cosine(before, after) for before, after in zip(old.parts, new.parts, strict=True)]
+        cosine = _common if numbered else _cosine
+        cosines = [cosine(before, after) for before, after in zip(old.parts, new.parts, strict=True)]
         self.overlap = _added(self.overlap, torch.stack(cosines).mean())
 
     def take(self) -> list[float]:
@@ -100,6 +104,11 @@ def _energy(tensors: Sequence[Tensor]) -> Number:
     pieces = [piece for tensor in tensors if tensor.numel() for piece in tensor.reshape(-1).split(_PIECE)]
     found = [piece.float().square().sum(dtype=torch.float64) for piece in pieces]
     return torch.stack(found).sum() if found else 0.0
+
+
+def _common(old: Tensor, new: Tensor) -> Tensor:
+    """The same of columns of one orthonormal matrix, by their numbers."""
+    return torch.isin(new, old).sum(dtype=torch.float64) / min(new.numel(), old.numel())
 
 
 def _cosine(old: Tensor, new: Tensor) -> Tensor:
