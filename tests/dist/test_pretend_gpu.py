@@ -33,7 +33,15 @@ def case(projection: str, on_refresh: str, side: str = "std", **more: Any) -> Ca
     return Case(projection, side, on_refresh, free="sign", names=NAMES, more=tuple(more.items()))
 
 
-CASES = [case("svd", "reset"), case("columns", "keep"), case("randk", "project"), case("blockwise", "reset")]
+def free(rule: str, projection: str, on_refresh: str, **more: Any) -> Case:
+    """With another rule of the rest, also in the group of the regular parameters."""
+    return replace(case(projection, on_refresh, state_free=rule, **more), free=rule)
+
+
+CASES = [
+    *(case("svd", "reset"), case("columns", "keep"), case("randk", "project"), case("blockwise", "reset")),
+    *(case("dct", "keep"), free("sinkhorn", "dct", "reset"), free("scaled", "svd", "keep", growth_limit=1.01)),
+]
 MORE = [
     case("svd", "project", side="full"),
     case("svd", "project", svd_method="subspace"),
@@ -44,6 +52,12 @@ MORE = [
     case("rows", "project"),
     case("randperm", "keep"),
     case("columns", "reset", state_full="sgdm"),
+    case("dct", "project", side="full"),
+    case("random", "keep", combine="scale", growth_limit=1.01),
+    free("softsign", "dct", "keep"),
+    free("normalized", "svd", "reset"),
+    replace(free("racs", "columns", "keep", density=0.0, growth_limit=1.01), densities=(0.0,)),
+    replace(case("columns", "keep", density=1.0, state_full="muon"), densities=(1.0,)),
 ]
 
 
