@@ -21,11 +21,12 @@ from typing import TypeVar
 
 import torch
 
-from frugal_dist import Frugal
+from frugal_dist import PRESETS, Frugal, preset
 
 # One layer: q, k, v, o; gate, up; down. A LLaMA of 60M has eight of them.
 LAYER = [(512, 512)] * 4 + [(1376, 512)] * 2 + [(512, 1376)]
 PROJECTIONS = ("columns", "rows", "randk", "randperm", "blockwise", "svd", "random", "signsgd")
+CHOICES = (*PROJECTIONS, "dct", *PRESETS)
 # How many times fused AdamW's time a step may take on the CPU.
 GOALS = {"columns": 0.75, "rows": 0.75, "randk": 1.2, "blockwise": 1.0, "svd": 14.0, "signsgd": 0.5}
 
@@ -76,9 +77,9 @@ def make_weights(layers: int, device: torch.device, dtype: torch.dtype) -> list[
 def make_frugal(weights: list[torch.nn.Parameter], projection: str, gap: int, density: float) -> Frugal:
     named = [(f"layers.{i}.weight", weight) for i, weight in enumerate(weights)]
     groups = [{"params": named, "projected": True}]
-    if projection == "signsgd":
-        projection, density = "columns", 0.0
-    return Frugal(groups, lr=1e-6, projection=projection, update_gap=gap, density=density, process_group=None)
+    settings = preset(projection) if projection in PRESETS else {"projection": projection}
+    settings = {"density": density, **settings}
+    return Frugal(groups, lr=1e-6, update_gap=gap, process_group=None, **settings)
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -205,7 +206,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--refresh-rounds", type=int, default=3, help="0: do not time refreshes")
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--projections", nargs="+", default=list(PROJECTIONS), choices=PROJECTIONS)
+    parser.add_argument("--projections", nargs="+", default=PROJECTIONS, choices=CHOICES, help="of FRUGAL, or presets")
     parser.add_argument("--json", type=Path, help="write the numbers to this file as well")
     arguments = parser.parse_args(argv)
     if min(arguments.rounds, arguments.warmup, arguments.layers) < 1:
