@@ -12,6 +12,13 @@ from processes import Fleet
 from frugal_dist import Frugal
 
 PROJECTIONS = [Job(), Job(side="left"), Job("columns"), Job("rows"), Job("randk"), Job("blockwise"), Job("random")]
+FAMILY = {
+    "dct": Job("dct"),
+    "fira": Job(more=(("on_refresh", "keep"), ("state_free", "scaled"), ("growth_limit", 1.01))),
+    "sinkgd": Job("columns", more=(("density", 0.0), ("state_free", "sinkhorn"))),
+    "muon": Job("columns", more=(("density", 1.0), ("state_full", "muon"))),
+    "no gradient on some steps": Job("dct", silent=(1, 3, 4), more=(("state_free", "softsign"),)),
+}
 AROUND = {
     "accumulation": Job(micro_steps=3),
     "accumulation, columns": Job("columns", micro_steps=3),
@@ -48,6 +55,12 @@ def test_tensor_parallelism_beside_fsdp2(fleet: Fleet, job: Job) -> None:
 @pytest.mark.parametrize("engine", [engine for engine in ENGINES if "TP" not in engine])
 def test_every_projection(fleet: Fleet, engine: str) -> None:
     check(fleet, engine, {f"{job.projection} {job.side}": job for job in PROJECTIONS}, ranks_for(engine))
+
+
+@pytest.mark.parametrize("engine", ["DDP, shared state", "FSDP2"])
+def test_the_family(fleet: Fleet, engine: str) -> None:
+    """Rules whose norms cross ranks, and whole matrices."""
+    check(fleet, engine, FAMILY, ranks_for(engine))
 
 
 @pytest.mark.parametrize("engine", ["DDP, shared state", "FSDP2", "HSDP 2x2"])
