@@ -65,6 +65,8 @@ PROJECTIONS: dict[str, dict[str, Any]] = {
     "svd right": {"projection": "svd", "side": "right"},
     "svd left": {"projection": "svd", "side": "left"},
     "random": {"projection": "random"},
+    "dct": {"projection": "dct"},
+    "sinkgd": {"projection": "columns", "density": 0.0, "state_free": "sinkhorn"},
     "columns": {"projection": "columns"},
     "rows": {"projection": "rows"},
     "randk": {"projection": "randk"},

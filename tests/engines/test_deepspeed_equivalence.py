@@ -23,7 +23,7 @@ COORDINATES = ("columns", "rows", "randk", "blockwise")
 QUICK_PROJECTIONS = {
     "0": ("svd std", "blockwise"),
     "1": ("svd left", "randk"),
-    "2": ("svd std", "random", "columns"),
+    "2": ("svd std", "random", "columns", "dct", "sinkgd"),
     "3": tuple(PROJECTIONS),
     "3, sub-groups": ("svd std", "svd left", "rows", "blockwise"),
     "BF16_Optimizer": ("svd std", "rows"),
