@@ -58,6 +58,7 @@ def test_a_job_trains_on_two_nodes_and_its_log_can_be_read(uninterrupted: Run) -
     assert (uninterrupted.folder / "output.txt").exists() and (uninterrupted.folder / "output.rank1.txt").exists()
 
 
+@pytest.mark.heavy
 def test_a_preempted_job_saves_is_queued_again_and_goes_on(
     cluster: Cluster, workshop: Workshop, uninterrupted: Run
 ) -> None:
@@ -78,6 +79,7 @@ def test_a_preempted_job_saves_is_queued_again_and_goes_on(
     assert difference(run, uninterrupted) == 0
 
 
+@pytest.mark.heavy
 def test_a_killed_rank_ends_the_job_on_all_nodes_and_is_named(cluster: Cluster, workshop: Workshop) -> None:
     """Also: sbatch takes few variables along, but what the script sets reaches the ranks."""
     run = workshop.run("slurm-killed")

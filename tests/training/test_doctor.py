@@ -37,6 +37,7 @@ def test_findings_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert versions["torch"] == metadata.version("torch")
 
 
+@pytest.mark.heavy
 def test_trials_on_one_process_and_on_two(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,6 +141,7 @@ def test_a_packed_read_only_checkout_on_the_cpu(tmp_path: Path) -> None:
     assert took <= 240
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build device_guard.cpp")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
 def test_a_packed_read_only_checkout_on_a_pretended_gpu(tmp_path: Path) -> None:
@@ -155,6 +156,7 @@ DIES = "lambda bench, report: __import__('os').abort()"
 HANGS = "lambda bench, report: __import__('time').sleep(1000)"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("break_it", "told"),
     [
