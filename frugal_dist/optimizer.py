@@ -413,7 +413,8 @@ class Frugal(Optimizer):
             load = self._load(runtime)
             try:
                 if not self._starts(runtime, load):
-                    self._check_saving()
+                    if self._check_saving():  # it let go of this call's tensors
+                        load = self._load(runtime)
                     decision = decide(runtime, load.works, load.regular)
                     if decision.coordinates or decision.bases:
                         refresh(runtime, decision)
@@ -629,13 +630,15 @@ class Frugal(Optimizer):
         """Whether ranks hold different parts of the state, so that no rank's state_dict is all of it. Collective."""
         return saved_state.is_divided(*self.everything())
 
-    def _check_saving(self) -> None:
-        """Once, and on all ranks alike: later only one of them may be asked for its state."""
+    def _check_saving(self) -> bool:
+        """Once, and on all ranks alike: later only one may be asked for its state. Returns whether it looked."""
         if self._saving_checked or self.saved_elsewhere:
-            return
-        if engines.keeps_rank_zero_only(self) and self.is_divided():
+            return False
+        looks = engines.keeps_rank_zero_only(self)
+        if looks and self.is_divided():
             raise ValueError(saved_state.ONLY_RANK_ZERO)
         self._saving_checked = True
+        return looks
 
     @torch.no_grad()
     @on_innermost
