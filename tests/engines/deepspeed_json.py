@@ -14,10 +14,10 @@ import torch
 
 OTHER = {
     "lr": 3e-3, "betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.05, "density": 0.5, "update_gap": 4,
-    "projection": "columns", "side": "left", "block_order": "mirror", "state_full": "lion", "state_free": "none",
+    "projection": "random", "side": "left", "block_order": "mirror", "state_full": "lion", "state_free": "none",
     "momentum": 0.7, "projected_lr_scale": 0.5, "state_free_lr_scale": 0.1, "on_refresh": "keep", "svd_method": "exact",
     "basis_dtype": "bf16", "matmul": "bf16x3", "rounding": "stochastic", "refresh_schedule": "staggered",
-    "compute_layout": "cut", "residual_threshold": 0.001, "seed": 7,
+    "compute_layout": "cut", "residual_threshold": 0.001, "combine": "scale", "growth_limit": 1.01, "seed": 7,
 }  # fmt: skip
 """Every hyperparameter, none at its default where there is a choice."""
 
