@@ -602,7 +602,8 @@ def test_what_state_depends_on_cannot_change_under_it(projection: str) -> None:
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_what_changes_between_steps_is_the_same_in_the_live_and_in_the_resumed_run(projection: str) -> None:
-    fixed = fixed_keys(projection) | ({"svd_method"} if projection != "svd" else set())
+    fixed = fixed_keys(projection) | {"combine", "growth_limit"}  # refused with most other settings
+    fixed |= {"svd_method"} if projection != "svd" else set()
     for key in CHANGED:
         if key in fixed or (key == "refresh_schedule" and projection == "blockwise"):
             continue
