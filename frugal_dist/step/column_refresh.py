@@ -58,10 +58,19 @@ def _refresh_bucket(runtime: Runtime, works: Sequence[LocalMatrix]) -> None:
         if number == _FAILED:
             count_failure(runtime, work, work.matrix.owner)
             continue
-        for grad in grads[work.matrix.index] if work.side == "full" else ():  # a whole matrix, on one rank
+        if work.side == "full":  # a whole matrix, on one rank
+            _count_whole(runtime, work, basis, grads[work.matrix.index])
+        adopt(runtime, work, basis)
+
+
+def _count_whole(runtime: Runtime, work: LocalMatrix, basis: Basis, grads: Sequence[Tensor]) -> None:
+    """Figures are not worth a basis that was chosen, nor the ranks that wait for it."""
+    try:
+        for grad in grads:
             caught = down(grad, work.usable(basis).shown(work.matrix.rows, work.matrix.cols, work.dtype))
             runtime.figures.add_part([grad], [caught])
-        adopt(runtime, work, basis)
+    except Exception as error:  # no memory left, say
+        notice(f"the figures of a refresh could not be computed: {type(error).__name__}: {error}")
 
 
 def _counted(runtime: Runtime, work: LocalMatrix, fetched: dict[tuple[int, Tile], Tensor]) -> list[Tensor]:
@@ -120,14 +129,18 @@ def _added(runtime: Runtime, works: Sequence[LocalMatrix], mine: Sequence[Tensor
 
 
 def _choose(runtime: Runtime, work: LocalMatrix, energies: Tensor) -> Basis:
-    """The columns that catch most; numbers that mean failure where that is not known, and room for them elsewhere."""
-    if work.matrix.owner == runtime.ranks.rank and bool(torch.isfinite(energies).all()):
-        parts = dict(zip(parts_of(work), energies.split(lengths_of(work)), strict=True))
-        chosen = largest(parts, work.size)
-        if work.side != "full":
-            caught = energies[chosen.parts[0]].sum()
-            runtime.figures.add_energies(energies.sum(), caught)
-        return chosen
+    """The columns that catch most; numbers that mean failure where that is not known, and room for them elsewhere.
+    Never raises, as the others are waiting.
+    """
+    try:
+        if work.matrix.owner == runtime.ranks.rank and bool(torch.isfinite(energies).all()):
+            parts = dict(zip(parts_of(work), energies.split(lengths_of(work)), strict=True))
+            chosen = largest(parts, work.size)
+            if work.side != "full":
+                runtime.figures.add_energies(energies.sum(), energies[chosen.parts[0]].sum())
+            return chosen
+    except Exception as error:  # no memory left, say
+        notice(f"{work.matrix.name}: the refresh failed on its owner: {type(error).__name__}: {error}")
     return basis_of(
         {
             part: torch.full(shape, _FAILED, dtype=work.basis_dtype, device=work.device)

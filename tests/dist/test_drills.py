@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
+from unittest import mock
 
+import cases
 import drills
 import pytest
 import torch
 from drills import ALL, FAILING, LIKE_ALONE, REFUSED, VICTIM, Drill, Outcome
 from processes import Fleet
+from storages import replicas
 from threads import run_ranks
 
 from frugal_dist import Frugal, engines
+from frugal_dist.step import column_refresh
 
 REAL = (
     "NaN at a refresh, replicas, shared state",
@@ -181,3 +186,28 @@ def test_the_advice_is_given_by_one_rank() -> None:
         warnings.simplefilter("always")
         run_ranks(2, told)
     assert sum("Only 14% of the parameters" in str(one.message) for one in found) == 1
+
+
+@pytest.mark.parametrize("what", ["largest", "down"], ids=["the choice", "its figures"])
+def test_dct_fails_on_an_owner_and_no_rank_waits(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """No memory left, once: the matrix is left alone until the next step, or only its figures are missing."""
+    whole, failed = getattr(column_refresh, what), []
+
+    def fails_once(*given: Any) -> Any:
+        if not failed:
+            failed.append(what)
+            raise MemoryError("none left")
+        return whole(*given)
+
+    case = cases.Case("dct", "full", "reset")
+
+    def body(rank: int) -> dict[str, torch.Tensor]:
+        held = replicas(cases.weights(), case.groups(), case.options)
+        for grads in cases.gradients():
+            held.step(grads)
+        return held.full()
+
+    with mock.patch.object(column_refresh, what, fails_once):
+        first, second = run_ranks(2, body)
+    assert failed and "MemoryError: none left" in capsys.readouterr().err
+    assert all(torch.equal(second[name], value) for name, value in first.items())
