@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 OptimizerName = Literal[
     "frugal", "galore", "badam", "signsgd", "adamw", "fira", "apollo", "apollo_mini", "scale", "sinkgd", "racs", "muon",
-    "muon", "frugal_dct",
+    "frugal_dct",
 ]  # fmt: skip
 TuningName = Literal[OptimizerName, "lora"]
 LORA = "lora"

@@ -681,7 +681,7 @@ def test_padded_rows_of_a_stream_on_several_ranks(
 class Alone:
     """Of an engine: one of two ranks. ``others``: what the other one adds to each sum."""
 
-    rank, world = 0, 2
+    rank, world, share, shares = 0, 2, 0, 2
 
     def __init__(self, others: list[float]) -> None:
         self.others = others

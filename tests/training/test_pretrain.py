@@ -26,7 +26,7 @@ pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from frugal_dist.cli import main
-from frugal_dist.training.compare import run_folder
+from frugal_dist.training.compare import contender, run_folder
 from frugal_dist.training.distributed.process import STOPPED
 from frugal_dist.training.distributed.run_lock import LOCK_FILE, check_free
 from frugal_dist.training.engines.tensor_parallel import divide_layers, two_axes
@@ -288,7 +288,7 @@ def test_a_comparison_that_one_rank_cannot_begin_is_begun_by_none(folder: Path, 
     """A recipe that only rank 0 can read; then runs of another setting, which only rank 0 looks at."""
     arguments = ["--optimizers", "adamw", "--engine", "ddp", "--folder", str(tmp_path), "--batch", "4"]
     known = str(folder / "recipe.yaml")
-    begun = read_recipe(known, ["--optimizer.name", "adamw"], Recipe).record()
+    begun = contender("adamw", read_recipe(known, [], Recipe)).record()
     for recipes, words in (
         ((known, "missing.yaml"), (1, "there is no recipe 'missing.yaml'")),
         ((known, known), (0, "holds a run with batch 8 (now 4)")),
