@@ -26,10 +26,10 @@ import gc
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
@@ -301,12 +301,25 @@ def deepspeed_engine_in_construction() -> Any | None:
     return next((engine for engine in engines if engine.__dict__.get("basic_optimizer") is None), None)
 
 
+_ENGINES: WeakSet[Any] = WeakSet()
+"""DeepSpeed's living engines that configured an optimizer after one of ours was built."""
+
+
 def deepspeed_engine_of(optimizer: object) -> Any | None:
-    """The engine that drives ``optimizer``, if any."""
+    """The engine that drives ``optimizer``, if any.
+
+    A search of all objects takes a good part of a second in a large process, and is only needed if DeepSpeed was
+    imported after the optimizer was built: then nobody has watched its engines.
+    """
     kinds = list(loaded_classes("DeepSpeedEngine", "deepspeed.runtime.engine"))
-    for kind in kinds:
-        kinds.extend(kind.__subclasses__())
-    return next((one for one in instances(kinds) if one.__dict__.get("basic_optimizer") is optimizer), None)
+    if not kinds:
+        return None
+    engines: Iterable[Any] = _ENGINES
+    if not hasattr(getattr(kinds[0], "_configure_optimizer", None), _WATCHES):
+        for kind in kinds:
+            kinds.extend(kind.__subclasses__())
+        engines = instances(kinds)
+    return next((one for one in list(engines) if one.__dict__.get("basic_optimizer") is optimizer), None)
 
 
 def make_known_to_deepspeed(optimizer_class: type[Any]) -> None:
@@ -318,7 +331,10 @@ def make_known_to_deepspeed(optimizer_class: type[Any]) -> None:
     if module is None:
         return
     engine_class = module.DeepSpeedEngine
+    if (engine := deepspeed_engine_in_construction()) is not None:
+        _ENGINES.add(engine)
     for name, wrapper in {
+        "_configure_optimizer": _watch,
         "load_checkpoint": _load_checkpoint,
         "_configure_zero_optimizer": _configure,
         "_configure_bf16_optimizer": _configure,
@@ -326,6 +342,21 @@ def make_known_to_deepspeed(optimizer_class: type[Any]) -> None:
         "reload_states": _reload_states,
     }.items():
         setattr(engine_class, name, wrapper(getattr(engine_class, name), optimizer_class))
+
+
+_WATCHES = "_frugal_dist_watches"
+
+
+def _watch(inner: Callable[..., Any], optimizer_class: type[Any]) -> Callable[..., Any]:
+    """DeepSpeed gives an optimizer no link to its engine."""
+
+    @functools.wraps(inner)
+    def configure(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        _ENGINES.add(engine)
+        return inner(engine, *args, **kwargs)
+
+    setattr(configure, _WATCHES, True)
+    return configure
 
 
 def _load_checkpoint(inner: Callable[..., Any], optimizer_class: type[Any]) -> Callable[..., Any]:

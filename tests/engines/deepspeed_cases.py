@@ -108,6 +108,7 @@ def reference(
     parts: int = 1,
     half: torch.dtype | None = None,
     accumulated_in: torch.dtype | None = None,
+    rounded_otherwise: bool = False,
     clip: float = 0.0,
     model: Callable[[], nn.Module] = small_llama,
     groups: Callable[[nn.Module], Any] | None = None,
@@ -117,7 +118,9 @@ def reference(
     """Plain PyTorch. ``parts``: in how many micro-batches a step's gradient is computed, as ranks do.
 
     ``half``: forward and backward in half precision on copies of fp32 weights, whose gradients are added up in
-    ``accumulated_in``. ``groups``: the parameter groups of a model, ``schedule``: the scheduler of an optimizer.
+    ``accumulated_in``. ``rounded_otherwise``: sums in the other order, and every fp32 weight a millionth larger after
+    a step: how far rounding alone can lead. ``groups``: the parameter groups of a model, ``schedule``: the scheduler
+    of an optimizer.
     ``before`` is called before each step, with the model and the step.
     """
     from frugal_dist import Frugal, split_parameters
@@ -132,7 +135,8 @@ def reference(
     for step in range(STEPS):
         for one in {worker, master} if before else ():
             before(one, step)
-        sums = _gradients(worker, batch(step).chunk(parts), accumulated_in)
+        chunks = batch(step).chunk(parts)
+        sums = _gradients(worker, chunks[::-1] if rounded_otherwise else chunks, accumulated_in)
         for (high, _), grad in zip(pairs, sums, strict=True):
             high.grad = None if grad is None else grad.float()
         if clip:
@@ -142,6 +146,8 @@ def reference(
             scheduler.step()
         with torch.no_grad():
             for high, low in pairs:
+                if rounded_otherwise:
+                    high.mul_(1 + 1e-6)  # a few of all weights are rounded to another number in half precision
                 low.copy_(high)
     return {name: param.detach().clone() for name, param in master.named_parameters()}
 
@@ -280,8 +286,11 @@ def _cached_reference(key: str) -> Weights:
     return reference(options, **arguments)
 
 
-def equivalence(setting: str, projection: str, signs: bool = False) -> Difference:
-    """A job: train under a setting; how far from one process? The model must hold the rounded weights, on all ranks."""
+def equivalence(setting: str, projection: str, signs: bool = False) -> tuple[Difference, float]:
+    """A job: train under a setting; how far from one process? The model must hold the rounded weights, on all ranks.
+
+    The second number, of half precision: the mean difference of one process from itself when it rounds otherwise.
+    """
     ranks = torch.distributed.get_world_size()
     options = {**(SIGNS if signs else SMOOTH), **PROJECTIONS[projection]}
     chosen = SETTINGS[setting]
@@ -293,4 +302,9 @@ def equivalence(setting: str, projection: str, signs: bool = False) -> Differenc
         assert torch.equal(value, found[name].to(value.dtype)), f"{name}: the model's weights are not the optimizer's"
     parts = ranks if signs or chosen.half else 1
     arguments = {"parts": parts, "half": chosen.half, "accumulated_in": chosen.accumulated_in}
-    return difference_to(found, _cached_reference(repr((options, arguments))), float(options["lr"]))
+    want, lr = _cached_reference(repr((options, arguments))), float(options["lr"])
+    spread = 0.0
+    if chosen.half:
+        otherwise = _cached_reference(repr((options, {**arguments, "rounded_otherwise": True})))
+        spread = difference_to(otherwise, want, lr).mean
+    return difference_to(found, want, lr), spread

@@ -57,15 +57,16 @@ def _item(ranks: int, setting: str, projection: str, quick: bool) -> object:
 def test_smooth_rules_give_the_weights_of_one_process(ranks: int, setting: str, projection: str, fleet: Fleets) -> None:
     found = fleet(ranks).run(cases.equivalence, setting, projection)
     assert len(set(found)) == 1, f"ranks hold different weights: {found}"
-    difference = found[0]
-    exact = SETTINGS[setting].half is None or (projection in COORDINATES and ranks == 2)
+    difference, spread = found[0]
+    exact = SETTINGS[setting].half is None or (ranks == 2 and (setting != "3, bf16" or projection in COORDINATES))
     tables.put(f"DeepSpeed: largest difference, {ranks} ranks", setting, projection, f"{difference.largest:.1e}")
     if exact:
         assert difference.largest <= SMOOTH_LIMIT
     else:
-        # Rounding to bf16 turns a difference of 1e-9 into one of 1e-3 now and then, and the next gradient follows;
-        # the order in which more than two ranks add up bf16 gradients is DeepSpeed's own; thirds are rounded too.
-        assert difference.mean <= (5e-2 if ranks == 3 else 2e-2) * cases.LR
+        # Rounding to bf16 turns a difference of 1e-9 into one of 1e-3 now and then, and the next gradient follows; the
+        # order in which more than two ranks add up bf16 gradients is DeepSpeed's own. One process that rounds otherwise
+        # is as far from itself, but for chance.
+        assert difference.mean <= 1.5 * spread
         assert difference.flips == 0
 
 
@@ -83,7 +84,7 @@ def _sign_items() -> list[object]:
 
 @pytest.mark.parametrize(("ranks", "setting", "projection"), _sign_items())
 def test_sign_rules_flip_few_entries(ranks: int, setting: str, projection: str, fleet: Fleets) -> None:
-    difference = fleet(ranks).run(cases.equivalence, setting, projection, True)[0]
+    difference = fleet(ranks).run(cases.equivalence, setting, projection, True)[0][0]
     cell = f"{difference.flips} of {difference.entries}"
     tables.put(f"DeepSpeed: entries off by a whole step, sign rules, {ranks} ranks", setting, projection, cell)
     assert difference.flips <= 1e-3 * difference.entries
