@@ -72,8 +72,9 @@ class FrugalConfig:
                          the bytes, but several percent of the residual's signs come out otherwise.
     matmul               of the step's products with a basis: "fp32", or "bf16x3": three of bf16 parts on tensor cores,
                          faster on GPUs, with fp32's signs but for about one in ten thousand. fp64 stays fp64.
-    rounding             of updated bf16 weights that have no fp32 master: "nearest", or "stochastic", which is right on
-                         average also where a step is smaller than what bf16 resolves.
+    rounding             of updated bf16 weights that have no fp32 master: "nearest"; "stochastic", which is right on
+                         average also where a step is smaller than what bf16 resolves; or "remainder": 16 more bits of
+                         each weight in the state make it exact fp32.
     refresh_schedule     "together" (the paper), or "staggered": matrices take turns within update_gap.
     compute_layout       where basis projections compute when storage is sharded: "auto" picks by cost.
     residual_threshold   relative size below which a residual row (column for a left basis) counts as
@@ -101,7 +102,7 @@ class FrugalConfig:
     svd_method: str = _choice("exact", REFRESH, SVD_METHODS)
     basis_dtype: str = _choice("full", REFRESH, ("full", "bf16"))
     matmul: str = _choice("fp32", NOW, MATMULS)
-    rounding: str = _choice("nearest", NOW, ("nearest", "stochastic"))
+    rounding: str = _choice("nearest", NOW, ("nearest", "stochastic", "remainder"))
     refresh_schedule: str = _choice("together", NOW, ("together", "staggered"))
     compute_layout: str = _choice("auto", NEVER, ("auto", "cut", "owner"))
     residual_threshold: float = _number(0.0, NOW)

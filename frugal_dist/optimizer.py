@@ -124,7 +124,8 @@ class Frugal(Optimizer):
             "gram64".
         basis_dtype: of bases between refreshes: "full" or "bf16".
         matmul: of the step's products with a basis: "fp32" or "bf16x3" (three products of bf16 parts, on GPUs).
-        rounding: of bf16 weights without fp32 masters: "nearest" or "stochastic".
+        rounding: of bf16 weights without fp32 masters: "nearest", "stochastic", or "remainder", which keeps what is
+            rounded off in the state: 2 bytes each, and the steps are those of fp32 masters.
         refresh_schedule: "together" (the paper), or "staggered": matrices take turns within ``update_gap``.
         compute_layout: where sharded bases compute: "auto" (by cost), "cut" or "owner".
         residual_threshold: relative size below which a residual's row (column for a left basis) counts as rounding

@@ -44,7 +44,8 @@ from frugal_dist.step.runtime import (
     route_to,
     whole_selection,
 )
-from frugal_dist.step.state import COUNTERS, FREE, KEPT, MatrixState, Shape
+from frugal_dist.step.state import BESIDE_MOMENTS, COUNTERS, FREE, MatrixState, Shape
+from frugal_dist.update.remainder import REMAINDER, keeps_remainders
 from frugal_dist.update.rules import every_moment
 
 _PART = re.compile(r"^(?P<key>.*)@rank(?P<rank>\d+)of(?P<size>\d+)$")
@@ -87,12 +88,17 @@ def pack_all(runtime: Runtime, state: MutableMapping[Tensor, Store]) -> dict[int
                     value, part = _for_dcp(runtime, work, name, value, part)
                 saved.put(name, None)
                 saved.put(_key(runtime, name, part), value)
+            rest = work.state.get(REMAINDER)
+            if rest is not None and not (runtime.ranks.alone or is_replicated(work.matrix.storage)):
+                saved.put(REMAINDER, None)
+                saved.put(_key(runtime, REMAINDER, not template), _tiles(work, rest) if template else rest)
     for one in load.regular:
         if one.state.has_moments() and _is_regular_part(runtime, one):
             saved = MatrixState(packed[owner[id(one.state.store)]], one.state.prefix)
-            for name in moment_names(one.config):
+            for name in (*moment_names(one.config), REMAINDER):
                 value = saved.get(name)
-                assert value is not None
+                if value is None:
+                    continue
                 saved.put(name, None)
                 as_pieces = template and not isinstance(one.part, Interval)
                 saved.put(_key(runtime, name, not as_pieces), _boxes(one, value) if as_pieces else value)
@@ -151,6 +157,15 @@ def _line_pieces(runtime: Runtime, work: LocalMatrix, value: Tensor) -> Pieces:
         rectangles.append(((piece.tile.rows[0] + top, 0), view))
         start += view.numel()
     return Pieces((work.matrix.rows, size), value, rectangles)
+
+
+def _tiles(work: LocalMatrix, value: Tensor) -> Pieces:
+    """What is cut as the weights are."""
+    rectangles = [
+        ((tile.rows[0], tile.cols[0]), view)
+        for tile, view in zip(work.tiles, work.state.pieces(REMAINDER, work.shapes), strict=True)
+    ]
+    return Pieces((work.matrix.rows, work.matrix.cols), value, rectangles)
 
 
 def _boxes(one: LocalParameter, value: Tensor) -> Pieces:
@@ -250,12 +265,12 @@ def _check_keys(runtime: Runtime, load: StepInputs, state: Mapping[Tensor, Store
     groups: dict[int, list[tuple[str, bool, bool]]] = {}
     by_name = {original.name: original for original in runtime.originals}
     for work in load.works:
-        keys = {work.state.prefix + key for key in (*COUNTERS, *every_moment(), *KEPT)}
+        keys = {work.state.prefix + key for key in (*COUNTERS, *every_moment(), *BESIDE_MOMENTS)}
         known.setdefault(id(work.state.store), set()).update(keys)
         group = runtime.originals[work.matrix.original].group
         groups.setdefault(group, []).append((work.matrix.name, work.state.get("updates") is not None, work.frozen))
     for one in load.regular:
-        keys = {one.state.prefix + key for key in ("step", *every_moment())}
+        keys = {one.state.prefix + key for key in ("step", *every_moment(), REMAINDER)}
         known.setdefault(id(one.state.store), set()).update(keys)
         group = by_name[one.name].group
         groups.setdefault(group, []).append((one.name, one.state.get("step") is not None, one.frozen))
@@ -469,6 +484,7 @@ def _adopt(runtime: Runtime, work: LocalMatrix) -> None:
     counts = [count for count in map(state.get, COUNTERS) if count is not None]
     if not state.has_moments() and (not counts or (len(counts) == len(COUNTERS) and state.counter("refreshes") == 0)):
         return  # never stepped when it was saved, or frozen
+    _check_remainder(runtime, work.matrix.name, work)
     missing = [name for name in (*COUNTERS, *moment_names(work.config)) if state.get(name) is None]
     if missing:
         raise ValueError(
@@ -549,6 +565,7 @@ def _check_regular(runtime: Runtime, one: LocalParameter) -> None:
         return  # never stepped when it was saved, or frozen
     if step is None:
         raise ValueError(f"{one.name}: the loaded state has moments, but no step." + _other_ranks(runtime))
+    _check_remainder(runtime, one.name, one)
     for name in moment_names(one.config):
         value = one.state.get(name)
         if value is None or value.shape != one.weight.shape:
@@ -557,6 +574,21 @@ def _check_regular(runtime: Runtime, one: LocalParameter) -> None:
                 f"{one.name}: the loaded {name} has {described}, this rank needs {tuple(one.weight.shape)}."
                 + _other_ranks(runtime)
             )
+
+
+def _check_remainder(runtime: Runtime, name: str, one: LocalMatrix | LocalParameter) -> None:
+    if not keeps_remainders(one.config):
+        return
+    value = one.state.get(REMAINDER)
+    needed = one.shapes[0] if len(one.shapes) == 1 else (sum(map(prod, one.shapes)),)
+    if value is None or value.dtype != torch.int16 or value.numel() != prod(needed):
+        described = "no remainder" if value is None else f"a remainder of {value.dtype}, shape {tuple(value.shape)}"
+        raise ValueError(
+            f"{name}: the loaded state has {described}, but rounding='remainder' needs int16 and {needed} on this "
+            "rank. Cast moments only; what was saved with another rounding can be loaded with that, and rounding set "
+            "in param_groups afterwards." + _other_ranks(runtime)
+        )
+    one.state.put(REMAINDER, value.view(needed))
 
 
 def _other_ranks(runtime: Runtime) -> str:

@@ -15,7 +15,16 @@ from frugal_dist.checkpoint.compare import Anew, compare, summary
 from frugal_dist.checkpoint.errors import DamagedError, MismatchError, together
 from frugal_dist.checkpoint.extra import check_rng_state, fitted, reseed, set_rng_state
 from frugal_dist.checkpoint.index import INDEX
-from frugal_dist.checkpoint.parts import Chunk, leftovers, regular_state_chunks, state_chunks, weight_chunks
+from frugal_dist.checkpoint.parts import (
+    LOW,
+    WEIGHT,
+    Chunk,
+    leftovers,
+    regular_state_chunks,
+    remainder_chunks,
+    state_chunks,
+    weight_chunks,
+)
 from frugal_dist.checkpoint.reader import Reader
 from frugal_dist.config import HYPERPARAMETERS, python_value, saved_group
 from frugal_dist.notices import notice
@@ -31,8 +40,10 @@ from frugal_dist.step.runtime import (
     basis_route,
     local_selection,
     moment_names,
+    remainders_of,
 )
 from frugal_dist.step.state import COUNTERS, KEPT, MatrixState
+from frugal_dist.update.remainder import joined, split_
 from frugal_dist.update.rules import every_moment
 
 META = torch.device("meta")
@@ -113,6 +124,9 @@ class Restoring:
             self.reader.find(chunk.name, chunk.shape, chunk.area)
             if chunk.repeats:
                 self._check_room(chunk)
+        for chunk in remainder_chunks(self.runtime, self.now):
+            if self.reader.shape(chunk.name) is not None:
+                self.reader.find(chunk.name, chunk.shape, chunk.area)
         for work in self.now.works:
             if not self._starts_anew(work.matrix.name):
                 for chunk in self._state_then(work):
@@ -151,6 +165,34 @@ class Restoring:
                 self._fill(state_chunks(self.runtime, rebuilt))
             _replace_state(work, rebuilt.state)
         self._fill(self._kept_in_place(self.now.regular))
+        self._fill_exactly()
+
+    def _fill_exactly(self) -> None:
+        """Weights of which all 32 bits are known, here or in the checkpoint: as masters, or as bf16 and a remainder."""
+        everything: list[LocalMatrix | LocalParameter] = [*self.now.works, *self.now.regular]
+        for one in everything:
+            if one.state.has_moments():
+                remainders_of(one)
+        rests = {(chunk.name, chunk.area): chunk.data for chunk in remainder_chunks(self.runtime, self.now)}
+        for chunk in weight_chunks(self.runtime, self.now):
+            name = LOW + chunk.name.removeprefix(WEIGHT)
+            rest, saved = rests.get((name, chunk.area)), self.reader.shape(name) is not None
+            if rest is None and (not saved or chunk.data.dtype.itemsize < torch.float32.itemsize):
+                continue
+            exact = torch.empty(chunk.data.shape, dtype=torch.float32, device="cpu")
+            self.reader.fill(chunk.name, chunk.shape, chunk.area, exact)
+            low = torch.zeros(chunk.data.shape, dtype=torch.int16, device="cpu")
+            if saved:
+                self.reader.fill(name, chunk.shape, chunk.area, low)
+                exact = joined(exact.bfloat16(), low)
+            if rest is None:
+                chunk.data.copy_(exact)
+            else:
+                near = torch.empty(chunk.data.shape, dtype=torch.bfloat16, device="cpu")
+                split_(near, low, exact)
+                chunk.data.copy_(near)
+                rest.copy_(low)
+            chunk.settle()
 
     def _kept_in_place(self, regular: list[LocalParameter]) -> Iterator[Chunk]:
         """Weights, everything the optimizer does not hold, and the moments of regular parameters."""

@@ -35,9 +35,12 @@ from frugal_dist.step.runtime import (
     whole_selection,
 )
 from frugal_dist.step.state import KEPT
+from frugal_dist.update.remainder import REMAINDER
 
 WEIGHT = "weight/"
 """Of the names of parameters in a checkpoint, whether anybody optimizes them or not."""
+LOW = "remainder/"
+"""Of the names of what rounding left of a parameter, see ``update.remainder``."""
 BUFFER = "buffer/"
 """Of the names of buffers in a checkpoint."""
 
@@ -91,17 +94,32 @@ def _once(owner: Tensor, values: Tensor | None = None) -> Tensor:
 def weight_chunks(runtime: Runtime, load: StepInputs) -> Iterator[Chunk]:
     """The weights the optimizer updates: fp32 masters where the engine keeps them."""
     for work in load.works:
-        original = runtime.originals[work.matrix.original]
-        for tile, weight in zip(work.tiles, work.weights, strict=True):
-            if len(original.shape) == 2:
-                yield Chunk(WEIGHT + original.name, (work.matrix.rows, work.matrix.cols), tile, weight)
-            else:
-                yield from _member_chunks(original, work.matrix.member, tile, weight)
+        yield from _cut_as_weights(runtime, WEIGHT, work, work.weights)
     for i, one in regular_entries(runtime, load):
         yield from part_chunks(WEIGHT + one.name, one.shape, runtime.storage.part(i), one.weight)
 
 
-def _member_chunks(original: ParamSpec, member: int, tile: Tile, weight: Tensor) -> Iterator[Chunk]:
+def remainder_chunks(runtime: Runtime, load: StepInputs) -> Iterator[Chunk]:
+    """What rounding left of them, where that is kept: cut as the weights are."""
+    for work in load.works:
+        if work.state.get(REMAINDER) is not None:
+            yield from _cut_as_weights(runtime, LOW, work, work.state.pieces(REMAINDER, work.shapes))
+    for i, one in regular_entries(runtime, load):
+        rest = one.state.get(REMAINDER)
+        if rest is not None:
+            yield from part_chunks(LOW + one.name, one.shape, runtime.storage.part(i), rest)
+
+
+def _cut_as_weights(runtime: Runtime, kind: str, work: LocalMatrix, pieces: Sequence[Tensor]) -> Iterator[Chunk]:
+    original = runtime.originals[work.matrix.original]
+    for tile, piece in zip(work.tiles, pieces, strict=True):
+        if len(original.shape) == 2:
+            yield Chunk(kind + original.name, (work.matrix.rows, work.matrix.cols), tile, piece)
+        else:
+            yield from _member_chunks(kind, original, work.matrix.member, tile, piece)
+
+
+def _member_chunks(kind: str, original: ParamSpec, member: int, tile: Tile, weight: Tensor) -> Iterator[Chunk]:
     """Part of one matrix of a stack, which is a row of the stack: whole rows of the matrix, or each of them."""
     width = original.shape[-1]
     spans = [tile.rows] if tile.width == width else [(row, row + 1) for row in range(*tile.rows)]
@@ -111,7 +129,7 @@ def _member_chunks(original: ParamSpec, member: int, tile: Tile, weight: Tensor)
         flat = local.reshape(1, -1)
         area = Tile((member, member + 1), (start, start + flat.numel()))
         yield Chunk(
-            WEIGHT + original.name, flat_shape(original.shape), area, flat, None if _is_view(flat, local) else local
+            kind + original.name, flat_shape(original.shape), area, flat, None if _is_view(flat, local) else local
         )
 
 

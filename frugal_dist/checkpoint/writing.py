@@ -26,6 +26,7 @@ from frugal_dist.checkpoint.parts import (
     leftovers,
     module_of,
     regular_state_chunks,
+    remainder_chunks,
     state_chunks,
     weight_chunks,
 )
@@ -74,7 +75,8 @@ def write_checkpoint(path: Path, model_or_engine: Any, frugal: Frugal, extra: di
 
 
 def _all_chunks(runtime: Runtime, now: StepInputs, model_or_engine: Any) -> list[Chunk]:
-    chunks = [*weight_chunks(runtime, now), *(chunk for _, chunk in regular_state_chunks(runtime, now))]
+    chunks = [*weight_chunks(runtime, now), *remainder_chunks(runtime, now)]
+    chunks += [*(chunk for _, chunk in regular_state_chunks(runtime, now))]
     chunks += [chunk for work in now.works for chunk in state_chunks(runtime, work)]
     return [*chunks, *(chunk for one in leftovers(runtime, model_or_engine) for chunk in one.chunks)]
 

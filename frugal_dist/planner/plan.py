@@ -26,13 +26,14 @@ from frugal_dist.sharding.tile import Layout, holders
 from frugal_dist.step.inputs import StepInputs, ensure_state, step_inputs
 from frugal_dist.step.runtime import LocalMatrix, Runtime, basis_route
 from frugal_dist.step.state import BASES, FREE, MatrixState
+from frugal_dist.update.remainder import REMAINDER
 from frugal_dist.update.rules import every_moment
 
 
 @dataclass
 class RankPlan:
     """One rank, in bytes. ``step_calls`` counts collectives, ``step_sent`` is what this rank sends. ``selected``: which
-    entries randk selects, about; not part of the state, as they can be drawn again.
+    entries randk selects, about; not part of the state, as they can be drawn again. ``remainders``: of all weights.
     """
 
     rank: int
@@ -41,6 +42,7 @@ class RankPlan:
     bases: int = 0
     regular: int = 0
     counters: int = 0
+    remainders: int = 0
     selected: int = 0
     step_sent: int = 0
     step_calls: Counter[str] = field(default_factory=Counter)
@@ -49,7 +51,7 @@ class RankPlan:
     @property
     def state(self) -> int:
         """All optimizer state."""
-        return self.moments + self.bases + self.regular + self.counters
+        return self.moments + self.bases + self.regular + self.counters + self.remainders
 
 
 @dataclass
@@ -121,7 +123,7 @@ def make_plan(
     """Plan for ``optimizer`` (its parameters may be on the meta device) under ``engine`` on ``ranks`` ranks.
 
     ``shown``: the ranks to look at in full, beside the one with the most state; all if empty. The weights are taken to
-    be fp32, as masters are.
+    be fp32, as masters are, or bf16 where they have remainders.
     """
     originals, groups = optimizer.originals, optimizer.param_groups
     parts = [engine.parts(originals, rank, ranks) for rank in range(ranks)]
@@ -134,7 +136,7 @@ def make_plan(
     ] = {}  # of basis matrices, which are the same for all ranks and take long to find
 
     def begun(rank: int) -> tuple[Runtime, StepInputs]:
-        storage = _Storage(originals, groups, parts[rank], _tensors(originals, parts[rank]), engine.shares)
+        storage = _Storage(originals, groups, parts[rank], _tensors(originals, groups, parts[rank]), engine.shares)
         group = None if ranks == 1 else "planned"
         runtime = Runtime(Ranks(group, rank, ranks), storage, originals, table, share, bucket_bytes)
         runtime.routes.update({i: crossing.route(rank, i) for i, crossing in crossings.items()})
@@ -206,22 +208,35 @@ def _table(originals: Sequence[ParamSpec], parts: Sequence[Sequence[LocalShard]]
     return Table(tuple(matrices), tuple(i for i, original in enumerate(originals) if not original.projected))
 
 
-def _tensors(originals: Sequence[ParamSpec], parts: Sequence[LocalShard]) -> list[Tensor]:
+def _tensors(
+    originals: Sequence[ParamSpec], groups: Sequence[dict[str, Any]], parts: Sequence[LocalShard]
+) -> list[Tensor]:
     """All are taken to be trained: frozen ones would have no moments."""
-    return [torch.empty(part.local_shape, device="meta", requires_grad=True) for part in parts]
+    narrow = [groups[original.group].get("rounding") == REMAINDER for original in originals]
+    dtypes = [torch.bfloat16 if one else torch.float32 for one in narrow]
+    return [
+        torch.empty(part.local_shape, dtype=dtype, device="meta", requires_grad=True)
+        for part, dtype in zip(parts, dtypes, strict=True)
+    ]
 
 
 def _rank_plan(runtime: Runtime, load: StepInputs) -> RankPlan:
     """What the rank holds."""
     found = RankPlan(runtime.ranks.rank, parameters=sum(runtime.storage.tensors(i)[1].numel() for i in load.key))
     for one in load.regular:
-        found.regular += sum(size for _, size in _sizes(one.state))
+        for name, size in _sizes(one.state):
+            if name == REMAINDER:
+                found.remainders += size
+            else:
+                found.regular += size
     for work in load.works:
         for name, size in _sizes(work.state):
             if name in BASES:
                 found.bases += size
             elif name in (*every_moment(), *FREE):
                 found.moments += size
+            elif name == REMAINDER:
+                found.remainders += size
             else:
                 found.counters += size
         found.selected += _selected(work, runtime.ranks.rank)

@@ -215,6 +215,7 @@ def memory_rows(plan: Plan, engine: EngineLayout, setting: Setting) -> list[Row]
         Row("  moments of projected matrices", worst.moments, host),
         Row("  bases", worst.bases, host),
         Row("  moments of regular parameters", worst.regular, host),
+        *([Row("  remainders of bf16 weights", worst.remainders, host)] if worst.remainders else []),
         Row("  counters", worst.counters, host),
         *([Row("indices of randk's entries (estimate)", worst.selected, host)] if worst.selected else []),
         *_refresh_rows(plan, host),

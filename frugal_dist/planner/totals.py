@@ -11,22 +11,28 @@ from frugal_dist.sharding.shard import LocalShard
 from frugal_dist.sharding.tile import split_evenly, whole
 from frugal_dist.step.inputs import StepInputs
 from frugal_dist.step.runtime import LocalMatrix, Runtime, basis_route, basis_tile_shapes, moment_names, whole_selection
-from frugal_dist.step.state import FREE, MatrixState
+from frugal_dist.step.state import COUNTERS, FREE, MatrixState
+from frugal_dist.update.remainder import keeps_remainders
 
 ITEM = 4
 """Bytes of an fp32 number: masters, moments, bases and what travels."""
+LOW = 2
+"""Bytes of a remainder."""
 
 
 def state_of_ranks(runtime: Runtime, load: StepInputs, parts: Sequence[Sequence[LocalShard]]) -> list[int]:
     """Bytes of optimizer state on every rank after the first refresh. ``parts``: of each rank, by parameter."""
     found = [0] * runtime.ranks.size
     for work in load.works:
-        counters = counter_bytes(work.state)
+        counters, kept = counter_bytes(work.state), LOW * keeps_remainders(work.config)
+        for rank, held in enumerate(work.matrix.sizes):
+            found[rank] += kept * held
         for rank, size in enumerate(_bases(runtime, work) if _has_basis(work) else _coordinates(runtime, work)):
             found[rank] += counters + size
     numbers = [i for i, original in enumerate(runtime.originals) if not original.projected]
     for i, one in zip(numbers, load.regular, strict=True):
         entry = len(moment_names(one.config)) * compute_dtype(one.weight.dtype).itemsize
+        entry += LOW * keeps_remainders(one.config)
         counters = counter_bytes(one.state)
         for rank, mine in enumerate(parts):
             found[rank] += counters + entry * prod(mine[i].local_shape)
@@ -48,8 +54,7 @@ def papers_bytes(load: StepInputs) -> int:
 
 def counter_bytes(state: MatrixState) -> int:
     """Of the counters, which every rank has."""
-    own = [tensor for key, tensor in state.store.items() if key.startswith(state.prefix) and tensor.dim() == 0]
-    return sum(tensor.element_size() for tensor in own)
+    return sum(tensor.element_size() for tensor in map(state.get, COUNTERS) if tensor is not None)
 
 
 def _has_basis(work: LocalMatrix) -> bool:

@@ -22,10 +22,12 @@ from frugal_dist.step.runtime import (
     basis_route,
     cut_selection,
     moment_names,
+    remainders_of,
     whole_selection,
 )
 from frugal_dist.step.state import MatrixState, bring_counters_home
 from frugal_dist.update.local import update_regular
+from frugal_dist.update.remainder import REMAINDER, joined, keeps_remainders, split_
 from frugal_dist.update.rounding import round_stochastically_, rounds_stochastically, row_starts
 
 State = MutableMapping[Tensor, dict[str, Tensor]]
@@ -126,12 +128,15 @@ def _bind(
     """Make for a parameter what stays from call to call, after its first call or a change of settings or tensors."""
     if site.shape not in (None, weight.shape):
         raise ValueError(_resized(original, site.shape or (), weight.shape))
-    if weight.dtype is torch.float16 and config.rounding == "stochastic":
-        raise ValueError(_bad_rounding(original))
+    if weight.dtype in _NOT_ROUNDED.get(config.rounding, ()):
+        raise ValueError(_bad_rounding(original, weight.dtype, config.rounding))
     states = [one.state for one in site.works] if site.regular is None else [site.regular.state]
     if store is not site.store:
         pairs = zip(site.prefixes, site.rows, strict=True)
         states = [MatrixState(store, prefix, runtime.counters, row) for prefix, row in pairs]
+    if site.config is not None and keeps_remainders(site.config) != keeps_remainders(config):
+        for state in states:
+            state.forget()
     decay = config.weight_decay if original.decay else 0.0
     if not original.projected:
         site.regular = LocalParameter(
@@ -163,10 +168,20 @@ def _bad_gradient(original: ParamSpec, grad: Tensor) -> str:
     return f"{original.name} has a gradient of dtype {grad.dtype}; Frugal needs real floating point."
 
 
-def _bad_rounding(original: ParamSpec) -> str:
+_NOT_ROUNDED = {"stochastic": (torch.float16,), REMAINDER: (torch.float16, torch.float32, torch.float64)}
+"""Weights of which nothing is to be rounded are let through where that changes nothing."""
+
+
+def _bad_rounding(original: ParamSpec, dtype: torch.dtype, rounding: str) -> str:
+    others = ""
+    if rounding == REMAINDER:
+        others = (
+            "; parameters of other dtypes may have a group with rounding='nearest'. DeepSpeed keeps fp32 masters "
+            "itself, which need no remainder"
+        )
     return (
-        f"{original.name} is float16, but rounding='stochastic' is made for bfloat16 weights. Use bfloat16, or "
-        "leave rounding out."
+        f"{original.name} is {str(dtype).removeprefix('torch.')}, but rounding={rounding!r} is made for bfloat16 "
+        f"weights. Use bfloat16, or leave rounding out{others}."
     )
 
 
@@ -199,6 +214,7 @@ def ensure_state(runtime: Runtime, load: StepInputs) -> None:
             create_state(runtime, work)
         elif moment is not None and moment.dtype != work.dtype:  # loaded, or the model was cast
             work.state.convert(work.dtype, work.numbered)
+        _settle_remainder(work, work.state.has_moments())
         work.state.remember(work.dtype)
     for one in others:
         one.state.follow(one.weight.device)
@@ -209,10 +225,19 @@ def ensure_state(runtime: Runtime, load: StepInputs) -> None:
             create_moments(one)
         elif moment is not None and moment.dtype != dtype:
             one.state.convert(dtype)
+        _settle_remainder(one, one.state.has_moments())
         one.state.remember(dtype, ("step",))
     for work in load.works:
         if (work.state.counts["size"] == 0) != (work.config.density == 0.0):
             check_density(work)
+
+
+def _settle_remainder(one: LocalMatrix | LocalParameter, steps: bool) -> None:
+    """Remainders of what ``steps``, as ``rounding`` says now: without, weights are what they are rounded to."""
+    if not keeps_remainders(one.config):
+        one.state.put(REMAINDER, None)
+    elif steps:
+        remainders_of(one)
 
 
 def create_moments(one: LocalParameter, device: torch.device | None = None) -> None:
@@ -275,18 +300,23 @@ class _Slice:
     weight: Tensor
     grad: Tensor
     moments: tuple[Tensor, ...]
+    remainder: Tensor | None = None
 
 
 def _slices(one: LocalParameter, most: int) -> list[_Slice]:
     """A parameter in slices of at most about ``most`` elements."""
     assert one.grad is not None
     names = moment_names(one.config)
-    moments = tuple(one.state.pieces(name, [tuple(one.weight.shape)])[0] for name in names)
+    moments = tuple(one.state.pieces(name, one.shapes)[0] for name in names)
+    remainders = remainders_of(one) or []
     if one.weight.numel() <= most or one.weight.dim() == 0:
-        return [_Slice(one, 0, one.weight, one.grad, moments)]
-    rows = max(1, most * len(one.weight) // one.weight.numel())
-    parts = zip(*(tensor.split(rows) for tensor in (one.weight, one.grad, *moments)), strict=True)
-    return [_Slice(one, number * rows, part[0], part[1], part[2:]) for number, part in enumerate(parts)]
+        return [_Slice(one, 0, one.weight, one.grad, moments, *remainders)]
+    rows, number = max(1, most * len(one.weight) // one.weight.numel()), len(moments)
+    parts = zip(*(tensor.split(rows) for tensor in (one.weight, one.grad, *moments, *remainders)), strict=True)
+    return [
+        _Slice(one, place * rows, weight, grad, tuple(rest[:number]), *rest[number:])
+        for place, (weight, grad, *rest) in enumerate(parts)
+    ]
 
 
 def _step_group(members: Sequence[LocalParameter]) -> None:
@@ -304,10 +334,15 @@ def _step_slices(slices: Sequence[_Slice], step: int, decay: float, config: Frug
     weights = [part.weight for part in slices]
     rounds = narrow and rounds_stochastically(config, weights[0].dtype)
     updated = [weight.float() for weight in weights] if rounds else weights
+    if keeps_remainders(config):
+        updated = [joined(part.weight, part.remainder) for part in slices if part.remainder is not None]
     update_regular(updated, [part.grad for part in slices], [part.moments for part in slices], step, decay, config)
     if rounds:
         for part, wide in zip(slices, updated, strict=True):
             _round(part, wide, step)
+    for part, wide in zip(slices, updated, strict=True):
+        if part.remainder is not None:
+            split_(part.weight, part.remainder, wide)
 
 
 def _round(part: _Slice, wide: Tensor, step: int) -> None:

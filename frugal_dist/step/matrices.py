@@ -25,6 +25,7 @@ from frugal_dist.step.runtime import (
     local_selection,
     moments_of,
     part_of,
+    remainders_of,
     sums_of,
 )
 from frugal_dist.update.kernels.jobs import Noise, TileUpdate
@@ -38,6 +39,7 @@ from frugal_dist.update.local import (
     rounds_once,
     step_tiles,
 )
+from frugal_dist.update.remainder import joined, keeps_remainders, split_
 from frugal_dist.update.rounding import keys_of, round_stochastically_, rounds_stochastically, row_starts
 
 Lists = list[list[Tensor]]
@@ -73,18 +75,28 @@ def _widens(work: LocalMatrix) -> bool:
     """Whether low-precision weights need more than one rounding to the nearest: weight decay by itself would be lost
     below their last place.
     """
-    return work.weight_dtype != work.dtype and (work.decay != 0.0 or _rounds(work))
+    return work.weight_dtype != work.dtype and (work.decay != 0.0 or _rounds(work) or keeps_remainders(work.config))
 
 
 def _widened(work: LocalMatrix) -> LocalMatrix:
     """The matrix with fp32 weights of its own for the time of the step, where a step is more than one rounding."""
     if not _widens(work):
         return work
+    remainders = remainders_of(work)
+    if remainders is not None:  # all in fp32, as it would be with masters
+        weights = [joined(*pair) for pair in zip(work.weights, remainders, strict=True)]
+        grads = None if work.grads is None else [grad.to(work.dtype) for grad in work.grads]
+        return replace(work, weights=weights, grads=grads, weight_dtype=work.dtype)
     return replace(work, weights=[weight.float() for weight in work.weights])
 
 
 def _round_back(work: LocalMatrix, wide: LocalMatrix) -> None:
     if wide is work:
+        return
+    remainders = remainders_of(work)
+    if remainders is not None:
+        for weight, rest, exact in zip(work.weights, remainders, wide.weights, strict=True):
+            split_(weight, rest, exact)
         return
     matrix, updates = work.matrix, work.state.counts["updates"]
     stochastic = _rounds(work)
@@ -110,7 +122,7 @@ def _step_here(runtime: Runtime, works: Sequence[LocalMatrix]) -> None:
     together: list[LocalMatrix] = []
     for work in works:
         narrow = work.weight_dtype is not work.dtype and _widens(work)
-        by_itself = narrow and not all(rounds_once(update) for update in _updates(runtime, [work]))
+        by_itself = narrow and (keeps_remainders(work.config) or not all(map(rounds_once, _updates(runtime, [work]))))
         (alone if by_itself else together).append(work)
     step_tiles(_updates(runtime, together))
     for work in alone:
@@ -249,7 +261,8 @@ def _load(runtime: Runtime, work: LocalMatrix) -> tuple[int, ...]:
 def _step_bucket(runtime: Runtime, works: Sequence[LocalMatrix], active: set[int]) -> None:
     ranks, like = runtime.ranks, torch.empty(0, dtype=works[0].dtype, device=works[0].device)
     narrow = {work.matrix.index: work for work in works}
-    works = [_widened(work) if work.matrix.index in active else work for work in works]
+    # What arrives is added to weights that are not stepped here, too: another rank may have had a gradient.
+    works = [_widened(work) if work.matrix.index in active or keeps_remainders(work.config) else work for work in works]
     for work in works:
         if work.matrix.index in active:
             _decay(work)

@@ -13,7 +13,7 @@ from torch import Tensor
 from frugal_dist.notices import notice
 from frugal_dist.sharding.collectives import all_to_all
 from frugal_dist.sharding.tile import Tile
-from frugal_dist.step.runtime import LocalMatrix, Runtime
+from frugal_dist.step.runtime import LocalMatrix, Runtime, remainders_of
 
 _ABSENT = -(2**62)
 _MODULUS = 2**61
@@ -26,7 +26,9 @@ def fingerprints(runtime: Runtime, works: Sequence[LocalMatrix]) -> list[int]:
     entries = replicated(runtime, works)
     looked_at = [runtime.ranks.rank in ranks and _moves(work) for work, _, ranks in entries]
     mine = [
-        fingerprint(work.local_weight(tile)) for (work, tile, _), look in zip(entries, looked_at, strict=True) if look
+        torch.stack(list(map(fingerprint, _bits(work, tile)))).sum()
+        for (work, tile, _), look in zip(entries, looked_at, strict=True)
+        if look
     ]
     together = [mark.to(mine[0].device) for mark in mine]  # a process may have a model on several GPUs
     marks = iter((torch.stack(together).cpu() % _MODULUS).tolist() if mine else [])
@@ -68,9 +70,9 @@ def resynchronise(runtime: Runtime, broken: Sequence[tuple[LocalMatrix, Tile, tu
         recv: list[list[Tensor]] = [[] for _ in range(runtime.ranks.size)]
         if runtime.ranks.rank == ranks[0]:
             for other in ranks[1:]:
-                send[other].append(work.local_weight(tile))
+                send[other] += _bits(work, tile)
         elif runtime.ranks.rank in ranks:
-            recv[ranks[0]].append(work.local_weight(tile))
+            recv[ranks[0]] += _bits(work, tile)
         all_to_all(runtime.ranks, send, recv, torch.empty(0, dtype=work.weight_dtype, device=work.device))
         if runtime.ranks.rank == 0:
             notice(
@@ -78,6 +80,12 @@ def resynchronise(runtime: Runtime, broken: Sequence[tuple[LocalMatrix, Tile, tu
                 f"rank {ranks[0]}'s. "
                 "Something outside the optimizer changed one of them, or gradients were not averaged."
             )
+
+
+def _bits(work: LocalMatrix, tile: Tile) -> list[Tensor]:
+    """The weights of a tile and, as if they were of their dtype, which all backends send, their remainders."""
+    remainders, weight = remainders_of(work), work.local_weight(tile)
+    return [weight] if remainders is None else [weight, remainders[work.tiles.index(tile)].view(weight.dtype)]
 
 
 def replicated(runtime: Runtime, works: Sequence[LocalMatrix]) -> list[tuple[LocalMatrix, Tile, tuple[int, ...]]]:

@@ -25,6 +25,7 @@ from frugal_dist.sharding.tile import Layout, Tile, Tiles, split_evenly
 from frugal_dist.step.state import Counters, MatrixState, Shape
 from frugal_dist.step.statistics import RefreshStats
 from frugal_dist.update.lines import Part, sums_asked
+from frugal_dist.update.remainder import REMAINDER, keeps_remainders
 from frugal_dist.update.rules import STATE_FULL
 
 _AS_THEY_ARE = (float, int, str, bool, type(None))
@@ -148,6 +149,16 @@ class LocalParameter:
     part: LocalShard
     frozen: bool
 
+    @property
+    def shapes(self) -> list[Shape]:
+        """Of the one piece that it is here."""
+        return [tuple(self.weight.shape)]
+
+    @property
+    def device(self) -> torch.device:
+        """Of its weights."""
+        return self.weight.device
+
 
 @dataclass
 class LocalMatrix:
@@ -170,6 +181,11 @@ class LocalMatrix:
     dtype: torch.dtype
     family: str
     side: str
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """Of its tiles here."""
+        return [(tile.height, tile.width) for tile in self.tiles]
 
     @property
     def numbered(self) -> bool:
@@ -442,6 +458,14 @@ _BASIS_TILE_SHAPE: dict[str, Callable[[Tile, int], Shape]] = {
 def moment_names(config: FrugalConfig) -> tuple[str, ...]:
     """The moments of the state-full rule."""
     return STATE_FULL[config.state_full].names
+
+
+def remainders_of(one: LocalMatrix | LocalParameter) -> list[Tensor] | None:
+    """Of its weights here, tile by tile; None where it keeps none. What was frozen so far gets its own now."""
+    if not keeps_remainders(one.config):
+        return None
+    one.state.ensure_remainder(one.shapes, one.device)
+    return one.state.pieces(REMAINDER, one.shapes)
 
 
 def moments_of(work: LocalMatrix, shapes: Sequence[Shape]) -> list[tuple[Tensor, ...]]:

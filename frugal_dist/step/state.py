@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from frugal_dist.projection.basis import Basis
+from frugal_dist.update.remainder import REMAINDER
 from frugal_dist.update.rules import every_moment
 
 COUNTERS = ("step", "updates", "refreshes", "refreshed_at", "size")
@@ -26,6 +27,8 @@ FREE: dict[str, tuple[Callable[[int, int], Shape], float]] = {
 }
 """What state-free rules keep, where their matrix is whole: its shape, and what it begins with."""
 KEPT = (*BASES, *FREE)
+BESIDE_MOMENTS = (*KEPT, REMAINDER)
+"""All that is no counter and no moment."""
 
 
 class Counters:
@@ -86,7 +89,7 @@ class MatrixState:
                 own.fill_(self.counts[name])
                 self.counters.written += 1
                 self.store[self.prefix + name] = own
-        keys = [self.prefix + name for name in (*names, *every_moment(), *KEPT)]
+        keys = [self.prefix + name for name in (*names, *every_moment(), *BESIDE_MOMENTS)]
         self._keys = [key for key in keys if key in self.store]
         self._seen = [self.store[key] for key in self._keys]
         self._others = self._seen[len(names) :]
@@ -119,8 +122,8 @@ class MatrixState:
                 self.store[key] = torch.tensor(-1 if key.endswith("refreshed_at") else 0, device="cpu")
 
     def follow(self, device: torch.device) -> None:
-        """Take moments and bases to where the weights are now. People keep state on the CPU between two phases."""
-        for key in (self.prefix + name for name in (*every_moment(), *KEPT)):
+        """Take all to where the weights are now. People keep state on the CPU between two phases."""
+        for key in (self.prefix + name for name in (*every_moment(), *BESIDE_MOMENTS)):
             value = self.store.get(key)
             if value is not None and value.device != device:
                 self.store[key] = value.to(device)
@@ -163,6 +166,12 @@ class MatrixState:
                 shape = shapes[0] if len(shapes) == 1 else (size,)
                 self.put(name, torch.zeros(shape, dtype=dtype, device=torch.device(str(device))))
 
+    def ensure_remainder(self, shapes: Sequence[Shape], device: torch.device) -> None:
+        """A remainder of zeros where there is none: bf16 weights are exact themselves."""
+        if self.get(REMAINDER) is None:
+            shape = shapes[0] if len(shapes) == 1 else (sum(map(prod, shapes)),)
+            self.put(REMAINDER, torch.zeros(shape, dtype=torch.int16, device=device))
+
     def convert(self, dtype: torch.dtype, numbered: bool = False) -> None:
         """Moments and bases as this run computes with them. Bases kept in bf16 stay so until their refresh.
         ``numbered``: they are numbers of columns.
@@ -177,7 +186,7 @@ class MatrixState:
                 self.put(name, basis.to(torch.int32 if numbered else dtype))
 
     def drop(self) -> None:
-        """Forget everything but the counts."""
+        """Forget everything but the counts, and the remainders, which are the weights'."""
         for name in (*every_moment(), *KEPT):
             self.put(name, None)
 

@@ -11,7 +11,20 @@ import torch.distributed.checkpoint as dcp
 from cases import LAYOUTS, Case, gradients, weights
 from storages import Held, Named
 
+from frugal_dist import checkpoint
+
 SAVED_AFTER = 4
+ROUNDED = ("rounding", "remainder")
+
+
+def dtype_of(case: Case) -> torch.dtype:
+    """Remainders are of bf16 weights."""
+    return torch.bfloat16 if ROUNDED in case.more else torch.float64
+
+
+def _save_portable(held: Held, case: Case, folder: Path, when: str) -> None:
+    if ROUNDED in case.more:  # whose last 16 bits do not show in the weights at once
+        checkpoint.save(folder.with_suffix(when), torch.nn.Module(), held.optimizer)
 
 
 def _build(layout: str, case: Case, start: Named) -> Held:
@@ -26,18 +39,21 @@ def _state(held: Held) -> dict[str, Any]:
 
 
 def save(layout: str, case: Case, folder: Path) -> None:
-    held = _build(layout, case, weights())
-    for grads in gradients()[:SAVED_AFTER]:
+    held = _build(layout, case, weights(dtype_of(case)))
+    for grads in gradients(dtype_of(case))[:SAVED_AFTER]:
         held.step(grads)
+    _save_portable(held, case, folder, ".saved")
     dcp.save(_state(held), checkpoint_id=folder)
 
 
 def load(layout: str, case: Case, folder: Path) -> Named:
     """The weights at the end of the run that ``save`` began."""
-    held = _build(layout, case, {name: torch.zeros_like(weight) for name, weight in weights().items()})
-    held.step({name: torch.zeros_like(grad) for name, grad in gradients()[0].items()})  # makes the template
+    grads_of = gradients(dtype_of(case))
+    held = _build(layout, case, {name: torch.zeros_like(weight) for name, weight in weights(dtype_of(case)).items()})
+    held.step({name: torch.zeros_like(grad) for name, grad in grads_of[0].items()})  # makes the template
     dcp.load(_state(held), checkpoint_id=folder)
-    for grads in gradients()[SAVED_AFTER:]:
+    _save_portable(held, case, folder, ".loaded")
+    for grads in grads_of[SAVED_AFTER:]:
         held.step(grads)
     return held.full()
 

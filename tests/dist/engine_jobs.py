@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from frugal_dist import Frugal, split_parameters
+from frugal_dist.update.remainder import split_
 
 STEPS, ROWS, LENGTH, VOCAB = 7, 12, 6, 97
 Named = dict[str, Tensor]
@@ -233,6 +234,32 @@ def mixed_precision(job: Job) -> tuple[float, set[torch.dtype]]:
     _, load = optimizer.everything()
     dtypes = {work.weight_dtype for work in load.works} | {work.dtype for work in load.works}
     return off / moved, dtypes
+
+
+def with_masters(job: Job, engine: str) -> list[str]:
+    """bf16 weights with remainders beside fp32 masters that get the same gradients: names of those that differ."""
+    exact = replace(job, dtype=torch.bfloat16, more=(*job.more, ("rounding", "remainder")))
+    wrap = sharded if engine == "FSDP2" else lambda one: DistributedDataParallel(build(one))
+    model, masters = wrap(exact), wrap(job)
+    pairs = list(zip(masters.parameters(), model.parameters(), strict=True))
+    for high, low in pairs:
+        high.data.copy_(low.detach())
+    optimizer, reference = (make_optimizer(getattr(m, "module", m), j) for m, j in ((model, exact), (masters, job)))
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        rows = _rows(step, 0, 1, dist.get_rank(), dist.get_world_size())
+        model(input_ids=rows, labels=rows).loss.backward()
+        for high, low in pairs:
+            high.grad = None if low.grad is None else low.grad.to(high.dtype)
+        optimizer.step()
+        reference.step()
+    found = []
+    for (name, low), high in zip(model.named_parameters(), masters.parameters(), strict=True):
+        want = _whole(high)
+        near = torch.empty_like(want, dtype=torch.bfloat16)
+        split_(near, torch.empty_like(want, dtype=torch.int16), want)
+        found += [] if torch.equal(_whole(low), near) else [name]
+    return found
 
 
 def saved_with(option: str) -> str:

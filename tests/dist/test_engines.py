@@ -99,6 +99,12 @@ def test_mixed_precision_keeps_fp32_masters(fleet: Fleet) -> None:
         assert distance < 0.1  # bf16 forward and backward; a wrong update would be off by about 1
 
 
+@pytest.mark.parametrize("engine", ["FSDP2", "DDP"])
+def test_bf16_with_remainders_is_fp32_masters(engine: str, fleet: Fleet) -> None:
+    job = Job(dtype=torch.float32, more=(("on_refresh", "keep"),))
+    assert fleet.run(2, engine_jobs.with_masters, job, engine) == [[], []]
+
+
 @pytest.mark.parametrize(
     ("kind", "word"),
     [("partial", "a Partial parameter has no values"), ("FSDP1", "FSDP2"), ("FSDP1 with original parameters", "FSDP2")],

@@ -79,7 +79,8 @@ class Seen:
 
 def measured(layout: str, options: dict[str, Any], ranks: int) -> list[Seen]:
     generator = torch.Generator().manual_seed(0)
-    weights = {name: torch.randn(shape, generator=generator) for name, shape in NAMES.items()}
+    dtype = torch.bfloat16 if options.get("rounding") == "remainder" else torch.float32
+    weights = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in NAMES.items()}
 
     def body(rank: int, meter: Meter) -> Seen:
         held, found, states = LAYOUTS[layout](weights, set(NAMES), options), [], []
@@ -126,6 +127,17 @@ def test_planned_equals_measured(layout: str, projection: str, side: str) -> Non
 def test_moments_that_change_ranks(layout: str, on_refresh: str) -> None:
     for projection, side in DRAWN:
         check(layout, options_of(projection, side, on_refresh))
+
+
+@pytest.mark.parametrize("layout", [name for name, engine in ENGINES.items() if not engine.startswith("zero")])
+def test_remainders(layout: str) -> None:
+    options = {**options_of("randk", "std", "keep"), "rounding": "remainder"}
+    check(layout, options)
+    plan = planned(layout, options)
+    assert plan.states == [rank.state for rank in plan.ranked]
+    held = sum(rank.remainders for rank in plan.ranked)
+    copies = {"Shard(0)": 1, "HSDP 2x2": 2}.get(layout, RANKS)
+    assert held == 2 * copies * sum(map(prod, NAMES.values()))
 
 
 def test_replicas_that_hold_their_part_each() -> None:

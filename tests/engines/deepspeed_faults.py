@@ -161,6 +161,22 @@ def fp16_at_stage0() -> str:
     return ""
 
 
+def remainders() -> list[str]:
+    """What is said of rounding="remainder", stage by stage, while the engine is built or in its first step."""
+    found = []
+    for name in ("0, bf16", "2, bf16", "3, bf16"):
+        chosen, options = cases.SETTINGS[name], {**cases.SMOOTH, "rounding": "remainder"}
+        try:
+            engine = cases.start(
+                cases.config_of(options, chosen.zero, torch.distributed.get_world_size(), **chosen.more)
+            )
+            cases.train(engine, [0])
+            found.append("")
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
 def failing_svd(stage: int, attempts: int) -> tuple[str, list[str], str]:
     """The SVD of one matrix fails on its owner at ``attempts`` refreshes: (error, warnings, digest of the weights)."""
     from frugal_dist.projection import svd

@@ -71,6 +71,12 @@ def test_fp16_at_stage_0_is_refused(fleet: Fleets) -> None:
         assert "loss scale" in text
 
 
+def test_masters_have_no_remainders(fleet: Fleets) -> None:
+    for texts in fleet(2).run(faults.remainders):
+        assert all("is float32, but rounding='remainder'" in text for text in texts), texts
+        assert all("DeepSpeed keeps fp32 masters itself" in text for text in texts)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_a_failing_svd_is_a_notice_to_all_ranks(stage: int, fleet: Fleets) -> None:
     (error, _, first), (_, warned, second) = fleet(2).run(faults.failing_svd, stage, 1)

@@ -101,12 +101,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "blockwise": {"projection": "blockwise", "density": 0.5},
     "density 0": {"projection": "columns", "density": 0.0},
     "stochastic": {"projection": "columns", "rounding": "stochastic"},
+    "remainder": {"projection": "columns", "rounding": "remainder"},
 }
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_no_step_between_refreshes_waits_for_the_device(device: torch.device, name: str) -> None:
-    dtype = torch.bfloat16 if name == "stochastic" else torch.float32
+    dtype = torch.bfloat16 if "rounding" in SETTINGS[name] else torch.float32
     model = model_on(device, dtype)
     optimizer = optimizer_of(model, **{"update_gap": 100, **SETTINGS[name]})
     train(model, optimizer, 3)

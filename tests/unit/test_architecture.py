@@ -36,7 +36,7 @@ LAYERS: list[tuple[str, ...]] = [
         "update.rules",
     ),
     ("config",),
-    ("presets", "update.rounding"),
+    ("presets", "update.rounding", "update.remainder"),
     ("update.kernels", "update.kernels.*"),
     ("update.local",),
     ("sharding", "sharding.tile"),

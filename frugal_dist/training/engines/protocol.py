@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from frugal_dist.update.remainder import REMAINDER
 from frugal_dist.update.rules import every_moment
 
 Losses = Callable[[nn.Module, Tensor], Tensor]
@@ -75,13 +76,13 @@ def count_adamw_bytes(parameters: Iterable[torch.Tensor]) -> int:
 
 def count_state_kinds(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes of the tensors in ``optimizer.state`` on this rank by kind; other: counters."""
-    parts = dict.fromkeys(every_moment(), "moments") | {"basis": "bases"}
+    parts = dict.fromkeys(every_moment(), "moments") | {"basis": "bases", REMAINDER: "remainders"}
     found = {"moments": 0, "bases": 0, "other": 0}
     for state in optimizer.state.values():
         for name, value in state.items():
             if torch.is_tensor(value):
                 kind = next((kind for part, kind in parts.items() if part in name), "other")
-                found[kind] += _local(value).numel() * value.element_size()
+                found[kind] = found.get(kind, 0) + _local(value).numel() * value.element_size()
     return found
 
 

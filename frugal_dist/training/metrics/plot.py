@@ -39,7 +39,8 @@ CHARACTERS = 138
 
 Axis = tuple[str, Callable[[Record], float | None]]
 """A label, and the place of a record; None if it says nothing of it."""
-STATE_KINDS = {"bases": ("0.35", "////"), "moments": ("0.65", ""), "state": ("0.65", ""), "other": ("0.9", "..")}
+STATE_KINDS = {"bases": ("0.35", "////"), "moments": ("0.65", ""), "state": ("0.65", ""), "remainders": ("0.8", "xx"),
+               "other": ("0.9", "..")}  # fmt: skip
 """Greys and hatches, as the colours are the runs'."""
 SMALL = 0.003
 """The share of a bar that cannot be seen."""
