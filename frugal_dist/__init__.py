@@ -7,8 +7,18 @@ from frugal_dist.integrations import deepspeed as _deepspeed
 from frugal_dist.optimizer import Frugal
 from frugal_dist.parameters.split import split_parameters
 from frugal_dist.presets import PRESETS, preset
+from frugal_dist.release import step_in_backward
 
 __version__ = "0.1.0"
-__all__ = ["PRESETS", "Frugal", "FrugalConfig", "checkpoint", "preset", "projection", "split_parameters"]
+__all__ = [
+    "PRESETS",
+    "Frugal",
+    "FrugalConfig",
+    "checkpoint",
+    "preset",
+    "projection",
+    "split_parameters",
+    "step_in_backward",
+]
 
 _deepspeed.register(Frugal)

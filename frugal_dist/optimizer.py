@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
@@ -26,6 +26,7 @@ from frugal_dist.config import (
     without_auto,
 )
 from frugal_dist.engines.hooks import dcp_does_without_names, innermost, on_innermost, own
+from frugal_dist.engines.units import refuse_release, units_of
 from frugal_dist.notices import notice, tell
 from frugal_dist.parameters.changes import Seen, as_made, check_sizes, follow_cycles, follow_replaced, settle
 from frugal_dist.parameters.groups import (
@@ -51,12 +52,13 @@ from frugal_dist.parameters.split import (
 )
 from frugal_dist.parameters.summary import StateBytes, bytes_by_name, state_bytes, summary
 from frugal_dist.projection.numerics import full_precision
-from frugal_dist.sharding.collectives import agree_max, outlives_its_process, speaks, together
+from frugal_dist.sharding.collectives import agree_max, outlives_its_process, ranks_of, speaks, together
 from frugal_dist.sharding.shard import ParamSpec
 from frugal_dist.step.decide import decide, stepping
 from frugal_dist.step.inputs import StepInputs, ensure_state, step_inputs, step_regular
 from frugal_dist.step.matrices import step_matrices
 from frugal_dist.step.refresh import refresh
+from frugal_dist.step.release import HALF, Release
 from frugal_dist.step.runtime import Runtime
 from frugal_dist.step.statistics import RefreshStats
 from frugal_dist.update.rules import STATE_FULL
@@ -73,6 +75,11 @@ NO_GRADIENTS = (
     "step() found no gradient on any parameter of any rank, so nothing is updated. Was backward() called? If the "
     "optimizer was built before fully_shard(model), it holds the parameters that fully_shard has replaced: build it "
     "afterwards."
+)
+
+REPLACED = (
+    "The optimizer's parameters are others than at frugal_dist.step_in_backward(model, optimizer), so no gradient was "
+    "stepped in backward. Call it after fully_shard(model), accelerator.prepare(...) or whatever else replaces them."
 )
 
 
@@ -209,7 +216,8 @@ class Frugal(Optimizer):
         self._runtime: Runtime | None = None
         self._before: Runtime | None = None  # a group was added to it
         self._started = False  # any gradient was not zero, or any state has moved
-        self._checked: set[tuple[int, ...]] = set()  # calls whose gradients all ranks have looked at together
+        self._checked: set[int] = set()  # parameters whose gradients all ranks have looked at together
+        self._release: Release | None = None  # what steps inside of backward
         self._settled: dict[int, Seen] = {}  # what the state of each group was made with
         self._loaded: saved_state.Loaded | None = None
         self._saved_elsewhere = False
@@ -288,6 +296,9 @@ class Frugal(Optimizer):
         self._groups.append(added)
         self._originals = [*self._originals, *originals]  # the runtime before keeps its own list
         self._sources += [weakref.ref(tensor) for _, tensor in named]
+        if self._release is not None:  # step() steps them
+            self._release.params += group["params"]
+            self._release.names += group["param_names"]
         if self._runtime is not None:  # the table of all ranks is built anew at the next step
             self._before, self._runtime = self._runtime, None
 
@@ -383,13 +394,43 @@ class Frugal(Optimizer):
 
     def _summarise(self, runtime: Runtime) -> None:
         """Once, when every parameter has had its first step."""
-        if self._summarised or len({i for call in self._checked for i in call}) < len(runtime.originals):
+        if self._summarised or len(self._checked) < len(runtime.originals):
             return
         self._summarised = True
         if runtime.ranks.rank == 0:
             tell(self.summary(), aloud=engines.is_driven(self))
 
     # --- a step -----------------------------------------------------------------------------------------------------
+
+    def release_through(self, model: nn.Module) -> Release:
+        """From now on backward passes step, as ``frugal_dist.step_in_backward`` says, which is to be called instead."""
+        me, trained, params = weakref.ref(self), weakref.ref(model), self._members()
+
+        def update(about: Sequence[int] | None) -> bool:
+            optimizer = me()
+            return optimizer is None or optimizer._update(about)
+
+        def check() -> None:
+            optimizer, module = me(), trained()
+            if optimizer is not None and module is not None:
+                refuse_release(module, optimizer, params, optimizer._process_group)
+
+        check()
+        if self._release is not None:
+            self._release.remove()
+        names, alone = [original.name for original in self._originals], ranks_of(self._process_group).alone
+        self._release = Release(params, names, units_of(model, params), alone, update, check)
+        return self._release
+
+    def _members(self) -> list[Tensor]:
+        """The parameters in order, as the groups have them now."""
+        return [self._groups[original.group]["params"][original.position] for original in self._originals]
+
+    def _close(self, release: Release) -> None:
+        """What backward has left of a step."""
+        if any(now is not then for now, then in zip(self._members(), release.params, strict=True)):
+            raise ValueError(REPLACED)
+        release.close()
 
     @_disable_dynamo  # a compiled training step calls it as it is
     @torch.no_grad()
@@ -400,39 +441,49 @@ class Frugal(Optimizer):
         Raises ValueError (on all ranks alike) if the ranks disagree about the model, the engine is not supported or its
         checkpoints would be incomplete, RuntimeError if a projector refresh keeps failing or in a CUDA graph.
         """
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(CAPTURED)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._release is None:
+            self._update()
+        else:
+            self._close(self._release)
+        return loss
+
+    def _update(self, about: Sequence[int] | None = None) -> bool:
+        """Step all parameters, or those at some positions. Collective. False if it was the call ``_starts`` means."""
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(CAPTURED)
         follow_replaced(self._groups, self.param_groups)
         follow_cycles(self._groups, self.__dict__["defaults"])
         with full_precision():
             runtime = self._bind()
             runtime.storage.complete_gradients(runtime.ranks)
-            load = self._load(runtime)
+            load = self._load(runtime, about)
             try:
-                if not self._starts(runtime, load):
-                    if self._check_saving():  # it let go of this call's tensors
-                        load = self._load(runtime)
-                    decision = decide(runtime, load.works, load.regular)
-                    if decision.coordinates or decision.bases:
-                        refresh(runtime, decision)
-                    step_matrices(runtime, load.works, stepping(runtime, load.works, decision))
-                    step_regular(runtime, load)
-                    self._summarise(runtime)
+                if self._starts(runtime, load):
+                    return False
+                if self._check_saving():  # it let go of this call's tensors
+                    load = self._load(runtime, about)
+                decision = decide(runtime, load.works, load.regular)
+                if decision.coordinates or decision.bases:
+                    refresh(runtime, decision)
+                step_matrices(runtime, load.works, stepping(runtime, load.works, decision))
+                step_regular(runtime, load)
+                self._summarise(runtime)
             finally:
                 load.release()
-        return loss
+        return True
 
-    def _load(self, runtime: Runtime) -> StepInputs:
+    def _load(self, runtime: Runtime, about: Sequence[int] | None) -> StepInputs:
         """This call's tensors. ValueError for gradients that cannot be used; at the first call on all ranks alike, also
         on those without a gradient.
         """
-        if tuple(runtime.storage.call()) in self._checked:
-            return step_inputs(runtime, self.state)
-        return together(runtime.ranks, lambda: step_inputs(runtime, self.state))
+        call = tuple(runtime.storage.call() if about is None else about)
+        if self._checked.issuperset(call):
+            return step_inputs(runtime, self.state, call)
+        return together(runtime.ranks, lambda: step_inputs(runtime, self.state, call))
 
     def _starts(self, runtime: Runtime, load: StepInputs) -> bool:
         """Whether this is the all-zero call by which engines create the state: it leaves weights and counters alone.
@@ -444,7 +495,7 @@ class Frugal(Optimizer):
             moving = load.has_run() or load.has_gradient() or runtime.storage.moves_elsewhere()
             self._started = bool(agree_max(runtime.ranks, [int(moving)], load.device)[0])
         if self._started:
-            self._checked.add(load.key)
+            self._checked.update(load.key)
         elif load.lacks_gradients() and not self._told:
             self._told = True
             notice(NO_GRADIENTS)
@@ -501,6 +552,11 @@ class Frugal(Optimizer):
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
+    def _refuse_half(self) -> None:
+        """Some weights have moved by this step and others have not: the program is there, on all ranks alike."""
+        if self._release is not None and self._release.half_done:
+            raise ValueError(HALF)
+
     @on_innermost
     def state_dict(self) -> dict[str, Any]:
         """Torch's form. Keys of tensors of which this rank holds a part end in "@rank1of4": save one file per rank, use
@@ -508,6 +564,7 @@ class Frugal(Optimizer):
 
         Raises ValueError where the engine would keep one rank's part of shared state and lose the others'.
         """
+        self._refuse_half()
         follow_replaced(self._groups, self.param_groups)
         handle = self.register_state_dict_post_hook(self._packed, prepend=True)  # other hooks see what is saved
         try:
@@ -564,6 +621,7 @@ class Frugal(Optimizer):
         What does not fit raises ValueError: here, with nothing changed, on a process without a process group, on all
         ranks alike at the next step otherwise.
         """
+        self._refuse_half()
         follow_replaced(self._groups, self.param_groups)
         kept = {key: self.__dict__[key] for key in LOADED}
         settled = engines.is_settled(self._process_group)  # engines load their masters, or wrap the model, after this
@@ -629,7 +687,7 @@ class Frugal(Optimizer):
     @on_innermost
     def is_divided(self) -> bool:
         """Whether ranks hold different parts of the state, so that no rank's state_dict is all of it. Collective."""
-        return saved_state.is_divided(*self.everything())
+        return saved_state.is_divided(*self._everything())
 
     def _check_saving(self) -> bool:
         """Once, and on all ranks alike: later only one may be asked for its state. Returns whether it looked."""
@@ -645,10 +703,14 @@ class Frugal(Optimizer):
     @on_innermost
     def everything(self) -> tuple[Runtime, StepInputs]:
         """All matrices and regular parameters with their state, for ``frugal_dist.checkpoint``. Collective at first."""
+        self._refuse_half()
+        return self._everything()
+
+    def _everything(self) -> tuple[Runtime, StepInputs]:
         with full_precision():
             follow_replaced(self._groups, self.param_groups)
             runtime = self._bind()
-            load = step_inputs(runtime, self.state, everything=True)
+            load = step_inputs(runtime, self.state)
             ensure_state(runtime, load)
             return runtime, load
 
@@ -728,6 +790,6 @@ class Frugal(Optimizer):
         if "_originals" in state:  # unpickled or copied: the sources of a DeepSpeed engine do not come along
             self._groups = list(self.param_groups)
             self._sources = [lambda: None for _ in self._originals]
-        self.__dict__.update(_runtime=None, _before=None, _started=False, _checked=set())
+        self.__dict__.update(_runtime=None, _before=None, _started=False, _checked=set(), _release=None)
         engines.announce(self, self._process_group)
         self.__dict__.update(_saving_checked=False, _told=False, _parts_told=False, _summarised=True)

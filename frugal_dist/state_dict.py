@@ -72,7 +72,7 @@ def pack_all(runtime: Runtime, state: MutableMapping[Tensor, Store]) -> dict[int
     alive they are parts of one tensor.
     """
     template = dcp_is_asking()
-    load = step_inputs(runtime, state, everything=True)
+    load = step_inputs(runtime, state)
     packed = {
         id(param): {key: value.clone() if _is_counter(key) else value for key, value in store.items()}
         for param, store in state.items()
@@ -230,7 +230,7 @@ def unpack_all(runtime: Runtime, state: MutableMapping[Tensor, Store], loaded: L
             _strip_parts(runtime, store)
 
     together(runtime.ranks, strip)
-    load = step_inputs(runtime, state, everything=True)
+    load = step_inputs(runtime, state)
     together(runtime.ranks, lambda: _check_keys(runtime, load, state))
     everyone = gather_objects(runtime.ranks, _summaries(load))
     _compare_counters(everyone)

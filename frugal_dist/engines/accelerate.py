@@ -43,6 +43,11 @@ def refuse_replacement() -> None:
         )
 
 
+def scales_losses() -> bool:
+    """Whether it scales losses, as fp16 needs it: gradients have their true size only shortly before the step."""
+    return str(getattr(_state(), "mixed_precision", "")) == "fp16"
+
+
 def in_use() -> bool:
     """Whether Accelerate, or the Trainer, runs this process."""
     return _state() is not None

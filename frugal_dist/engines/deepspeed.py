@@ -124,7 +124,7 @@ def _tensor_parallel(engine: Any) -> bool:
 
 def counts_of(engine: Any) -> dict[str, Any]:
     """Steps, schedule and loss scale of a DeepSpeed engine; nothing for a plain model."""
-    if not _is_engine(engine):
+    if not is_engine(engine):
         return {}
     accumulated = _accumulated(engine)
     if accumulated:
@@ -150,7 +150,7 @@ def _accumulated(engine: Any) -> int:
 
 def after_loading(engine: Any, saved: dict[str, Any]) -> None:
     """Copy new fp32 masters into the model's own weights; restore counts that another DeepSpeed engine saved."""
-    if not _is_engine(engine):
+    if not is_engine(engine):
         return
     _update_low_precision(engine.optimizer)
     for name, value in saved.get("counts", {}).items():
@@ -163,7 +163,8 @@ def after_loading(engine: Any, saved: dict[str, Any]) -> None:
             setattr(scaler, name, value)
 
 
-def _is_engine(engine: Any) -> bool:
+def is_engine(engine: Any) -> bool:
+    """Whether it is DeepSpeed's."""
     return all(hasattr(engine, name) for name in COUNTS)
 
 

@@ -15,6 +15,7 @@ is not loaded is not used.
     Frugal.defaults, which raises; DummyOptim           no replacing in silence (huggingface/accelerate#2169)
     the Trainer's own arguments                         the same (huggingface/transformers#38753)
     Lightning's wrappers and strategies                 a link between them (Lightning-AI/pytorch-lightning#18516)
+    a trainer's clipping; DDP around a model            the same, and a link from parameters to DDP
     torch's join context, ZeroRedundancyOptimizer       join hooks for any optimizer (pytorch/pytorch#54318)
     options of torch.distributed.checkpoint             state that is not like a parameter (pytorch/pytorch#192224)
 """
@@ -177,6 +178,18 @@ def refuse_zero_redundancy() -> None:
         )
 
 
+def wrapped_in_ddp(model: nn.Module, params: Sequence[Tensor]) -> bool:
+    """Whether a DistributedDataParallel is part of ``model``, or trains any of ``params``."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    kinds = loaded_classes("DistributedDataParallel", "torch.nn.parallel")
+    ours = {id(param) for param in params}
+    living = instances(kinds)
+    return any(isinstance(module, kinds) for module in model.modules()) or any(
+        id(param) in ours for wrapper in living for param in wrapper.parameters()
+    )
+
+
 _DCP = "torch.distributed.checkpoint"
 _FLATTEN = "flatten_optimizer_state_dict"
 _LOSING = ("full_state_dict", _FLATTEN)
@@ -229,13 +242,37 @@ def wishes() -> tuple[str, dict[str, Any]]:
         caller, given = frame.f_locals.get("self"), cast("Any", frame.f_locals.get("optimizer"))
         if type(given).__name__ == "DummyOptim" and not dummy:
             dummy = {"lr": given.lr, "weight_decay": given.weight_decay}
-        if "transformers" in sys.modules and any(kind.__name__ == "Trainer" for kind in type(caller).__mro__):
+        if "transformers" in sys.modules and _is_trainer(caller):
             args: Any = getattr(caller, "args", None)
             if hasattr(args, "adam_epsilon"):
                 betas = (args.adam_beta1, args.adam_beta2)
                 asked = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "betas": betas}
                 return "TrainingArguments", {**asked, "eps": args.adam_epsilon}
     return "DummyOptim", dummy
+
+
+_CLIPPING: dict[str, Callable[[Any], Any]] = {
+    "TrainingArguments(max_grad_norm={:g})": lambda trainer: getattr(
+        getattr(trainer, "args", None), "max_grad_norm", 0
+    ),
+    "Trainer(gradient_clip_val={:g})": lambda trainer: getattr(trainer, "gradient_clip_val", 0),
+}
+"""How the Trainers of transformers and of Lightning are told to clip."""
+
+
+def clipping_of_trainer() -> str:
+    """The argument by which a trainer further up the stack clips gradients, "" if there is none."""
+    for frame in frames():
+        caller = frame.f_locals.get("self")
+        for words, asked in _CLIPPING.items() if _is_trainer(caller) else ():
+            limit = asked(caller)
+            if limit:
+                return words.format(limit)
+    return ""
+
+
+def _is_trainer(thing: Any) -> bool:
+    return any(kind.__name__ == "Trainer" for kind in type(thing).__mro__)
 
 
 # --- Lightning's Trainer and Fabric -----------------------------------------------------------------------------------

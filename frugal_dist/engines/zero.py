@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from frugal_dist.engines.deepspeed import check_supported, names_of
+from frugal_dist.engines.deepspeed import check_supported, is_engine, names_of
 from frugal_dist.engines.hooks import deepspeed_engine_of
 from frugal_dist.engines.plain import PlainStorage
 from frugal_dist.sharding.collectives import Ranks
@@ -27,6 +27,13 @@ Group = dict[str, Any]
 def _belongs(source: Tensor) -> bool:
     """What DeepSpeed leaves on parameters, should the engine not be found (after gc.freeze, say)."""
     return any(hasattr(source, mark) for mark in ("_z3_optimizer", "_hp_mapping")) or names_of([source]) != [None]
+
+
+def holds(model: Any, optimizer: object, params: Sequence[Tensor]) -> bool:
+    """Whether DeepSpeed drives this model or optimizer, or will: zero.Init has cut its parameters."""
+    if is_engine(model) or deepspeed_engine_of(optimizer) is not None:
+        return True
+    return any(hasattr(param, "ds_shape") or _belongs(param) for param in params)
 
 
 @dataclass(frozen=True)

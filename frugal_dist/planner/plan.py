@@ -141,7 +141,7 @@ def make_plan(
         runtime = Runtime(Ranks(group, rank, ranks), storage, originals, table, share, bucket_bytes)
         runtime.routes.update({i: crossing.route(rank, i) for i, crossing in crossings.items()})
         state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
-        load = step_inputs(runtime, state, everything=True)
+        load = step_inputs(runtime, state)
         ensure_state(runtime, load)
         if not crossings:
             crossings.update(

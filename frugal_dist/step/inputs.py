@@ -69,13 +69,14 @@ class StepInputs:
         return bool(grads) and all(grad is None for grad in grads)
 
 
-def step_inputs(runtime: Runtime, state: State, everything: bool = False) -> StepInputs:
+def step_inputs(runtime: Runtime, state: State, call: tuple[int, ...] | None = None) -> StepInputs:
     """Look up all tensors anew: engines replace parameters and gradients between calls. What can stay as it was stays.
 
-    ``everything``: all parameters, to be looked at and not stepped, not only those that this step() call is about.
+    ``call``: the parameters to be stepped; None: all of them, to be looked at and not stepped.
     """
     storage, originals, sites = runtime.storage, runtime.originals, runtime.sites
-    call = tuple(range(len(originals)) if everything else storage.call())
+    everything = call is None
+    call = tuple(range(len(originals))) if call is None else call
     configs: dict[int, FrugalConfig] = {}
     works: list[LocalMatrix] = []
     regular: list[LocalParameter] = []
