@@ -32,7 +32,8 @@ WIDTH = 80
 class Setting:
     """What of a run decides about memory beside the optimizer. ``tokens``: of a micro-batch on one rank.
 
-    ``note``: what else is to be said about the run. ``zero``: the DeepSpeed settings, None for torch's engines.
+    ``note``: what else is to be said about the run. ``zero``: the DeepSpeed settings, None for torch's engines, whose
+    ``weights`` are fp32 or bf16.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Setting:
     checkpointing: bool
     note: str = ""
     zero: Zero | None = None
+    weights: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,16 @@ class Row:
 def model_rows(engine: EngineLayout, plan: Plan, rank: RankPlan, setting: Setting) -> list[Row]:
     """Weights, their fp32 masters, gradients, and buffers of the engine, on one rank: what engines document. Estimates.
 
-    torch's engines keep fp32 weights and cast on the way; DeepSpeed keeps a low-precision copy, and fp32 masters of the
-    rank's part.
+    torch's engines keep the weights as they are given and cast on the way; DeepSpeed keeps a low-precision copy, and
+    fp32 masters of the rank's part.
     """
     everything, part = setting.parameters, rank.parameters
     held = part if engine.cuts_weights else everything
     zero = setting.zero
     if zero is None:
         reduced = part if engine.cuts_gradients else everything
-        return [Row("weights (estimate)", ITEM * held), Row("gradients (estimate)", ITEM * reduced)]
+        item = 2 if setting.weights == "bf16" else ITEM
+        return [Row("weights (estimate)", item * held), Row("gradients (estimate)", item * reduced)]
     low = ITEM if setting.precision == "fp32" else 2
     before, within = gradient_bytes(zero, low, everything, part)
     host = zero.optimizer_on_host

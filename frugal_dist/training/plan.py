@@ -78,6 +78,7 @@ def plan_recipe(recipe: Recipe, engine: str | None, ranks: int, gpu: str | None 
         checkpointing=recipe.model.checkpointing,
         note="\n".join(notes),
         zero=zero,
+        weights=recipe.weights,
     )
     if as_json:
         return json.dumps(figures(plan, baselines, layout, setting, gpu), indent=1)

@@ -25,6 +25,7 @@ pytest.importorskip("transformers")
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from frugal_dist.checkpoint import SavedWeights
 from frugal_dist.cli import main
 from frugal_dist.training.compare import contender, run_folder
 from frugal_dist.training.distributed.process import STOPPED
@@ -177,6 +178,23 @@ def test_every_engine_has_the_same_curve(
     share = 1 if engine == "ddp" else 2  # replicas each have all of AdamW's state
     adamw = alone["adamw_state_bytes_per_rank"] / share
     assert summary["adamw_state_bytes_per_rank"] == pytest.approx(adamw, rel=0.05)
+
+
+@pytest.mark.heavy
+def test_bf16_weights_with_remainders_have_the_curve_of_fp32_ones(folder: Path) -> None:
+    """The forward pass sees the same numbers; gradients are bf16's."""
+    short = ("--precision", "bf16", "--steps", "6", "--evaluate_every", "3")
+    bf16 = ("--weights", "bf16", "--optimizer.options.rounding", "remainder")
+    assert pretrain(recipe(folder, "bf16", *short)) == 0
+    assert pretrain(recipe(folder, "remainder", *short, *bf16)) == 0
+    want, found = losses(folder, "bf16"), losses(folder, "remainder")
+    assert found.keys() == want.keys()
+    assert max(abs(found[key] - want[key]) for key in want) < 0.01
+    saved = SavedWeights(folder / "runs" / "remainder" / "checkpoints")
+    assert {saved[name].dtype for name in saved.shapes} == {torch.bfloat16}
+    (summary,) = of_kind(read_metrics(folder / "runs" / "remainder"), "summary")
+    numbers = sum(saved[name].numel() for name in saved.shapes)
+    assert [kinds["remainders"] for kinds in summary["state_kinds"]] == [2 * numbers]
 
 
 def test_the_curve_falls(uninterrupted: dict[tuple[str, int], float]) -> None:

@@ -71,7 +71,9 @@ class SpikeGuard:
 
 
 class PlainEngine:
-    """Trains a model with torch alone. Weights stay in fp32; bf16 is for the forward and backward pass."""
+    """Trains a model with torch alone. Weights stay in fp32 unless the recipe says otherwise; bf16 is for the forward
+    and backward pass.
+    """
 
     def __init__(
         self,
@@ -88,6 +90,8 @@ class PlainEngine:
         self._clip, self._micro = recipe.clip, recipe.micro_batch
         wrap, self._sync = WRAPPERS[recipe.engine]
         self._bf16 = recipe.precision == "bf16"
+        for weight in model.parameters() if recipe.weights == "bf16" else ():  # not the buffers: positions need fp32
+            weight.data = weight.data.to(torch.bfloat16)
         self._model = wrap(model, self.device, self._bf16, recipe.tp)
         self._function = losses
         self._optimizer = optimizer(self._model) if optimizer else build_optimizer(recipe.optimizer, self._model)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from frugal_dist.training.metrics.record import check_trackers
 from frugal_dist.training.optimizers import AnyOptimizer, Optimizer, check_optimizer
 from frugal_dist.training.schedule import Schedule, build_schedule
+from frugal_dist.update.remainder import REMAINDER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,9 @@ class Run:
         batch: sequences per step over all ranks.
         micro_batch: sequences that a rank computes at once; null takes all of its share.
         length: tokens per sequence.
-        precision: bf16 (autocast, fp32 weights), fp16 (DeepSpeed only) or fp32.
+        precision: of forward and backward pass: bf16, fp16 (DeepSpeed only) or fp32.
+        weights: fp32, or bf16 with torch's engines: half the bytes of weights and gradients. What bf16 would round off
+            every step optimizer.options.rounding keeps: remainder (all of it), stochastic (on average) or nearest (no).
         clip: largest gradient norm; 0 does not clip.
         evaluate_every: steps between two evaluations; 0 evaluates at the start and the end only.
         log_every: steps between two lines of metrics.
@@ -138,6 +141,7 @@ class Run:
     micro_batch: int | None = None
     length: int = 256
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    weights: Literal["fp32", "bf16"] = "fp32"
     clip: float = 0.0
     evaluate_every: int = 1000
     log_every: int = 10
@@ -185,6 +189,15 @@ def check_run(run: Run) -> None:
         raise ValueError(f"micro_batch is {run.micro_batch}; it must be at least 1, or null.")
     if run.precision == "fp16" and run.engine != "deepspeed":
         raise ValueError(f"precision fp16 scales the loss, which engine {run.engine!r} does not do. Use bf16.")
+    if run.weights == "bf16" and run.engine == "deepspeed":
+        raise ValueError("weights is 'bf16', but DeepSpeed has bf16 weights and fp32 masters by itself. Leave it out.")
+    if run.weights == "bf16" and run.precision != "bf16":
+        raise ValueError(f"weights is 'bf16', but precision is {run.precision!r}. Set precision: bf16.")
+    if run.optimizer.options.get("rounding") == REMAINDER and run.weights != "bf16":
+        raise ValueError(
+            "optimizer.options.rounding is 'remainder', which completes bf16 weights, but weights is 'fp32'. Set "
+            "weights: bf16, with engine single, ddp or fsdp2."
+        )
     if run.deepspeed is not None and run.engine != "deepspeed":
         raise ValueError(f"deepspeed is {run.deepspeed!r}, but engine is {run.engine!r}. Set engine: deepspeed.")
     if run.tp > 1 and run.engine != "fsdp2":
