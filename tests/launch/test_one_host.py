@@ -83,6 +83,7 @@ def test_a_run_that_diverged_says_so_by_its_exit_code(host: Host, workshop: Work
     assert "The run diverged" in run.printed()
 
 
+@pytest.mark.heavy
 def test_torchrun_starts_again_after_a_kill(host: Host, workshop: Workshop, uninterrupted: Run) -> None:
     """From the last checkpoint, and to the same losses as without the kill."""
     run = workshop.run("torchrun-killed")
@@ -123,6 +124,7 @@ def mpirun(request: pytest.FixtureRequest) -> str:
     return request.param or str(Path(sys.executable).with_name("mpirun"))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("mpirun", [""], ids=["PyPI"], indirect=True)
 def test_mpirun(host: Host, workshop: Workshop, reference: Run, mpirun: str) -> None:
     mpirun_trains(host, workshop, reference, mpirun)

@@ -112,7 +112,8 @@ def end_as_told(pair: Pair, run: Run, reference: Run, process: subprocess.Popen[
     assert difference(run, reference) < CLOSE
 
 
-@pytest.mark.parametrize("slots", [(1, 1), pytest.param((1, 3), marks=pytest.mark.heavy)], ids=str)
+@pytest.mark.heavy
+@pytest.mark.parametrize("slots", [(1, 1), (1, 3)], ids=str)
 def test_pdsh(pair: Pair, workshop: Workshop, reference: Run, slots: tuple[int, int]) -> None:
     run = workshop.run(f"pdsh $HOME 'a' \"100%n\" {slots}")
     options = '{"update_gap":4,"state_free":"sgd","state_free_lr_scale":0.1,"eps":0.001}'

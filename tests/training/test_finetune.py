@@ -161,6 +161,7 @@ def start(launch: list[str], folder: Path, name: str, *changes: str) -> subproce
     )
 
 
+@pytest.mark.heavy
 def test_a_killed_run_goes_on_exactly(folder: Path, whole: Path) -> None:
     """Losses, dropout included, and the best model, which is kept before the checkpoint after it."""
     process = start([sys.executable, "-m"], folder, "killed")
@@ -186,9 +187,10 @@ TORCHRUN = ["torchrun", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-end
 DEEPSPEED = ["deepspeed", "--num_gpus=2", "--no_local_rank", "--log_level=error"]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "engine",
-    ["fsdp2", pytest.param("ddp", marks=pytest.mark.heavy), pytest.param("deepspeed", marks=pytest.mark.heavy)],
+    ["fsdp2", "ddp", "deepspeed"],
 )
 def test_two_ranks_are_as_one_process(engine: str, folder: Path) -> None:
     """Smooth rules in fp32, without dropout: what differs is the order of sums. Parts are frozen, or all but LoRA."""
