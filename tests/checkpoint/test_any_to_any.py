@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import tables
 import torch
-from cases import PROJECTIONS, Case, label
+from cases import PROJECTIONS, Case, in_the_default_run, label
 from places import LARGE, PLACES, STEPS, Place, apart, load_and_train, train_and_save
+from selection import cells
 from storages import Named
 
 NAMES = list(PLACES)
@@ -37,8 +38,9 @@ def check(projection: tuple[str, str], source: str, targets: list[str], step: in
         assert difference <= case.tolerance, f"{label(*projection)}: {source} -> {target} after step {step}"
 
 
-@pytest.mark.parametrize("source", NAMES)
-@pytest.mark.parametrize("projection", PROJECTIONS, ids=lambda projection: label(*projection))
+@pytest.mark.parametrize(
+    ("projection", "source"), cells(PROJECTIONS, NAMES, in_the_default_run(NAMES), lambda one: label(*one))
+)
 def test_each_engine_to_another(projection: tuple[str, str], source: str, tmp_path: Path) -> None:
     """Over the projections, every engine is loaded on nearly every other; on all of them with --heavy."""
     turn, position = PROJECTIONS.index(projection), NAMES.index(source)

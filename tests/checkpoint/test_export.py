@@ -11,7 +11,11 @@ import torch
 from forks import Forks
 from save_and_load_ways import PORTABLE
 
-SOURCES = [("ZeRO-3", 3), ("FSDP2", 2), ("ZeRO-2 bf16", 2)]
+SOURCES = [
+    ("ZeRO-3", 3),
+    pytest.param("FSDP2", 2, marks=pytest.mark.heavy),
+    pytest.param("ZeRO-2 bf16", 2, marks=pytest.mark.heavy),
+]
 
 pytestmark = pytest.mark.timeout(900)
 

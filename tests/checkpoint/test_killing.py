@@ -50,9 +50,12 @@ def every(mode: str, stride: int, rank: int, ranks: int) -> str:
 @pytest.mark.parametrize(
     "drills",
     [
-        pytest.param([every("same", 1, 0, 1), every("steps", 3, 0, 1)], id="one process"),
+        pytest.param([every("same", 3, 0, 1)], id="one process"),
+        pytest.param(
+            [every("same", 1, 0, 1), every("steps", 3, 0, 1)], id="one process, each", marks=pytest.mark.heavy
+        ),
         pytest.param([every("steps", 1, 0, 1)], id="one process, a folder", marks=pytest.mark.heavy),
-        pytest.param([every("same", 9, 0, 2), every("steps", 9, 1, 2)], id="two ranks"),
+        pytest.param([every("same", 9, 0, 2), every("steps", 9, 1, 2)], id="two ranks", marks=pytest.mark.heavy),
         *(
             pytest.param([every(mode, 1, rank, 2)], id=f"two ranks-{mode}-{rank}", marks=pytest.mark.heavy)
             for mode in NAMES

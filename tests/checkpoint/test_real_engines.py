@@ -5,9 +5,7 @@ Every leg of a run has processes of its own, which end by SIGKILL: those that lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 from deepspeed_cases import Weights
 from forks import Forks
 from save_and_load_ways import PORTABLE, WAYS
+from selection import cells
 
 DEADLINE = 600.0
 """Many processes on few cores, which may be busy with other things."""
@@ -67,19 +66,11 @@ ROUTES = {
     "one process, ZeRO-3 on 3, DDP on 2, HSDP on 4": [("one process", 1), ("ZeRO-3", 3), ("DDP", 2), ("HSDP", 4)],
     "HSDP on 4, ZeRO-0 on 3, ZeRO-1 on 2, FSDP2 on 3": [("HSDP", 4), ("ZeRO-0", 3), ("ZeRO-1", 2), ("FSDP2", 3)],
 }  # fmt: skip
-FIRST, SECOND, THIRD = ROUTES
+FIRST, SECOND, _ = ROUTES
 PROJECTIONS = ("svd std", "svd left", "columns", "randk", "blockwise")
 
 
-def cells(rows: Iterable[Any], columns: Iterable[Any], quick: Callable[[Any, Any], bool]) -> list[Any]:
-    """Every row with every column; all but the quick ones are heavy."""
-    return [
-        pytest.param(row, column, marks=[] if quick(row, column) else pytest.mark.heavy)
-        for row, column in product(rows, columns)
-    ]
-
-
-QUICK = {(FIRST, "svd std"), (FIRST, "columns"), (SECOND, "randk"), (THIRD, "blockwise")}
+QUICK = {(FIRST, "svd std"), (SECOND, "columns")}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +101,13 @@ SAVED_AFTER = (3, 4)
 EVERY = [(projection, rule) for projection in PROJECTIONS for rule in RULES]
 
 
-@pytest.mark.parametrize(("engine", "turn"), cells(RANKS, range(len(EVERY)), lambda engine, turn: turn == 0))
+OFTEN = ("DDP", "FSDP2", "ZeRO-2", "ZeRO-3")
+"""The engines that most people use; the others in the default run are threads, in test_resume_exactly.py."""
+
+
+@pytest.mark.parametrize(
+    ("engine", "turn"), cells(RANKS, range(len(EVERY)), lambda engine, turn: turn == 0 and engine in OFTEN)
+)
 def test_a_resume_is_exact(engine: str, turn: int, processes: Forks, tmp_path: Path) -> None:
     """Train, save, SIGKILL, load, train on, through every way of saving. Engines and settings take turns."""
     position = list(RANKS).index(engine)
@@ -129,7 +126,14 @@ def test_a_resume_is_exact(engine: str, turn: int, processes: Forks, tmp_path: P
 # --- master weights -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", [("ZeRO-3 bf16", 3), ("ZeRO-1 bf16", 2), ("one process", 1)])
+@pytest.mark.parametrize(
+    "target",
+    [
+        ("ZeRO-3 bf16", 3),
+        pytest.param(("ZeRO-1 bf16", 2), marks=pytest.mark.heavy),
+        pytest.param(("one process", 1), marks=pytest.mark.heavy),
+    ],
+)
 def test_fp32_master_weights_arrive_exactly(target: tuple[str, int], processes: Forks, tmp_path: Path) -> None:
     """Of a model that computes in bf16: not the rounded weights, but those that the optimizer keeps."""
     engine, ranks = target

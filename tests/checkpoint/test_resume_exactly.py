@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import tables
 import torch
-from cases import ON_REFRESH, PROJECTIONS, Case, label
+from cases import ON_REFRESH, PROJECTIONS, Case, in_the_default_run, label
 from places import PLACES, identical, load_and_train, train_and_save
+from selection import cells
 
 NAMES = list(PLACES)
 RULES = ("adamw", "lion", "sgdm")
@@ -44,8 +45,9 @@ def check(place: str, projection: tuple[str, str], setting: Setting, steps: Sequ
         tables.note("resume on the same engine: does every bit agree?", label(*projection), place, 0.0)
 
 
-@pytest.mark.parametrize("place", NAMES)
-@pytest.mark.parametrize("projection", PROJECTIONS, ids=lambda projection: label(*projection))
+@pytest.mark.parametrize(
+    ("projection", "place"), cells(PROJECTIONS, NAMES, in_the_default_run(NAMES), lambda one: label(*one))
+)
 def test_resume_is_exact(projection: tuple[str, str], place: str, tmp_path: Path) -> None:
     """Rules, precisions, refreshes and moments take turns."""
     turn = turn_of(place, projection)

@@ -16,9 +16,13 @@ from fleet import Fleet
 
 Fleets = Callable[[int], Fleet]
 ENGINES = ["plain", "FSDP2", "ZeRO-2", "ZeRO-3", "ZeRO-2, JSON", "ZeRO-2, offload"]
+QUICK = ("FSDP2", "ZeRO-2, JSON")
+"""What is not named here runs with --heavy."""
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine", [pytest.param(one, marks=() if one in QUICK else pytest.mark.heavy) for one in ENGINES]
+)
 def test_two_ranks_train_like_plain_pytorch_and_load_exactly(engine: str, fleet: Fleets, tmp_path: Path) -> None:
     found = fleet(2).run(accelerate_cases.train_and_resume, tmp_path, engine)
     for one in found:
@@ -36,13 +40,14 @@ def test_fsdp2_goes_on_on_another_number_of_ranks(projection: str, fleet: Fleets
     assert max(fleet(4).run(accelerate_cases.resume_elsewhere, tmp_path, projection)) <= hf_cases.LIMIT
 
 
+@pytest.mark.heavy
 def test_one_process(fleet: Fleets, tmp_path: Path) -> None:
     (found,) = fleet(1).run(accelerate_cases.train_and_resume, tmp_path, "plain")
     assert found["apart"] <= hf_cases.LIMIT
     assert found["differing"] == []
 
 
-@pytest.mark.parametrize("built_first", [True, False])
+@pytest.mark.parametrize("built_first", [True, pytest.param(False, marks=pytest.mark.heavy)])
 def test_silent_replacement_under_offload_is_refused(built_first: bool, fleet: Fleets) -> None:
     for message in fleet(2).run(accelerate_cases.replaced, built_first):
         assert message.startswith("ValueError: ")

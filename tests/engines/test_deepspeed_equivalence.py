@@ -20,32 +20,25 @@ Fleets = Callable[[int], Fleet]
 SMOOTH_LIMIT = 2e-5
 COORDINATES = ("columns", "rows", "randk", "blockwise")
 
-QUICK_PROJECTIONS = {
-    "0": ("svd std", "blockwise"),
-    "1": ("svd left", "randk"),
-    "2": ("svd std", "random", "columns", "dct", "sinkgd"),
-    "3": tuple(PROJECTIONS),
-    "3, sub-groups": ("svd std", "svd left", "rows", "blockwise"),
-    "BF16_Optimizer": ("svd std", "rows"),
+QUICK = {
+    "0": ("svd std", "columns"),
+    "1": ("svd left", "columns"),
+    "2": ("svd std", "columns", "dct"),
+    "3": ("svd std", "columns", "randk", "sinkgd"),
+    "3, sub-groups": ("svd std",),
+    "3, offload": ("rows",),
+    "BF16_Optimizer": ("svd std",),
+    "3, bf16": ("columns",),
 }
-"""Of the table at 2 ranks, by setting; "svd std" for those not named."""
-
-QUICK_MORE_RANKS = {
-    3: (("1", "svd std"), ("2", "columns"), ("3", "svd std")),
-    4: (("1", "columns"), ("2", "svd std"), ("3", "svd std"), ("3", "columns"), ("3, sub-groups", "svd std")),
-}
+"""Of the table at 2 ranks, by setting. More ranks are heavy: threads and tests/checkpoint have up to 8 by default."""
 
 
 def _table() -> list[object]:
-    items: list[object] = []
-    for setting in SETTINGS:
-        for projection in PROJECTIONS:
-            quick = projection in QUICK_PROJECTIONS.get(setting, ("svd std",))
-            items.append(_item(2, setting, projection, quick))
-    for ranks, quick_ones in QUICK_MORE_RANKS.items():
-        pairs = [(setting, projection) for setting in SETTINGS for projection in ("svd std", "columns")]
-        items += [_item(ranks, *pair, pair in quick_ones) for pair in pairs]
-    return items
+    more = [(ranks, setting, one) for ranks in (3, 4) for setting in SETTINGS for one in ("svd std", "columns")]
+    return [
+        *(_item(2, setting, one, one in QUICK.get(setting, ())) for setting in SETTINGS for one in PROJECTIONS),
+        *(_item(*cell, quick=False) for cell in more),
+    ]
 
 
 def _item(ranks: int, setting: str, projection: str, quick: bool) -> object:
@@ -76,7 +69,7 @@ SIGN_PROJECTIONS = ("svd std", "svd left", "random", "columns", "rows", "randk",
 
 def _sign_items() -> list[object]:
     return [
-        _item(2, setting, projection, projection in {"0": (), "3": ("svd std", "columns")}.get(setting, ()))
+        _item(2, setting, projection, (setting, projection) == ("3", "svd std"))
         for setting in SIGN_SETTINGS
         for projection in SIGN_PROJECTIONS
     ]

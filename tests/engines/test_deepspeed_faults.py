@@ -8,6 +8,7 @@ from collections.abc import Callable
 import deepspeed_faults as faults
 import pytest
 from fleet import Fleet
+from selection import taking_turns
 
 Fleets = Callable[[int], Fleet]
 
@@ -16,11 +17,13 @@ REFRESH = 3
 """Refreshes happen at 0, 3 and 6."""
 
 
-@pytest.mark.parametrize(("projection", "value", "step"), [("svd std", math.inf, REFRESH), ("columns", math.nan, 4)])
-@pytest.mark.parametrize("setting", [*faults.FP16, *faults.CHECKED])
-def test_deepspeed_skips_the_step_on_all_ranks(
-    setting: str, projection: str, value: float, step: int, fleet: Fleets
-) -> None:
+HANDED_OVER = {"svd std": (math.inf, REFRESH), "columns": (math.nan, 4)}
+CHECKED = [*faults.FP16, *faults.CHECKED]
+
+
+@pytest.mark.parametrize(("setting", "projection"), taking_turns(CHECKED, list(HANDED_OVER)))
+def test_deepspeed_skips_the_step_on_all_ranks(setting: str, projection: str, fleet: Fleets) -> None:
+    value, step = HANDED_OVER[projection]
     first, second = fleet(2).run(faults.bad_gradient, setting, projection, value, step)
     assert first.digest == second.digest
     for outcome in (first, second):
@@ -32,8 +35,7 @@ def test_deepspeed_skips_the_step_on_all_ranks(
         assert outcome.learns
 
 
-@pytest.mark.parametrize("value", [math.inf, math.nan])
-@pytest.mark.parametrize("setting", faults.UNCHECKED)
+@pytest.mark.parametrize(("setting", "value"), taking_turns(list(faults.UNCHECKED), [math.inf, math.nan]))
 def test_a_refresh_with_a_bad_gradient_skips_that_matrix(setting: str, value: float, fleet: Fleets) -> None:
     """Where DeepSpeed hands NaN over to the optimizer, a refresh must not make a projector of it."""
     first, second = fleet(2).run(faults.bad_gradient, setting, "svd std", value, REFRESH)
@@ -46,7 +48,13 @@ def test_a_refresh_with_a_bad_gradient_skips_that_matrix(setting: str, value: fl
         assert outcome.learns
 
 
-@pytest.mark.parametrize("setting", ["0", "0, bf16", "1", "1, offload", "2, bf16", "3", "3, offload", "BF16_Optimizer"])
+BUILT = ("1", "3", "BF16_Optimizer")
+MORE_BUILT = [
+    pytest.param(one, marks=pytest.mark.heavy) for one in ("0", "0, bf16", "1, offload", "2, bf16", "3, offload")
+]
+
+
+@pytest.mark.parametrize("setting", [*BUILT, *(pytest.param(one, marks=pytest.mark.heavy) for one in MORE_BUILT)])
 def test_building_the_engine_moves_nothing(setting: str, fleet: Fleets) -> None:
     """Some wrappers call step() with zero gradients when they are built."""
     for moved, at_first, after_one_step in fleet(2).run(faults.after_building, setting):
@@ -55,7 +63,7 @@ def test_building_the_engine_moves_nothing(setting: str, fleet: Fleets) -> None:
         assert after_one_step == {1}
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.heavy), 3])
 def test_a_loss_scale_that_overflows_moves_nothing(stage: int, fleet: Fleets) -> None:
     first, second = fleet(2).run(faults.overflowing_scale, stage)
     assert first == second
@@ -77,7 +85,7 @@ def test_masters_have_no_remainders(fleet: Fleets) -> None:
         assert all("DeepSpeed keeps fp32 masters itself" in text for text in texts)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.heavy), 3])
 def test_a_failing_svd_is_a_notice_to_all_ranks(stage: int, fleet: Fleets) -> None:
     (error, _, first), (_, warned, second) = fleet(2).run(faults.failing_svd, stage, 1)
     assert error == ""

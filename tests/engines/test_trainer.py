@@ -17,14 +17,7 @@ from fleet import Fleet
 
 Fleets = Callable[[int], Fleet]
 WAYS = ["plain", "FSDP2", *trainer_cases.CONFIGS]
-QUICK = (
-    "plain",
-    "FSDP2",
-    "ZeRO-2",
-    "ZeRO-2, offload, client",
-    "ZeRO-3, from_pretrained",
-    "ZeRO-3, from_pretrained, client",
-)
+QUICK = ("plain", "FSDP2", "ZeRO-2, offload, client", "ZeRO-3, from_pretrained")
 """What is not named here runs with --heavy."""
 SHARED = [way for way in WAYS if way != "plain"]
 
@@ -51,11 +44,13 @@ def test_two_ranks_train_like_plain_pytorch_and_resume_exactly(way: str, fleet: 
     assert (first["moments"] == hf_cases.MOMENTS) == (way == "plain")
 
 
+@pytest.mark.heavy
 def test_one_process(fleet: Fleets, tmp_path: Path) -> None:
     (found,) = fleet(1).run(trainer_cases.train_and_resume, tmp_path, "plain")
     _check(found, "Trainer, 1 rank", "plain")
 
 
+@pytest.mark.heavy
 def test_replicas_share_their_state_if_the_callback_saves_it(fleet: Fleets, tmp_path: Path) -> None:
     for found in fleet(2).run(trainer_cases.train_and_resume, tmp_path, "plain", {"shard_state": True}):
         _check(found, "Trainer, 2 ranks", "plain, shard_state=True")
