@@ -648,10 +648,8 @@ def test_the_papers_recipe_goes_on_exactly(folder: Path, runs: dict[tuple[str, i
     assert runs["validation", 8] < runs["validation", 0] - 0.05
 
 
-@pytest.mark.parametrize(
-    "engine",
-    ["ddp", pytest.param("fsdp2", marks=pytest.mark.heavy), pytest.param("deepspeed", marks=pytest.mark.heavy)],
-)
+@pytest.mark.heavy
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "deepspeed"])
 def test_padded_rows_of_a_stream_on_several_ranks(
     engine: str, folder: Path, runs: dict[tuple[str, int], float]
 ) -> None:

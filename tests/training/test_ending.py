@@ -69,13 +69,17 @@ with stop_requests() as request:
 """
 
 
+HEARS = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+"""In a child: a shell that was started in the background ignores SIGINT, and so would all that it starts."""
+
+
 @pytest.mark.parametrize(
     ("phase", "where", "number", "code"),
     [
         ("preparing", "Python", signal.SIGTERM, 75),
-        ("preparing", "C", signal.SIGINT, 130),
-        ("training", "Python", signal.SIGINT, 130),
         ("training", "C", signal.SIGTERM, 143),
+        pytest.param("preparing", "C", signal.SIGINT, 130, marks=pytest.mark.heavy),
+        pytest.param("training", "Python", signal.SIGINT, 130, marks=pytest.mark.heavy),
     ],
 )
 def test_the_first_signal_ends_what_has_nothing_to_save_and_the_second_ends_all(
@@ -84,7 +88,7 @@ def test_the_first_signal_ends_what_has_nothing_to_save_and_the_second_ends_all(
     process = subprocess.Popen(
         [sys.executable, "-c", SIGNALLED, phase, where],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
+        preexec_fn=HEARS,
     )  # fmt: skip
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline() == "ready\n"
@@ -101,7 +105,7 @@ def test_the_first_signal_ends_what_has_nothing_to_save_and_the_second_ends_all(
 def test_ctrl_c_while_torch_is_loaded_ends_in_a_sentence(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "frugal_dist.cli", "pretrain", "reviews_5m", "--folder", str(tmp_path / "run")]
     for _ in range(5):  # on a busy machine all may be loaded before the signal is sent
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=HEARS) as process:
             assert process.stderr is not None
             assert "loading PyTorch" in process.stderr.readline()
             process.send_signal(signal.SIGINT)

@@ -148,7 +148,7 @@ def with_stale_locks(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("engine", LAUNCHES)
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.heavy), "fsdp2", "deepspeed"])
 def test_every_engine_has_the_same_curve(
     engine: str, folder: Path, uninterrupted: dict[tuple[str, int], float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

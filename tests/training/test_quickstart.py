@@ -40,6 +40,7 @@ def _processes(run: Path) -> list[int]:
     return [process.pid for process in everyone if str(run) in (process.info["cmdline"] or [])]
 
 
+@pytest.mark.heavy  # .ci/run starts it before the tests
 def test_quickstart_trains_and_reports(tmp_path, data):
     run = tmp_path / "run"
     done = subprocess.run(
@@ -116,6 +117,7 @@ def interrupted(request, tmp_path, data) -> Iterator[tuple[subprocess.Popen[str]
             process.communicate(timeout=60)
 
 
+@pytest.mark.heavy
 def test_ctrl_c_saves_and_stops_everything(interrupted):
     process, run, what = interrupted
     _, errors = process.communicate(timeout=400)
