@@ -226,3 +226,10 @@ def test_the_map_for_contributors_names_what_is_there() -> None:
     assert len(named) > 30
     missing = [path for path in sorted(named) if not any((base / path).exists() for base in (ROOT.parent, ROOT))]
     assert not missing
+
+
+def test_no_folder_of_tests_is_passed_over(pytestconfig: pytest.Config) -> None:
+    """pytest's own list of folders to leave out has "dist" and "build"."""
+    passed_over = pytestconfig.getini("norecursedirs")
+    folders = {file.parent.name for file in (ROOT / "tests").rglob("test_*.py")}
+    assert [name for name in folders for pattern in passed_over if fnmatchcase(name, pattern)] == []
