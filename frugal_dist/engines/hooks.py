@@ -71,7 +71,7 @@ def instances(kinds: Sequence[type]) -> Iterator[Any]:
 
     Not by gc.get_objects(): it touches tuples that other threads are building, which then fail (CPython issue 59313).
     """
-    return (thing for kind in kinds for thing in gc.get_referrers(kind) if type(thing) is kind)
+    return (thing for thing in (gc.get_referrers(*kinds) if kinds else ()) if type(thing) in kinds)
 
 
 # --- wrappers that take on an optimizer's class -----------------------------------------------------------------------
