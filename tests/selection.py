@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import product
 from typing import Any
 
@@ -24,6 +24,11 @@ def cells(
         pytest.param(row, column, id=f"{name(row)}-{column}", marks=() if quick(row, column) else (pytest.mark.heavy,))
         for row, column in product(rows, columns)
     ]
+
+
+def mostly_heavy(values: Iterable[Any], quick: Collection[Any]) -> list[Any]:
+    """The values of one argument; all but the quick ones are heavy."""
+    return [pytest.param(value, marks=() if value in quick else (pytest.mark.heavy,)) for value in values]
 
 
 def taking_turns(rows: Sequence[Any], columns: Sequence[Any]) -> list[Any]:

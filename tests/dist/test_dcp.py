@@ -23,10 +23,18 @@ CASES = [
 WAYS = [("Shard(0)", 2, "Shard(0)", 3), ("Shard(0)", 3, "FSDP2 2 x TP 2", 4), ("FSDP2 2 x EP 2", 4, "Shard(0)", 2)]
 
 
+FEW = [case for case in CASES if case.projection == "columns" or (case.projection, case.side) == ("svd", "std")]
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("source", "before", "target", "after"), WAYS)
-def test_other_ranks_go_on(source: str, before: int, target: str, after: int, fleet: Fleet, tmp_path: Path) -> None:
-    cases = [case for case in CASES if "TP" not in target or case.projection not in ("columns", "randk")]
+@pytest.mark.parametrize(
+    ("source", "before", "target", "after", "cases"),
+    [(*WAYS[0], FEW), *(pytest.param(*way, CASES, marks=pytest.mark.heavy) for way in WAYS)],
+)
+def test_other_ranks_go_on(
+    source: str, before: int, target: str, after: int, cases: list[Case], fleet: Fleet, tmp_path: Path
+) -> None:
+    cases = [case for case in cases if "TP" not in target or case.projection not in ("columns", "randk")]
     fleet.run(before, dcp_jobs.save_all, source, cases, tmp_path)
     for found in fleet.run(after, dcp_jobs.load_all, target, cases, tmp_path):
         for case, full in zip(cases, found, strict=True):

@@ -8,6 +8,7 @@ import tables
 import torch
 from engine_jobs import ENGINES, Job
 from processes import Fleet
+from selection import mostly_heavy
 
 from frugal_dist import Frugal
 
@@ -52,18 +53,22 @@ def test_tensor_parallelism_beside_fsdp2(fleet: Fleet, job: Job) -> None:
     check(fleet, "FSDP2 2 x TP 2", {job.projection: job}, 4)
 
 
-@pytest.mark.parametrize("engine", [engine for engine in ENGINES if "TP" not in engine])
+OFTEN = ("DDP", "FSDP2")
+"""In the default run."""
+
+
+@pytest.mark.parametrize("engine", mostly_heavy((engine for engine in ENGINES if "TP" not in engine), OFTEN))
 def test_every_projection(fleet: Fleet, engine: str) -> None:
     check(fleet, engine, {f"{job.projection} {job.side}": job for job in PROJECTIONS}, ranks_for(engine))
 
 
-@pytest.mark.parametrize("engine", ["DDP, shared state", "FSDP2"])
+@pytest.mark.parametrize("engine", mostly_heavy(["DDP, shared state", "FSDP2"], OFTEN))
 def test_the_family(fleet: Fleet, engine: str) -> None:
     """Rules whose norms cross ranks, and whole matrices."""
     check(fleet, engine, FAMILY, ranks_for(engine))
 
 
-@pytest.mark.parametrize("engine", ["DDP, shared state", "FSDP2", "HSDP 2x2"])
+@pytest.mark.parametrize("engine", mostly_heavy(["DDP, shared state", "FSDP2", "HSDP 2x2"], OFTEN))
 def test_what_happens_around_a_step(fleet: Fleet, engine: str) -> None:
     """12 rows divide by 3 micro-steps and 2 or 4 ranks."""
     check(fleet, engine, AROUND, ranks_for(engine))

@@ -13,6 +13,7 @@ import hf_cases
 import pytest
 import tables
 from fleet import Fleet
+from selection import mostly_heavy
 
 Fleets = Callable[[int], Fleet]
 ENGINES = ["plain", "FSDP2", "ZeRO-2", "ZeRO-3", "ZeRO-2, JSON", "ZeRO-2, offload"]
@@ -20,9 +21,7 @@ QUICK = ("FSDP2", "ZeRO-2, JSON")
 """What is not named here runs with --heavy."""
 
 
-@pytest.mark.parametrize(
-    "engine", [pytest.param(one, marks=() if one in QUICK else pytest.mark.heavy) for one in ENGINES]
-)
+@pytest.mark.parametrize("engine", mostly_heavy(ENGINES, QUICK))
 def test_two_ranks_train_like_plain_pytorch_and_load_exactly(engine: str, fleet: Fleets, tmp_path: Path) -> None:
     found = fleet(2).run(accelerate_cases.train_and_resume, tmp_path, engine)
     for one in found:
