@@ -68,6 +68,7 @@ def test_quickstart_trains_and_reports(tmp_path, data):
     assert not _processes(run)
 
 
+@pytest.mark.heavy
 def test_what_a_json_and_keys_ask_for_and_what_is_wrong_with_them(tmp_path, data):
     run, config = tmp_path / "run", tmp_path / "zero1.json"
     config.write_text('{"zero_optimization": {"stage": 1}}')
