@@ -13,10 +13,10 @@ from torch import Tensor
 from frugal_dist.step.statistics import RefreshReport
 from frugal_dist.training.data.batches import IGNORED, Source
 from frugal_dist.training.engines import Engine
-from frugal_dist.training.evaluate import EvalResult, Evaluation
 from frugal_dist.training.metrics.device import forget_peak, memory
 from frugal_dist.training.metrics.progress import Progress
 from frugal_dist.training.metrics.record import MetricsLog
+from frugal_dist.training.validation import EvalResult, Evaluation
 
 
 class Diverged(ValueError):

@@ -76,7 +76,7 @@ def _materials(recipe: Recipe, place: DistEnv) -> tuple[Schedule, OpenData, nn.M
 
 
 def _summary(unigram_loss: float, outcome: Outcome) -> tuple[dict[str, Any], str]:
-    from frugal_dist.training.evaluate import perplexity_of
+    from frugal_dist.training.validation import perplexity_of
 
     perplexity, unigram = perplexity_of(outcome.last_loss), perplexity_of(unigram_loss)
     text = f"validation perplexity {perplexity:,.2f} (guessing by frequency: {unigram:,.1f})"

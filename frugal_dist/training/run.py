@@ -53,10 +53,10 @@ from frugal_dist.training.resume import GOING_ON, check_begun, records_of
 if TYPE_CHECKING:
     from frugal_dist.training.data.batches import Source
     from frugal_dist.training.engines import Engine
-    from frugal_dist.training.evaluate import EvalResult, Evaluation
     from frugal_dist.training.loop import Outcome, Training
     from frugal_dist.training.metrics.progress import Progress
     from frugal_dist.training.metrics.record import MetricsLog
+    from frugal_dist.training.validation import EvalResult, Evaluation
 
 FAILURE_FILE = "failed.txt"
 """Of the last start in this folder, if it failed: the exit code, and a line for the user, which launch scripts show."""

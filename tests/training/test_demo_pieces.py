@@ -27,13 +27,13 @@ from frugal_dist.training.data.corpora import prepare_demo
 from frugal_dist.training.data.prepared import open_prepared, read_tokens, write_tokens
 from frugal_dist.training.data.tokenizer import separator_id, train_tokenizer
 from frugal_dist.training.engines.protocol import count_state_kinds
-from frugal_dist.training.evaluate import Validation
 from frugal_dist.training.loop import Training
 from frugal_dist.training.metrics.plot import plot_run, plot_runs
 from frugal_dist.training.metrics.progress import Progress
 from frugal_dist.training.metrics.record import MetricsLog, of_kind, read_metrics
 from frugal_dist.training.models import build_llama, token_losses
 from frugal_dist.training.schedule import warmup_cosine
+from frugal_dist.training.validation import Validation
 
 # --- text
 

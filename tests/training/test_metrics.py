@@ -19,7 +19,6 @@ pytest.importorskip("transformers")
 pytest.importorskip("jsonargparse")
 
 from frugal_dist.cli import main
-from frugal_dist.training.evaluate import perplexity_of
 from frugal_dist.training.metrics.device import flops_per_token, forget_peak, known_flops, memory, peak_flops
 from frugal_dist.training.metrics.plot import Look, _drawn, grouped, plot_runs
 from frugal_dist.training.metrics.record import (
@@ -33,6 +32,7 @@ from frugal_dist.training.metrics.record import (
     read_metrics,
 )
 from frugal_dist.training.models import build_llama, has_dropout, seed_masks
+from frugal_dist.training.validation import perplexity_of
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -11,8 +11,8 @@ from frugal_dist.training.data.hub_and_files import open_documents
 from frugal_dist.training.data.prepared import PreparedData, check_tokens, open_prepared
 from frugal_dist.training.data.streams import LANES, Reading, Stream, check_enough, choose_lanes, first_rows
 from frugal_dist.training.data.tokenizer import Encoder, read_encoder
-from frugal_dist.training.evaluate import ROWS_AT_ONCE, Validation
 from frugal_dist.training.recipe import Recipe
+from frugal_dist.training.validation import ROWS_AT_ONCE, Validation
 
 VALIDATION_SEED = 42  # of the papers' code: all runs are measured on the same text
 COUNTED_BYTES = 32 << 20

@@ -20,10 +20,10 @@ from frugal_dist.checkpoint import SavedWeights
 from frugal_dist.training.distributed.ranks import agree
 from frugal_dist.training.engines import Engine
 from frugal_dist.training.engines.collectives import gathered
-from frugal_dist.training.evaluate import EvalResult
 from frugal_dist.training.finetune.classification import Classifier, ExampleRows
 from frugal_dist.training.finetune.glue import measure
 from frugal_dist.training.folders import give_ordinary_permissions
+from frugal_dist.training.validation import EvalResult
 
 _TOGETHER = 32
 BEST = "best"
