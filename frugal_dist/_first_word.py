@@ -8,7 +8,7 @@ import sys
 from itertools import pairwise
 from types import FrameType
 
-COMMANDS = ("pretrain", "finetune", "compare", "plan", "doctor", "export")
+COMMANDS = ("pretrain", "finetune", "compare", "plan", "doctor", "export", "evaluate", "generate")
 RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
 

@@ -6,7 +6,7 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 _OTHER_COMMANDS = {
     "help": "frugal-dist --help lists them; frugal-dist COMMAND --help says what one takes.",
-    "generate": "frugal-dist export makes a model folder, with which transformers generates: docs/data.md.",
     "train": "Did you mean 'pretrain' or 'finetune'?",
     "resume": "The same pretrain command goes on where its run was.",
-    "evaluate": "frugal-dist export makes a model folder, which any evaluation harness reads.",
+    "status": "Did you mean 'runs'?",
+    "check": "Did you mean 'recipe check'?",
 }
 
 
@@ -64,9 +64,10 @@ def _check_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> Non
     """ValueError for a first word that is no command, with the one that may be meant; so for commands below it."""
     for word in words:
         known = _commands(parser)
-        takes_recipe = any(action.dest == "recipe" for action in parser._actions)
-        if takes_recipe and word.startswith("-") and word.partition("=")[0] not in parser._option_string_actions:
-            raise ValueError(f"the recipe comes first, then its keys: {parser.prog} RECIPE {word} ...")
+        takes_keys = parser.get_default("changes") is not None
+        if takes_keys and word.startswith("-") and word.partition("=")[0] not in parser._option_string_actions:
+            first = next(str(action.metavar) for action in parser._actions if not action.option_strings)
+            raise ValueError(f"the {first.lower()} comes first, then its keys: {parser.prog} {first} {word} ...")
         if known and word.startswith("--") and word not in parser._option_string_actions:
             raise ValueError(f"there is no option {word}{_close_options(parser, (), [word])}".rstrip("."))
         if not known or word.startswith("-"):
@@ -100,12 +101,11 @@ class _Help(argparse.Action):
 
 def _list_keys(options: argparse.Namespace) -> None:
     from frugal_dist.training.finetune.recipe import FinetuneRecipe
-    from frugal_dist.training.recipe import Recipe, read_recipe
+    from frugal_dist.training.recipe import Recipe, kind_of, read_recipe
 
     print(flush=True)
-    if options.command is _finetune:
-        read_recipe(options.recipe, ["--help"], FinetuneRecipe)
-    read_recipe(options.recipe, ["--help"], Recipe)
+    kind = FinetuneRecipe if options.command is _finetune else kind_of(options.recipe, (Recipe, FinetuneRecipe))
+    read_recipe(options.recipe, ["--help"], kind)
 
 
 def _with_recipe(commands: Any, name: str, about: str) -> argparse.ArgumentParser:
@@ -139,8 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_contenders(finetune, "train each of these and end in a table", "adamw,frugal-svd:rank=4,lora@1e-3")
     finetune.set_defaults(command=_finetune, changes=())
 
-    recipes = commands.add_parser("recipes", help="the recipes that come with the package")
-    recipes.set_defaults(command=_recipes)
+    _add_recipe(commands.add_parser("recipe", aliases=["recipes"], help="list, copy or check recipes"))
 
     _add_data(commands.add_parser("data", help="text to token files; reviews to fine-tune on"))
 
@@ -170,7 +169,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     plot.set_defaults(command=_plot)
 
-    _add_export(commands.add_parser("export", help="a checkpoint as a Hugging Face model folder"))
+    runs = commands.add_parser("runs", help="a table of runs: state, step, loss, perplexity, tokens/s")
+    folder = "with runs below it (default runs)"
+    runs.add_argument("folders", type=Path, nargs="*", default=[Path("runs")], metavar="FOLDER", help=folder)
+    runs.add_argument("--json", action="store_true", help="for programs")
+    runs.set_defaults(command=_runs)
+
+    evaluate = commands.add_parser(
+        "evaluate", help="loss and perplexity of a run or an export on validation data", allow_abbrev=False
+    )
+    evaluate.add_argument("model", type=Path, metavar="MODEL", help="a run, its checkpoints or one, or an export")
+    evaluate.add_argument("--recipe", help="whose data to take (default: what the model was trained by); --KEY VALUE")
+    evaluate.add_argument("--json", action="store_true", help="for programs")
+    evaluate.set_defaults(command=_evaluate, changes=())
+
+    _add_generate(commands.add_parser("generate", help="text by a run or an export, after a prompt"))
+
+    _add_export(commands.add_parser("export", help="a checkpoint as a Hugging Face model folder, with a model card"))
 
     doctor = commands.add_parser("doctor", help="what works on this machine, tried out: minutes on a few cores")
     doctor.add_argument("--folder", type=Path, default=Path("runs"), help="where runs would be written (default runs)")
@@ -182,7 +197,39 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("model", nargs="?", metavar="MODEL", help="a recipe, or a config.json or the folder with it")
     memory.add_argument("--density", type=float, default=0.25, help="share updated with state (default 0.25)")
     memory.set_defaults(command=_memory)
+
+    completion = commands.add_parser("completion", help="what makes a shell complete commands and options")
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    completion.set_defaults(command=_completion)
     return parser
+
+
+def _add_recipe(recipe: argparse.ArgumentParser) -> None:
+    recipe.set_defaults(command=_recipe_list)
+    steps = recipe.add_subparsers(metavar="STEP")
+    steps.add_parser("list", help="the recipes that come with the package").set_defaults(command=_recipe_list)
+
+    copy = steps.add_parser("copy", help="write one of them to a file, to be changed")
+    copy.add_argument("name", metavar="NAME", help="of a shipped recipe")
+    copy.add_argument("out", type=Path, nargs="?", metavar="FILE", help="default: NAME.yaml")
+    copy.set_defaults(command=_recipe_copy)
+
+    check = _with_recipe(steps, "check", "all that a training does before its first step; --KEY VALUE as for pretrain")
+    check.add_argument("--ranks", type=int, help="how many will train (default: the fewest that the engine takes)")
+    check.set_defaults(command=_recipe_check, changes=())
+
+
+def _add_generate(generate: argparse.ArgumentParser) -> None:
+    generate.add_argument("model", type=Path, metavar="MODEL", help="a run, its checkpoints or one, or an export")
+    generate.add_argument("--prompt", default="", help="how the text begins; - reads it from the standard input")
+    generate.add_argument("--tokens", type=int, default=100, help="new ones at most (default 100)")
+    generate.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token always (default 1)")
+    generate.add_argument("--top-k", type=int, default=50, help="draw from so many likeliest; 0: all (default 50)")
+    generate.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest of this share (default 1)")
+    generate.add_argument("--seed", type=int, help="the same text every time (default: another one)")
+    generate.add_argument("--samples", type=int, default=1, help="how many texts (default 1)")
+    generate.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: the run's, or the export's")
+    generate.set_defaults(command=_generate)
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -273,11 +320,69 @@ def _version() -> str:
         return "(not installed)"
 
 
-def _recipes(options: argparse.Namespace) -> int:
+def _recipe_list(options: argparse.Namespace) -> int:
     from frugal_dist.training.recipe import list_recipes
 
     print(list_recipes())
     return 0
+
+
+def _recipe_copy(options: argparse.Namespace) -> int:
+    from frugal_dist.training.recipe import copy_recipe
+
+    files, command = copy_recipe(options.name, options.out)
+    print(f"{', '.join(map(str, files))} written; to train: {command}")
+    return 0
+
+
+def _recipe_check(options: argparse.Namespace) -> int:
+    from frugal_dist.training.check import check
+
+    print(check(options.recipe, options.changes, options.ranks))
+    return 0
+
+
+def _runs(options: argparse.Namespace) -> int:
+    from frugal_dist.training.runs import list_runs
+
+    print(list_runs(options.folders, options.json))
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from frugal_dist.training.evaluate import evaluate
+
+    print(evaluate(options.model, options.changes, options.recipe, options.json))
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from dataclasses import fields
+
+    from frugal_dist.training.generate import Sampling, generate
+
+    sampling = Sampling(**{field.name: getattr(options, field.name) for field in fields(Sampling)})
+    prompt = sys.stdin.read().rstrip("\n") if options.prompt == "-" else options.prompt
+    print(*generate(options.model, prompt, sampling, options.tokenizer), sep="\n\n")
+    return 0
+
+
+def _completion(options: argparse.Namespace) -> int:
+    import shtab
+
+    parser = _parser()
+    for one in _parsers(parser):
+        for action in one._actions:
+            if action.type is Path or action.dest == "recipe":
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(parser, options.shell))
+    return 0
+
+
+def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for below in _commands(parser).values():
+        yield from _parsers(below)
 
 
 PRINT = "--print_config"

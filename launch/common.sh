@@ -172,11 +172,15 @@ PY
 }
 
 # remember RECIPE [--key value ...]: before the launch, which a mistake in the recipe ends. What an earlier start has
-# recorded says nothing about this one.
+# recorded says nothing about this one. A dry run checks all that shows before the first step, for WORLD ranks if it is set.
 remember() {
     say "checking $1 ..." >&2
+    if [[ -n ${DRY_RUN:-} ]]; then
+        python -m frugal_dist.cli recipe check "$@" ${WORLD:+--ranks "$WORLD"} || exit
+        return
+    fi
     FAILURE=$(check "$@") || exit 2
-    [[ -n ${DRY_RUN:-} ]] || rm -f "$FAILURE"
+    rm -f "$FAILURE"
     BEFORE=$(record "$@")
 }
 

@@ -4,7 +4,7 @@
 #   bash launch/deepspeed.sh RECIPE [--key value ...]
 #   bash launch/deepspeed.sh llama_1b --deepspeed ds_configs/zero2_bf16.json --steps 1000
 #
-# RECIPE is a shipped name or a YAML file; --key value changes any of its keys. --dry-run shows what would be started. Settings, all optional:
+# RECIPE is a shipped name or a YAML file; --key value changes any of its keys. --dry-run checks all but training, and shows what would be started. Settings, all optional:
 #   RANKS         ranks (default: one per GPU, or one); CUDA_VISIBLE_DEVICES says which GPUs, by number
 #   MASTER_PORT   a port of this machine that is free (default: found)
 # The same command goes on where the last checkpoint was made. SIGTERM, SIGUSR1, Ctrl-C and a lost terminal save first; then
@@ -26,6 +26,7 @@ stop() {
     ((${#ranks[@]})) && kill -TERM "${ranks[@]}" 2>/dev/null || kill -TERM -- "-$LAUNCHER" 2>/dev/null || true
 }
 
+WORLD=$RANKS
 remember "$1" --engine deepspeed "${@:2}"
 code=0
 attend quietly deepspeed "${PICKED[@]}" --master_port "$MASTER_PORT" --no_local_rank --log_level=error \

@@ -3,7 +3,7 @@
 #
 #   HOSTFILE=hostfile bash launch/deepspeed_hostfile.sh RECIPE [--key value ...]
 #
-# RECIPE is a shipped name or a YAML file; --key value changes any of its keys. --dry-run shows what would be started. The hosts see this checkout, the data and
+# RECIPE is a shipped name or a YAML file; --key value changes any of its keys. --dry-run checks all but training, and shows what would be started. The hosts see this checkout, the data and
 # the run's folder under the same paths, and ssh to them works without a password. Settings:
 #   HOSTFILE        lines "HOST slots=RANKS" (default: hostfile)
 #   LAUNCHER        pdsh (default), openmpi, mpich, or slurm (inside an allocation of these hosts)
@@ -74,6 +74,7 @@ stop() {
     esac
 }
 
+WORLD=$(hosts "$HOSTFILE" | awk '{n += $2} END {print n}')
 remember "$1" --engine deepspeed "${@:2}"
 code=0
 # The program by its path: not every launcher of DeepSpeed can start a module.

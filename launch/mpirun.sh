@@ -4,7 +4,7 @@
 #   bash launch/mpirun.sh RECIPE [--key value ...]
 #   HOSTFILE=hostfile bash launch/mpirun.sh llama_1b --deepspeed ds_configs/zero2_bf16.json
 #
-# RECIPE is a shipped name or a YAML file; --key value changes any of its keys. --dry-run shows what would be started. Settings, all optional:
+# RECIPE is a shipped name or a YAML file; --key value changes any of its keys. --dry-run checks all but training, and shows what would be started. Settings, all optional:
 #   RANKS         ranks in all (default: those of HOSTFILE, or one per GPU of this machine, or one)
 #   HOSTFILE      lines "HOST slots=RANKS"; hosts see this checkout, the data and the run's folder under the same paths
 #   MPIRUN        which mpirun (default: the first that is found)
@@ -51,6 +51,7 @@ else
     if [[ -n ${HOSTFILE:-} ]]; then args+=(--hostfile "$HOSTFILE"); else args+=(--oversubscribe); fi
     for name in "${names[@]}"; do args+=(-x "$name"); done
 fi
+WORLD=$RANKS
 remember "$@"
 [[ -z $DRY_RUN ]] || show "$mpirun" "${args[@]}" "${more[@]}" python -u -m frugal_dist.cli pretrain "$@"
 exec "$mpirun" "${args[@]}" "${more[@]}" python -u -m frugal_dist.cli pretrain "$@" </dev/null

@@ -50,7 +50,7 @@ DATA_DIR=${DATA_DIR:-.cache/quickstart}
 if [[ -n $DRY_RUN ]]; then
     bash launch/setup.sh --dry-run train,deepspeed,demo
     say "would prepare the data in $DATA_DIR, then train into $RUN_DIR"
-    exit 0
+    [[ -x .venv/bin/frugal-dist && -r $DATA_DIR/prepared.json ]] || exit 0 # what a check needs is still to be made
 fi
 
 # Every phase ends as a whole: the training saves first.
@@ -72,19 +72,23 @@ phase() {
     ((code == 0)) || exit "$code"
 }
 
-phase bash launch/setup.sh train,deepspeed,demo
+[[ -n $DRY_RUN ]] || phase bash launch/setup.sh train,deepspeed,demo
 export PATH=$PWD/.venv/bin:$PATH
-phase frugal-dist demo prepare --data "$DATA_DIR"
+[[ -n $DRY_RUN ]] || phase frugal-dist demo prepare --data "$DATA_DIR"
 
 if [[ -z ${RANKS:-} ]]; then
     most=$(gpus)
     for RANKS in 8 4 2 1; do ((RANKS > (most > 0 ? most : 2))) || break; done # which divide the batch
 fi
-say "training on $RANKS ranks into $RUN_DIR; DeepSpeed starts in a moment, Ctrl-C saves and stops"
 export RANKS
-phase bash launch/deepspeed.sh reviews_5m --folder "$RUN_DIR" --data.path "$DATA_DIR" --data.epochs 10 \
-    --steps 500 --batch 8 --optimizer.lr 1.5e-3 --clip 1 --precision fp32 --evaluate_every 125 --evaluation_tokens 32768 \
+training=(
+    bash launch/deepspeed.sh reviews_5m --folder "$RUN_DIR" --data.path "$DATA_DIR" --data.epochs 10
+    --steps 500 --batch 8 --optimizer.lr 1.5e-3 --clip 1 --precision fp32 --evaluate_every 125 --evaluation_tokens 32768
     ${CONFIG:+--deepspeed "$CONFIG"} "${CHANGES[@]}"
+)
+[[ -z $DRY_RUN ]] || exec "${training[@]}" --dry-run
+say "training on $RANKS ranks into $RUN_DIR; DeepSpeed starts in a moment, Ctrl-C saves and stops"
+phase "${training[@]}"
 phase frugal-dist plot "$RUN_DIR"
 say "metrics: $RUN_DIR/metrics.jsonl; a model for transformers: .venv/bin/frugal-dist export $RUN_DIR --out DIR"
 say "next: bash launch/quickstart.sh --optimizer.name adamw (or galore, frugal-columns), then frugal-dist plot of both runs"

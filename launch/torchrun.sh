@@ -5,7 +5,7 @@
 #   bash launch/torchrun.sh llama_60m --engine ddp
 #   NODES=2 MASTER=node1:29500 bash launch/torchrun.sh llama_1b --engine fsdp2        # on both machines
 #
-# RECIPE is a shipped name or a YAML file; --key value changes any of its keys. --dry-run shows what would be started. Machines see the run's folder under the
+# RECIPE is a shipped name or a YAML file; --key value changes any of its keys. --dry-run checks all but training, and shows what would be started. Machines see the run's folder under the
 # same path. Settings, all optional:
 #   RANKS      ranks on each machine (default: one per GPU, or one)
 #   NODES      machines
@@ -36,6 +36,7 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$GRACE # which torch 2.11 ignores; its opt
 # shellcheck disable=SC2329 # called by attend
 stop() { kill "-$1" "$LAUNCHER" 2>/dev/null || true; } # torchrun passes it on; it may just have ended
 
+WORLD=$((RANKS * NODES))
 remember "$@"
 code=0
 attend torchrun --nnodes "$NODES" --nproc-per-node "$RANKS" --max-restarts "$RESTARTS" \

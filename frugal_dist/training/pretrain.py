@@ -40,7 +40,7 @@ def _prepare(recipe: Recipe, place: DistEnv, stack: ExitStack) -> TrainingJob:
     from frugal_dist.training.models import has_dropout, seed_masks
     from frugal_dist.training.optimizers import settled
 
-    schedule, data, model, longer = together(partial(_materials, recipe, place))
+    schedule, data, model, longer = together(partial(materials, recipe, place))
     if has_dropout(model):
         seed_masks(recipe.seed, engine_share(recipe, place)[0])
     flops = flops_per_token(model, recipe.length)
@@ -56,8 +56,11 @@ def _prepare(recipe: Recipe, place: DistEnv, stack: ExitStack) -> TrainingJob:
     return TrainingJob(recipe, record, parameters, engine, data.batches, data.validation, summary, flops, note=note)
 
 
-def _materials(recipe: Recipe, place: DistEnv) -> tuple[Schedule, OpenData, nn.Module, str]:
-    """What each rank makes for itself, and a remark on it: most of what can be wrong shows here."""
+def materials(recipe: Recipe, place: DistEnv, weights: bool = True) -> tuple[Schedule, OpenData, nn.Module, str]:
+    """What each rank makes for itself, and a remark on it: most of what can be wrong shows here.
+
+    ``weights``: False leaves fresh ones on the meta device, where they take neither time nor memory.
+    """
     import torch
 
     from frugal_dist.training.data.sources import open_data
@@ -69,7 +72,8 @@ def _materials(recipe: Recipe, place: DistEnv) -> tuple[Schedule, OpenData, nn.M
     schedule = build_schedule(recipe.schedule, recipe.steps)
     data = open_data(recipe, engine_share(recipe, place)[1])
     torch.manual_seed(recipe.seed)
-    model = build_model(recipe.model, data.vocab_size, recipe.length, data.separator)
+    with torch.device("cpu" if weights or recipe.model.pretrained else "meta"):
+        model = build_model(recipe.model, data.vocab_size, recipe.length, data.separator)
     # Of a row per document the model reads all tokens but the last.
     longer = check_positions(model, recipe.length - (recipe.data.rows == "truncated"))
     return schedule, data, model, longer

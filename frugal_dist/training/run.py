@@ -157,7 +157,7 @@ def _begun(read: Callable[[], R], check: Callable[[R], None], place: DistEnv) ->
     try:
         recipe = read()
         check(recipe)
-        log = _writable(_folder_of_a_run(recipe.folder), log_file(place.rank))
+        log = _writable(folder_of_a_run(recipe.folder), log_file(place.rank))
     except Exception as error:
         if place.world == 1:
             raise
@@ -165,7 +165,7 @@ def _begun(read: Callable[[], R], check: Callable[[R], None], place: DistEnv) ->
     return log, lambda: recipe
 
 
-def _folder_of_a_run(folder: str) -> Path:
+def folder_of_a_run(folder: str) -> Path:
     """ValueError for what is no folder of its own: nothing, or another run's checkpoints."""
     run = Path(folder)
     if not folder.strip():

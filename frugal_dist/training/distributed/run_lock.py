@@ -84,6 +84,17 @@ def check_free(run: Path, tell: Callable[[str], object]) -> None:
     _left_behind(run / LOCK_FILE, tell)
 
 
+def seems_held(run: Path) -> bool:
+    """Whether a process trains in this folder, at a glance: on another machine, if the lock was touched lately."""
+    lock, holder = run / LOCK_FILE, _parsed(_text(run / LOCK_FILE))
+    if holder is not None and holder.machine == _machine():
+        return _born(holder.pid) == holder.born
+    try:
+        return time.time() - lock.stat().st_mtime < OBSERVED
+    except OSError:
+        return False
+
+
 def _left_behind(lock: Path, tell: Callable[[str], object]) -> str:
     """The text of the lock, whose holder is dead; ValueError if it lives."""
     text = _text(lock)

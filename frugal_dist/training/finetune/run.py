@@ -53,7 +53,8 @@ class Materials:
     classifier: Classifier
 
 
-def _materials(recipe: FinetuneRecipe, place: DistEnv) -> Materials:
+def materials(recipe: FinetuneRecipe, place: DistEnv) -> Materials:
+    """What each rank makes for itself."""
     import torch
 
     from frugal_dist.training.engines import check_engine
@@ -86,7 +87,7 @@ def _prepare(recipe: FinetuneRecipe, place: DistEnv, stack: ExitStack) -> Traini
     from frugal_dist.training.models import seed_masks
     from frugal_dist.training.optimizers import settled
 
-    made = together(partial(_materials, recipe, place))
+    made = together(partial(materials, recipe, place))
     run, model = made.run, made.model
     parameters, trained = count(model, trained=False), count(model, trained=True)
     seed_masks(recipe.seed, place.rank)

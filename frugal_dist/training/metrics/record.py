@@ -1,6 +1,7 @@
 """Metrics of a run: one JSON object a line, written by rank 0 and readable while the run goes on.
 
-Beside the file, TensorBoard and Weights & Biases, where a recipe asks for them: trouble with one never ends a training.
+Beside the file, TensorBoard, Weights & Biases and a file for Prometheus, where a recipe asks for them: trouble with one
+never ends a training.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +25,9 @@ from typing import Any
 from frugal_dist.checkpoint.disk import whole_file
 
 METRICS_FILE = "metrics.jsonl"
+PROMETHEUS_FILE = "metrics.prom"
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+"""That trackers need."""
 
 
 class MetricsLog:
@@ -135,7 +140,7 @@ class Tracker:
 def check_trackers(names: Sequence[str]) -> None:
     """ValueError for a tracker whose package is missing; on every rank, before anything is started."""
     for name in names:
-        if not _is_installed(PACKAGES[name]):
+        if name in PACKAGES and not _is_installed(PACKAGES[name]):
             raise ValueError(f"trackers has {name!r}, whose package is missing: pip install 'frugal_dist[tracking]'.")
 
 
@@ -241,4 +246,26 @@ def _wandb(folder: Path, record: dict[str, Any], start: int) -> Tracker:
     return Tracker("wandb", lambda step, figures: run.log(figures, step=step), run.finish)
 
 
-OPEN: dict[str, Callable[[Path, dict[str, Any], int], Tracker]] = {"tensorboard": _tensorboard, "wandb": _wandb}
+def _prometheus(folder: Path, record: dict[str, Any], start: int) -> Tracker:
+    """FOLDER/metrics.prom: the latest figures in Prometheus' text format, and when they were written: a heartbeat."""
+    path, latest = folder / PROMETHEUS_FILE, {"steps_asked": float(record.get("steps", 0))}
+    label = json.dumps(str(folder), ensure_ascii=False)
+
+    def add(step: int, figures: dict[str, float]) -> None:
+        latest.update({**figures, "step": step, "heartbeat_seconds": time.time()})
+        lines = []
+        for name, value in latest.items():
+            whole = "frugal_" + re.sub(r"\W", "_", name, flags=re.ASCII)
+            lines += [f"# TYPE {whole} gauge", f"{whole}{{run={label}}} {value!r}"]
+        with whole_file(path) as file:
+            file.write("".join(f"{line}\n" for line in lines).encode())
+
+    add(start, {})
+    return Tracker("prometheus", add, lambda: None)
+
+
+OPEN: dict[str, Callable[[Path, dict[str, Any], int], Tracker]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "prometheus": _prometheus,
+}

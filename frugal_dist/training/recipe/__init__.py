@@ -2,7 +2,15 @@
 
 from frugal_dist.training.optimizers import Optimizer
 from frugal_dist.training.recipe.declared import Data, Model, Recipe, Run, Saving, check_recipe, check_run
-from frugal_dist.training.recipe.reading import as_yaml, list_recipes, read_recipe, shipped
+from frugal_dist.training.recipe.reading import (
+    as_yaml,
+    copy_recipe,
+    kind_of,
+    list_recipes,
+    read_recipe,
+    recipe_of,
+    shipped,
+)
 from frugal_dist.training.schedule import Schedule
 
 __all__ = [
@@ -16,7 +24,10 @@ __all__ = [
     "as_yaml",
     "check_recipe",
     "check_run",
+    "copy_recipe",
+    "kind_of",
     "list_recipes",
     "read_recipe",
+    "recipe_of",
     "shipped",
 ]

@@ -123,7 +123,7 @@ class Run:
         log_every: steps between two lines of metrics.
         bad_steps: consecutive steps without a finite gradient that are skipped before the run gives up.
         seed: of weights, masks of dropout and data order.
-        trackers: tensorboard, wandb, or both, beside the metrics file.
+        trackers: tensorboard, wandb, prometheus (FOLDER/metrics.prom), or several, beside the metrics file.
     """
 
     SHIPPED = ""
@@ -147,7 +147,7 @@ class Run:
     log_every: int = 10
     bad_steps: int = 10
     seed: int = 0
-    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    trackers: list[Literal["tensorboard", "wandb", "prometheus"]] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
         """All of it, for the metrics file."""

@@ -6,11 +6,12 @@ single keys. Unknown keys and values of the wrong type are errors that name the 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from glob import glob
 from importlib import resources
@@ -26,6 +27,7 @@ from frugal_dist.training.recipe.spelling import (
     Keys,
     check_keys_of,
     fitted_file,
+    is_key,
     keys_of,
     read_changes,
     value_for,
@@ -63,10 +65,25 @@ def read_recipe(
         stage = _settle_short_names(values)
     except ValueError as error:
         raise ValueError(f"recipe {name}: {error}") from error
-    parser = recipe_parser(kind, f"frugal-dist {COMMANDS[kind.SHIPPED].partition(',')[0]} {name}")
     if {"--help", "-h"} & set(changes):
+        parser = recipe_parser(kind, f"frugal-dist {COMMANDS[kind.SHIPPED].partition(',')[0]} {name}")
         parser.set_defaults(_flat(values, keys))
         parser.parse_args(["--help"])
+    return _made(kind, f"recipe {name}", values, changes, stage, path)
+
+
+def recipe_of(record: Mapping[str, Any], changes: Sequence[str] = (), kind: type[R] = Recipe) -> R:  # type: ignore[assignment]
+    """The recipe that a run noted in its metrics, with changes as ``read_recipe`` takes them."""
+    keys = keys_of(kind)
+    values = copy.deepcopy({key: value for key, value in record.items() if key in keys})
+    return _made(kind, "the run's recipe", values, changes, None, Path())
+
+
+def _made(
+    kind: type[R], named: str, values: dict[str, Any], changes: Sequence[str], stage: int | None, path: Path
+) -> R:
+    """Values with changes, as a recipe. ``stage``: of an engine named by it; ``path``: beside which files lie."""
+    keys, parser = keys_of(kind), recipe_parser(kind)
     for key, text in read_changes(changes, keys):
         if key == "engine":
             stage = ZERO.get(text)
@@ -74,7 +91,7 @@ def read_recipe(
     try:
         checked = parser.instantiate(parser.parse_object(values))
     except Exception as error:  # the library has several kinds of errors
-        raise ValueError(f"recipe {name}: {_explained(str(error))}") from error
+        raise ValueError(f"{named}: {_explained(str(error))}") from error
     typed = {one.name: getattr(checked, one.name) for one in fields(kind)}
     typed = {**_beside(path, typed), "folder": os.path.expanduser(typed["folder"])}
     typed["deepspeed"] = _staged(typed["deepspeed"], stage)
@@ -156,6 +173,55 @@ def list_recipes() -> str:
             first = path.read_text(encoding="utf-8").partition("\n")[0]
             lines.append(f"  {name:<20} {first.lstrip('# ')}")
     return "\n".join(lines)
+
+
+def copy_recipe(name: str, out: Path | None = None) -> tuple[list[Path], str]:
+    """Copy a shipped recipe, and the DeepSpeed JSON that it names: the files, and a command that takes the recipe.
+
+    ``out``: a file or an existing folder; None is NAME.yaml here. ValueError for a name that is not shipped, and for
+    files that are there already or cannot be written.
+    """
+    from frugal_dist.training.recipe.yaml_file import read_yaml
+
+    found = {one: (path, folder) for folder in COMMANDS for one, path in _shipped(folder).items()}
+    if name not in found:
+        close = difflib.get_close_matches(name, found, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"there is no shipped recipe {name!r}; choose one of {', '.join(found)}.{hint}")
+    source, folder = found[name]
+    out = Path(f"{name}.yaml") if out is None else out / f"{name}.yaml" if out.is_dir() else out
+    json_file = read_yaml(source).get("deepspeed")
+    files = {out: source} | ({out.parent / json_file: source.parent / json_file} if json_file else {})
+    for target in files:
+        if target.exists():
+            raise ValueError(f"{target} exists already; name another file.")
+    for target, origin in files.items():
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(origin.read_bytes())
+        except OSError as error:
+            raise ValueError(f"{target} cannot be written: {error.strerror}.") from error
+    return list(files), f"frugal-dist {COMMANDS[folder].partition(',')[0]} {out}"
+
+
+def kind_of(name: str, kinds: Sequence[type[Run]]) -> type[Run]:
+    """Whose keys a recipe has: a shipped one by its folder, a file by what stands in it; the first kind if in doubt."""
+    from frugal_dist.training.recipe.yaml_file import read_yaml
+
+    for kind in kinds:
+        if name in shipped(kind):
+            return kind
+    if not Path(name).is_file():
+        return kinds[0]
+    names = list(_names(read_yaml(Path(name))))
+    return min(kinds, key=lambda kind: sum(not is_key(one, keys_of(kind)) for one in names))
+
+
+def _names(values: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        yield f"{above}{name}"
+        if isinstance(value, dict):
+            yield from _names(value, f"{above}{name}.")
 
 
 def _staged(named: str | None, stage: int | None) -> str | None:
