@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from frugal_dist.checkpoint.folder import latest_step
@@ -64,7 +64,7 @@ def check(name: str, changes: Sequence[str] = (), ranks: int | None = None) -> s
     """Everything short of training: keys, values, packages, data, vocabulary, model, engine, batch, folder.
 
     ``ranks``: on how many; None is 1, for engines that need more the fewest they take. Returns what was found. Raises
-    ValueError for the first thing that would end the training before it begins. Nothing is written.
+    ValueError for the first thing that would end the training before it begins. Nothing is left behind.
     """
     kind = kind_of(name, list(KINDS))
     check_values, make = KINDS[kind]
@@ -98,6 +98,10 @@ def check(name: str, changes: Sequence[str] = (), ranks: int | None = None) -> s
 
 
 def _check_writable(folder: Path) -> None:
+    """By trying, as rights alone do not say it of every file system; in what of the folder's path there is."""
     place = next(one for one in (folder, *folder.absolute().parents) if one.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"folder is {str(folder)!r}, which cannot be written. Choose another --folder.")
+    try:
+        with TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(f"folder is {str(folder)!r}, which cannot be written: {error.strerror}.") from error

@@ -138,7 +138,7 @@ def test_in_a_container_image_nothing_is_installed(checkout: Checkout) -> None:
 
 def test_an_unknown_extra_is_an_error_that_lists_the_known_ones(checkout: Checkout) -> None:
     shown = checkout.setup("trian", rc=2)
-    known = "train finetune deepspeed mpi tracking demo bench examples docs all dev"
+    known = "train finetune deepspeed mpi tracking completion demo bench examples docs all dev"
     assert "by commas: train,deepspeed" in checkout.setup("train", "deepspeed", rc=2)
     assert "would make or update" in checkout.setup("--dry-run", "train")
     assert f'unknown extra "trian"; pyproject.toml has: {known}' in shown

@@ -112,6 +112,17 @@ def test_runs_are_exported_and_drawn(folder: Path, whole: Path, capfd: pytest.Ca
     assert "Tokenizer: " in capfd.readouterr().out
     for written in (folder / "exported", whole / "best"):
         assert {file.stat().st_mode & 0o777 for file in written.iterdir()} == {written.stat().st_mode & 0o666}
+    assert "score" in (folder / "exported" / "README.md").read_text()
+    last, kept = read_metrics(whole)[-1], json.loads((whole / "best" / "evaluation.json").read_text())
+    for place, expected in {whole: last, folder / "exported": last, whole / "best": kept}.items():
+        assert main(["evaluate", str(place), "--json"]) == 0
+        found = json.loads(capfd.readouterr().out)
+        assert found["score"] == pytest.approx(expected["score"], abs=1e-12)
+        assert found["amount"] == f"{VALIDATION} examples"
+    assert main(["recipe", "check", str(folder / "recipe.yaml")]) == 0
+    assert "goes on with the run that is there" in capfd.readouterr().out
+    assert main(["generate", str(whole / "best")]) == 2
+    assert "which writes no text" in capfd.readouterr().err
     model = AutoModelForSequenceClassification.from_pretrained(folder / "exported")
     assert model.config.id2label == {0: "dull", 1: "fine"}
     assert main(["plot", str(whole)]) == 0

@@ -338,7 +338,9 @@ def test_what_a_recipe_says_is_shown(capsys: pytest.CaptureFixture[str]) -> None
     [
         ("pretain llama_60m", "Did you mean 'pretrain'?"),
         ("data prepar x", "Did you mean 'prepare'?"),
-        ("generate", "export makes a model folder"),
+        ("generat runs/a", "Did you mean 'generate'?"),
+        ("evaluate --steps 3 runs/a", "the model comes first, then its keys"),
+        ("recipe chek reviews_5m", "Did you mean 'check'?"),
         ("plot runs/a --ot x", "Did you mean --out?"),
         ("--verson", "Did you mean --version?"),
         ("help", "frugal-dist --help"),
