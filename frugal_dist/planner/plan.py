@@ -5,7 +5,7 @@ tensors: no memory, no ranks, no GPU.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,12 +32,14 @@ from frugal_dist.update.rules import every_moment
 
 @dataclass
 class RankPlan:
-    """One rank, in bytes. ``step_calls`` counts collectives, ``step_sent`` is what this rank sends. ``selected``: which
+    """One rank, in bytes. ``parameters`` and ``gradients``: elements, of the latter those that are there at the same
+    time. ``step_calls`` counts collectives, ``step_sent`` is what this rank sends. ``selected``: which
     entries randk selects, about; not part of the state, as they can be drawn again. ``remainders``: of all weights.
     """
 
     rank: int
     parameters: int = 0
+    gradients: int = 0
     moments: int = 0
     bases: int = 0
     regular: int = 0
@@ -61,7 +63,8 @@ class Plan:
     ``states``: optimizer state of every rank in bytes. ``owned`` and ``refresh_work``: how many refreshes each rank
     owns, and their work. ``papers``: state in bytes as the papers count it, see ``papers_bytes``. ``solver``: an
     estimate of what the owner of a matrix takes at most for its basis, beside its gradient; ``solver_on_host``: the
-    same, where it is always computed on the CPU. ``gradient``: of the largest matrix with a basis.
+    same, where it is always computed on the CPU. ``gradient``: of the largest matrix with a basis. ``released``: steps
+    are taken inside of backward passes.
     """
 
     engine: str
@@ -75,6 +78,7 @@ class Plan:
     solver_on_host: int = 0
     gradient: int = 0
     layouts: Counter[str] = field(default_factory=Counter)
+    released: bool = False
 
     @property
     def worst(self) -> RankPlan:
@@ -118,12 +122,18 @@ class _Storage:
 
 
 def make_plan(
-    optimizer: Frugal, engine: EngineLayout, ranks: int, bucket_bytes: int = BUCKET_BYTES, shown: Sequence[int] = ()
+    optimizer: Frugal,
+    engine: EngineLayout,
+    ranks: int,
+    bucket_bytes: int = BUCKET_BYTES,
+    shown: Sequence[int] = (),
+    units: Sequence[Collection[str]] = (),
 ) -> Plan:
     """Plan for ``optimizer`` (its parameters may be on the meta device) under ``engine`` on ``ranks`` ranks.
 
-    ``shown``: the ranks to look at in full, beside the one with the most state; all if empty. The weights are taken to
-    be fp32, as masters are, or bf16 where they have remainders.
+    ``shown``: the ranks to look at in full, beside the one with the most state; all if empty. ``units``: names of the
+    parameters that are stepped together inside of backward passes; none: all are in one step afterwards. The weights
+    are taken to be fp32, as masters are, or bf16 where they have remainders.
     """
     originals, groups = optimizer.originals, optimizer.param_groups
     parts = [engine.parts(originals, rank, ranks) for rank in range(ranks)]
@@ -153,14 +163,15 @@ def make_plan(
                 work.state.set_counter("size", work.size)
         return runtime, load
 
-    plan = Plan(engine.name, ranks)
+    plan = Plan(engine.name, ranks, released=bool(units))
     runtime, load = begun(0)
     _plan_all(plan, runtime, load, parts)
-    buckets, common = step_buckets(runtime, load.works), common_refresh(runtime, load.works)
+    calls = _calls(runtime, load, units)
+    buckets, common = step_buckets(runtime, calls), common_refresh(runtime, calls)
     most = plan.states.index(max(plan.states))
     for rank in sorted({*shown, most}) if shown else range(ranks):
         runtime, load = begun(rank)
-        found = _rank_plan(runtime, load)
+        found = _rank_plan(runtime, load, units)
         found.step_calls, found.step_sent = plan_step(runtime, load.works, buckets)
         found.refresh = plan_refresh(runtime, load.works, common)
         plan.ranked.append(found)
@@ -220,9 +231,18 @@ def _tensors(
     ]
 
 
-def _rank_plan(runtime: Runtime, load: StepInputs) -> RankPlan:
+def _calls(runtime: Runtime, load: StepInputs, units: Sequence[Collection[str]]) -> list[list[LocalMatrix]]:
+    """The matrices of each call of a training step."""
+    names = [original.name for original in runtime.originals]
+    calls = [[work for work in load.works if names[work.matrix.original] in unit] for unit in units]
+    return calls if units else [load.works]
+
+
+def _rank_plan(runtime: Runtime, load: StepInputs, units: Sequence[Collection[str]]) -> RankPlan:
     """What the rank holds."""
-    found = RankPlan(runtime.ranks.rank, parameters=sum(runtime.storage.tensors(i)[1].numel() for i in load.key))
+    sizes = {runtime.originals[i].name: runtime.storage.tensors(i)[1].numel() for i in load.key}
+    together = max((sum(sizes[name] for name in unit) for unit in units), default=sum(sizes.values()))
+    found = RankPlan(runtime.ranks.rank, parameters=sum(sizes.values()), gradients=together)
     for one in load.regular:
         for name, size in _sizes(one.state):
             if name == REMAINDER:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from textwrap import wrap
 from typing import Any, Literal
 
@@ -70,7 +70,7 @@ def model_rows(engine: EngineLayout, plan: Plan, rank: RankPlan, setting: Settin
     held = part if engine.cuts_weights else everything
     zero = setting.zero
     if zero is None:
-        reduced = part if engine.cuts_gradients else everything
+        reduced = rank.gradients if plan.released else part if engine.cuts_gradients else everything
         item = 2 if setting.weights == "bf16" else ITEM
         return [Row("weights (estimate)", item * held), Row("gradients (estimate)", item * reduced)]
     low = ITEM if setting.precision == "fp32" else 2
@@ -179,7 +179,7 @@ def figures(
 def _verdict(plan: Plan, adamw: Plan, engine: EngineLayout, setting: Setting) -> str:
     """Which of the two has the lower peak, their state, and why if it is AdamW.
 
-    A refresh comes after the backward pass, whose activations are gone by then.
+    A refresh comes after the backward pass, whose activations are gone by then, unless gradients are released.
     """
     ours, theirs = (_peak(memory_rows(one, engine, setting)) for one in (plan, adamw))
     words = f"state is {_mib(max(plan.states))} MiB at most on a rank, AdamW's {_mib(max(adamw.states))}"
@@ -266,14 +266,16 @@ def _mib(size: int) -> str:
 
 
 def _refresh_rows(plan: Plan, host: bool) -> list[Row]:
-    """At most on any rank. A gradient that lies on the host is copied to the GPU, where its basis is computed."""
+    """At most on any rank. A gradient that lies on the host is copied to the GPU, where its basis is computed. Within a
+    backward pass most activations are still there.
+    """
     solver = plan.solver + (plan.gradient if host else 0)
     rows = [
-        Row("gathered gradients at a refresh", max(rank.refresh.gathered for rank in plan.ranked), host, "refresh"),
-        Row("computing the largest basis (estimate)", solver, during="refresh"),
-        Row("drawing the largest basis (estimate)", plan.solver_on_host, host=True, during="refresh"),
+        Row("gathered gradients at a refresh", max(rank.refresh.gathered for rank in plan.ranked), host),
+        Row("computing the largest basis (estimate)", solver),
+        Row("drawing the largest basis (estimate)", plan.solver_on_host, host=True),
     ]
-    return [row for row in rows if row.size]
+    return [replace(row, during="" if plan.released else "refresh") for row in rows if row.size]
 
 
 def _state(plan: Plan, baselines: Mapping[str, Plan]) -> list[str]:

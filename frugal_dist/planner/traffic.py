@@ -32,21 +32,25 @@ from frugal_dist.step.runtime import (
 
 @dataclass(frozen=True)
 class Bucket:
-    """Matrices that travel together, by position. ``padded``: elements that each replica sends, None if none are."""
+    """Matrices that travel together, by index. ``padded``: elements that each replica sends, None if none are."""
 
     works: tuple[int, ...]
     padded: int | None
 
 
-def step_buckets(runtime: Runtime, works: Sequence[LocalMatrix]) -> list[Bucket]:
+Calls = Sequence[Sequence[LocalMatrix]]
+"""The matrices of a training step, by the calls in which they are stepped: all in one, or unit by unit in backward."""
+
+
+def step_buckets(runtime: Runtime, calls: Calls) -> list[Bucket]:
     """The same on every rank."""
-    position = {work.matrix.index: i for i, work in enumerate(works)}
     found = []
-    for bucket in matrices.buckets_of(runtime, [work for work in works if matrices.travels(runtime, work)]):
-        padded = None
-        if bucket[0].matrix.replicated:
-            padded = max(map(sum, zip(*(_shares(runtime, work) for work in bucket), strict=True)))
-        found.append(Bucket(tuple(position[work.matrix.index] for work in bucket), padded))
+    for works in calls:
+        for bucket in matrices.buckets_of(runtime, [work for work in works if matrices.travels(runtime, work)]):
+            padded = None
+            if bucket[0].matrix.replicated:
+                padded = max(map(sum, zip(*(_shares(runtime, work) for work in bucket), strict=True)))
+            found.append(Bucket(tuple(work.matrix.index for work in bucket), padded))
     return found
 
 
@@ -118,30 +122,32 @@ class RefreshPlan:
 
 @dataclass(frozen=True)
 class CommonRefresh:
-    """What is the same on every rank: how many integers all agree on, the bytes of moments that each rank sends, and
-    the matrices with bases that travel together, by position; ``numbered``: those whose bases are numbers of columns.
+    """What is the same on every rank: how many integers all agree on, call by call, the bytes of moments that each rank
+    sends, and the matrices with bases that travel together, by position; ``numbered``: those whose bases are numbers of
+    columns.
     """
 
-    agreed: int
+    agreed: list[int]
     moves: int
     moved: list[int]
     buckets: list[list[int]]
     numbered: list[list[int]]
 
 
-def common_refresh(runtime: Runtime, works: Sequence[LocalMatrix]) -> CommonRefresh:
+def common_refresh(runtime: Runtime, calls: Calls) -> CommonRefresh:
     """A refresh of all matrices, later than their first."""
-    moving = [work for work in works if moves_between_ranks(runtime, work, (1, work.size))]
+    moving = [work for works in calls for work in works if moves_between_ranks(runtime, work, (1, work.size))]
     moved = [sum(sent) for sent in zip(*(moments_sent(runtime, work) for work in moving), strict=True)]
-    bases = [work for work in works if work.chooses and not work.empty]
-    numbered, computed = ([work for work in bases if work.numbered is kind] for kind in (True, False))
-    position = {work.matrix.index: i for i, work in enumerate(works)}
-    buckets = (basis_refresh.buckets_of(runtime, computed), matrices.buckets_of(runtime, numbered))
+    computed, numbered = [], []
+    for works in calls:
+        bases = [work for work in works if work.chooses and not work.empty]
+        computed += basis_refresh.buckets_of(runtime, [work for work in bases if not work.numbered])
+        numbered += matrices.buckets_of(runtime, [work for work in bases if work.numbered])
     return CommonRefresh(
-        decide.numbers_agreed(runtime, works),
+        [decide.numbers_agreed(runtime, works) for works in calls],
         len(moving),
         moved or [0] * runtime.ranks.size,
-        *([[position[work.matrix.index] for work in bucket] for bucket in found] for found in buckets),
+        *([[work.matrix.index for work in bucket] for bucket in found] for found in (computed, numbered)),
     )
 
 
@@ -150,9 +156,9 @@ def plan_refresh(runtime: Runtime, works: Sequence[LocalMatrix], common: CommonR
     found = RefreshPlan()
     if runtime.ranks.alone:
         return found
-    found.calls["all_reduce"] += common.agreed > 0
+    found.calls["all_reduce"] += sum(numbers > 0 for numbers in common.agreed)
     found.calls["all_to_all"] += common.moves
-    found.sent += INTEGER * common.agreed + common.moved[runtime.ranks.rank]
+    found.sent += INTEGER * sum(common.agreed) + common.moved[runtime.ranks.rank]
     for bucket in common.buckets:
         _plan_bucket(runtime, [works[i] for i in bucket], found)
     for bucket in common.numbered:

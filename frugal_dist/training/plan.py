@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +21,10 @@ from frugal_dist.planner.report import Setting, check_gpu, figures, report
 from frugal_dist.planner.zero import Zero, read_zero
 from frugal_dist.presets import BASELINES
 from frugal_dist.training.engines.deepspeed import data_types, equal_part, recipe_json
+from frugal_dist.training.engines.plain import blocks_of
 from frugal_dist.training.models import check_positions, llama_config, read_causal_config
 from frugal_dist.training.optimizers import described, frugal_options, groups_of
-from frugal_dist.training.recipe import Model, Optimizer, Recipe, check_recipe, read_recipe
+from frugal_dist.training.recipe import Model, Optimizer, Recipe, check_recipe, check_released_share, read_recipe
 
 ALL, SPREAD = 64, 5
 """Traffic is planned for each rank up to ``ALL``; of more for so many from the first to the last, where embedding and
@@ -57,11 +58,15 @@ def plan_recipe(recipe: Recipe, engine: str | None, ranks: int, gpu: str | None 
         )
     layout, model = engine_layout(engine), meta_model(recipe)
     longer = check_positions(model, recipe.length - (recipe.data.rows == "truncated"))
-    plan = plan_model(model, recipe.optimizer, layout, ranks)
+    units = _units(model, recipe, layout)
+    plan = plan_model(model, recipe.optimizer, layout, ranks, units)
     others = {name: replace(recipe.optimizer, name=name) for name in BASELINES if name != recipe.optimizer.name}
-    baselines: dict[str, Plan] = {name: plan_model(model, other, layout, ranks) for name, other in others.items()}
+    baselines: dict[str, Plan] = {
+        name: plan_model(model, other, layout, ranks, units) for name, other in others.items()
+    }
     sharing = sharing_ranks(recipe, engine, ranks)
     share, rest = divmod(recipe.batch, sharing)
+    check_released_share(recipe, share)
     notes = (
         [f"A batch of {recipe.batch} cannot be shared equally by {sharing} ranks: change it to train."] if rest else []
     )
@@ -108,14 +113,29 @@ def _zero(recipe: Recipe, layout: EngineLayout, notes: list[str]) -> Zero:
     return read_zero({**config, **data_types(config, recipe.precision)}, stage, recipe.precision != "fp32")
 
 
-def plan_model(model: nn.Module, optimizer: Optimizer, layout: EngineLayout, ranks: int) -> Plan:
-    """The plan of an optimizer for a model that may be on the meta device."""
+def _units(model: nn.Module, recipe: Recipe, layout: EngineLayout) -> list[set[str]]:
+    """The names of parameters whose gradients are there together where gradients are released; none otherwise."""
+    if not recipe.release_gradients:
+        return []
+    if layout.name == "single":
+        return [{name} for name, _ in model.named_parameters()]
+    if not layout.cuts_weights or layout.masters:
+        raise ValueError(f"release_gradients is for engine single, fsdp2, hsdp or a mesh, not for {layout.name}.")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    blocks = [{names.pop(id(parameter)) for parameter in block.parameters()} for block in blocks_of(model)]
+    return [*blocks, set(names.values())]
+
+
+def plan_model(
+    model: nn.Module, optimizer: Optimizer, layout: EngineLayout, ranks: int, units: Sequence[set[str]] = ()
+) -> Plan:
+    """The plan of an optimizer for a model that may be on the meta device. ``units``: see ``make_plan``."""
     options = frugal_options(optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about how little is projected: the figures tell
         frugal = Frugal(groups_of(model, options), **{**options, "process_group": None})
     shown = range(ranks) if ranks <= ALL else [i * (ranks - 1) // (SPREAD - 1) for i in range(SPREAD)]
-    return make_plan(frugal, layout, ranks, shown=list(shown))
+    return make_plan(frugal, layout, ranks, shown=list(shown), units=units)
 
 
 def memory_of(name: str, density: float) -> str:

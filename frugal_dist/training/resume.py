@@ -16,7 +16,7 @@ from frugal_dist.training.metrics.record import METRICS_FILE, of_kind, read_metr
 FREE = (
     "folder", "engine", "tp", "deepspeed", "micro_batch", "log_every", "trackers", "peak_tflops", "bad_steps",
     "saving.*", "model.attention", "model.checkpointing", "model.compile", "data.workers", "data.epochs",
-    "optimizer.options.compute_layout",
+    "release_gradients", "optimizer.options.compute_layout",
 )  # fmt: skip
 """Patterns of keys on which the result does not depend, but for rounding."""
 GOING_ON = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from released import OPTIONS, STEPS, Model, loss_of, settings
+from released import OPTIONS, STEPS, WIDTH, Model, loss_of, settings
+from test_collectives import Meter, metered
 from threads import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,14 +20,22 @@ from torch.distributed.tensor import distribute_module
 from torch.nn.parallel import DistributedDataParallel
 
 from frugal_dist import Frugal, checkpoint, split_parameters, step_in_backward
-from frugal_dist.sharding import collectives
+from frugal_dist.planner.layouts import engine_layout
+from frugal_dist.planner.plan import make_plan
 
-QUICK = ("frugal", "apollo_mini", "svd left", "randk std", "muon")
-"""A basis that is cut, sums over ranks, updates that travel, single entries, owners."""
+QUICK = ("frugal", "apollo_mini", "svd left")
+"""Bases that stay where they are, sums over ranks, updates that travel."""
 
 
-def sharded(shape: tuple[int, ...] = (), **policies: Any) -> Model:
-    model = Model()
+def only_used(model: Model) -> Model:
+    """Without the layers that never have a gradient."""
+    for block in model.blocks:
+        block.unused = nn.Identity()
+    return model
+
+
+def sharded(shape: tuple[int, ...] = (), used: bool = False, **policies: Any) -> Model:
+    model = only_used(Model()) if used else Model()
     shape = shape or (dist.get_world_size(),)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     for block in model.blocks:
@@ -119,7 +129,7 @@ def test_gradients_of_one_unit_are_there_at_a_time() -> None:
     """Looked at as each one comes, before it is stepped with."""
 
     def most(released: bool) -> tuple[int, int]:
-        model, optimizer = built(False, OPTIONS)
+        model, optimizer = built(False, OPTIONS, used=True)
         params = [param for group in optimizer.param_groups for param in group["params"]]
         seen: list[int] = []
 
@@ -130,8 +140,6 @@ def test_gradients_of_one_unit_are_there_at_a_time() -> None:
             param.register_post_accumulate_grad_hook(look)
         if released:
             step_in_backward(model, optimizer)
-        for block in model.blocks:
-            block.unused.requires_grad_(False)  # every member of a unit that is trained has a gradient
         train(model, optimizer, 4, STEPS)
         trained = {name: local(param).numel() for name, param in model.named_parameters() if param.requires_grad}
         blocks = [sum(size for name, size in trained.items() if f"blocks.{number}." in name) for number in (0, 1)]
@@ -143,27 +151,41 @@ def test_gradients_of_one_unit_are_there_at_a_time() -> None:
             assert seen == expected
 
 
-def test_collectives_are_packed_by_unit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Left bases send gradients to where they are computed and updates back: twice for each unit with matrices."""
-    calls: list[int] = []
-    inner = collectives.dist.all_to_all_single
+def spelled(calls: Counter[str]) -> Counter[str]:
+    """As torch spells them."""
+    return Counter("all_to_all_single" if call == "all_to_all" else call for call in calls.elements())
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(dist.get_rank())
-        return inner(*args, **kwargs)
 
-    def body(_: int) -> None:
-        model, optimizer = built(True, {**OPTIONS, "projection": "random", "side": "left", "update_gap": 100})
-        for step in range(2):
-            dist.barrier()
-            if step == 1 and dist.get_rank() == 0:
-                monkeypatch.setattr(collectives.dist, "all_to_all_single", counted)
-            dist.barrier()
-            loss_of(model, step, dist.get_rank()).backward()
+@pytest.mark.parametrize("name", ["svd left", "apollo_mini"])
+def test_collectives_and_gradients_are_those_that_are_planned(name: str) -> None:
+    """Packed by unit. FSDP2 itself calls others."""
+    options, mine = settings()[name], ("all_reduce", "all_to_all_single", "broadcast")
+
+    def body(rank: int, meter: Meter) -> tuple[Counter[str], Counter[str]]:
+        model, optimizer = built(True, options, used=True)
+        calls = []
+        for step in range(4):  # set-up with the first refresh; a step; a refresh; a step
+            meter.start()
+            loss_of(model, step, rank).backward()
             optimizer.step()
+            calls.append(Counter(call for call in meter.stop().calls if call in mine))
+        return calls[3], calls[2] - calls[3]
 
-    run_ranks(2, body)
-    assert calls.count(0) == calls.count(1) == 2 * 2
+    with metered() as meter:
+        found = run_ranks(2, lambda rank: body(rank, meter))
+    model = only_used(Model())
+    names = [name for name, _ in model.named_parameters()]
+    blocks = [{name for name in names if name.startswith(f"blocks.{i}.")} for i in (0, 1)]
+    units = [*blocks, set(names) - blocks[0] - blocks[1]]
+    optimizer = Frugal(split_parameters(model), process_group=None, **options)
+    plan = make_plan(optimizer, engine_layout("fsdp2"), 2, units=units)
+    assert plan.released
+    for planned, (step, refresh) in zip(plan.ranked, found, strict=True):
+        assert spelled(planned.step_calls) == step
+        assert spelled(planned.refresh.calls) == refresh
+        assert sum(step.values()) >= 2  # each block's by itself
+        most = max(sum(param.numel() for name, param in model.named_parameters() if name in unit) for unit in units)
+        assert abs(planned.gradients - most / 2) < WIDTH, "21 rows do not divide"
 
 
 def test_a_resumed_run_has_the_bits_of_one_that_went_on(tmp_path: Path) -> None:

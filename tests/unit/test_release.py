@@ -61,9 +61,10 @@ def test_released_steps_have_the_bits_of_ordinary_ones(name: str) -> None:
     assert_same_bits(runs[0][1], runs[1][1])
 
 
+@pytest.mark.parametrize("rounding", ["stochastic", "remainder"])
 @pytest.mark.parametrize("projection", ["columns", "svd"])
-def test_bf16_weights_with_stochastic_rounding_have_the_same_bits(projection: str) -> None:
-    options = {**OPTIONS, "projection": projection, "rounding": "stochastic"}
+def test_bf16_weights_have_the_same_bits(projection: str, rounding: str) -> None:
+    options = {**OPTIONS, "projection": projection, "rounding": rounding}
     runs = [built(released, options, torch.bfloat16) for released in (False, True)]
     for model, optimizer in runs:
         train(model, optimizer)

@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from frugal_dist import checkpoint
 from frugal_dist.optimizer import Frugal
+from frugal_dist.release import step_in_backward
 from frugal_dist.training.distributed.place import DistEnv
 from frugal_dist.training.engines import collectives
 from frugal_dist.training.engines.protocol import (
@@ -25,7 +26,7 @@ from frugal_dist.training.engines.protocol import (
 )
 from frugal_dist.training.models import token_losses
 from frugal_dist.training.optimizers import build_optimizer
-from frugal_dist.training.recipe import Recipe
+from frugal_dist.training.recipe import Recipe, check_released_share
 from frugal_dist.training.schedule import jump
 
 _CPU = torch.device("cpu")
@@ -96,6 +97,9 @@ class PlainEngine:
         self._function = losses
         self._optimizer = optimizer(self._model) if optimizer else build_optimizer(recipe.optimizer, self._model)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, schedule)
+        self._released = recipe.release_gradients
+        if self._released:
+            step_in_backward(self._model, self._optimizer)
         self._norm, self._skipped, self._guard = math.nan, 0, SpikeGuard(recipe.spike)
 
     def train_step(self, rows: Tensor, targets: float | None = None) -> Tensor:
@@ -111,6 +115,10 @@ class PlainEngine:
                 loss = losses.sum() / (losses.numel() // len(part) * len(rows) if targets is None else targets)
                 loss.backward()
             mean += loss.detach()
+        if self._released:
+            self._optimizer.step()  # what backward has left; there is no norm of gradients that are gone
+            self._schedule.step()
+            return mean
         self._norm = self._gradient_norm()
         if self._guard.passes(self._norm):  # the same on all ranks, so they skip together
             self._optimizer.step()
@@ -198,6 +206,7 @@ def check_world(recipe: Recipe, world: int) -> None:
     engine = recipe.engine
     if world % recipe.tp:
         raise ValueError(f"tp is {recipe.tp}, which does not divide {world} ranks.")
+    check_released_share(recipe, recipe.batch // (world // recipe.tp))
     if engine == "single" and world > 1:
         raise ValueError(f"engine single is for one process, but {world} were started. Use ddp.")
     if engine != "single" and world == 1:
@@ -237,14 +246,14 @@ def _fsdp2(model: nn.Module, device: torch.device, bf16: bool, tp: int) -> nn.Mo
         axes = two_axes(distributed.get_world_size(), tp, device.type)
         divide_layers(model, axes["tp"])
         mesh = axes["fsdp"]
-    for block in _blocks(model):
+    for block in blocks_of(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """What transformers says must stay together, or the members of the longest list of modules."""
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The units of FSDP2, beside the rest: what transformers keeps together, or the longest list of modules."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     found = [module for module in model.modules() if type(module).__name__ in names]
     lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]

@@ -1,7 +1,16 @@
 """What to train, on what, with which optimizer and engine: declared keys, and how files and command lines are read."""
 
 from frugal_dist.training.optimizers import Optimizer
-from frugal_dist.training.recipe.declared import Data, Model, Recipe, Run, Saving, check_recipe, check_run
+from frugal_dist.training.recipe.declared import (
+    Data,
+    Model,
+    Recipe,
+    Run,
+    Saving,
+    check_recipe,
+    check_released_share,
+    check_run,
+)
 from frugal_dist.training.recipe.reading import (
     as_yaml,
     copy_recipe,
@@ -23,6 +32,7 @@ __all__ = [
     "Schedule",
     "as_yaml",
     "check_recipe",
+    "check_released_share",
     "check_run",
     "copy_recipe",
     "kind_of",

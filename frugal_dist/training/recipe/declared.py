@@ -160,6 +160,9 @@ class Recipe(Run):
 
     Args:
         evaluation_tokens: predicted tokens of an evaluation, the same for every number of ranks.
+        release_gradients: step inside backward, with each gradient as soon as it is there, and free it
+            (``frugal_dist.step_in_backward``). With engine single or fsdp2, without micro-batches, clip and spike.
+            Steps with gradients that are not finite are not skipped.
         spike: a step whose gradient norm is above so many times the recent mean is skipped, too; 0 skips none. Not
             under DeepSpeed, whose engine takes the step itself: use clip there.
         peak_tflops: the device's matmul rate, for the MFU; null takes what is known of the GPU.
@@ -171,6 +174,7 @@ class Recipe(Run):
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
     evaluation_tokens: int = 10_000_000
+    release_gradients: bool = False
     spike: float = 0.0
     peak_tflops: float | None = None
 
@@ -211,6 +215,38 @@ def check_run(run: Run) -> None:
             raise ValueError(f"saving.{key} is {value}; it must be at least 1.")
 
 
+def _check_release(recipe: Recipe) -> None:
+    """ValueError for what needs all gradients at once. Micro-batches of several ranks: ``check_world``."""
+    key = "release_gradients"
+    if recipe.engine not in ("single", "fsdp2"):
+        why = "DDP keeps all gradients in its buckets" if recipe.engine == "ddp" else "DeepSpeed owns the gradients"
+        raise ValueError(f"{key}: engine is {recipe.engine!r}, and {why}. Use engine: fsdp2, or single on one process.")
+    for name in ("clip", "spike"):
+        if getattr(recipe, name):
+            raise ValueError(
+                f"{key}: {name} is {getattr(recipe, name):g}, and the norm of all gradients is known only when each "
+                f"has been stepped with. Set {name}: 0; optimizer.options.growth_limit limits each matrix of the rules "
+                "that take it."
+            )
+    if recipe.model.compile:
+        raise ValueError(
+            f"{key}: with model.compile all gradients come at the end of the backward pass, so that nothing would be "
+            "saved. Leave out one of the two."
+        )
+    if recipe.engine == "single":
+        check_released_share(recipe, recipe.batch)
+
+
+def check_released_share(recipe: Recipe, share: int) -> None:
+    """ValueError if a rank's share of the batch takes several micro-batches, whose gradients would have to wait."""
+    if recipe.release_gradients and recipe.micro_batch is not None and recipe.micro_batch < share:
+        raise ValueError(
+            f"release_gradients: micro_batch is {recipe.micro_batch} and a rank's share of the batch {share}, but "
+            "gradients that add up over micro-batches have to be kept. Leave micro_batch out, lower batch or use more "
+            "ranks; model.checkpointing saves activations."
+        )
+
+
 def check_recipe(recipe: Recipe) -> None:
     """As ``check_run``, for a pre-training."""
     if recipe.steps < 1:
@@ -238,6 +274,8 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError(f"spike is {recipe.spike:g}; it must be above 1, or 0 to skip no spikes.")
     if recipe.spike and recipe.engine == "deepspeed":
         raise ValueError("spike: DeepSpeed's engine takes its steps itself. Use clip, or engine ddp or fsdp2.")
+    if recipe.release_gradients:
+        _check_release(recipe)
     if recipe.peak_tflops is not None and not recipe.peak_tflops > 0:
         raise ValueError(f"peak_tflops is {recipe.peak_tflops:g}; it must be above 0, or null.")
     check_optimizer(recipe.optimizer)
