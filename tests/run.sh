@@ -29,12 +29,12 @@ if [[ -n $gpu ]]; then
     exit
 fi
 
+export TORCH_EXTENSIONS_DIR=$PWD/.cache/torch_extensions # whatever it was: what is built here is used here
 bash launch/setup.sh all,dev || exit
 bash tests/launch/packages.sh
 ((${#heavy[@]} == 0)) || bash tests/launch/image_packages.sh
 
 export PATH=$PWD/.venv/bin:$PATH
-export TORCH_EXTENSIONS_DIR=$PWD/.cache/torch_extensions
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # The tensors of tests are small and several processes share the cores: threads would only get in each other's way.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
