@@ -1,25 +1,29 @@
 """Locks of C++ builds: torch waits for one without a word and without end, also when the build behind it was killed.
 
 A killed job leaves ``TORCH_EXTENSIONS_DIR/NAME/lock`` behind (pytorch/pytorch#189245), and every later start that loads
-the operation hangs. torch keeps the file open while it builds, so a lock that no process has open is left over.
+the operation hangs. torch keeps the file open while it builds, so a lock that no process has open is left over. Linux
+tells: nobody gets a write lease on a file that others have open, in whatever container or under whatever user. Where
+there are no leases, as on network file systems, only the age of a build's files tells.
 
 Only the standard library: launch/setup.sh runs this file before anything is installed.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "tmpfs", "ramfs", "overlay"}
-"""File systems of one machine. What is open on another's can be seen on the machine that has it open only."""
 SILENCE = 900.0
 """Seconds without a change in a build's folder after which a build that cannot be seen counts as dead."""
+RELEASED = 1.0
+"""Seconds for which a lock is watched that nobody has open: torch closes it before it removes it."""
 POLL, FIRST_WORD, LATER_WORDS = 0.5, 10.0, 60.0
 
 Tell = Callable[[str], object]
@@ -69,13 +73,16 @@ def _clear(lock: Path, tell: Tell) -> str | None:
     """
     try:
         with _alone(lock.parent):
-            status = lock.stat()
-            holder, certain = _holder(status)
-            if holder is not None:
-                return holder
-            silent = time.time() - max(path.stat().st_mtime for path in (lock, lock.parent, *lock.parent.glob("*")))
-            if not (certain and _is_local(lock)) and silent < SILENCE:
-                return f"a process of another machine or user, which was at it {silent:.0f} s ago,"
+            before = lock.stat()
+            if _is_open(lock) is False:
+                time.sleep(RELEASED)
+            if _is_open(lock) is not False or lock.stat().st_ino != before.st_ino:
+                holder = _process(before)
+                if holder is not None:
+                    return holder
+                silent = time.time() - max(path.stat().st_mtime for path in (lock, lock.parent, *lock.parent.glob("*")))
+                if silent < SILENCE:
+                    return f"a process of another machine or user, which was at it {silent:.0f} s ago,"
             lock.unlink()
     except FileNotFoundError:
         return None
@@ -96,34 +103,31 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _holder(lock: os.stat_result) -> tuple[str | None, bool]:
-    """The process of this machine that has the lock open, if any; whether all that might have could be asked."""
-    certain = Path("/proc/self/fd").is_dir()
+def _is_open(lock: Path) -> bool | None:
+    """Whether any process of this kernel has the lock open, also in other containers; None: it cannot be told."""
+    descriptor = os.open(lock, os.O_RDONLY)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)  # who opens it meanwhile waits, and we hear nothing
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except (AttributeError, OSError) as error:  # not Linux; not our file, or a file system without leases
+        return True if getattr(error, "errno", None) == errno.EAGAIN else None
+    else:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def _process(lock: os.stat_result) -> str | None:
+    """The process that has the lock open, if we can see it."""
     for process in Path("/proc").glob("[0-9]*"):
-        try:
+        with suppress(OSError):  # it has just ended, or is another user's
             for descriptor in (process / "fd").iterdir():
                 with suppress(OSError):  # closed meanwhile, or on a mount that is broken: not this lock
                     opened = descriptor.stat()
                     if (opened.st_dev, opened.st_ino) == (lock.st_dev, lock.st_ino):
-                        return f"process {process.name}", True
-        except FileNotFoundError:
-            continue  # it has just ended
-        except OSError:
-            with suppress(OSError):
-                certain = certain and process.stat().st_uid != lock.st_uid
-    return None, certain
-
-
-def _is_local(path: Path) -> bool:
-    """Whether the file system that holds the path is one of this machine."""
-    where, kind = "", ""
-    resolved = str(path.resolve())
-    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
-        before, _, after = line.partition(" - ")
-        mount = before.split()[4].encode().decode("unicode_escape")
-        if (resolved + "/").startswith(mount.rstrip("/") + "/") and len(mount) >= len(where):
-            where, kind = mount, after.split()[0]
-    return kind in LOCAL
+                        return f"process {process.name}"
+    return None
 
 
 if __name__ == "__main__":
