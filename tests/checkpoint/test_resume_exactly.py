@@ -60,5 +60,6 @@ def test_resume_is_exact(projection: tuple[str, str], place: str, tmp_path: Path
 def test_resume_is_exact_in_every_precision_under_every_rule(
     projection: tuple[str, str], place: str, tmp_path: Path
 ) -> None:
-    for number, setting in enumerate(settings(turn_of(place, projection))):
+    """Of the nine pairs three here, in every precision, and the others on the next two places."""
+    for number, setting in enumerate(settings(turn_of(place, projection))[::4]):
         check(place, projection, setting, SAVED_AFTER, tmp_path / str(number))
