@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import time
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from frugal_dist import Frugal
 from frugal_dist.training.distributed import ranks as group
+from frugal_dist.training.distributed.place import DistEnv
 from frugal_dist.training.distributed.ranks import RollCall, own_name, together
 
 
@@ -53,6 +56,21 @@ def roll_call(silent: int, error: str) -> str:
         return ""
     found = roll.explained(RuntimeError(error))
     return f"{type(found).__name__}: {found}"
+
+
+def meeting_twice(port: int) -> float:
+    """Two trainings one after the other, rank 0 late to leave the first: what the second one adds up."""
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    place = DistEnv(rank, 2, rank, 2, "127.0.0.1", port, "deepspeed")
+    os.environ.update(place.environment())
+    with group.process_group(place):
+        time.sleep(1.0 if rank == 0 else 0.0)
+    with group.process_group(place):
+        total = torch.ones(1)
+        dist.all_reduce(total)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # the fleet leaves one
+    return float(total)
 
 
 def joining(batches: tuple[int, ...]) -> tuple[list[str], Tensor]:

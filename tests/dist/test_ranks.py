@@ -45,6 +45,14 @@ def test_other_errors_stay_what_they_are(fleet: Fleet) -> None:
     assert fleet.run(2, rank_jobs.roll_call, 1, "out of memory") == ["RuntimeError: out of memory", ""]
 
 
+def test_a_quick_rank_does_not_meet_the_others_where_they_were(fleet: Fleet) -> None:
+    """A comparison trains several times in a process, under launchers whose rank 0 holds the store itself."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert fleet.run(2, rank_jobs.meeting_twice, port) == [2.0, 2.0]
+
+
 @pytest.mark.parametrize("batches", [(3, 1), (0, 2)])
 def test_a_join_context_is_refused_before_it_begins(batches: tuple[int, int], fleet: Fleet) -> None:
     """On all ranks, also on one that has no batch; not where no rank waits for another."""

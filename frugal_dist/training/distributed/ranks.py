@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -153,8 +154,13 @@ def _join(place: DistEnv) -> RollCall:
     return RollCall(store, place.rank, gathered(own_name(place.rank)))
 
 
+@cache
 def _met(place: DistEnv) -> tuple[Any, int, int]:
-    """The store where ranks meet, this rank, their number: torch's rendezvous. ValueError if its port is taken."""
+    """The store where ranks meet, this rank, their number: torch's rendezvous. ValueError if its port is taken.
+
+    Once per process, which may train several times: at a second meeting a quick rank would find the store of the first,
+    which rank 0 is about to close.
+    """
     from torch import distributed
     from torch.distributed.rendezvous import rendezvous
 
