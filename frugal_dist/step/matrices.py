@@ -43,6 +43,9 @@ from frugal_dist.update.remainder import joined, keeps_remainders, split_
 from frugal_dist.update.rounding import keys_of, round_stochastically_, rounds_stochastically, row_starts
 
 Lists = list[list[Tensor]]
+WIDE = 1 << 21
+"""Entries of low-precision matrices that have fp32 copies at once, if it is not one larger matrix: small ones share
+calls."""
 
 
 def step_matrices(runtime: Runtime, works: Sequence[LocalMatrix], stepped: Sequence[LocalMatrix]) -> None:
@@ -117,7 +120,7 @@ def _decay(work: LocalMatrix) -> None:
 
 
 def _step_here(runtime: Runtime, works: Sequence[LocalMatrix]) -> None:
-    """All together; one by one what needs fp32 weights for the time of its step, as no kernel rounds it by itself."""
+    """All together; a few at a time what needs fp32 weights for its step, as no kernel rounds it by itself."""
     alone: list[LocalMatrix] = []
     together: list[LocalMatrix] = []
     for work in works:
@@ -125,10 +128,12 @@ def _step_here(runtime: Runtime, works: Sequence[LocalMatrix]) -> None:
         by_itself = narrow and (keeps_remainders(work.config) or not all(map(rounds_once, _updates(runtime, [work]))))
         (alone if by_itself else together).append(work)
     step_tiles(_updates(runtime, together))
-    for work in alone:
-        wide = _widened(work)
-        step_tiles(_updates(runtime, [wide]))
-        _round_back(work, wide)
+    for bucket in fill_buckets([(sum(weight.numel() for weight in work.weights),) for work in alone], WIDE):
+        works = [alone[i] for i in bucket]
+        wides = [_widened(work) for work in works]
+        step_tiles(_updates(runtime, wides))
+        for work, wide in zip(works, wides, strict=True):
+            _round_back(work, wide)
 
 
 def _updates(runtime: Runtime, works: Sequence[LocalMatrix]) -> list[TileUpdate]:

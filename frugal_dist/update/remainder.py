@@ -10,6 +10,8 @@ The split is that of Apex and Transformer Engine (``store_param_remainders`` of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -32,9 +34,11 @@ def joined(weight: Tensor, remainder: Tensor) -> Tensor:
 
     Zeros have no number below them: a negative remainder, which only a weight that was set to zero can have, is 0.
     """
-    bits = weight.view(torch.int16).to(torch.int32, memory_format=torch.contiguous_format)
-    zero = (bits & 0x7FFF) == 0
-    bits.mul_(1 << 16).add_(torch.where(zero, remainder.clamp(min=0), remainder))
+    bits = torch.empty(weight.shape, dtype=torch.int32, device=weight.device)
+    for target, near, rest in _chunks(bits, weight.view(torch.int16), remainder):
+        zero = (near & 0x7FFF) == 0
+        torch.mul(near.to(torch.int32), 1 << 16, out=target)
+        target.add_(torch.where(zero, rest.clamp(min=0), rest))
     return bits.view(torch.float32)
 
 
@@ -43,14 +47,20 @@ def split_(weight: Tensor, remainder: Tensor, exact: Tensor) -> None:
 
     Infinities and NaN stay such; a number above bf16's largest becomes infinity in bf16, and is kept.
     """
-    if exact.numel() == 0:
-        return
-    if exact.dim() == 0:
-        weight, remainder, exact = weight.view(1), remainder.view(1), exact.view(1)
-    width = exact.numel() // exact.shape[0]
-    high = max(1, (_CUDA_CHUNK if exact.is_cuda else _CHUNK) // max(1, width))
-    for target, rest, part in zip(weight.split(high), remainder.split(high), exact.split(high), strict=True):
+    for target, rest, part in _chunks(weight.view(torch.int16), remainder, exact):
         bits = torch.where(part == part, part.view(torch.int32), _NAN)
         near = (bits + (1 << 15)) >> 16
-        rest.copy_(bits - near * (1 << 16))
-        target.view(torch.int16).copy_(near)
+        target.copy_(near)
+        rest.copy_(bits.sub_(near, alpha=1 << 16))
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of some rows of tensors of one shape, of any number of dims, at a time."""
+    first = tensors[0]
+    if first.numel() == 0:
+        return
+    if first.dim() == 0:
+        tensors = tuple(tensor.view(1) for tensor in tensors)
+    rows = len(tensors[0])
+    high = max(1, (_CUDA_CHUNK if first.is_cuda else _CHUNK) * rows // first.numel())
+    yield from zip(*(tensor.split(high) for tensor in tensors), strict=True)
