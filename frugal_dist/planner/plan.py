@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from frugal_dist.optimizer import BUCKET_BYTES, Frugal
 from frugal_dist.planner.layouts import EngineLayout
 from frugal_dist.planner.totals import ITEM, papers_bytes, state_of_ranks
 from frugal_dist.planner.traffic import RefreshPlan, common_refresh, plan_refresh, plan_step, step_buckets
+from frugal_dist.projection.numerics import compute_dtype
 from frugal_dist.projection.registry import PROJECTIONS
 from frugal_dist.sharding.collectives import Ranks
 from frugal_dist.sharding.placement import refresh_cost
@@ -23,10 +25,10 @@ from frugal_dist.sharding.redistribution import Redistribution
 from frugal_dist.sharding.shard import LocalShard, ParamSpec
 from frugal_dist.sharding.table import Matrix, Table, group_owners, number_blocks
 from frugal_dist.sharding.tile import Layout, holders
-from frugal_dist.step.inputs import StepInputs, ensure_state, step_inputs
+from frugal_dist.step.inputs import SLICE, StepInputs, ensure_state, step_inputs
 from frugal_dist.step.runtime import LocalMatrix, Runtime, basis_route
 from frugal_dist.step.state import BASES, FREE, MatrixState
-from frugal_dist.update.remainder import REMAINDER
+from frugal_dist.update.remainder import REMAINDER, keeps_remainders
 from frugal_dist.update.rules import every_moment
 
 
@@ -63,7 +65,8 @@ class Plan:
     ``states``: optimizer state of every rank in bytes. ``owned`` and ``refresh_work``: how many refreshes each rank
     owns, and their work. ``papers``: state in bytes as the papers count it, see ``papers_bytes``. ``solver``: an
     estimate of what the owner of a matrix takes at most for its basis, beside its gradient; ``solver_on_host``: the
-    same, where it is always computed on the CPU. ``gradient``: of the largest matrix with a basis. ``released``: steps
+    same, where it is always computed on the CPU. ``gradient``: of the largest matrix with a basis. ``working``: an
+    estimate of what a step takes at most for copies and buffers. ``released``: steps
     are taken inside of backward passes.
     """
 
@@ -79,6 +82,7 @@ class Plan:
     gradient: int = 0
     layouts: Counter[str] = field(default_factory=Counter)
     released: bool = False
+    working: int = 0
 
     @property
     def worst(self) -> RankPlan:
@@ -128,12 +132,13 @@ def make_plan(
     bucket_bytes: int = BUCKET_BYTES,
     shown: Sequence[int] = (),
     units: Sequence[Collection[str]] = (),
+    narrow: bool = False,
 ) -> Plan:
     """Plan for ``optimizer`` (its parameters may be on the meta device) under ``engine`` on ``ranks`` ranks.
 
     ``shown``: the ranks to look at in full, beside the one with the most state; all if empty. ``units``: names of the
     parameters that are stepped together inside of backward passes; none: all are in one step afterwards. The weights
-    are taken to be fp32, as masters are, or bf16 where they have remainders.
+    are taken to be fp32, as masters are, or bf16 if they are ``narrow`` or have remainders.
     """
     originals, groups = optimizer.originals, optimizer.param_groups
     parts = [engine.parts(originals, rank, ranks) for rank in range(ranks)]
@@ -146,7 +151,9 @@ def make_plan(
     ] = {}  # of basis matrices, which are the same for all ranks and take long to find
 
     def begun(rank: int) -> tuple[Runtime, StepInputs]:
-        storage = _Storage(originals, groups, parts[rank], _tensors(originals, groups, parts[rank]), engine.shares)
+        storage = _Storage(
+            originals, groups, parts[rank], _tensors(originals, groups, parts[rank], narrow), engine.shares
+        )
         group = None if ranks == 1 else "planned"
         runtime = Runtime(Ranks(group, rank, ranks), storage, originals, table, share, bucket_bytes)
         runtime.routes.update({i: crossing.route(rank, i) for i, crossing in crossings.items()})
@@ -183,12 +190,27 @@ def _plan_all(plan: Plan, runtime: Runtime, load: StepInputs, parts: Sequence[Se
     _note_layouts(plan, runtime, load)
     plan.states, plan.papers = state_of_ranks(runtime, load, parts), papers_bytes(load)
     plan.owned, plan.refresh_work = [0] * plan.ranks, [0.0] * plan.ranks
+    plan.working = _working_bytes(load)
     for work in load.works:
         if work.family == "basis":
             if work.chooses and not work.numbered:
                 plan.owned[work.matrix.owner] += 1
                 plan.refresh_work[work.matrix.owner] += refresh_cost(work.matrix.rows, work.matrix.cols)
             _note_solver(plan, work)
+
+
+def _working_bytes(load: StepInputs) -> int:
+    """Low-precision weights and their gradients have fp32 copies, a few at a time; a basis leaves a rest, which becomes
+    a step.
+    """
+    low = sum(one.weight.numel() for one in load.regular if one.weight.dtype != compute_dtype(one.weight.dtype))
+    most = 2 * ITEM * min(SLICE, low)
+    for work in load.works:
+        based = work.family == "basis" and not work.empty
+        copied = work.weight_dtype != work.dtype and (based or keeps_remainders(work.config))
+        largest = max(map(prod, work.shapes), default=0)
+        most = max(most, 2 * ITEM * (copied + based) * largest)
+    return most
 
 
 def _note_solver(plan: Plan, work: LocalMatrix) -> None:
@@ -220,11 +242,11 @@ def _table(originals: Sequence[ParamSpec], parts: Sequence[Sequence[LocalShard]]
 
 
 def _tensors(
-    originals: Sequence[ParamSpec], groups: Sequence[dict[str, Any]], parts: Sequence[LocalShard]
+    originals: Sequence[ParamSpec], groups: Sequence[dict[str, Any]], parts: Sequence[LocalShard], narrow: bool
 ) -> list[Tensor]:
     """All are taken to be trained: frozen ones would have no moments."""
-    narrow = [groups[original.group].get("rounding") == REMAINDER for original in originals]
-    dtypes = [torch.bfloat16 if one else torch.float32 for one in narrow]
+    low = [narrow or groups[original.group].get("rounding") == REMAINDER for original in originals]
+    dtypes = [torch.bfloat16 if one else torch.float32 for one in low]
     return [
         torch.empty(part.local_shape, dtype=dtype, device="meta", requires_grad=True)
         for part, dtype in zip(parts, dtypes, strict=True)

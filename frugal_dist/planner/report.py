@@ -32,7 +32,8 @@ WIDTH = 80
 class Setting:
     """What of a run decides about memory beside the optimizer. ``tokens``: of a micro-batch on one rank.
 
-    ``note``: what else is to be said about the run. ``zero``: the DeepSpeed settings, None for torch's engines, whose
+    ``added``: elements of the largest gradient that is added to another micro-batch's. ``note``: what else is to be
+    said about the run. ``zero``: the DeepSpeed settings, None for torch's engines, whose
     ``weights`` are fp32 or bf16.
     """
 
@@ -45,19 +46,20 @@ class Setting:
     note: str = ""
     zero: Zero | None = None
     weights: str = "fp32"
+    added: int = 0
 
 
 @dataclass(frozen=True)
 class Row:
     """Bytes of one kind on a rank; ``host``: in the machine's memory, not on the GPU.
 
-    ``during``: a forward and backward pass, or a refresh, if they are there then only.
+    ``during``: a forward and backward pass, a refresh or a step, if they are there then only.
     """
 
     name: str
     size: int
     host: bool = False
-    during: Literal["", "pass", "refresh"] = ""
+    during: Literal["", "pass", "refresh", "step"] = ""
 
 
 def model_rows(engine: EngineLayout, plan: Plan, rank: RankPlan, setting: Setting) -> list[Row]:
@@ -71,7 +73,7 @@ def model_rows(engine: EngineLayout, plan: Plan, rank: RankPlan, setting: Settin
     zero = setting.zero
     if zero is None:
         reduced = rank.gradients if plan.released else part if engine.cuts_gradients else everything
-        item = 2 if setting.weights == "bf16" else ITEM
+        item = _item(setting)
         return [Row("weights (estimate)", item * held), Row("gradients (estimate)", item * reduced)]
     low = ITEM if setting.precision == "fp32" else 2
     before, within = gradient_bytes(zero, low, everything, part)
@@ -86,6 +88,11 @@ def model_rows(engine: EngineLayout, plan: Plan, rank: RankPlan, setting: Settin
         *gradients,
         Row("buffers of DeepSpeed (estimate)", buffer_bytes(zero, low, everything) if plan.ranks > 1 else 0),
     ]
+
+
+def _item(setting: Setting) -> int:
+    """Bytes of a weight, and of a gradient, with torch's engines."""
+    return 2 if setting.weights == "bf16" else ITEM
 
 
 def activation_bytes(setting: Setting) -> int:
@@ -196,8 +203,8 @@ def _verdict(plan: Plan, adamw: Plan, engine: EngineLayout, setting: Setting) ->
 
 def _peak(rows: Sequence[Row]) -> int:
     """On the GPU."""
-    during = {when: together([row for row in rows if row.during == when]) for when in ("", "pass", "refresh")}
-    return during[""] + max(during["pass"], during["refresh"])
+    during = {when: together([row for row in rows if row.during == when]) for when in ("", "pass", "refresh", "step")}
+    return during.pop("") + max(during.values())
 
 
 def _fits(total: int, gpu: str) -> bool:
@@ -212,6 +219,7 @@ def memory_rows(plan: Plan, engine: EngineLayout, setting: Setting) -> list[Row]
     """What lies on the rank with the most state; parts of the row before begin with a blank."""
     worst = plan.worst
     host = setting.zero is not None and setting.zero.optimizer_on_host
+    added = _item(setting) * setting.added
     return [
         *model_rows(engine, plan, worst, setting),
         Row("optimizer state", worst.state, host),
@@ -222,6 +230,12 @@ def memory_rows(plan: Plan, engine: EngineLayout, setting: Setting) -> list[Row]
         Row("  counters", worst.counters, host),
         *([Row("indices of randk's entries (estimate)", worst.selected, host)] if worst.selected else []),
         *_refresh_rows(plan, host),
+        *(
+            [Row("copies in the step (estimate)", plan.working, host, "" if plan.released else "step")]
+            if plan.working
+            else []
+        ),
+        *([Row("a gradient that is added to its sum (estimate)", added, during="pass")] if added else []),
         Row(f"activations of {setting.tokens:,} tokens (estimate)", activation_bytes(setting), during="pass"),
     ]
 

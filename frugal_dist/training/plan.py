@@ -59,10 +59,11 @@ def plan_recipe(recipe: Recipe, engine: str | None, ranks: int, gpu: str | None 
     layout, model = engine_layout(engine), meta_model(recipe)
     longer = check_positions(model, recipe.length - (recipe.data.rows == "truncated"))
     units = _units(model, recipe, layout)
-    plan = plan_model(model, recipe.optimizer, layout, ranks, units)
+    narrow = recipe.weights == "bf16"
+    plan = plan_model(model, recipe.optimizer, layout, ranks, units, narrow)
     others = {name: replace(recipe.optimizer, name=name) for name in BASELINES if name != recipe.optimizer.name}
     baselines: dict[str, Plan] = {
-        name: plan_model(model, other, layout, ranks, units) for name, other in others.items()
+        name: plan_model(model, other, layout, ranks, units, narrow) for name, other in others.items()
     }
     sharing = sharing_ranks(recipe, engine, ranks)
     share, rest = divmod(recipe.batch, sharing)
@@ -74,16 +75,18 @@ def plan_recipe(recipe: Recipe, engine: str | None, ranks: int, gpu: str | None 
     zero = _zero(recipe, layout, notes) if layout.masters else None
     # torch's engines end with a smaller micro-batch, DeepSpeed does not
     micro = equal_part(max(share, 1), recipe.micro_batch) if layout.masters else recipe.micro_batch or share
+    sizes = [parameter.numel() for parameter in model.parameters()]
     setting = Setting(
         title=f"{recipe.folder.rpartition('/')[2]} with {described(recipe.optimizer)}",
         shape=_shape(model),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(sizes),
         precision=recipe.precision,
         tokens=max(1, min(micro, share)) * recipe.length,
         checkpointing=recipe.model.checkpointing,
         note="\n".join(notes),
         zero=zero,
         weights=recipe.weights,
+        added=max(sizes) if layout.name in ("single", "ddp") and micro < share else 0,
     )
     if as_json:
         return json.dumps(figures(plan, baselines, layout, setting, gpu), indent=1)
@@ -127,15 +130,20 @@ def _units(model: nn.Module, recipe: Recipe, layout: EngineLayout) -> list[set[s
 
 
 def plan_model(
-    model: nn.Module, optimizer: Optimizer, layout: EngineLayout, ranks: int, units: Sequence[set[str]] = ()
+    model: nn.Module,
+    optimizer: Optimizer,
+    layout: EngineLayout,
+    ranks: int,
+    units: Sequence[set[str]] = (),
+    narrow: bool = False,
 ) -> Plan:
-    """The plan of an optimizer for a model that may be on the meta device. ``units``: see ``make_plan``."""
+    """The plan of an optimizer for a model that may be on the meta device. ``units``, ``narrow``: see ``make_plan``."""
     options = frugal_options(optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about how little is projected: the figures tell
         frugal = Frugal(groups_of(model, options), **{**options, "process_group": None})
     shown = range(ranks) if ranks <= ALL else [i * (ranks - 1) // (SPREAD - 1) for i in range(SPREAD)]
-    return make_plan(frugal, layout, ranks, shown=list(shown), units=units)
+    return make_plan(frugal, layout, ranks, shown=list(shown), units=units, narrow=narrow)
 
 
 def memory_of(name: str, density: float) -> str:

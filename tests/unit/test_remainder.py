@@ -221,4 +221,6 @@ def test_the_planner_counts_it(projection: str) -> None:
     plan = make_plan(built(empty, rounding="remainder", projection=projection)[1], engine_layout("single"), 1)
     rests = sum(weight.numel() for weight in named.values()) * 2
     assert plan.worst.remainders == rests
+    based = projection in ("svd", "dct", "random")
+    assert plan.working == (16 if based else 8) * 24 * 16  # of the largest matrix: fp32 copies, and what a basis leaves
     assert plan.states == [plan.worst.state] == [optimizer.state_bytes().held]
