@@ -25,6 +25,7 @@ from frugal_dist import checkpoint, engines
 from frugal_dist.config import FrugalConfig
 from frugal_dist.optimizer import Frugal
 from frugal_dist.parameters.split import split_parameters
+from frugal_dist.release import step_in_backward
 from frugal_dist.sharding.collectives import gather_objects, ranks_of
 from frugal_dist.step.replicas import fingerprint
 from frugal_dist.update.rules import STATE_FULL
@@ -117,10 +118,15 @@ class FrugalCallback(TrainerCallback):
     Trainer's, and is loaded when one of them is resumed. It is looked for where ``args.resume_from_checkpoint`` says,
     else where this run saves.
 
+    Args:
+        release_gradients: ``frugal_dist.step_in_backward``, on one process and under FSDP2, with ``max_grad_norm=0``
+            and on one process without ``gradient_accumulation_steps``.
+
     Raises ValueError on all ranks if another optimizer is in Frugal's place, or a checkpoint does not fit.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, release_gradients: bool = False) -> None:
+        self._releases = release_gradients
         self._divided = False
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -135,6 +141,8 @@ class FrugalCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the optimizer, and bring back what an earlier ``on_save`` saved. Collective."""
         frugal = _frugal_in(kwargs["optimizer"])
+        if self._releases:
+            step_in_backward(kwargs["model"], frugal)
         sharded = any(hasattr(tensor, "device_mesh") for group in frugal.param_groups for tensor in group["params"])
         self._divided = False
         if sharded or not engines.keeps_rank_zero_only(frugal):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from frugal_dist import Frugal, checkpoint, split_parameters
+from frugal_dist import Frugal, checkpoint, split_parameters, step_in_backward
 
 OPTIONS = {"lr": 1e-2, "update_gap": 3, "density": 0.5, "state_free": "sgd", "eps": 1e-3, "weight_decay": 0.1}
 ROWS, BATCH, ACCUMULATED, EPOCHS = 32, 4, 2, 2
@@ -86,6 +86,29 @@ def module_for(**options: Any) -> Any:
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     return Module()
+
+
+def released(clip: float | None) -> nn.Module:
+    """The model after one epoch of a Trainer whose backward passes step."""
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = small()
+
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            return loss_of(self.model, batch)
+
+        def configure_optimizers(self) -> Frugal:
+            optimizer = optimizer_for(self)
+            step_in_backward(self, optimizer)
+            return optimizer
+
+    module = Module()
+    trainer = lightning.Trainer(max_epochs=1, gradient_clip_val=clip, **QUIET)
+    trainer.fit(module, torch.utils.data.DataLoader(rows(), batch_size=BATCH))  # type: ignore[arg-type]
+    return module.model
 
 
 def fit(module: Any, epochs: int, devices: int = 1, batch: int = BATCH, **given: Any) -> Any:

@@ -48,6 +48,19 @@ def test_automatic_optimization(projection: str, tmp_path: Path) -> None:
     assert apart(cases.resumed(tmp_path / "half.ckpt", **options), whole.model) == 0
 
 
+def test_released_gradients_under_the_trainer() -> None:
+    """Its closure runs backward within step(); it clips between the two, when there is nothing left."""
+    model = cases.small()
+    optimizer = cases.optimizer_for(nn.ModuleDict({"model": model}))
+    for batch in cases.rows().split(BATCH):
+        cases.loss_of(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert apart(cases.released(None), model) == 0
+    with pytest.raises(ValueError, match=re.escape("Trainer(gradient_clip_val=1) clips by the norm")):
+        cases.released(1.0)
+
+
 def test_manual_optimization_with_two_optimizers() -> None:
     """Lightning's wrappers, with closures and without, in turns."""
     import lightning

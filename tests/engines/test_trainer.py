@@ -51,6 +51,23 @@ def test_one_process(fleet: Fleets, tmp_path: Path) -> None:
 
 
 @pytest.mark.heavy
+def test_released_gradients_under_fsdp2_and_ddp(fleet: Fleets, tmp_path: Path) -> None:
+    """They change no bit; DDP is refused."""
+    assert fleet(2).run(trainer_cases.released, tmp_path, "FSDP2") == [[]] * 2
+    for message in fleet(2).run(trainer_cases.trouble, tmp_path, "released"):
+        assert message.startswith("ValueError: ")
+        assert "wrapped in DistributedDataParallel" in message
+
+
+@pytest.mark.heavy
+def test_released_gradients_on_one_process(tmp_path: Path) -> None:
+    assert trainer_cases.released(tmp_path, "plain") == []
+    clipped, accumulated = (trainer_cases.trouble(tmp_path, f"released, {how}") for how in ("clipped", "accumulated"))
+    assert "TrainingArguments(max_grad_norm=1) clips by the norm" in clipped
+    assert "had a second gradient before optimizer.step()" in accumulated
+
+
+@pytest.mark.heavy
 def test_replicas_share_their_state_if_the_callback_saves_it(fleet: Fleets, tmp_path: Path) -> None:
     for found in fleet(2).run(trainer_cases.train_and_resume, tmp_path, "plain", {"shard_state": True}):
         _check(found, "Trainer, 2 ranks", "plain, shard_state=True")

@@ -60,7 +60,7 @@ def arguments(folder: Path, way: str, **more: Any) -> Any:
 
     import frugal_dist  # noqa: F401  (all that DeepSpeed's JSON needs)
 
-    ranks = torch.distributed.get_world_size()
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     engine: dict[str, Any] = {"deepspeed": CONFIGS[way]} if way in CONFIGS else {}
     if way == "FSDP2":
         engine = {"fsdp": True, "fsdp_config": dict(FSDP)}
@@ -196,6 +196,28 @@ def _twice(folder: Path) -> Any:
     assert hf_cases.differing(weights_of(one), before)
 
 
+RELEASED: dict[str, Any] = {"max_grad_norm": 0.0, "gradient_accumulation_steps": 1, "save_strategy": "no"}
+
+
+def released(folder: Path, way: str) -> list[str]:
+    """The weights that differ between training with and without released gradients."""
+    from frugal_dist.integrations.transformers import FrugalCallback
+
+    found = []
+    for release in (False, True):
+        hf_cases.reset()
+        one = trainer(folder / str(release), way, callbacks=[FrugalCallback(release)], **RELEASED)
+        one.train()
+        found.append(weights_of(one))
+    return hf_cases.differing(*found)
+
+
+def _released(folder: Path, **more: Any) -> Any:
+    from frugal_dist.integrations.transformers import FrugalCallback
+
+    return trainer(folder, "plain", callbacks=[FrugalCallback(release_gradients=True)], **{**RELEASED, **more}).train()
+
+
 TROUBLES: dict[str, Any] = {
     "no factories": _without_factories,
     "train() twice": _twice,
@@ -215,6 +237,9 @@ TROUBLES: dict[str, Any] = {
         folder, "ZeRO-2, client", {}, deepspeed=client_config(2, optimizer={"type": "AdamW", "params": {}})
     ).train(),
     "forced offload": _forced_offload,
+    "released": _released,
+    "released, clipped": lambda folder: _released(folder, max_grad_norm=1.0),
+    "released, accumulated": lambda folder: _released(folder, gradient_accumulation_steps=2),
 }
 
 
