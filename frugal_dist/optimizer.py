@@ -390,7 +390,9 @@ class Frugal(Optimizer):
         goes to stderr if that logger has no level.
         """
         me = innermost(self)
-        return summary(me.parameter_report_rows(), me._originals, me._groups, me.state_bytes())
+        line = summary(me.parameter_report_rows(), me._originals, me._groups, me.state_bytes())
+        released = me._release is not None and bool(me._release.handles)
+        return f"{line} Gradients are released in backward." if released else line
 
     def _summarise(self, runtime: Runtime) -> None:
         """Once, when every parameter has had its first step."""

@@ -78,6 +78,7 @@ def test_gradients_are_gone_after_backward_and_weights_have_moved() -> None:
     assert [name for name, param in model.named_parameters() if param.grad is not None] == []
     assert not torch.equal(model.embedding.weight, before)
     optimizer.step()
+    assert optimizer.summary().endswith("Gradients are released in backward.")
     counts = [int(store["step"]) for store in optimizer.state.values()]
     assert sorted(set(counts)) == [0, 1]  # unused ones
 
@@ -203,6 +204,7 @@ def test_it_can_be_ended() -> None:
         end()
     optimizer.step()
     end()
+    assert "released" not in optimizer.summary()
     loss_of(model, 1).backward()
     assert model.embedding.weight.grad is not None
     optimizer.step()
