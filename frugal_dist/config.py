@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -14,6 +14,7 @@ from frugal_dist.projection.products import MATMULS
 from frugal_dist.projection.registry import PROJECTIONS, family, options_of_others
 from frugal_dist.projection.shapes import SIDE_CHOICES
 from frugal_dist.projection.svd import METHODS as SVD_METHODS
+from frugal_dist.update.forms import FORMS, SMALL, Form
 from frugal_dist.update.lines import COMBINES, Treatment
 from frugal_dist.update.rules import STATE_FREE, STATE_FULL
 
@@ -61,6 +62,9 @@ class FrugalConfig:
     growth_limit         by how much the norm of what whole lines are stepped with may grow from step to step (Fira and
                          APOLLO: 1.01); 0 turns it off.
     momentum             of ``sgdm``, torch.optim.SGD's rule, of the averages of muon, normalized_momentum and racs.
+    moments              how the state-full rule's moments are kept, of regular parameters too: "full" (fp32, fp64 for
+                         fp64 weights), or "8bit": codes of a byte, a scale for each 256 entries of a row
+                         (``update.eightbit``). Regular parameters of fewer than 4096 entries stay full.
     projected_lr_scale   s, scales both parts of a projected matrix. ``lr_scale`` is its old name, known to constructors
                          and JSON. In parameter groups that is a key of timm and BEiT, whose schedules put it into lr.
     state_free_lr_scale  s_free, scales the state-free part once more.
@@ -96,6 +100,7 @@ class FrugalConfig:
     combine: str = _choice("add", NEVER, COMBINES)
     growth_limit: float = _number(0.0, NEVER)
     momentum: float = _number(0.9, NOW, high=1.0)
+    moments: str = _choice("full", NEVER, FORMS)
     projected_lr_scale: float = _number(1.0, NOW)
     state_free_lr_scale: float = _number(1.0, NOW)
     on_refresh: str = _choice("reset", REFRESH, ("reset", "keep", "project"))
@@ -121,12 +126,21 @@ class FrugalConfig:
         for key, least in _INTEGERS.items():
             object.__setattr__(self, key, _as_integer(key, getattr(self, key), least))
         self._check_lines()
+        self._check_moments()
         for key, one in options_of_others(self.projection):
             value = getattr(self, key)
             if value != _FIELDS[key].default:
                 raise ValueError(
                     f"{key}={value!r} belongs to projection={one.name!r}, but projection={self.projection!r} "
                     f"{one.own[key]}. Leave {key} out, or use projection={one.name!r}."
+                )
+
+    def _check_moments(self) -> None:
+        for moment in STATE_FULL[self.state_full].moments:
+            if self.form.blocky and moment.signed is None:
+                raise ValueError(
+                    f"moments={self.moments!r}: state_full={self.state_full!r} does not say which values codes of its "
+                    f"{moment.name} stand for, so these are kept in full. Leave moments out, or use another state_full."
                 )
 
     def _check_lines(self) -> None:
@@ -172,6 +186,11 @@ class FrugalConfig:
         return self.combine != "add" or STATE_FREE[self.state_free].lines is not None
 
     @property
+    def form(self) -> Form:
+        """How moments are kept."""
+        return FORMS[self.moments]
+
+    @property
     def treatment(self) -> Treatment:
         """What becomes of the rest by rules that need lines."""
         return Treatment(STATE_FREE[self.state_free], self.combine, self.growth_limit)
@@ -212,15 +231,19 @@ _INTEGERS: dict[str, int] = _declared("integer")
 TAKEN_UP: dict[str, str] = _declared("taken_up")
 
 
-@lru_cache(maxsize=64)
-def for_regular(config: FrugalConfig) -> FrugalConfig:
-    """The settings of a group's regular parameters: they may be cut anywhere, where a rule of whole matrices does not
-    go, and take another one then. The same object for the same group.
+def for_regular(config: FrugalConfig, shape: Sequence[int] = ()) -> FrugalConfig:
+    """The settings of a group's regular parameters, of which one has this whole ``shape``: they may be cut anywhere,
+    where a rule of whole matrices does not go, and take another one then. The same object for all that are alike.
     """
+    return _regular(config, config.form.blocky and math.prod(shape) < SMALL)
+
+
+@lru_cache(maxsize=64)
+def _regular(config: FrugalConfig, small: bool) -> FrugalConfig:
     rule = STATE_FULL[config.state_full]
-    if rule.elementwise or not rule.regular:
-        return config
-    return replace(config, state_full=rule.regular)
+    changed = {} if rule.elementwise or not rule.regular else {"state_full": rule.regular}
+    changed |= {"moments": "full"} if small else {}
+    return replace(config, **changed) if changed else config  # type: ignore[arg-type]
 
 
 def config_from(options: Mapping[str, Any]) -> FrugalConfig:

@@ -124,6 +124,7 @@ class Frugal(Optimizer):
             ("scale_matrix"), as the state-full rule scales its part.
         growth_limit: by how much the norm of what rules of whole lines step with may grow from step to step; 0: off.
         momentum: of "sgdm", "muon", "normalized_momentum" and of the averages of "racs".
+        moments: how moments are kept, of regular parameters too: "full", or "8bit", by blocks of 256 entries of a row.
         projected_lr_scale: scales both parts of a projected matrix' step.
         state_free_lr_scale: scales the state-free part once more; 1 for pre-training, 0.1 for fine-tuning.
         on_refresh: what becomes of the moments at a refresh: "reset", "keep", or "project" into the new basis.
@@ -175,6 +176,7 @@ class Frugal(Optimizer):
         combine: str = "add",
         growth_limit: float = 0.0,
         momentum: float = 0.9,
+        moments: str = "full",
         projected_lr_scale: float = 1.0,
         state_free_lr_scale: float = 1.0,
         on_refresh: str = "reset",

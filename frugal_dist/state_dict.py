@@ -22,6 +22,7 @@ from frugal_dist.engines.hooks import dcp_is_asking, dcp_losing_option
 from frugal_dist.engines.pieces import Pieces
 from frugal_dist.engines.plain import PlainStorage
 from frugal_dist.notices import notice
+from frugal_dist.projection.numerics import compute_dtype
 from frugal_dist.projection.registry import PROJECTIONS
 from frugal_dist.sharding.collectives import gather_objects, together
 from frugal_dist.sharding.placement import owner_layout
@@ -33,20 +34,23 @@ from frugal_dist.step.runtime import (
     LocalMatrix,
     LocalParameter,
     Runtime,
+    basis_extents,
     basis_layout,
-    basis_piece_shapes,
     basis_route,
-    basis_tile_shapes,
     cut_selection,
+    extents_of,
     free_dim_of,
     local_selection,
     moment_names,
+    regular_extents,
     route_to,
+    tile_extents,
     whole_selection,
 )
-from frugal_dist.step.state import BESIDE_MOMENTS, COUNTERS, FREE, MatrixState, Shape
+from frugal_dist.step.state import BESIDE_MOMENTS, COUNTERS, FREE, MatrixState
+from frugal_dist.update.forms import Shape
 from frugal_dist.update.remainder import REMAINDER, keeps_remainders
-from frugal_dist.update.rules import every_moment
+from frugal_dist.update.rules import every_key
 
 _PART = re.compile(r"^(?P<key>.*)@rank(?P<rank>\d+)of(?P<size>\d+)$")
 Store = dict[str, Tensor]
@@ -82,27 +86,45 @@ def pack_all(runtime: Runtime, state: MutableMapping[Tensor, Store]) -> dict[int
     for work in load.works:
         if work.state.has_moments():
             saved = MatrixState(packed[owner[id(work.state.store)]], work.state.prefix)
-            for name in moment_names(work.config):
-                value, part = work.state.get(name), _is_part(runtime, work)
-                if template and value is not None:
-                    value, part = _for_dcp(runtime, work, name, value, part)
+            present = _numbers(runtime, work) if template and work.state.coded else work.state.kept()
+            for name in work.state.kept():
                 saved.put(name, None)
+            for name, value in present.items():
+                part = _is_part(runtime, work)
+                if template:
+                    value, part = _for_dcp(runtime, work, name, value, part)
                 saved.put(_key(runtime, name, part), value)
             rest = work.state.get(REMAINDER)
             if rest is not None and not (runtime.ranks.alone or is_replicated(work.matrix.storage)):
                 saved.put(REMAINDER, None)
                 saved.put(_key(runtime, REMAINDER, not template), _tiles(work, rest) if template else rest)
     for one in load.regular:
-        if one.state.has_moments() and _is_regular_part(runtime, one):
+        part, coded = _is_regular_part(runtime, one), template and one.state.coded
+        if one.state.has_moments() and (part or coded):
             saved = MatrixState(packed[owner[id(one.state.store)]], one.state.prefix)
-            for name in (*moment_names(one.config), REMAINDER):
-                value = saved.get(name)
-                if value is None:
-                    continue
+            present = _regular_numbers(one) if coded else one.state.kept()
+            rest = saved.get(REMAINDER)
+            present |= {} if rest is None else {REMAINDER: rest}
+            for name in (*one.state.kept(), REMAINDER):
                 saved.put(name, None)
-                as_pieces = template and not isinstance(one.part, Interval)
-                saved.put(_key(runtime, name, not as_pieces), _boxes(one, value) if as_pieces else value)
+            for name, value in present.items():
+                as_pieces = part and template and not isinstance(one.part, Interval)
+                saved.put(_key(runtime, name, part and not as_pieces), _boxes(one, value) if as_pieces else value)
     return packed
+
+
+def _numbers(runtime: Runtime, work: LocalMatrix) -> Store:
+    """Coded moments as numbers, by which torch.distributed.checkpoint can load them on other ranks."""
+    state, names = work.state, moment_names(work.config)
+    if state.counter("refreshes") == 0:  # zeros, in whatever size the first density made them
+        return {name: state.store[state.prefix + name].to(work.dtype) for name in names}
+    values = state.flat(work.config, extents_of(runtime, work))
+    return {name: values[name].view(state.store[state.prefix + name].shape) for name in names}
+
+
+def _regular_numbers(one: LocalParameter) -> Store:
+    values = one.state.flat(one.config, regular_extents(one))
+    return {name: value.view(one.weight.shape) for name, value in values.items()}
 
 
 def _for_dcp(runtime: Runtime, work: LocalMatrix, name: str, value: Tensor, part: bool) -> tuple[Tensor, bool]:
@@ -139,7 +161,7 @@ def _basis_pieces(runtime: Runtime, work: LocalMatrix, value: Tensor) -> Pieces:
     plan, r = basis_route(runtime, work), work.state.counter("size")
     shape = {"right": (work.matrix.rows, r), "left": (r, work.matrix.cols), "full": (r, r)}[work.side]
     rectangles, start = [], 0
-    for tile, size in zip(plan.tiles, basis_piece_shapes(work, plan, r), strict=True):
+    for tile, (size, _) in zip(plan.tiles, basis_extents(work, plan, r), strict=True):
         view = value.view(-1)[start : start + prod(size)].view(size)
         begin = {"right": (tile.rows[0], 0), "left": (0, tile.cols[0]), "full": (0, 0)}[work.side]
         rectangles.append((begin, view))
@@ -265,12 +287,12 @@ def _check_keys(runtime: Runtime, load: StepInputs, state: Mapping[Tensor, Store
     groups: dict[int, list[tuple[str, bool, bool]]] = {}
     by_name = {original.name: original for original in runtime.originals}
     for work in load.works:
-        keys = {work.state.prefix + key for key in (*COUNTERS, *every_moment(), *BESIDE_MOMENTS)}
+        keys = {work.state.prefix + key for key in (*COUNTERS, *every_key(), *BESIDE_MOMENTS)}
         known.setdefault(id(work.state.store), set()).update(keys)
         group = runtime.originals[work.matrix.original].group
         groups.setdefault(group, []).append((work.matrix.name, work.state.get("updates") is not None, work.frozen))
     for one in load.regular:
-        keys = {one.state.prefix + key for key in ("step", *every_moment(), REMAINDER)}
+        keys = {one.state.prefix + key for key in ("step", *every_key(), REMAINDER)}
         known.setdefault(id(one.state.store), set()).update(keys)
         group = by_name[one.name].group
         groups.setdefault(group, []).append((one.name, one.state.get("step") is not None, one.frozen))
@@ -352,8 +374,8 @@ def _settle_layout(runtime: Runtime, work: LocalMatrix, everyone: Sequence[State
     if len(holders) == 1:
         layouts.append(owner_layout(len(elements), holders[0], matrix.rows, matrix.cols))
     for layout in layouts:
-        shapes = [basis_tile_shapes(work.side, tiles, int(size)) for tiles in layout]
-        if [sum(map(prod, own)) for own in shapes] == elements:
+        extents = [tile_extents(work.side, tiles, int(size)) for tiles in layout]
+        if [sum(prod(extent.shape) for extent in own) for own in extents] == elements:
             runtime.routes[matrix.index] = route_to(runtime, work, layout)
             if layout is layouts[-1] and len(holders) == 1:
                 runtime.give_to(matrix.index, holders[0])
@@ -442,7 +464,7 @@ def _to_dense(runtime: Runtime, work: LocalMatrix, name: str) -> Tensor:
     if work.state.counter("refreshes"):  # otherwise they are zeros, in whatever size the first density made them
         (piece,) = local_selection(runtime, work).pieces
         values = torch.zeros(piece.shape, dtype=work.dtype, device="cpu")
-        (own,) = work.state.pieces(name, [piece.mine])
+        (own,) = work.state.numbers(work.config, [piece.share(piece.rank)], only=name)[name]
         _share(piece, values).copy_(own)
         piece.selection.to(dense.device).put_(dense, values)
     return dense
@@ -498,11 +520,11 @@ def _adopt(runtime: Runtime, work: LocalMatrix) -> None:
         return
     if work.family == "basis" and not work.empty:
         _check_basis(runtime, work)
-        shapes = basis_piece_shapes(work, basis_route(runtime, work), state.counter("size"))
-        _check_moments(runtime, work, shapes)
+        _check_moments(runtime, work)
     else:
         _adopt_coordinates(runtime, work)
     state.convert(work.dtype, work.numbered)
+    state.repack(work.config, extents_of(runtime, work), work.dtype)
 
 
 def _adopt_coordinates(runtime: Runtime, work: LocalMatrix) -> None:
@@ -513,13 +535,14 @@ def _adopt_coordinates(runtime: Runtime, work: LocalMatrix) -> None:
             value = work.state.get(name)
             if value is not None and value.shape == piece.size != piece.mine:
                 work.state.put(name, _from_dense(work, piece, value))
-    _check_moments(runtime, work, [piece.mine for piece in pieces])
+    _check_moments(runtime, work)
 
 
-def _check_moments(runtime: Runtime, work: LocalMatrix, shapes: Sequence[Shape]) -> None:
-    needed = shapes[0] if len(shapes) == 1 else (sum(map(prod, shapes)),)
+def _check_moments(runtime: Runtime, work: LocalMatrix) -> None:
+    form, extents = work.state.kept_as(work.config).form, extents_of(runtime, work)
     for name in moment_names(work.config):
-        _check_shape(runtime, work, name, needed)
+        for key, (shape, _) in form.tensors(name, extents, work.dtype).items():
+            _check_shape(runtime, work, key, shape)
 
 
 def _check_basis(runtime: Runtime, work: LocalMatrix) -> None:
@@ -566,14 +589,20 @@ def _check_regular(runtime: Runtime, one: LocalParameter) -> None:
     if step is None:
         raise ValueError(f"{one.name}: the loaded state has moments, but no step." + _other_ranks(runtime))
     _check_remainder(runtime, one.name, one)
-    for name in moment_names(one.config):
-        value = one.state.get(name)
-        if value is None or value.shape != one.weight.shape:
-            described = "nothing" if value is None else f"shape {tuple(value.shape)}"
-            raise ValueError(
-                f"{one.name}: the loaded {name} has {described}, this rank needs {tuple(one.weight.shape)}."
-                + _other_ranks(runtime)
-            )
+    config, extents = one.state.kept_as(one.config), regular_extents(one)
+    for name in moment_names(config):
+        for key, (needed, _) in config.form.tensors(name, extents, torch.float32).items():
+            value = one.state.get(key)
+            flat = config.form.blocky  # what lies in several pieces has no other shape
+            needed = needed if flat else tuple(one.weight.shape)
+            if value is None or (value.numel() != prod(needed) if flat else value.shape != one.weight.shape):
+                described = "nothing" if value is None else f"shape {tuple(value.shape)}"
+                raise ValueError(
+                    f"{one.name}: the loaded {key} has {described}, this rank needs {needed}." + _other_ranks(runtime)
+                )
+    dtype = compute_dtype(one.weight.dtype)
+    one.state.convert(dtype)
+    one.state.repack(one.config, extents, dtype)
 
 
 def _check_remainder(runtime: Runtime, name: str, one: LocalMatrix | LocalParameter) -> None:

@@ -20,31 +20,32 @@ from frugal_dist.checkpoint.parts import (
     WEIGHT,
     Chunk,
     leftovers,
+    regular_entries,
     regular_state_chunks,
     remainder_chunks,
     state_chunks,
     weight_chunks,
 )
 from frugal_dist.checkpoint.reader import Reader
-from frugal_dist.config import HYPERPARAMETERS, python_value, saved_group
+from frugal_dist.config import HYPERPARAMETERS, FrugalConfig, python_value, saved_group
 from frugal_dist.notices import notice
 from frugal_dist.optimizer import Frugal
 from frugal_dist.parameters.groups import moved_by_schedules
+from frugal_dist.projection.numerics import compute_dtype
 from frugal_dist.sharding.collectives import Ranks, gather_objects
 from frugal_dist.step.inputs import StepInputs, create_moments, ensure_state
 from frugal_dist.step.runtime import (
     LocalMatrix,
     LocalParameter,
     Runtime,
-    basis_piece_shapes,
     basis_route,
-    local_selection,
-    moment_names,
+    extents_of,
+    regular_extents,
     remainders_of,
 )
 from frugal_dist.step.state import COUNTERS, KEPT, MatrixState
 from frugal_dist.update.remainder import joined, split_
-from frugal_dist.update.rules import every_moment
+from frugal_dist.update.rules import every_key
 
 META = torch.device("meta")
 
@@ -152,9 +153,11 @@ class Restoring:
 
     def carry_out(self) -> None:
         """Overwrite weights, state and counts."""
-        for one in self.now.regular:
+        for i, one in regular_entries(self.runtime, self.now):
             if self._keeps_moments(one):
                 create_moments(one)
+                if one.state.coded:
+                    self._fill_coded(i, one)
                 self._set_counter(one)
             else:
                 _reset_regular(one)
@@ -163,8 +166,10 @@ class Restoring:
             rebuilt = self._renewed(work) if fresh else self._rebuilt(work, work.device)
             if not fresh:
                 self._fill(state_chunks(self.runtime, rebuilt))
+                if not work.empty and rebuilt.state.counter("refreshes"):
+                    rebuilt.state.repack(work.config, extents_of(self.runtime, rebuilt), work.dtype)
             _replace_state(work, rebuilt.state)
-        self._fill(self._kept_in_place(self.now.regular))
+        self._fill(chunk for chunk in self._kept_in_place(self.now.regular) if chunk.later is None)
         self._fill_exactly()
 
     def _fill_exactly(self) -> None:
@@ -209,6 +214,15 @@ class Restoring:
             self.reader.fill(chunk.name, chunk.shape, chunk.area, chunk.data)
             chunk.settle()
 
+    def _fill_coded(self, i: int, one: LocalParameter) -> None:
+        """The moments of regular parameter ``i``, by way of numbers."""
+        scratch = replace(one, state=MatrixState({}, one.state.prefix), config=_in_full(one.config))
+        create_moments(scratch)
+        alone = replace(self.now, key=(i,), regular=[scratch])
+        self._fill(chunk for _, chunk in regular_state_chunks(self.runtime, alone))
+        scratch.state.repack(one.config, regular_extents(one), compute_dtype(one.weight.dtype))
+        one.state.store.update(scratch.state.store)
+
     def _starts_anew(self, name: str) -> bool:
         return name in self.fresh
 
@@ -231,19 +245,16 @@ class Restoring:
         one.state.set_counter("step", self._saved_step(one))
 
     def _rebuilt(self, work: LocalMatrix, device: torch.device) -> LocalMatrix:
-        """The matrix with a state of its own that has room for what was saved; the live state is untouched."""
+        """The matrix with a state of its own that has room for what was saved, in full; the live one is untouched."""
         counters = self.reader.index.matrices[work.matrix.name]["clocks"]
         scratch = replace(work, state=MatrixState({}, work.state.prefix))
         if work.empty or int(counters["refreshes"]) == 0:
             return self._renewed(work)
         _set_counters(scratch.state, counters)
-        names = moment_names(work.config)
+        scratch.state.ensure_moments(_in_full(work.config), extents_of(self.runtime, scratch), work.dtype, device)
         if work.family != "basis":
-            shapes = [piece.mine for piece in local_selection(self.runtime, scratch).pieces]
-            scratch.state.ensure_moments(names, shapes, work.dtype, device)
             return scratch
         plan, r = basis_route(self.runtime, work), int(counters["size"])
-        scratch.state.ensure_moments(names, basis_piece_shapes(work, plan, r), work.dtype, device)
         if plan.tiles:
             scratch.state.ensure_free(work.config.keeps, (work.matrix.rows, work.matrix.cols), work.dtype, device)
         if plan.tiles and work.kept_shapes(r):
@@ -282,14 +293,17 @@ def _replace_state(work: LocalMatrix, new: MatrixState) -> None:
 
 
 def _keys(state: MatrixState) -> set[str]:
-    return {state.prefix + name for name in (*COUNTERS, *every_moment(), *KEPT)}
+    return {state.prefix + name for name in (*COUNTERS, *every_key(), *KEPT)}
+
+
+def _in_full(config: FrugalConfig) -> FrugalConfig:
+    """What is saved are numbers, whatever form they were kept in."""
+    return replace(config, moments="full")
 
 
 def _reset_regular(one: LocalParameter) -> None:
-    for name in moment_names(one.config):
-        moment = one.state.get(name)
-        if moment is not None:
-            moment.zero_()
+    for kept in one.state.kept().values():
+        kept.zero_()
     one.state.set_counter("step", 0)
 
 

@@ -7,8 +7,9 @@ optimizer's parameters comes along: parameters that nobody optimizes, and buffer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from math import prod
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from frugal_dist import engines
 from frugal_dist.checkpoint.errors import CheckpointError
+from frugal_dist.config import FrugalConfig
 from frugal_dist.parameters.names import clean_name
 from frugal_dist.projection.coordinates import Selection
 from frugal_dist.sharding.shard import Box, Grid, Interval, LocalShard, ParamSpec
@@ -28,13 +30,15 @@ from frugal_dist.step.runtime import (
     LocalMatrix,
     LocalParameter,
     Runtime,
-    basis_piece_shapes,
+    basis_extents,
     basis_route,
     local_selection,
     moment_names,
+    regular_extents,
     whole_selection,
 )
-from frugal_dist.step.state import KEPT
+from frugal_dist.step.state import KEPT, MatrixState
+from frugal_dist.update.forms import Extent, cut
 from frugal_dist.update.remainder import REMAINDER
 
 WEIGHT = "weight/"
@@ -50,7 +54,8 @@ class Chunk:
     """A rectangle of a named 2-D tensor, and the live memory that holds it on this rank.
 
     ``data`` is a view of that memory. Where no 2-D view of it exists (channels-last weights), or not every element has
-    memory of its own (expanded buffers), it is a copy, and ``owner`` is what has to be overwritten with it.
+    memory of its own (expanded buffers), it is a copy, and ``owner`` is what has to be overwritten with it. What is
+    kept in another form (8-bit moments) is made by ``later`` when it is written; ``data`` only has its shape and dtype.
     """
 
     name: str
@@ -58,6 +63,7 @@ class Chunk:
     area: Tile
     data: Tensor
     owner: Tensor | None = None
+    later: Callable[[], Tensor] | None = None
 
     def settle(self) -> None:
         """After ``data`` was filled: bring it where it belongs."""
@@ -89,6 +95,21 @@ def _once(owner: Tensor, values: Tensor | None = None) -> Tensor:
         if stride == 0 and size > 1:
             found = found.narrow(dim, 0, 1)
     return found
+
+
+class Numbers:
+    """The moment that was made numbers last, as it was cut: there is room for one at a time."""
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._found: list[Tensor] = []
+
+    def part(self, key: object, number: int, make: Callable[[], list[Tensor]]) -> Tensor:
+        """Part ``number`` of what ``make`` gives for ``key``."""
+        if self._key is not key:
+            self._found = []
+            self._key, self._found = key, make()
+        return self._found[number]
 
 
 def weight_chunks(runtime: Runtime, load: StepInputs) -> Iterator[Chunk]:
@@ -139,27 +160,55 @@ def regular_entries(runtime: Runtime, load: StepInputs) -> list[tuple[int, Local
     return list(zip(positions, load.regular, strict=True))
 
 
-def regular_state_chunks(runtime: Runtime, load: StepInputs) -> Iterator[tuple[str, Chunk]]:
+def regular_state_chunks(
+    runtime: Runtime, load: StepInputs, last: Numbers | None = None
+) -> Iterator[tuple[str, Chunk]]:
     """The moments of regular parameters, cut as their weights are, each with its parameter's name. Frozen ones may have
-    none.
+    none. ``last``: what all that is written together shares.
     """
+    last = last or Numbers()
     for i, one in regular_entries(runtime, load):
         if not one.state.has_moments():
             continue
+        extents, shape = regular_extents(one), tuple(one.weight.shape)
         for name in moment_names(one.config):
-            moment = one.state.pieces(name, [tuple(one.weight.shape)])[0]
-            for chunk in part_chunks(f"state/{one.name}/{name}", one.shape, runtime.storage.part(i), moment):
+            parts = partial(part_chunks, f"state/{one.name}/{name}", one.shape, runtime.storage.part(i))
+            for chunk in _moment_chunks(one.state, one.config, extents, name, shape, parts, last):
                 yield one.name, chunk
 
 
-def state_chunks(runtime: Runtime, work: LocalMatrix) -> Iterator[Chunk]:
+def _moment_chunks(
+    state: MatrixState,
+    config: FrugalConfig,
+    extents: Sequence[Extent],
+    name: str,
+    shape: Sequence[int],
+    cut_up: Callable[[Tensor], Iterable[Chunk]],
+    last: Numbers,
+) -> Iterator[Chunk]:
+    """A moment as ``cut_up`` cuts its numbers, which have ``shape``, with all pieces one behind the other."""
+    config = state.kept_as(config)
+
+    def numbers() -> Tensor:
+        return state.flat(config, extents, only=name)[name].view(tuple(shape))
+
+    if not config.form.blocky:
+        yield from cut_up(numbers())
+        return
+    key = object()
+    described = torch.empty(tuple(shape), dtype=state.moments_dtype(), device="meta")
+    for number, chunk in enumerate(cut_up(described)):
+        yield replace(chunk, later=partial(last.part, key, number, lambda: [one.data for one in cut_up(numbers())]))
+
+
+def state_chunks(runtime: Runtime, work: LocalMatrix, last: Numbers | None = None) -> Iterator[Chunk]:
     """Moments and basis of one matrix as this rank holds them."""
     if work.empty or work.state.get("updates") is None or work.state.counter("refreshes") == 0:
         return
-    yield from _BY_FAMILY[work.family](runtime, work)
+    yield from _BY_FAMILY[work.family](runtime, work, last or Numbers())
 
 
-def _basis_chunks(runtime: Runtime, work: LocalMatrix) -> Iterator[Chunk]:
+def _basis_chunks(runtime: Runtime, work: LocalMatrix, last: Numbers) -> Iterator[Chunk]:
     plan, r, matrix = basis_route(runtime, work), work.state.counter("size"), work.matrix
     if not plan.tiles:
         return
@@ -170,25 +219,38 @@ def _basis_chunks(runtime: Runtime, work: LocalMatrix) -> Iterator[Chunk]:
             table = part if part.dim() == 2 else part.view(1, -1)  # numbers of columns, or norms
             yield Chunk(prefix + key, (table.shape[0], table.shape[1]), _all_of(table), table)
     shape = {"right": (matrix.rows, r), "left": (r, matrix.cols), "full": (r, r)}[work.side]
-    shapes = basis_piece_shapes(work, plan, r)
-    for name in moment_names(work.config):
-        for tile, piece in zip(plan.tiles, work.state.pieces(name, shapes), strict=True):
+    extents = basis_extents(work, plan, r)
+
+    def cut_up(name: str, flat: Tensor) -> Iterator[Chunk]:
+        for tile, piece in zip(plan.tiles, cut(flat, extents), strict=True):
             rows = tile.rows if work.side == "right" else (0, r)
             cols = tile.cols if work.side == "left" else (0, r)
             yield Chunk(prefix + name, shape, Tile(rows, cols), piece)
 
+    yield from _all_moments(work, extents, cut_up, last)
 
-def _coordinate_chunks(runtime: Runtime, work: LocalMatrix) -> Iterator[Chunk]:
-    cut = local_selection(runtime, work)
-    if cut.nothing:
+
+def _all_moments(
+    work: LocalMatrix, extents: Sequence[Extent], cut_up: Callable[[str, Tensor], Iterator[Chunk]], last: Numbers
+) -> Iterator[Chunk]:
+    size = sum(prod(extent.shape) for extent in extents)
+    for name in moment_names(work.config):
+        yield from _moment_chunks(work.state, work.config, extents, name, (size,), partial(cut_up, name), last)
+
+
+def _coordinate_chunks(runtime: Runtime, work: LocalMatrix, last: Numbers) -> Iterator[Chunk]:
+    found = local_selection(runtime, work)
+    if found.nothing:
         return
     whole = whole_selection(work, work.state.counter("refreshes") - 1, work.state.counter("size"))
     shape = two_dims(whole.shape(work.matrix.rows, work.matrix.cols))
-    shapes = [piece.mine for piece in cut.pieces]
-    for name in moment_names(work.config):
-        for piece, values in zip(cut.pieces, work.state.pieces(name, shapes), strict=True):
+
+    def cut_up(name: str, flat: Tensor) -> Iterator[Chunk]:
+        for piece, values in zip(found.pieces, cut(flat, found.extents), strict=True):
             for area, view in _slot_views(whole, piece, values, shape[1]):
                 yield Chunk(f"state/{work.matrix.name}/{name}", shape, area, view)
+
+    yield from _all_moments(work, found.extents, cut_up, last)
 
 
 _BY_FAMILY = {"basis": _basis_chunks, "coordinates": _coordinate_chunks, "blocks": _coordinate_chunks}

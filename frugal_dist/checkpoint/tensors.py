@@ -9,9 +9,10 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import torch
@@ -41,8 +42,16 @@ CODES = {
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
-def write_tensors(path: Path, tensors: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str]) -> Written:
-    """Write named tensors, on whatever device they are. Equal names and dtypes without a code raise CheckpointError."""
+def write_tensors(
+    path: Path,
+    tensors: Sequence[tuple[str, Tensor]],
+    metadata: Mapping[str, str],
+    later: Mapping[str, Callable[[], Tensor]] = MappingProxyType({}),
+) -> Written:
+    """Write named tensors, on whatever device they are. Equal names and dtypes without a code raise CheckpointError.
+
+    ``later``: what is made when its turn comes, by name; its tensor only has the shape and dtype that it will have.
+    """
     for key, tensor in tensors:
         if tensor.dtype not in CODES:
             raise CheckpointError(f"{key} has dtype {tensor.dtype}, which cannot be saved.")
@@ -61,8 +70,9 @@ def write_tensors(path: Path, tensors: Sequence[tuple[str, Tensor]], metadata: M
     with Output(path) as output:
         output.write(len(text).to_bytes(8, "little"))
         output.write(text)
-        for _, tensor in ordered:
-            host = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
+        for key, tensor in ordered:
+            made = later[key]() if key in later else tensor
+            host = made.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
             output.write(_bytes_of(host))
         return output.finish()
 

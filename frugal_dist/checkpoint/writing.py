@@ -23,6 +23,7 @@ from frugal_dist.checkpoint.parts import (
     BUFFER,
     WEIGHT,
     Chunk,
+    Numbers,
     leftovers,
     module_of,
     regular_state_chunks,
@@ -75,9 +76,10 @@ def write_checkpoint(path: Path, model_or_engine: Any, frugal: Frugal, extra: di
 
 
 def _all_chunks(runtime: Runtime, now: StepInputs, model_or_engine: Any) -> list[Chunk]:
+    last = Numbers()
     chunks = [*weight_chunks(runtime, now), *remainder_chunks(runtime, now)]
-    chunks += [*(chunk for _, chunk in regular_state_chunks(runtime, now))]
-    chunks += [chunk for work in now.works for chunk in state_chunks(runtime, work)]
+    chunks += [chunk for _, chunk in regular_state_chunks(runtime, now, last)]
+    chunks += [chunk for work in now.works for chunk in state_chunks(runtime, work, last)]
     return [*chunks, *(chunk for one in leftovers(runtime, model_or_engine) for chunk in one.chunks)]
 
 
@@ -124,8 +126,9 @@ def _wait_for(working: Path, rank: int) -> None:
 
 def _write_rank(working: Path, rank: int, mine: Sequence[Chunk], record: bytes, token: str) -> dict[str, Written]:
     tensors: list[tuple[str, Tensor]] = [(piece_key(chunk.name, chunk.area), chunk.data) for chunk in mine]
+    later = {piece_key(chunk.name, chunk.area): chunk.later for chunk in mine if chunk.later is not None}
     return {
-        tensor_file(rank): write_tensors(working / tensor_file(rank), tensors, {"checkpoint": token}),
+        tensor_file(rank): write_tensors(working / tensor_file(rank), tensors, {"checkpoint": token}, later),
         extra_file(rank): write_bytes(working / extra_file(rank), record),
     }
 

@@ -121,8 +121,9 @@ def as_made(groups: Sequence[dict[str, Any]], before: Mapping[int, Seen]) -> Ite
 def _fixed(config: FrugalConfig, projected: bool) -> set[str]:
     """What cannot change under the state of a group."""
     if not projected:
-        return {"state_full"}
-    return {key for key in (*depends_on(config), "compute_layout", "combine", "growth_limit") if TAKEN_UP[key] == NEVER}
+        return {"state_full", "moments"}
+    others = ("moments", "compute_layout", "combine", "growth_limit")
+    return {key for key in (*depends_on(config), *others) if TAKEN_UP[key] == NEVER}
 
 
 def _refuse(number: int, before: FrugalConfig, now: FrugalConfig, projected: bool) -> None:

@@ -29,7 +29,7 @@ from frugal_dist.step.inputs import SLICE, StepInputs, ensure_state, step_inputs
 from frugal_dist.step.runtime import LocalMatrix, Runtime, basis_route
 from frugal_dist.step.state import BASES, FREE, MatrixState
 from frugal_dist.update.remainder import REMAINDER, keeps_remainders
-from frugal_dist.update.rules import every_moment
+from frugal_dist.update.rules import every_key
 
 
 @dataclass
@@ -275,7 +275,7 @@ def _rank_plan(runtime: Runtime, load: StepInputs, units: Sequence[Collection[st
         for name, size in _sizes(work.state):
             if name in BASES:
                 found.bases += size
-            elif name in (*every_moment(), *FREE):
+            elif name in (*every_key(), *FREE):
                 found.moments += size
             elif name == REMAINDER:
                 found.remainders += size

@@ -94,6 +94,11 @@ class Selection(Protocol):
     def slots(self, tile: Rect) -> Tensor:
         """Where the tile's part of R lies in the whole matrix' R: flat positions, shaped as the part."""
 
+    def begin(self, tile: Rect) -> int:
+        """In which column of the whole matrix' R the tile's part begins; a flat R is one row. 0 where the part is
+        scattered over it.
+        """
+
     def shape(self, rows: int, cols: int) -> tuple[int, ...]:
         """R's shape for a tensor of rows x cols."""
 
@@ -127,6 +132,9 @@ class Columns:
         columns = torch.nonzero(_within(self.index, tile.cols)).view(1, -1)
         return _span(tile.rows).view(-1, 1) * self.index.numel() + columns
 
+    def begin(self, tile: Rect) -> int:
+        return int((self.index < tile.cols[0]).sum())
+
     def shape(self, rows: int, cols: int) -> tuple[int, ...]:
         return (rows, self.index.numel())
 
@@ -156,6 +164,9 @@ class Rows:
     def slots(self, tile: Rect) -> Tensor:
         rows = torch.nonzero(_within(self.index, tile.rows)).view(-1, 1)
         return rows * self.width + _span(tile.cols).view(1, -1)
+
+    def begin(self, tile: Rect) -> int:
+        return tile.cols[0]
 
     def shape(self, rows: int, cols: int) -> tuple[int, ...]:
         return (self.index.numel(), cols)
@@ -187,6 +198,9 @@ class Submatrix:
         rows = torch.nonzero(_within(self.row_index, tile.rows)).view(-1, 1)
         cols = torch.nonzero(_within(self.col_index, tile.cols)).view(1, -1)
         return rows * self.col_index.numel() + cols
+
+    def begin(self, tile: Rect) -> int:
+        return int((self.col_index < tile.cols[0]).sum())
 
     def shape(self, rows: int, cols: int) -> tuple[int, ...]:
         return (self.row_index.numel(), self.col_index.numel())
@@ -233,6 +247,9 @@ class Flat:
     def slots(self, tile: Rect) -> Tensor:
         return torch.nonzero(self._inside(tile)).view(-1)
 
+    def begin(self, tile: Rect) -> int:
+        return int((self.index < tile.rows[0] * self.width).sum()) if tile.cols == (0, self.width) else 0
+
     def shape(self, rows: int, cols: int) -> tuple[int, ...]:
         return (self.index.numel(),)
 
@@ -263,6 +280,9 @@ class Everything:
 
     def slots(self, tile: Rect) -> Tensor:
         return _span(tile.rows).view(-1, 1) * self.width + _span(tile.cols).view(1, -1)
+
+    def begin(self, tile: Rect) -> int:
+        return tile.cols[0]
 
     def shape(self, rows: int, cols: int) -> tuple[int, ...]:
         return (rows, cols)

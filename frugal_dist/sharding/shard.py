@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, product
+from math import prod
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -65,6 +66,12 @@ class Box:
         """The part in rectangles, each with its view of ``local``."""
         yield self, local
 
+    def lines(self, whole: tuple[int, ...]) -> list[tuple[tuple[int, ...], int]]:
+        """Where the part lies in the lines of the parameter as (first dim, rest): shapes, and where their lines begin.
+        What is cut in between of several dims has lines of its own.
+        """
+        return [(self.local_shape, self.spans[-1][0] if 0 < len(whole) < 3 else 0)]
+
     def rows(self, start: int, stop: int) -> Box:
         """Some entries of the first dim, counted from the first one here."""
         return Box(((self.spans[0][0] + start, self.spans[0][0] + stop), *self.spans[1:])) if self.spans else self
@@ -101,6 +108,10 @@ class Grid:
         """The part in rectangles, each with its view of ``local``."""
         for spans, where in zip(product(*self.ranges), product(*map(_consecutive, self.ranges)), strict=True):
             yield Box(spans), local[where]
+
+    def lines(self, whole: tuple[int, ...]) -> list[tuple[tuple[int, ...], int]]:
+        """As ``Box.lines``; what is put together here is a line of its own."""
+        return [(self.local_shape, 0)]
 
     def rows(self, start: int, stop: int) -> Grid:
         """Some entries of the first dim, counted from the first one here."""
@@ -143,6 +154,12 @@ class Interval:
     def boxes(self, local: Tensor) -> Iterator[tuple[Box, Tensor]]:
         """The part as a range of the flat parameter, with its memory."""
         yield Box(((self.start, self.stop),)), local
+
+    def lines(self, whole: tuple[int, ...]) -> list[tuple[tuple[int, ...], int]]:
+        """As ``Box.lines``: up to three, one behind the other in memory."""
+        width = prod(whole[1:]) if len(whole) > 1 else prod(whole)
+        tiles = interval_tiles(self.start, self.stop, width)
+        return [((tile.height, tile.width), tile.cols[0]) for tile in tiles]
 
     def rows(self, start: int, stop: int) -> Interval:
         """Some entries, counted from the first one here."""

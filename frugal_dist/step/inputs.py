@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +19,16 @@ from frugal_dist.step.runtime import (
     LocalParameter,
     Runtime,
     Site,
-    basis_piece_shapes,
+    basis_extents,
     basis_route,
     cut_selection,
-    moment_names,
+    regular_extents,
     remainders_of,
+    shares_of,
     whole_selection,
 )
 from frugal_dist.step.state import MatrixState, bring_counters_home
+from frugal_dist.update.eightbit import Packed
 from frugal_dist.update.local import update_regular
 from frugal_dist.update.remainder import REMAINDER, joined, keeps_remainders, split_
 from frugal_dist.update.rounding import round_stochastically_, rounds_stochastically, row_starts
@@ -140,8 +143,9 @@ def _bind(
             state.forget()
     decay = config.weight_decay if original.decay else 0.0
     if not original.projected:
+        settings, state = for_regular(config, original.shape), states[0]
         site.regular = LocalParameter(
-            original.name, original.shape, for_regular(config), decay, states[0], weight, None, site.part, False
+            original.name, original.shape, settings, decay, state, weight, None, site.part, False
         )
     else:
         dtype, kind = compute_dtype(weight.dtype), family(config)
@@ -209,11 +213,11 @@ def ensure_state(runtime: Runtime, load: StepInputs) -> None:
     for work in strange:
         work.state.follow(work.device)
         work.state.ensure_counters()
-        moment = work.state.first_moment()
-        later = work.frozen and not work.empty  # then the first refresh creates it, if there ever is one
-        if moment is None and not later:
+        found = work.state.moments_dtype()
+        later = work.frozen and not work.empty  # then the first refresh creates them, if there ever is one
+        if found is None and not later:
             create_state(runtime, work)
-        elif moment is not None and moment.dtype != work.dtype:  # loaded, or the model was cast
+        elif found not in (None, work.dtype):  # loaded, or the model was cast
             work.state.convert(work.dtype, work.numbered)
         _settle_remainder(work, work.state.has_moments())
         work.state.remember(work.dtype)
@@ -221,10 +225,10 @@ def ensure_state(runtime: Runtime, load: StepInputs) -> None:
         one.state.follow(one.weight.device)
         if one.state.get("step") is None:
             one.state.put("step", torch.tensor(0, device="cpu"))
-        moment, dtype = one.state.first_moment(), compute_dtype(one.weight.dtype)
-        if moment is None and not (one.frozen and one.grad is None):
+        found, dtype = one.state.moments_dtype(), compute_dtype(one.weight.dtype)
+        if found is None and not (one.frozen and one.grad is None):
             create_moments(one)
-        elif moment is not None and moment.dtype != dtype:
+        elif found not in (None, dtype):
             one.state.convert(dtype)
         _settle_remainder(one, one.state.has_moments())
         one.state.remember(dtype, ("step",))
@@ -243,8 +247,8 @@ def _settle_remainder(one: LocalMatrix | LocalParameter, steps: bool) -> None:
 
 def create_moments(one: LocalParameter, device: torch.device | None = None) -> None:
     """Zero moments of a regular parameter that has none, where it is or on ``device``."""
-    names, dtype = moment_names(one.config), compute_dtype(one.weight.dtype)
-    one.state.ensure_moments(names, [tuple(one.weight.shape)], dtype, device or one.weight.device)
+    dtype = compute_dtype(one.weight.dtype)
+    one.state.ensure_moments(one.config, regular_extents(one), dtype, device or one.weight.device)
 
 
 def check_density(work: LocalMatrix) -> None:
@@ -264,15 +268,14 @@ def check_density(work: LocalMatrix) -> None:
 
 def create_state(runtime: Runtime, work: LocalMatrix) -> None:
     """Moments of zeros, and bases, for the present density."""
-    names = moment_names(work.config)
     if work.family != "basis" or work.empty:
         size = 0 if work.empty else work.size
         pieces = cut_selection(runtime, work, whole_selection(work, 0, size), runtime.ranks.rank)
-        work.state.ensure_moments(names, [piece.mine for piece in pieces], work.dtype, work.device)
+        work.state.ensure_moments(work.config, shares_of(pieces), work.dtype, work.device)
         return
     plan = basis_route(runtime, work)
     work.state.set_counter("size", work.size)
-    work.state.ensure_moments(names, basis_piece_shapes(work, plan, work.size), work.dtype, work.device)
+    work.state.ensure_moments(work.config, basis_extents(work, plan, work.size), work.dtype, work.device)
     if plan.tiles:
         work.state.ensure_free(work.config.keeps, (work.matrix.rows, work.matrix.cols), work.dtype, work.device)
         work.state.ensure_basis(work.side, work.kept_shapes(work.size), work.basis_dtype, work.device)
@@ -294,30 +297,50 @@ def step_regular(runtime: Runtime, load: StepInputs) -> None:
 
 @dataclass(frozen=True)
 class _Slice:
-    """Some rows of a regular parameter, from ``row`` on."""
+    """A stretch of a regular parameter, from ``row`` on."""
 
     one: LocalParameter
     row: int
     weight: Tensor
     grad: Tensor
-    moments: tuple[Tensor, ...]
+    moments: tuple[Any, ...]
     remainder: Tensor | None = None
 
 
 def _slices(one: LocalParameter, most: int) -> list[_Slice]:
     """A parameter in slices of at most about ``most`` elements."""
     assert one.grad is not None
-    names = moment_names(one.config)
-    moments = tuple(one.state.pieces(name, one.shapes)[0] for name in names)
-    remainders = remainders_of(one) or []
+    moments = one.state.moments(one.config, regular_extents(one))
+    if one.config.form.blocky:
+        return _lines(one, moments, most)
+    remainders, own = remainders_of(one) or [], moments[0]
     if one.weight.numel() <= most or one.weight.dim() == 0:
-        return [_Slice(one, 0, one.weight, one.grad, moments, *remainders)]
-    rows, number = max(1, most * len(one.weight) // one.weight.numel()), len(moments)
-    parts = zip(*(tensor.split(rows) for tensor in (one.weight, one.grad, *moments, *remainders)), strict=True)
+        return [_Slice(one, 0, one.weight, one.grad, own, *remainders)]
+    rows, number = max(1, most * len(one.weight) // one.weight.numel()), len(own)
+    parts = zip(*(tensor.split(rows) for tensor in (one.weight, one.grad, *own, *remainders)), strict=True)
     return [
         _Slice(one, place * rows, weight, grad, tuple(rest[:number]), *rest[number:])
         for place, (weight, grad, *rest) in enumerate(parts)
     ]
+
+
+def _lines(one: LocalParameter, moments: Sequence[tuple[Packed, ...]], most: int) -> list[_Slice]:
+    """The same by whole lines of what is kept in blocks, of which there may be several pieces in a flat interval."""
+    assert one.grad is not None
+    tensors, found, begin = (one.weight, one.grad, *(remainders_of(one) or [])), [], 0
+    for own in moments:
+        lines, width = own[0].codes.shape
+        # Of the first dim: a line is one entry of it, all of it (a vector), or some of it (an interval).
+        each = 1 if one.weight.dim() > 1 else width
+        step = max(1, most // max(width, 1))
+        for top in range(0, lines, step):
+            bottom = min(top + step, lines)
+            here = slice(begin + top * each, begin + bottom * each)
+            few = tuple(view.rows(top, bottom) for view in own)
+            weight, grad, *rest = (tensor[here] for tensor in tensors)
+            found.append(_Slice(one, here.start, weight, grad, few, *rest))
+        begin += lines * each
+    return found
 
 
 def _step_group(members: Sequence[LocalParameter]) -> None:

@@ -23,7 +23,6 @@ from frugal_dist.step.runtime import (
     basis_moments,
     basis_route,
     local_selection,
-    moments_of,
     part_of,
     remainders_of,
     sums_of,
@@ -151,7 +150,7 @@ def _updates(runtime: Runtime, works: Sequence[LocalMatrix]) -> list[TileUpdate]
             cut = local_selection(runtime, work)
         step = counts["step"]
         noises = _noises(work) if work.weight_dtype is not work.dtype else None
-        moments: list[tuple[Tensor, ...]] = [()] * len(grads) if cut.nothing else moments_of(work, cut.shapes)
+        moments = [()] * len(grads) if cut.nothing else work.state.moments(config, cut.extents)
         for k, grad in enumerate(grads):
             selection, noise = None if cut.nothing else cut.pieces[k].selection, None if noises is None else noises[k]
             found.append(TileUpdate(work.weights[k], grad, selection, moments[k], step, decay, config, noise))
@@ -457,8 +456,8 @@ def _jobs(
 def _coordinate_parcel(runtime: Runtime, work: LocalMatrix, active: bool) -> PendingUpdate:
     """Each holder of a tile computes its share of the state-full update; the state-free step is everybody's own."""
     ranks = runtime.ranks
-    pieces = local_selection(runtime, work).pieces
-    moments = moments_of(work, [piece.mine for piece in pieces])
+    cut = local_selection(runtime, work)
+    pieces, moments = cut.pieces, work.state.moments(work.config, cut.extents)
     gathered = work.matrix.replicated
     send: Lists = [[] for _ in range(ranks.size)]
     recv: Lists = [[] for _ in range(ranks.size)]

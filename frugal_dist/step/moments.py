@@ -18,30 +18,29 @@ from frugal_dist.step.runtime import (
     CoordinatePiece,
     LocalMatrix,
     Runtime,
-    basis_piece_shapes,
+    basis_extents,
     cut_selection,
-    moment_names,
     same_slots,
+    shares_of,
     whole_selection,
 )
+from frugal_dist.update.forms import cut
 from frugal_dist.update.rules import STATE_FULL
 
 
 def carry_basis_moments(work: LocalMatrix, plan: RedistributionPlan, new: Basis) -> None:
     """Treat the state at a basis refresh. With "keep", moments of another r (density changed) are projected."""
-    state, mode, rule = work.state, work.config.on_refresh, STATE_FULL[work.config.state_full]
-    old_shapes = basis_piece_shapes(work, plan, state.counter("size"))
-    shapes = basis_piece_shapes(work, plan, work.size)
+    state, mode, config = work.state, work.config.on_refresh, work.config
+    then, now = basis_extents(work, plan, state.counter("size")), basis_extents(work, plan, work.size)
     old = work.basis()
     carried: dict[str, list[Tensor]] = {}
-    if old is not None and (mode == "project" or (mode == "keep" and old_shapes != shapes)):
+    if old is not None and (mode == "project" or (mode == "keep" and then != now)):
         old, new = (basis.shown(work.matrix.rows, work.matrix.cols, work.dtype) for basis in (old, new))
-        for moment in rule.moments:
-            carried[moment.name] = [moment.carry(piece, old, new) for piece in state.pieces(moment.name, old_shapes)]
-    state.ensure_moments(rule.names, shapes, work.dtype, work.device)
-    for name, pieces in carried.items():
-        for target, piece in zip(state.pieces(name, shapes), pieces, strict=True):
-            target.copy_(piece)
+        for moment in STATE_FULL[config.state_full].moments:
+            pieces = state.numbers(config, then, only=moment.name)[moment.name]
+            carried[moment.name] = [moment.carry(piece, old, new) for piece in pieces]
+    state.ensure_moments(config, now, work.dtype, work.device)
+    state.write(config, now, carried)
     if mode == "reset":
         state.reset()
 
@@ -90,28 +89,29 @@ def move_coordinate_moments(
     keep: slot i of the new selection takes over slot i of the old one. project: entries that stay selected keep their
     moments, new ones start at zero. Blocks are always cleared.
     """
-    state, names, mode = work.state, moment_names(work.config), _treatment(work, old_counters)
+    state, config, mode = work.state, work.config, _treatment(work, old_counters)
     first = old_counters[0] == 0
-    shapes = [piece.mine for piece in new]
+    now = shares_of(new)
     if first or mode == "reset" or work.family == "blocks":
-        state.ensure_moments(names, shapes, work.dtype, work.device)
+        state.ensure_moments(config, now, work.dtype, work.device)
         state.reset()
         return
     travels = moves_between_ranks(runtime, work, old_counters)
     if mode == "keep" and not travels:
         return  # the same slots stay here, in the same order
-    before = {name: state.get(name) for name in names}
-    old_values = {name: value.view(-1) for name, value in before.items() if value is not None}
+    old_values = state.flat(config, shares_of(old))
     old_ids = _ids(work, old, whole_selection(work, old_counters[0] - 1, old_counters[1]), mode)
     new_ids = _ids(work, new, whole_selection(work, old_counters[0], work.size), mode)
-    for name in names:
+    for name in old_values:
         state.put(name, None)
-    state.ensure_moments(names, shapes, work.dtype, work.device)
-    columns = [state.pieces(name, [(sum(prod(shape) for shape in shapes),)])[0] for name in names]
-    values = [old_values[name] for name in names]
+    values = list(old_values.values())
+    size = sum(prod(extent.shape) for extent in now)
+    columns = [torch.zeros(size, dtype=work.dtype, device=work.device) for _ in values]
     _place(columns, new_ids, values, old_ids)
     if travels:
         _trade(runtime, work, mode, old_counters, columns, new_ids, values, old_ids)
+    state.ensure_moments(config, now, work.dtype, work.device)
+    state.write(config, now, {name: cut(column, now) for name, column in zip(old_values, columns, strict=True)})
 
 
 def _trade(runtime: Runtime, work: LocalMatrix, mode: str, old_counters: tuple[int, int], columns: Sequence[Tensor],

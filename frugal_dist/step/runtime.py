@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ from frugal_dist.sharding.redistribution import Redistribution, RedistributionPl
 from frugal_dist.sharding.shard import Box, Interval, LocalShard, ParamSpec, Storage
 from frugal_dist.sharding.table import Matrix, Table
 from frugal_dist.sharding.tile import Layout, Tile, Tiles, split_evenly
-from frugal_dist.step.state import Counters, MatrixState, Shape
+from frugal_dist.step.state import Counters, MatrixState
 from frugal_dist.step.statistics import RefreshStats
+from frugal_dist.update.forms import Extent, Shape
 from frugal_dist.update.lines import Part, sums_asked
 from frugal_dist.update.remainder import REMAINDER, keeps_remainders
 from frugal_dist.update.rules import STATE_FULL
@@ -81,7 +83,7 @@ class Runtime:
     agreed: dict[int, Agreed] = field(default_factory=dict)
     failures: dict[int, int] = field(default_factory=dict)
     buckets: dict[tuple[int, ...], list[list[int]]] = field(default_factory=dict)
-    moment_shapes: dict[int, tuple[int, RedistributionPlan, list[Shape]]] = field(default_factory=dict)
+    extents: dict[int, tuple[int, RedistributionPlan, list[Extent]]] = field(default_factory=dict)
     sites: dict[int, Site] = field(default_factory=dict)
     settings: dict[int, tuple[list[Any], FrugalConfig]] = field(default_factory=dict)
     figures: RefreshStats = field(default_factory=RefreshStats)
@@ -308,6 +310,8 @@ class CoordinatePiece:
     holders: tuple[int, ...]
     bounds: tuple[tuple[int, int], ...]
     rank: int
+    start: int = 0
+    """The column of the whole R at which the tile's part begins, where that matters."""
 
     @property
     def size(self) -> Shape:
@@ -321,6 +325,11 @@ class CoordinatePiece:
         start, stop = self.bounds[self._place(rank)]
         dim = self.selection.free_dim
         return (*self.shape[:dim], stop - start, *self.shape[dim + 1 :])
+
+    def share(self, rank: int) -> Extent:
+        """A rank's share of the tile's part of R."""
+        along = self.selection.free_dim == len(self.shape) - 1
+        return Extent(self.share_shape(rank), self.start + (self.bounds[self._place(rank)][0] if along else 0))
 
     @property
     def mine(self) -> Shape:
@@ -345,9 +354,9 @@ class LocalSelection:
     nothing: bool
 
     @cached_property
-    def shapes(self) -> list[Shape]:
+    def extents(self) -> list[Extent]:
         """Of this rank's shares of R."""
-        return [piece.mine for piece in self.pieces]
+        return shares_of(self.pieces)
 
 
 def basis_route(runtime: Runtime, work: LocalMatrix) -> RedistributionPlan:
@@ -419,40 +428,63 @@ def local_selection(runtime: Runtime, work: LocalMatrix) -> LocalSelection:
 
 def cut_selection(runtime: Runtime, work: LocalMatrix, selection: Selection, rank: int) -> list[CoordinatePiece]:
     """The pieces of a selection on ``rank``: one per storage tile, shared evenly among the tile's holders."""
-    pieces = []
+    pieces, blocky = [], work.config.form.blocky
     for tile in work.matrix.storage[rank]:
         ranks = work.matrix.held[tile] if runtime.shard_replicas else (rank,)
         local = selection.local(tile)
         shape = local.shape(tile.height, tile.width)
         bounds = split_evenly(shape[local.free_dim], len(ranks), work.matrix.index)
-        pieces.append(CoordinatePiece(tile, local.to(work.device), shape, ranks, tuple(bounds), rank))
+        start = selection.begin(tile) if blocky else 0
+        pieces.append(CoordinatePiece(tile, local.to(work.device), shape, ranks, tuple(bounds), rank, start))
     return pieces
 
 
-def basis_piece_shapes(work: LocalMatrix, plan: RedistributionPlan, r: int) -> list[Shape]:
-    """R's shape on each compute tile of this rank."""
-    return basis_tile_shapes(work.side, plan.tiles, r)
+def shares_of(pieces: Sequence[CoordinatePiece]) -> list[Extent]:
+    """This rank's shares of R."""
+    return [piece.share(piece.rank) for piece in pieces]
+
+
+def basis_extents(work: LocalMatrix, plan: RedistributionPlan, r: int) -> list[Extent]:
+    """R on each compute tile of this rank."""
+    return tile_extents(work.side, plan.tiles, r)
 
 
 def basis_moments(runtime: Runtime, work: LocalMatrix, plan: RedistributionPlan) -> list[tuple[Tensor, ...]]:
     """The moments on each compute tile of this rank."""
     index, r = work.matrix.index, work.state.counts["size"]
-    known = runtime.moment_shapes.get(index)
+    known = runtime.extents.get(index)
     if known is None or known[0] != r or known[1] is not plan:
-        known = runtime.moment_shapes[index] = r, plan, basis_piece_shapes(work, plan, r)
-    return moments_of(work, known[2])
+        known = runtime.extents[index] = r, plan, basis_extents(work, plan, r)
+    return work.state.moments(work.config, known[2])
 
 
-def basis_tile_shapes(side: str, tiles: Tiles, r: int) -> list[Shape]:
-    """R's shape on each of some compute tiles."""
-    return [_BASIS_TILE_SHAPE[side](tile, r) for tile in tiles]
+def tile_extents(side: str, tiles: Tiles, r: int) -> list[Extent]:
+    """R on each of some compute tiles."""
+    return [_TILE_EXTENT[side](tile, r) for tile in tiles]
 
 
-_BASIS_TILE_SHAPE: dict[str, Callable[[Tile, int], Shape]] = {
-    "right": lambda tile, r: (tile.height, r),
-    "left": lambda tile, r: (r, tile.width),
-    "full": lambda tile, r: (r, r),
+_TILE_EXTENT: dict[str, Callable[[Tile, int], Extent]] = {
+    "right": lambda tile, r: Extent((tile.height, r)),
+    "left": lambda tile, r: Extent((r, tile.width), tile.cols[0]),
+    "full": lambda tile, r: Extent((r, r)),
 }
+
+
+def extents_of(runtime: Runtime, work: LocalMatrix) -> list[Extent]:
+    """R on this rank since the last refresh, of which there was one."""
+    if work.family == "basis" and not work.empty:
+        return basis_extents(work, basis_route(runtime, work), work.state.counter("size"))
+    return local_selection(runtime, work).extents
+
+
+def regular_extents(one: LocalParameter) -> list[Extent]:
+    """A regular parameter on this rank."""
+    return part_extents(one.config, one.part, one.shape)
+
+
+def part_extents(config: FrugalConfig, part: LocalShard, whole: Shape) -> list[Extent]:
+    """A part of a regular parameter of shape ``whole``: all of it, or as its lines lie where that matters."""
+    return list(starmap(Extent, part.lines(whole))) if config.form.blocky else [Extent(part.local_shape)]
 
 
 def moment_names(config: FrugalConfig) -> tuple[str, ...]:
@@ -466,16 +498,3 @@ def remainders_of(one: LocalMatrix | LocalParameter) -> list[Tensor] | None:
         return None
     one.state.ensure_remainder(one.shapes, one.device)
     return one.state.pieces(REMAINDER, one.shapes)
-
-
-def moments_of(work: LocalMatrix, shapes: Sequence[Shape]) -> list[tuple[Tensor, ...]]:
-    """For each piece its tuple of moments."""
-    state, names = work.state, STATE_FULL[work.config.state_full].names
-    if len(shapes) == 1:  # nearly always, and then the moments are of the piece's shape
-        whole = []
-        for name in names:
-            moment = state.store[state.prefix + name]
-            whole.append(moment if moment.shape == shapes[0] else moment.view(shapes[0]))
-        return [tuple(whole)]
-    columns = [state.pieces(name, shapes) for name in names]
-    return list(zip(*columns, strict=True))

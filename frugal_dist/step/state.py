@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from frugal_dist.config import FrugalConfig
 from frugal_dist.projection.basis import Basis
+from frugal_dist.update.eightbit import CODE
+from frugal_dist.update.forms import FORMS, SCALE, Extent, Shape, cut
 from frugal_dist.update.remainder import REMAINDER
-from frugal_dist.update.rules import every_moment
+from frugal_dist.update.rules import STATE_FULL, every_key, every_moment
 
 COUNTERS = ("step", "updates", "refreshes", "refreshed_at", "size")
 """step: Adam's t since the last reset. updates: k, never reset. refreshes: so far. refreshed_at: k then, -1: never.
 size: r, or the number of selected columns, rows, entries or blocks, at the last refresh."""
 
 BASES = ("basis", "basis_left", "basis_right")
-Shape = tuple[int, ...]
 FREE: dict[str, tuple[Callable[[int, int], Shape], float]] = {
     "free_norm": (lambda rows, cols: (1,), 0.0),
     "free_rows": (lambda rows, cols: (rows,), 0.0),
@@ -89,7 +92,7 @@ class MatrixState:
                 own.fill_(self.counts[name])
                 self.counters.written += 1
                 self.store[self.prefix + name] = own
-        keys = [self.prefix + name for name in (*names, *every_moment(), *BESIDE_MOMENTS)]
+        keys = [self.prefix + name for name in (*names, *every_key(), *BESIDE_MOMENTS)]
         self._keys = [key for key in keys if key in self.store]
         self._seen = [self.store[key] for key in self._keys]
         self._others = self._seen[len(names) :]
@@ -123,7 +126,7 @@ class MatrixState:
 
     def follow(self, device: torch.device) -> None:
         """Take all to where the weights are now. People keep state on the CPU between two phases."""
-        for key in (self.prefix + name for name in (*every_moment(), *BESIDE_MOMENTS)):
+        for key in (self.prefix + name for name in (*every_key(), *BESIDE_MOMENTS)):
             value = self.store.get(key)
             if value is not None and value.device != device:
                 self.store[key] = value.to(device)
@@ -154,17 +157,84 @@ class MatrixState:
         else:
             self.store[self.prefix + name] = value
 
-    def ensure_moments(self, names: Sequence[str], shapes: Sequence[Shape], dtype: torch.dtype, device: object) -> None:
-        """Zero moments where there are none of the right size; one tensor per moment, whatever the number of pieces."""
-        for name in every_moment():
-            if name not in names:
-                self.put(name, None)
+    def ensure_moments(
+        self, config: FrugalConfig, extents: Sequence[Extent], dtype: torch.dtype, device: object
+    ) -> None:
+        """Zero moments where there are none of the right size; the same tensors whatever the number of pieces."""
+        wanted: dict[str, tuple[Shape, torch.dtype]] = {}
+        for name in STATE_FULL[config.state_full].names:
+            wanted |= config.form.tensors(name, extents, dtype)
+        for key in every_key():
+            if key not in wanted:
+                self.put(key, None)
                 continue
-            size = sum(prod(shape) for shape in shapes)
-            present = self.get(name)
-            if present is None or present.numel() != size or present.dtype != dtype:
-                shape = shapes[0] if len(shapes) == 1 else (size,)
-                self.put(name, torch.zeros(shape, dtype=dtype, device=torch.device(str(device))))
+            shape, kind = wanted[key]
+            present = self.get(key)
+            if present is None or present.numel() != prod(shape) or present.dtype != kind:
+                self.put(key, torch.zeros(shape, dtype=kind, device=torch.device(str(device))))
+
+    def moments(self, config: FrugalConfig, extents: Sequence[Extent]) -> list[tuple[Any, ...]]:
+        """For each piece its tuple of moments, as their form shows them."""
+        form, store, prefix = config.form, self.store, self.prefix
+        columns = [
+            form.views(moment, extents, lambda key: store[prefix + key])
+            for moment in STATE_FULL[config.state_full].moments
+        ]
+        return list(zip(*columns, strict=True))
+
+    def numbers(self, config: FrugalConfig, extents: Sequence[Extent], only: str = "") -> dict[str, list[Tensor]]:
+        """Each moment's values by piece, or one's ``only``, to be read only: they may be what is kept."""
+        names, pieces = STATE_FULL[config.state_full].names, self.moments(config, extents)
+        return {
+            name: [config.form.numbers(own[k], extent.shape) for own, extent in zip(pieces, extents, strict=True)]
+            for k, name in enumerate(names)
+            if only in ("", name)
+        }
+
+    def write(self, config: FrugalConfig, extents: Sequence[Extent], values: Mapping[str, Sequence[Tensor]]) -> None:
+        """Overwrite moments with values by piece."""
+        names = STATE_FULL[config.state_full].names
+        for number, own in enumerate(self.moments(config, extents)):
+            for name, view in zip(names, own, strict=True):
+                if name in values:
+                    config.form.write_(view, values[name][number])
+
+    def flat(self, config: FrugalConfig, extents: Sequence[Extent], only: str = "") -> dict[str, Tensor]:
+        """Each moment's values, one piece behind the other, or one's ``only``, to be read only."""
+        store, prefix = self.store, self.prefix
+        return {
+            moment.name: config.form.flat(moment, extents, lambda key: store[prefix + key])
+            for moment in STATE_FULL[config.state_full].moments
+            if only in ("", moment.name)
+        }
+
+    def kept(self) -> dict[str, Tensor]:
+        """All that is kept of moments, by key."""
+        return {key: value for key in every_key() if (value := self.get(key)) is not None}
+
+    @property
+    def coded(self) -> bool:
+        """Whether moments are kept as codes."""
+        return any(self.get(name + SCALE) is not None for name in every_moment())
+
+    def kept_as(self, config: FrugalConfig) -> FrugalConfig:
+        """``config`` with the form in which the moments are kept; loaded ones may be in another one."""
+        coded = self.coded
+        if coded is config.form.blocky:
+            return config
+        return replace(config, moments=next(name for name, form in FORMS.items() if form.blocky is coded))
+
+    def repack(self, config: FrugalConfig, extents: Sequence[Extent], dtype: torch.dtype) -> None:
+        """Moments in the form that ``config`` has."""
+        present = self.kept_as(config)
+        if present is config or not self.has_moments():
+            return
+        values = self.numbers(present, extents)
+        for name in values:
+            self.put(name, None)
+        device = next(part.device for pieces in values.values() for part in pieces) if extents else torch.device("cpu")
+        self.ensure_moments(config, extents, dtype, device)
+        self.write(config, extents, values)
 
     def ensure_remainder(self, shapes: Sequence[Shape], device: torch.device) -> None:
         """A remainder of zeros where there is none: bf16 weights are exact themselves."""
@@ -172,14 +242,18 @@ class MatrixState:
             shape = shapes[0] if len(shapes) == 1 else (sum(map(prod, shapes)),)
             self.put(REMAINDER, torch.zeros(shape, dtype=torch.int16, device=device))
 
+    def pieces(self, name: str, shapes: Sequence[Shape]) -> list[Tensor]:
+        """Views of what is kept under ``name``, one for each shape."""
+        return cut(self.store[self.prefix + name], [Extent(shape) for shape in shapes])
+
     def convert(self, dtype: torch.dtype, numbered: bool = False) -> None:
         """Moments and bases as this run computes with them. Bases kept in bf16 stay so until their refresh.
         ``numbered``: they are numbers of columns.
         """
-        for name in (*every_moment(), *FREE):
+        for name in (*every_key(), *FREE):
             moment = self.get(name)
             if moment is not None:
-                self.put(name, moment.to(dtype))
+                self.put(name, moment.to(CODE if self.get(name + SCALE) is not None else dtype))
         for name in BASES:
             basis = self.get(name)
             if basis is not None and (numbered or basis.dtype != torch.bfloat16):
@@ -187,36 +261,29 @@ class MatrixState:
 
     def drop(self) -> None:
         """Forget everything but the counts, and the remainders, which are the weights'."""
-        for name in (*every_moment(), *KEPT):
+        for name in (*every_key(), *KEPT):
             self.put(name, None)
 
     def has_moments(self) -> bool:
         """Whether there are moments, be they empty: not so before the first step, and while a parameter is frozen."""
-        return self.first_moment() is not None
+        return self.moments_dtype() is not None
 
-    def first_moment(self) -> Tensor | None:
-        return next((moment for moment in map(self.get, every_moment()) if moment is not None), None)
+    def moments_dtype(self) -> torch.dtype | None:
+        """Of the moments as numbers, None: there are none."""
+        for name in every_moment():
+            moment = self.get(name)
+            if moment is not None:
+                scales = self.get(name + SCALE)
+                return moment.dtype if scales is None else scales.dtype
+        return None
 
     def reset(self) -> None:
         """Zero the moments and Adam's t."""
-        for name in every_moment():
+        for name in every_key():
             moment = self.get(name)
             if moment is not None:
                 moment.zero_()
         self.set_counter("step", 0)
-
-    def pieces(self, name: str, shapes: Sequence[Shape]) -> list[Tensor]:
-        """Views of one moment, one per piece."""
-        whole = self.store[self.prefix + name]
-        if len(shapes) == 1 and whole.shape == shapes[0]:  # nearly always
-            return [whole]
-        flat = whole.view(-1)
-        found, start = [], 0
-        for shape in shapes:
-            found.append(flat[start : start + prod(shape)].view(shape))
-            start += prod(shape)
-        assert start == flat.numel(), f"{self.prefix}{name}: {flat.numel()} elements, pieces need {start}"
-        return found
 
     def basis(self, side: str) -> Basis | None:
         """The basis, or None before the first refresh and on ranks that do not use it."""

@@ -85,7 +85,7 @@ def _foreach_adamw(
 
 ADAMW = StateFull(
     name="adamw",
-    moments=(Moment("exp_avg", carry_first), Moment("exp_avg_sq", carry_second)),
+    moments=(Moment("exp_avg", carry_first, signed=True), Moment("exp_avg_sq", carry_second, signed=False)),
     update=adamw,
     is_adamw=True,
     correction=lambda step, config: (1.0 - config.beta_pair[1] ** step) ** 0.5 / (1.0 - config.beta_pair[0] ** step),

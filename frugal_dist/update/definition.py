@@ -44,11 +44,13 @@ comes first (FRUGAL, Algorithm 1).
 class Moment:
     """A tensor of R's shape that a rule keeps, under ``name`` in the state; zeros at first and after a reset.
 
-    ``carry(moment, old, new)``: what becomes of it in a new basis, with ``on_refresh="project"``.
+    ``carry(moment, old, new)``: what becomes of it in a new basis, with ``on_refresh="project"``. ``signed``: which
+    values 8-bit codes of it stand for, those on both sides of 0, or none below it; None: it cannot be kept in 8 bits.
     """
 
     name: str
     carry: Callable[[Tensor, Basis, Basis], Tensor] = carry_first
+    signed: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,8 @@ from frugal_dist.update.kernels.jobs import TileUpdate
 from frugal_dist.update.lines import Part, Sums, alone
 from frugal_dist.update.rules import STATE_FREE, STATE_FULL
 
-Moments = Sequence[Tensor]
+Moments = Sequence[Any]
+"""Of one tensor, as its form (``forms``) shows them."""
 
 TOGETHER = 1 << 16
 """Entries of basis projections that are stepped at once: small matrices share calls, residuals stay in the cache."""
@@ -36,8 +37,8 @@ def state_full_(params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequ
                 lr: float, decay: float, config: FrugalConfig) -> None:  # fmt: skip
     """Move ``params`` by the state-full rule; ``moments`` holds one tuple for each of them."""
     rule = STATE_FULL[config.state_full]
-    columns = [[own[k] for own in moments] for k in range(len(rule.names))]
-    rule.update(params, grads, columns, step, lr, decay, config)
+    for some, their, columns in config.form.turns(params, grads, moments, rule.elementwise):
+        rule.update(some, their, columns, step, lr, decay, config)
 
 
 def state_free_(weight: Tensor, grad: Tensor, config: FrugalConfig, decay: float = 0.0) -> None:

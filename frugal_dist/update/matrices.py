@@ -60,10 +60,12 @@ def normalized(
         param.mul_(1.0 - lr * decay).sub_(average / size, alpha=lr)
 
 
-MUON = StateFull(name="muon", moments=(Moment("exp_avg"),), update=muon, elementwise=False, regular="adamw")
+MUON = StateFull(
+    name="muon", moments=(Moment("exp_avg", signed=True),), update=muon, elementwise=False, regular="adamw"
+)
 NORMALIZED_MOMENTUM = StateFull(
     name="normalized_momentum",
-    moments=(Moment("exp_avg"),),
+    moments=(Moment("exp_avg", signed=True),),
     update=normalized,
     elementwise=False,
     regular="adamw",

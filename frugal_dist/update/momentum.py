@@ -49,5 +49,5 @@ def sgdm(
     torch._foreach_add_(list(params), list(buffer), alpha=-lr)
 
 
-LION = StateFull(name="lion", moments=(Moment("exp_avg"),), update=lion, betas=(0.9, 0.99))
-SGDM = StateFull(name="sgdm", moments=(Moment("exp_avg"),), update=sgdm, cycles="momentum")
+LION = StateFull(name="lion", moments=(Moment("exp_avg", signed=True),), update=lion, betas=(0.9, 0.99))
+SGDM = StateFull(name="sgdm", moments=(Moment("exp_avg", signed=True),), update=sgdm, cycles="momentum")

@@ -33,6 +33,8 @@ LAYERS: list[tuple[str, ...]] = [
         "update.state_free",
         "update.lines",
         "update.matrices",
+        "update.eightbit",
+        "update.forms",
         "update.rules",
     ),
     ("config",),

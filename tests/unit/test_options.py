@@ -551,7 +551,7 @@ CHANGED: dict[str, Any] = {
     "lr": 0.02, "betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.3, "density": 0.75, "update_gap": 2,
     "projection": "columns", "side": "left", "block_order": "descending", "state_full": "lion", "state_free": "sgd",
     "combine": "scale", "growth_limit": 1.01,
-    "momentum": 0.5, "projected_lr_scale": 0.5, "state_free_lr_scale": 0.5, "on_refresh": "project",
+    "momentum": 0.5, "moments": "8bit", "projected_lr_scale": 0.5, "state_free_lr_scale": 0.5, "on_refresh": "project",
     "svd_method": "gram64",
     "basis_dtype": "bf16", "matmul": "bf16x3", "rounding": "stochastic", "refresh_schedule": "staggered",
     "compute_layout": "owner",
@@ -561,7 +561,7 @@ CHANGED: dict[str, Any] = {
 
 def fixed_keys(projection: str) -> set[str]:
     """What the state of a matrix depends on."""
-    fixed = {"projection", "state_full", "compute_layout"}
+    fixed = {"projection", "state_full", "moments", "compute_layout"}
     fixed |= {"side"} if projection in ("svd", "dct", "random", "randperm") else set()
     fixed |= {"seed"} if projection not in ("svd", "dct", "random") else set()
     return fixed | ({"block_order"} if projection == "blockwise" else set())

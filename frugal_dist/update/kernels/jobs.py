@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -23,7 +23,8 @@ class Noise(NamedTuple):
 
 
 class TileUpdate(NamedTuple):
-    """One tile and its step; ``weight`` and ``grad`` are 2-D, all is on one device. ``moments`` are of R's shape.
+    """One tile and its step; ``weight`` and ``grad`` are 2-D, all is on one device. ``moments`` are of R's shape, in
+    their form (``update.forms``).
 
     ``selection``: the state-full entries of a coordinate or block projection, None: there are none in the whole matrix.
     ``noise``: None for weights that are rounded to the nearest. ``basis``: of a basis projection, with its ``side`` and
@@ -33,7 +34,7 @@ class TileUpdate(NamedTuple):
     weight: Tensor
     grad: Tensor
     selection: Selection | None
-    moments: Sequence[Tensor]
+    moments: Sequence[Any]
     step: int
     decay: float
     config: FrugalConfig

@@ -111,7 +111,7 @@ def kind_of(job: TileUpdate) -> Kind | None:
     if selection is None or job.moments[0].numel() == 0:
         return _SIGN
     kind = _KINDS.get(type(selection))
-    if kind is None or not STATE_FULL[config.state_full].has_kernel:
+    if kind is None or not STATE_FULL[config.state_full].has_kernel or config.form.blocky:  # they know no codes
         return None
     fit = all(moment.dtype == torch.float32 and moment.is_contiguous() for moment in job.moments)
     return kind if fit else None

@@ -178,9 +178,9 @@ def described(job: TileUpdate) -> tuple[Kind, bytes] | None:
     if selection is None or moments[0].numel() == 0:
         return _SIGN, ROW.pack(address, gradient, 0, 0, 0, 0, rows, cols, 0, start, stride, *keys)
     kind = _KINDS.get(type(selection))
-    if (
-        kind is None or not STATE_FULL[config.state_full].has_kernel or (kind is _SINGLE and stride != cols)
-    ):  # that one knows no rows
+    if kind is None or not STATE_FULL[config.state_full].has_kernel or config.form.blocky:  # it knows no codes
+        return None
+    if kind is _SINGLE and stride != cols:  # that one knows no rows
         return None
     first, second = moments
     if not (first.dtype is second.dtype is torch.float32 and first.is_contiguous() and second.is_contiguous()):
