@@ -17,7 +17,8 @@ OTHER = {
     "projection": "random", "side": "left", "block_order": "mirror", "state_full": "lion", "state_free": "none",
     "momentum": 0.7, "projected_lr_scale": 0.5, "state_free_lr_scale": 0.1, "on_refresh": "keep", "svd_method": "exact",
     "basis_dtype": "bf16", "matmul": "bf16x3", "rounding": "stochastic", "refresh_schedule": "staggered",
-    "compute_layout": "cut", "moments": "8bit", "residual_threshold": 0.001, "combine": "scale", "growth_limit": 1.01, "seed": 7,
+    "compute_layout": "cut", "residual_threshold": 0.001, "combine": "scale", "growth_limit": 1.01, "seed": 7,
+    "moments": "8bit",
 }  # fmt: skip
 """Every hyperparameter, none at its default where there is a choice."""
 
