@@ -60,9 +60,10 @@ ONLY_RANK_ZERO = (
     "Every rank holds a part of the optimizer's state, but checkpoints of Accelerate, Lightning and the HF Trainer "
     "keep rank 0's only. DDP: leave out shard_state=True, or give the HF Trainer "
     "callbacks=[FrugalCallback()] from frugal_dist.integrations.transformers. FSDP2: "
-    '"state_dict_type": "SHARDED_STATE_DICT" with Accelerate, ModelParallelStrategy(save_distributed_checkpoint=True) '
-    "with Lightning. Who saves with frugal_dist.checkpoint instead says so after building the optimizer: "
-    "optimizer.saved_elsewhere = True."
+    '"state_dict_type": "SHARDED_STATE_DICT" with Accelerate and the HF Trainer, or FrugalCallback(portable=True) and '
+    "Accelerate's portable_checkpoints from frugal_dist.integrations; with Lightning "
+    "ModelParallelStrategy(save_distributed_checkpoint=True). Who saves with frugal_dist.checkpoint instead says so "
+    "after building the optimizer: optimizer.saved_elsewhere = True."
 )
 
 PARTS = (

@@ -85,6 +85,36 @@ def keeps_rank_zero_only(optimizer: object) -> bool:
     return accelerate.keeps_rank_zero_only() or hooks.lightning_keeps_rank_zero_only(optimizer)
 
 
+def driver_of(optimizer: object, model_or_engine: Any) -> Any:
+    """What ``frugal_dist.checkpoint`` has to be given: the engine that drives ``optimizer``, otherwise the model."""
+    return hooks.deepspeed_engine_of(optimizer) or model_or_engine
+
+
+def group_of(model_or_engine: Any) -> Any:
+    """The ranks that load and save together: an engine's, otherwise all, as ``ranks_of`` takes them."""
+    return deepspeed.group_of(model_or_engine) or "auto"
+
+
+def layout_of(model_or_engine: Any, optimizer: Optimizer) -> str:
+    """In words, what has to be the same for an engine to load its own checkpoint, beside the number of ranks."""
+    words = deepspeed.layout_of(model_or_engine)
+    if not words and is_sharded(optimizer):
+        from frugal_dist.engines import dtensor
+
+        words = dtensor.layout_of([tensor for group in optimizer.param_groups for tensor in group["params"]])
+    return words or "plain tensors"
+
+
+def is_written_by_rank_zero(name: str) -> bool:
+    """Whether a file of this name in a checkpoint of an engine or trainer is rank 0's, and changes with the weights."""
+    return any(kind.fullmatch(name) for kind in (deepspeed.OWN_FILE, hooks.DCP_FILE, accelerate.OWN_FILE))
+
+
+def is_sharded(optimizer: Optimizer) -> bool:
+    """Whether it has DTensors: FSDP2, tensor parallelism."""
+    return any(hasattr(tensor, "device_mesh") for group in optimizer.param_groups for tensor in group["params"])
+
+
 def counts_of(model_or_engine: Any) -> dict[str, Any]:
     """An engine's own counts (steps, schedule, loss scale), to be saved with the weights."""
     return deepspeed.counts_of(model_or_engine)

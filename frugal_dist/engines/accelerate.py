@@ -5,8 +5,12 @@ Nothing here imports Accelerate: what is not loaded is not used.
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
+
+OWN_FILE = re.compile(r"optimizer(_\d+)?\.(pt|bin)|model(_\d+|-\d+-of-\d+)?\.safetensors")
+"""What rank 0 alone writes into its checkpoints, and the Trainer's."""
 
 
 def drives_deepspeed() -> bool:

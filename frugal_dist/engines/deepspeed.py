@@ -5,6 +5,7 @@ Nothing here imports DeepSpeed: what is not loaded is not used.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor
 from frugal_dist.engines.hooks import ANY_RANKS, deepspeed_engine_in_construction, make_known_to_deepspeed
 
 COUNTS = ("global_steps", "global_samples", "skipped_steps")
+OWN_FILE = re.compile(r"((bf16_)?zero_pp_rank_0_)?mp_rank_00_(model|optim)_states\.pt")
+"""What rank 0 writes into a checkpoint of DeepSpeed's own."""
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -161,6 +164,19 @@ def after_loading(engine: Any, saved: dict[str, Any]) -> None:
     if getattr(scaler, "dynamic", False):  # a static one is what the config says
         for name, value in saved.get("scale", {}).items():
             setattr(scaler, name, value)
+
+
+def group_of(engine: Any) -> Any:
+    """The process group over which a DeepSpeed engine spreads parameters and state; None for a plain model."""
+    return engine.seq_data_parallel_group if is_engine(engine) else None
+
+
+def layout_of(engine: Any) -> str:
+    """The stage of a DeepSpeed engine, what keeps its masters, its precision; "" for a plain model."""
+    if not is_engine(engine):
+        return ""
+    half = "fp16" if engine.fp16_enabled() else "bf16" if engine.bfloat16_enabled() else "fp32"
+    return f"ZeRO-{engine.zero_optimization_stage():d} ({type(engine.optimizer).__name__}, {half})"
 
 
 def is_engine(engine: Any) -> bool:

@@ -98,6 +98,13 @@ def stored_part(name: str, tensor: Tensor) -> tuple[LocalShard, Tensor]:
     return _part(name, tensor), _local(tensor)
 
 
+def layout_of(tensors: Sequence[Tensor]) -> str:
+    """How DTensors lie on their meshes, in words."""
+    held = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+    kinds = {f"{tuple(one.placements)} on a mesh of {tuple(one.device_mesh.shape)}" for one in held}
+    return f"DTensors as {', '.join(sorted(kinds))}"
+
+
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 

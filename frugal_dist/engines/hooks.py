@@ -13,6 +13,7 @@ is not loaded is not used.
     DeepSpeedEngine.offload_states, reload_states       other optimizers than FusedAdam (deepspeedai/DeepSpeed#6596)
     the engine that builds or drives an optimizer       a link from one to the other
     Frugal.defaults, which raises; DummyOptim           no replacing in silence (huggingface/accelerate#2169)
+    how the Trainer and Accelerate save and load        callbacks around that, for those who do it otherwise
     the Trainer's own arguments                         the same (huggingface/transformers#38753)
     Lightning's wrappers and strategies                 a link between them (Lightning-AI/pytorch-lightning#18516)
     a trainer's clipping; DDP around a model            the same, and a link from parameters to DDP
@@ -25,6 +26,7 @@ from __future__ import annotations
 import functools
 import gc
 import inspect
+import re
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -191,6 +193,8 @@ def wrapped_in_ddp(model: nn.Module, params: Sequence[Tensor]) -> bool:
 
 
 _DCP = "torch.distributed.checkpoint"
+DCP_FILE = re.compile(r"__0_\d+\.distcp")
+"""What rank 0 writes into a checkpoint of torch's."""
 _FLATTEN = "flatten_optimizer_state_dict"
 _LOSING = ("full_state_dict", _FLATTEN)
 """The first gathers DTensors and keeps the rest as rank 0 has it; the second drops, when loading, keys that only
@@ -275,6 +279,18 @@ def _is_trainer(thing: Any) -> bool:
     return any(kind.__name__ == "Trainer" for kind in type(thing).__mro__)
 
 
+def wrap(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put ``wrapper`` of it in the place of a function of a module, a class or an object. Once."""
+    inner = getattr(owner, name)
+    if not hasattr(inner, _WRAPPED):
+        outer = functools.wraps(inner)(wrapper(inner))
+        setattr(outer, _WRAPPED, True)
+        setattr(owner, name, outer)
+
+
+_WRAPPED = "_frugal_dist_asks"
+
+
 # --- Lightning's Trainer and Fabric -----------------------------------------------------------------------------------
 
 _STRATEGIES = tuple(
@@ -315,6 +331,10 @@ def _lightning_strategy(optimizer: object, bases: tuple[type, ...]) -> Any | Non
 # --- DeepSpeed --------------------------------------------------------------------------------------------------------
 
 ANY_RANKS = "frugal_dist.checkpoint saves on any engine and number of ranks and loads on any other"
+WITH_TRAINERS = (
+    "; so do the Trainer with FrugalCallback(portable=True) and Accelerate with portable_checkpoints "
+    "(docs/huggingface.md)"
+)
 OTHER_OPTIMIZER = (
     "If another optimizer saved it (AdamW, say), or other parameter groups: load the weights alone, "
     "engine.load_checkpoint(folder, load_optimizer_states=False, load_lr_scheduler_states=False); with the Trainer "
@@ -415,7 +435,7 @@ def _load_checkpoint(inner: Callable[..., Any], optimizer_class: type[Any]) -> C
             told = str(error) or "The checkpoint has no file for this rank"
             if not ours or type(error) not in refusals or "loading state_dict" in told:  # the last is torch's own
                 raise
-            advice = f"If another number of ranks saved it: {ANY_RANKS}. {OTHER_OPTIMIZER}."
+            advice = f"If another number of ranks saved it: {ANY_RANKS}{WITH_TRAINERS}. {OTHER_OPTIMIZER}."
             raise type(error)(f"{told.rstrip('.')}. {advice}") from error
 
     return load_checkpoint

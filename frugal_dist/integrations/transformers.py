@@ -15,19 +15,23 @@ With DeepSpeed ``import frugal_dist`` and ``"type": "Frugal"`` in the DeepSpeed 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from frugal_dist import checkpoint, engines
+from frugal_dist.checkpoint.beside import FOLDER, is_beside, load_beside, save_beside, stands_in
+from frugal_dist.checkpoint.extra import load_schedule
 from frugal_dist.config import FrugalConfig
+from frugal_dist.engines import hooks
 from frugal_dist.optimizer import Frugal
 from frugal_dist.parameters.split import split_parameters
 from frugal_dist.release import step_in_backward
 from frugal_dist.sharding.collectives import gather_objects, ranks_of
-from frugal_dist.step.replicas import fingerprint
 from frugal_dist.update.rules import STATE_FULL
 
 if TYPE_CHECKING:
@@ -108,29 +112,32 @@ def _from_arguments(args: Any, state_full: str) -> dict[str, Any]:
 
 # --- watching over it -------------------------------------------------------------------------------------------------
 
-FOLDER = "frugal"
-
 
 class FrugalCallback(TrainerCallback):
-    """Sees to it that Frugal trains and, where the Trainer would save rank 0's part of the state, that all is saved.
+    """Sees to it that Frugal trains and that all of its state is saved.
 
-    That is under DDP with ``shard_state=True``: a portable checkpoint goes to the folder "frugal" in each of the
-    Trainer's, and is loaded when one of them is resumed. It is looked for where ``args.resume_from_checkpoint`` says,
-    else where this run saves.
+    Where the Trainer would save rank 0's part (DDP with ``shard_state=True``) a portable checkpoint goes to the folder
+    "frugal" in each of the Trainer's, and is loaded when one of them is resumed.
 
     Args:
         release_gradients: ``frugal_dist.step_in_backward``, on one process and under FSDP2, with ``max_grad_norm=0``
             and on one process without ``gradient_accumulation_steps``.
+        portable: write that folder in any case, beside what the Trainer saves, so that a checkpoint is resumed on any
+            engine and number of ranks. It takes the room of weights and state once more.
 
-    Raises ValueError on all ranks if another optimizer is in Frugal's place, or a checkpoint does not fit.
+    Raises:
+        ValueError: on all ranks, if another optimizer is in Frugal's place, or a checkpoint does not fit.
     """
 
-    def __init__(self, release_gradients: bool = False) -> None:
+    def __init__(self, release_gradients: bool = False, portable: bool = False) -> None:
         self._releases = release_gradients
+        self._portable = portable
         self._divided = False
+        _take_part_in_loading()
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse what the Trainer would drop in silence."""
+        _take_part_in_loading()
         if kwargs.get("optimizer") is not None and engines.replaces_given_optimizers():
             raise ValueError(
                 "Under DeepSpeed the Trainer throws away what it gets as optimizers=(...) and trains with AdamW. Put "
@@ -139,59 +146,115 @@ class FrugalCallback(TrainerCallback):
             )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check the optimizer, and bring back what an earlier ``on_save`` saved. Collective."""
+        """Check the optimizer, and find out what it takes to save it. Collective."""
         frugal = _frugal_in(kwargs["optimizer"])
         if self._releases:
             step_in_backward(kwargs["model"], frugal)
-        sharded = any(hasattr(tensor, "device_mesh") for group in frugal.param_groups for tensor in group["params"])
-        self._divided = False
-        if sharded or not engines.keeps_rank_zero_only(frugal):
-            return
-        frugal.saved_elsewhere = True
-        if state.global_step:
-            _resume(args, state, kwargs["model"], frugal)
-        self._divided = frugal.is_divided()
-        if self._divided and state.is_hyper_param_search:
-            raise ValueError("A hyperparameter search cannot be saved with shard_state=True: leave it out.")
+        partly = engines.keeps_rank_zero_only(frugal)
+        replicas = partly and not engines.is_sharded(frugal)
+        if replicas or (partly and self._portable):
+            frugal.saved_elsewhere = True
+        if replicas:
+            _check_loaded(frugal)
+        self._divided = replicas and frugal.is_divided()
+        if (self._divided or self._portable) and state.is_hyper_param_search:
+            raise ValueError(
+                "A hyperparameter search cannot be saved with shard_state=True or portable=True: leave it out."
+            )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the state of all ranks. Collective."""
-        if self._divided:
-            model = kwargs["model"]
-            extra = {"weights": _weights(model)}
-            checkpoint.save(_own_folder(args, state) / FOLDER, model, _frugal_in(kwargs["optimizer"]), extra)
+        if self._divided or (self._portable and _saves_state(args)):
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            frugal, schedule = _frugal_in(kwargs["optimizer"]), kwargs["lr_scheduler"].state_dict()
+            save_beside(folder, kwargs["model"], frugal, {"schedule": schedule})
 
 
-def _own_folder(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
-
-
-def _resume(args: Any, state: Any, model: nn.Module, frugal: Frugal) -> None:
-    """Load the portable checkpoint if there is one. The Trainer gave every rank rank 0's part: forget that first."""
-    given = args.resume_from_checkpoint
-    folder = (Path(given) if isinstance(given, str) else _own_folder(args, state)) / FOLDER
-    loaded_parts = any("@rank" in key for store in frugal.state.values() for key in store)
-    answers = gather_objects(ranks_of("auto"), (folder.is_dir(), loaded_parts))
-    if not any(parts for _, parts in answers):  # complete as it is
-        return
-    if not any(there for there, _ in answers):
+def _check_loaded(frugal: Frugal) -> None:
+    """ValueError on all ranks if the Trainer has given some of them rank 0's part."""
+    parts = any("@rank" in key for store in frugal.state.values() for key in store)
+    if any(gather_objects(ranks_of("auto"), parts)):
         raise ValueError(
-            f"The Trainer's checkpoint holds rank 0's part of the optimizer state; the rest is not at {folder}. If the "
-            "checkpoint was moved, say where it is: TrainingArguments(resume_from_checkpoint=...)."
-        )
-    frugal.load_state_dict({**frugal.state_dict(), "state": {}})
-    mine = _weights(model)
-    saved = checkpoint.load(folder, model, frugal, rng=False)["weights"]  # the Trainer restores the generators itself
-    if any(gather_objects(ranks_of("auto"), saved != mine)):
-        raise ValueError(
-            f"{folder} belongs to other weights than those the Trainer resumed. Say which checkpoint is meant: "
-            "TrainingArguments(resume_from_checkpoint=...)."
+            "The Trainer's checkpoint holds rank 0's part of the optimizer state, and the rest is not in its folder "
+            f'"{FOLDER}". If it is there, another checkpoint was saved in its place since: resume with the ranks '
+            "that saved that."
         )
 
 
-def _weights(model: nn.Module) -> list[int]:
-    """A fingerprint of every trained parameter."""
-    return [int(fingerprint(param.detach())) for param in model.parameters() if param.requires_grad]
+# --- loading what was saved beside ------------------------------------------------------------------------------------
+
+Method = Callable[..., Any]
+
+
+def _take_part_in_loading() -> None:
+    """From now on a Trainer loads what was saved beside its own checkpoint, where it cannot load that itself."""
+    module = sys.modules.get("transformers.trainer")
+    if module is not None:
+        hooks.wrap(module.Trainer, "_load_from_checkpoint", _load_weights)
+        hooks.wrap(module.Trainer, "_load_optimizer_and_scheduler", _load_state)
+        hooks.wrap(module, "deepspeed_load_checkpoint", _load_engine)
+
+
+def _load_weights(inner: Method) -> Method:
+    """Before there is an optimizer, and under FSDP when it is prepared: weights that will come with the state."""
+
+    def load(trainer: Any, checkpoint: str, model: Any = None) -> Any:
+        return None if _stands_in(trainer, Path(checkpoint)) else inner(trainer, checkpoint, model)
+
+    return load
+
+
+def _load_state(inner: Method) -> Method:
+    def load(trainer: Any, checkpoint: str | None) -> Any:
+        if checkpoint is None or not _stands_in(trainer, Path(checkpoint)):
+            return inner(trainer, checkpoint)
+        extra = _LOADED.pop(trainer.model_wrapped, None)
+        extra = extra or load_beside(Path(checkpoint), trainer.model_wrapped, _frugal_in(trainer.optimizer))
+        return _load_schedule(trainer.lr_scheduler, extra["schedule"], checkpoint)
+
+    return load
+
+
+def _load_engine(inner: Method) -> Method:
+    """Weights and state, also where the best model is loaded at the end."""
+
+    def load(engine: Any, checkpoint: str, *args: Any, **kwargs: Any) -> Any:
+        if not _is_ours(engine.optimizer) or not stands_in(Path(checkpoint), engine, engine.optimizer):
+            return inner(engine, checkpoint, *args, **kwargs)
+        _LOADED[engine] = load_beside(Path(checkpoint), engine, engine.optimizer)
+        return None
+
+    return load
+
+
+_LOADED: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+"""What came with weights and state, by DeepSpeed's engine."""
+
+
+def _stands_in(trainer: Any, folder: Path) -> bool:
+    """Collective. Without an engine the weights are loaded before there is an optimizer: then always, where it can."""
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return is_beside(folder)
+    return _is_ours(trainer.optimizer) and stands_in(folder, trainer.model_wrapped, trainer.optimizer)
+
+
+def _load_schedule(scheduler: Any, saved: dict[str, Any], checkpoint: str) -> None:
+    """ValueError for a schedule of another kind: a DeepSpeed config may have its own."""
+    if saved.keys() != scheduler.state_dict().keys():
+        raise ValueError(
+            f"{checkpoint} was saved with a learning-rate schedule of another kind: it kept {', '.join(saved)}, that "
+            f"of this run keeps {', '.join(scheduler.state_dict())}. Use the same, in the arguments or the DeepSpeed "
+            "config."
+        )
+    load_schedule(scheduler, saved)
+
+
+def _is_ours(optimizer: Any) -> bool:
+    try:
+        checkpoint.unwrap(optimizer)
+    except ValueError:
+        return False
+    return True
 
 
 def _frugal_in(optimizer: Any) -> Frugal:

@@ -82,15 +82,26 @@ def prepared(engine: str, **options: Any) -> tuple[Any, nn.Module, Any]:
     return accelerator, *accelerator.prepare(model, optimizer)
 
 
-def train(accelerator: Any, model: nn.Module, optimizer: Any, steps: Iterable[int]) -> None:
-    shares = hf_cases.steps_of(hf_cases.rows().chunk(STEPS))
+def train(accelerator: Any, model: nn.Module, optimizer: Any, steps: Iterable[int]) -> list[float]:
+    """The losses of all ranks together."""
+    shares, losses = hf_cases.steps_of(hf_cases.rows().chunk(STEPS)), []
     for step in steps:
         for group in optimizer.param_groups:
             group["lr"] = hf_cases.rate(step)
-        accelerator.backward(cases.loss_of(model, shares[step]))
+        loss = cases.loss_of(model, shares[step])
+        losses.append(_mean(loss))
+        accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)  # DeepSpeed clips by itself
         optimizer.step()
         optimizer.zero_grad()
+    return losses
+
+
+def _mean(loss: torch.Tensor) -> float:
+    """Over the ranks."""
+    total = loss.detach().clone()
+    torch.distributed.all_reduce(total)
+    return float(total) / torch.distributed.get_world_size()
 
 
 def weights_of(model: Any) -> Weights:
@@ -142,6 +153,59 @@ def resume_elsewhere(folder: Path, projection: str) -> float:
     found, want = weights_of(model), torch.load(folder / "end.pt")
     hf_cases.reset()
     return max(float((found[name] - want[name]).abs().max()) for name in want)
+
+
+Legs = dict[str, tuple[str, str, str]]
+"""By a name: the engine that saves, the one that loads, the projection."""
+
+
+def _portable(engine: str, projection: str) -> tuple[Any, nn.Module, Any]:
+    from frugal_dist.integrations.accelerate import portable_checkpoints
+
+    accelerator, model, optimizer = prepared(engine, projection=projection)
+    portable_checkpoints(accelerator, model, optimizer)
+    return accelerator, model, optimizer
+
+
+def save_portably(folder: Path, legs: Legs) -> dict[str, list[float]]:
+    """Train each leg to the end and save in the middle; the last losses. Rank 0 writes down the weights at the end."""
+    found = {}
+    for name, (engine, _, projection) in legs.items():
+        accelerator, model, optimizer = _portable(engine, projection)
+        train(accelerator, model, optimizer, range(MIDDLE))
+        accelerator.save_state(str(folder / name))
+        found[name] = train(accelerator, model, optimizer, range(MIDDLE, STEPS))
+        weights = weights_of(model)
+        if torch.distributed.get_rank() == 0:
+            torch.save(weights, folder / name / "end.pt")
+    hf_cases.reset()
+    return found
+
+
+def resume_portably(folder: Path, legs: Legs) -> dict[str, tuple[list[float], float]]:
+    """Go on from the middle: the last losses, and how far the weights end apart."""
+    found = {}
+    for name, (_, engine, projection) in legs.items():
+        accelerator, model, optimizer = _portable(engine, projection)
+        if not hasattr(model, "zero_optimization"):
+            hf_cases.spoil(model)
+        accelerator.load_state(str(folder / name))
+        losses = train(accelerator, model, optimizer, range(MIDDLE, STEPS))
+        weights, want = weights_of(model), torch.load(folder / name / "end.pt")
+        found[name] = losses, max(float((weights[key] - want[key]).abs().max()) for key in want)
+    hf_cases.reset()
+    return found
+
+
+def saved_again_without(folder: Path) -> str:
+    """With the portable form, then to the same folder without; another stage is to load it."""
+    accelerator, model, optimizer = _portable("ZeRO-2", "columns")
+    train(accelerator, model, optimizer, range(1))
+    accelerator.save_state(str(folder))
+    train(accelerator, model, optimizer, range(1, 2))
+    type(accelerator).save_state(accelerator, str(folder))
+    accelerator, model, optimizer = _portable("ZeRO-3", "columns")
+    return hf_cases.message_of(lambda: accelerator.load_state(str(folder)))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

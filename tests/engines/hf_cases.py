@@ -12,8 +12,8 @@ import torch
 from deepspeed_cases import Weights
 from torch import Tensor, nn
 
-STEPS, BATCH, MIDDLE = 6, 8, 3
-"""Refreshes are at 0, 2 and 4: a checkpoint of step MIDDLE lies between two."""
+STEPS, BATCH, MIDDLE = 6, 12, 3
+"""Refreshes are at 0, 2 and 4: a checkpoint of step MIDDLE lies between two. 1 to 4 ranks share a batch evenly."""
 LIMIT = 2e-5
 OPTIONS: dict[str, Any] = {**cases.SMOOTH, "update_gap": 2}
 MOMENTS = 40560

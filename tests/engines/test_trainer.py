@@ -74,10 +74,40 @@ def test_replicas_share_their_state_if_the_callback_saves_it(fleet: Fleets, tmp_
         assert found["moments"] < hf_cases.MOMENTS
 
 
+LEGS: trainer_cases.Legs = {
+    "FSDP2": ("FSDP2", "FSDP2", {"projection": "randk"}),
+    "FSDP2, FULL": ("FSDP2, FULL", "FSDP2, FULL", {"projection": "svd"}),
+    "ZeRO-2": ("ZeRO-2", "ZeRO-2", {"projection": "svd"}),
+    "ZeRO-3": ("ZeRO-3", "ZeRO-3", {"projection": "columns"}),
+    "ZeRO-3 to DDP": ("ZeRO-3", "plain", {"projection": "rows", "shard_state": True}),
+    "DDP to ZeRO-2": ("plain", "ZeRO-2, client", {"projection": "svd", "shard_state": True}),
+    "FSDP2 to ZeRO-3": ("FSDP2", "ZeRO-3, client", {"projection": "blockwise"}),
+}
+
+
+DEADLINE = 900.0
+"""For a job of many runs, on few cores that may be busy."""
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(4 * DEADLINE)
+def test_other_ranks_go_on(fleet: Fleets, tmp_path: Path) -> None:
+    """2 ranks save, 1, 2 and 3 resume."""
+    want = fleet(2).run(trainer_cases.save_portably, tmp_path, LEGS, deadline=DEADLINE)[0]
+    for ranks in (1, 3, 2):
+        for found in fleet(ranks).run(trainer_cases.resume_portably, tmp_path, LEGS, deadline=DEADLINE):
+            for name, (losses, apart) in found.items():
+                assert len(losses) == hf_cases.STEPS
+                exact = ranks == 2 and len(set(LEGS[name][:2])) == 1
+                assert losses == pytest.approx(want[name], abs=0 if exact else 1e-5), f"{name} on {ranks}"
+                assert apart <= (0 if exact else hf_cases.LIMIT), f"{name} on {ranks}"
+                tables.note("Trainer, saved on 2 ranks", name, f"{ranks} ranks", apart)
+
+
 def test_parts_of_another_run_are_not_taken(fleet: Fleets, tmp_path: Path) -> None:
     for nowhere, foreign, *differing in fleet(2).run(trainer_cases.moved_checkpoints, tmp_path):
-        assert "TrainingArguments(resume_from_checkpoint=" in nowhere
-        assert "belongs to other weights" in foreign
+        assert "the rest is not in its folder" in nowhere
+        assert "the rest is not in its folder" in foreign
         assert differing == []
 
 

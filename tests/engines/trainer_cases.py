@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,9 @@ def arguments(folder: Path, way: str, **more: Any) -> Any:
 
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     engine: dict[str, Any] = {"deepspeed": CONFIGS[way]} if way in CONFIGS else {}
-    if way == "FSDP2":
-        engine = {"fsdp": True, "fsdp_config": dict(FSDP)}
+    if way.startswith("FSDP2"):
+        kind = "FULL_STATE_DICT" if "FULL" in way else "SHARDED_STATE_DICT"
+        engine = {"fsdp": True, "fsdp_config": {**FSDP, "state_dict_type": kind}}
     given = {
         "output_dir": str(folder), "per_device_train_batch_size": BATCH // ranks // PARTS,
         "gradient_accumulation_steps": PARTS, "max_steps": STEPS,
@@ -89,7 +90,7 @@ def trainer(folder: Path, way: str, options: dict[str, Any] | None = None, **mor
     own = {key: value for key, value in OPTIONS.items() if key not in FROM_ARGUMENTS} | {"projection": "svd"}
     watch = more.pop("callbacks", [FrugalCallback])
     args = arguments(folder, way, **more)
-    if way == "FSDP2" and args.device:  # asking for the device makes Accelerate's state
+    if way.startswith("FSDP2") and args.device:  # asking for the device makes Accelerate's state
         hf_cases.allow_fsdp()
     kept = {} if "optimizer" in CONFIGS.get(way, {}) else optimizer_cls_and_kwargs(args, **{**own, **(options or {})})
     given = {"optimizer_cls_and_kwargs": kept} if kept else {}
@@ -139,6 +140,56 @@ def train_and_resume(folder: Path, way: str, options: dict[str, Any] | None = No
         "differing": hf_cases.differing(resumed, found),
         "moments": moments,
     }
+
+
+# --- on other ranks ---------------------------------------------------------------------------------------------------
+
+Legs = dict[str, tuple[str, str, dict[str, Any]]]
+"""By a name: the engine that saves, the one that loads, and options of Frugal."""
+
+
+def _portably(folder: Path, way: str, options: dict[str, Any], **more: Any) -> Any:
+    from frugal_dist.integrations.transformers import FrugalCallback
+
+    hf_cases.reset()
+    watch = [FrugalCallback(portable=True)]
+    logged = {"logging_strategy": "steps", "logging_steps": 1}
+    if way in CONFIGS and "optimizer" in CONFIGS[way]:
+        config = copy.deepcopy(CONFIGS[way])
+        config["optimizer"]["params"] |= options
+        more = {"deepspeed": config, **more}
+    return trainer(folder, way, options, callbacks=watch, **logged, **more)
+
+
+def _curve(one: Any) -> list[float]:
+    return [entry["loss"] for entry in one.state.log_history if "loss" in entry]
+
+
+def save_portably(folder: Path, legs: Legs) -> dict[str, list[float]]:
+    """Train each leg to the end and save in the middle; the losses. Rank 0 writes down the weights at the end."""
+    found = {}
+    for name, (way, _, options) in legs.items():
+        one = _portably(folder / name, way, options)
+        one.train()
+        found[name], weights = _curve(one), weights_of(one)
+        if torch.distributed.get_rank() == 0:
+            torch.save(weights, folder / name / "end.pt")
+    hf_cases.reset()
+    return found
+
+
+def resume_portably(folder: Path, legs: Legs) -> dict[str, tuple[list[float], float]]:
+    """Go on from the middle on these ranks, from spoiled weights: the losses, and how far the weights end apart."""
+    found = {}
+    ranks = torch.distributed.get_world_size()
+    for name, (_, way, options) in legs.items():
+        other = _portably(folder / name / f"on {ranks}", way, options)
+        hf_cases.spoil(other.model)
+        other.train(resume_from_checkpoint=str(folder / name / f"checkpoint-{MIDDLE}"))
+        weights, want = weights_of(other), torch.load(folder / name / "end.pt")
+        found[name] = _curve(other), max(float((weights[key] - want[key]).abs().max()) for key in want)
+    hf_cases.reset()
+    return found
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -269,7 +320,7 @@ def without_auto(stage: int) -> dict[str, Any]:
 
 
 def moved_checkpoints(folder: Path) -> list[str]:
-    """With parts saved by the callback: resume a moved checkpoint, then one with another run's parts in its place."""
+    """With parts saved by the callback: resume a moved checkpoint, then without the parts, then with another run's."""
     sharing = {"shard_state": True}
     here, there, other = folder / "here", folder / "there", folder / "other"
 
@@ -279,14 +330,20 @@ def moved_checkpoints(folder: Path) -> list[str]:
         one.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return weights_of(one)
 
+    def move(old: Path, new: Path) -> None:
+        if torch.distributed.get_rank() == 0:
+            old.rename(new)
+        torch.distributed.barrier()
+
     want = run(here)
-    run(other, learning_rate=2e-3)
+    run(other, learning_rate=2e-3, max_steps=MIDDLE)
     moved = there / f"checkpoint-{MIDDLE}"
-    if torch.distributed.get_rank() == 0:
-        shutil.copytree(here / moved.name, moved)
-    torch.distributed.barrier()
-    found: list[str] = [hf_cases.message_of(lambda: run(folder / "empty", moved))]
-    found.append(hf_cases.message_of(lambda: run(other, moved)))
-    resumed = run(folder / "empty", moved, resume_from_checkpoint=str(moved))
+    there.mkdir(exist_ok=True)
+    move(here / moved.name, moved)
+    differing = hf_cases.differing(run(folder / "empty", moved), want)
+    move(moved / "frugal", there / "frugal")
+    found = [hf_cases.message_of(lambda: run(folder / "empty", moved))]
+    move(other / moved.name / "frugal", moved / "frugal")
+    found.append(hf_cases.message_of(lambda: run(folder / "empty", moved)))
     hf_cases.reset()
-    return [*found, *hf_cases.differing(resumed, want)]
+    return [*found, *differing]
