@@ -290,12 +290,12 @@ def same_slots(work: LocalMatrix) -> bool:
 
 
 def free_dim_of(work: LocalMatrix) -> int | None:
-    """The dim along which a selection is the same everywhere: rows of selected columns, columns of selected rows, rows
-    of whole blocks. None: there is none.
+    """The dim along which a selection is the same everywhere, and replicas share it: rows of selected columns, columns
+    of selected rows, the longer side of blocks. None: there is none.
     """
     chosen = PROJECTIONS[work.config.projection]
     if chosen.family == "blocks":
-        return 0
+        return whole_block(work.matrix.rows, work.matrix.cols).free_dim
     lines = tuple(chosen.lines(work.side))
     return 1 - lines[0] if len(lines) == 1 else None
 

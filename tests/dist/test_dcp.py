@@ -20,7 +20,13 @@ CASES = [
     Case("dct", "std", "keep", free="scaled", more=FREE, names=("tall", "wide", "square", "experts")),
     Case("svd", "std", "keep", free="sgd", more=(dcp_jobs.ROUNDED,)),
 ]
-WAYS = [("Shard(0)", 2, "Shard(0)", 3), ("Shard(0)", 3, "FSDP2 2 x TP 2", 4), ("FSDP2 2 x EP 2", 4, "Shard(0)", 2)]
+WAYS = [
+    ("Shard(0)", 2, "Shard(0)", 3),
+    ("replicas, shared state", 2, "replicas, shared state", 2),
+    ("HSDP 2x2", 4, "HSDP 2x2", 4),
+    ("Shard(0)", 3, "FSDP2 2 x TP 2", 4),
+    ("FSDP2 2 x EP 2", 4, "Shard(0)", 2),
+]
 
 
 FEW = [case for case in CASES if case.projection == "columns" or (case.projection, case.side) == ("svd", "std")]
