@@ -18,6 +18,7 @@ FREE = (("state_free", "scaled"), ("growth_limit", 1.01))
 CASES = [
     *(Case(projection, side, "keep") for projection, side in PROJECTIONS),
     Case("dct", "std", "keep", free="scaled", more=FREE, names=("tall", "wide", "square", "experts")),
+    Case("svd", "right", "keep", more=(("moments", "8bit"),)),  # rows are not cut, so that ranks make no difference
     Case("svd", "std", "keep", free="sgd", more=(dcp_jobs.ROUNDED,)),
 ]
 WAYS = [
