@@ -34,7 +34,7 @@ class Setting:
 
     ``added``: elements of the largest gradient that is added to another micro-batch's. ``note``: what else is to be
     said about the run. ``zero``: the DeepSpeed settings, None for torch's engines, whose
-    ``weights`` are fp32 or bf16.
+    ``weights`` are fp32 or bf16. ``advice``: what makes it fit into a GPU that is too small.
     """
 
     title: str
@@ -47,6 +47,7 @@ class Setting:
     zero: Zero | None = None
     weights: str = "fp32"
     added: int = 0
+    advice: str = ""
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,7 @@ def figures(
         found["verdict"] = _verdict(plan, baselines[REFERENCE], engine, setting)
     if gpu is not None:
         found["gpu"] = {"name": gpu, "bytes": int(GPUS[gpu]), "fits": _fits(memory["this"]["together"], gpu)}
+        found["gpu"]["advice"] = setting.advice
         found["gpu"]["computes_in_it"] = not _lacks_bf16(gpu, setting)
     return found
 
@@ -205,6 +207,12 @@ def _peak(rows: Sequence[Row]) -> int:
     """On the GPU."""
     during = {when: together([row for row in rows if row.during == when]) for when in ("", "pass", "refresh", "step")}
     return during.pop("") + max(during.values())
+
+
+def fits(plan: Plan, engine: EngineLayout, setting: Setting, gpu: str) -> tuple[bool, int]:
+    """Whether a GPU has room for it, and a tenth left; how many bytes it needs."""
+    total = together(memory_rows(plan, engine, setting))
+    return _fits(total, gpu), total
 
 
 def _fits(total: int, gpu: str) -> bool:
@@ -264,6 +272,7 @@ def _memory(plan: Plan, adamw: Plan | None, engine: EngineLayout, setting: Setti
     if gpu is not None:
         verdict = "fits" if _fits(total, gpu) else "does NOT fit"
         lines[-1] += f": {verdict} into {gpu} ({GPUS[gpu] / 1e9:.0f} GB, of which a tenth is left free)"
+        lines += wrap(setting.advice, WIDTH) if setting.advice else []
         if _lacks_bf16(gpu, setting):
             lines.append(f"{gpu} does not compute in bf16: set precision fp16 with DeepSpeed, or fp32")
     if on_host := together(rows, host=True):

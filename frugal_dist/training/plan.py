@@ -17,9 +17,9 @@ from frugal_dist.optimizer import Frugal
 from frugal_dist.planner.formula import LLAMA_SHAPES, LlamaShape, Weight, table_of
 from frugal_dist.planner.layouts import EngineLayout, engine_layout
 from frugal_dist.planner.plan import Plan, make_plan
-from frugal_dist.planner.report import Setting, check_gpu, figures, report
+from frugal_dist.planner.report import Setting, check_gpu, figures, fits, report
 from frugal_dist.planner.zero import Zero, read_zero
-from frugal_dist.presets import BASELINES
+from frugal_dist.presets import BASELINES, OptimizerName
 from frugal_dist.training.engines.deepspeed import data_types, equal_part, recipe_json
 from frugal_dist.training.engines.plain import blocks_of
 from frugal_dist.training.models import check_positions, llama_config, read_causal_config
@@ -49,8 +49,20 @@ def plan_recipe(recipe: Recipe, engine: str | None, ranks: int, gpu: str | None 
 
     Raises ValueError for an engine, GPU or number of ranks that makes no sense.
     """
-    check_recipe(recipe)
     check_gpu(gpu)
+    plan, baselines, layout, setting = _planned(recipe, engine, ranks, BASELINES)
+    if gpu is not None and not fits(plan, layout, setting, gpu)[0]:
+        setting = replace(setting, advice=_what_fits(recipe, ranks, gpu))
+    if as_json:
+        return json.dumps(figures(plan, baselines, layout, setting, gpu), indent=1)
+    return report(plan, baselines, layout, setting, gpu)
+
+
+def _planned(
+    recipe: Recipe, engine: str | None, ranks: int, others: Sequence[OptimizerName] = ()
+) -> tuple[Plan, dict[str, Plan], EngineLayout, Setting]:
+    """The plan of a recipe, those of other optimizers in its place, and what decides about memory beside them."""
+    check_recipe(recipe)
     engine = _planned_engine(recipe, engine)
     if ranks < 1 or (engine == "single" and ranks > 1):
         raise ValueError(
@@ -61,9 +73,10 @@ def plan_recipe(recipe: Recipe, engine: str | None, ranks: int, gpu: str | None 
     units = _units(model, recipe, layout)
     narrow = recipe.weights == "bf16"
     plan = plan_model(model, recipe.optimizer, layout, ranks, units, narrow)
-    others = {name: replace(recipe.optimizer, name=name) for name in BASELINES if name != recipe.optimizer.name}
     baselines: dict[str, Plan] = {
-        name: plan_model(model, other, layout, ranks, units, narrow) for name, other in others.items()
+        name: plan_model(model, replace(recipe.optimizer, name=name), layout, ranks, units, narrow)
+        for name in others
+        if name != recipe.optimizer.name
     }
     sharing = sharing_ranks(recipe, engine, ranks)
     share, rest = divmod(recipe.batch, sharing)
@@ -88,9 +101,36 @@ def plan_recipe(recipe: Recipe, engine: str | None, ranks: int, gpu: str | None 
         weights=recipe.weights,
         added=max(sizes) if layout.name in ("single", "ddp") and micro < share else 0,
     )
-    if as_json:
-        return json.dumps(figures(plan, baselines, layout, setting, gpu), indent=1)
-    return report(plan, baselines, layout, setting, gpu)
+    return plan, baselines, layout, setting
+
+
+def _what_fits(recipe: Recipe, ranks: int, gpu: str) -> str:
+    """The keys that make a recipe fit into a GPU, those that cost least first; or how near they come."""
+    engine, micro = "single" if ranks == 1 else "fsdp2", recipe.micro_batch or max(recipe.batch // ranks, 1)
+    words: list[str] = []
+    total = 0
+    for changes, options in (
+        ({"engine": engine}, {}),
+        ({"weights": "bf16"}, {"rounding": "stochastic"}),
+        ({}, {"moments": "8bit"}),
+        ({"release_gradients": True, "batch": micro * ranks, "micro_batch": None}, {}),
+        ({}, {"projection": "columns"}),  # no bases
+    ):
+        more = {**recipe.optimizer.options, **options}
+        if all(getattr(recipe, key) == value for key, value in changes.items()) and more == recipe.optimizer.options:
+            continue
+        changed = replace(recipe, **changes, deepspeed=None, optimizer=replace(recipe.optimizer, options=more))
+        try:
+            plan, _, layout, setting = _planned(changed, None, ranks)
+        except ValueError:  # the recipe asks for what goes against it
+            continue
+        recipe = changed
+        words += [f"--{key} {json.dumps(value)}".replace('"', "") for key, value in changes.items()]
+        words += [f"--optimizer.options.{key} {value}" for key, value in options.items()]
+        fit, total = fits(plan, layout, setting, gpu)
+        if fit:
+            return f"It fits with {' '.join(words)}: {total / 1e9:,.2f} GB"
+    return f"Nor does it fit with {' '.join(words)}: {total / 1e9:,.2f} GB" if total else ""
 
 
 def sharing_ranks(recipe: Recipe, engine: str | None, ranks: int) -> int:

@@ -199,7 +199,7 @@ def with_moves(layout: str, case: Case, away: str, back: str) -> tuple[Named, Na
         device.syncs.clear()
         one_step(held, start, GAP + 1)
         waits = list(device.syncs)
-        assert all(value.is_cuda == value.is_floating_point() for value in state_of(held))
+        assert all(value.is_cuda == (value.dim() > 0) for value in state_of(held))
         return {name: on_cpu(value) for name, value in held.full().items()}, saved, waits
 
 

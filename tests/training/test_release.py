@@ -13,10 +13,12 @@ from torch import Tensor
 pytest.importorskip("transformers")
 pytest.importorskip("jsonargparse")
 
+from transformers import AutoModelForCausalLM
+
 from frugal_dist.training.distributed.place import find_dist_env
 from frugal_dist.training.engines import build_engine
 from frugal_dist.training.engines.plain import check_world
-from frugal_dist.training.models import build_llama
+from frugal_dist.training.models import build_llama, llama_config
 from frugal_dist.training.plan import plan_recipe
 from frugal_dist.training.recipe import Model, Optimizer, Recipe, check_recipe, read_recipe
 
@@ -83,3 +85,35 @@ def test_the_command_line_and_the_plan_know_it() -> None:
     assert gradients(recipe, "fsdp2", 2) < gradients(every, "fsdp2", 2) / 3
     with pytest.raises(ValueError, match="release_gradients is for engine single, fsdp2, hsdp or a mesh, not for ddp"):
         plan_recipe(recipe, "ddp", 2)
+
+
+def test_seven_billion_parameters_fit_into_24_gb() -> None:
+    assert "fits into rtx4090" in plan_recipe(read_recipe("llama_7b_24gb"), None, 1, "rtx4090")
+
+
+@pytest.mark.heavy
+def test_what_would_fit_fits() -> None:
+    """The keys that a plan gives, given to the plan."""
+    told = plan_recipe(read_recipe("llama_7b"), "single", 1, "rtx4090").replace("\n", " ")
+    assert "does NOT fit into rtx4090" in told
+    found = re.search(r"It fits with (.*?): ([\d.]+) GB", told)
+    assert found is not None, told
+    again = plan_recipe(read_recipe("llama_7b", found[1].split()), None, 1, "rtx4090")
+    assert f"Together {found[2]} GB: fits into rtx4090" in again
+
+
+@pytest.mark.heavy
+def test_first_steps_of_its_shape() -> None:
+    """One layer of the 7B model, with all that the recipe for 24 GB has."""
+    recipe = read_recipe("llama_7b_24gb", ["--batch", "1", "--length", "16"])
+    config = llama_config("7B", 32000, 16)
+    config.num_hidden_layers = 1
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    engine = build_engine(model, recipe, lambda step: 1.0, find_dist_env({}))
+    rows = torch.randint(32000, (1, 17), generator=torch.Generator().manual_seed(1))
+    losses = [float(engine.train_step(rows)) for _ in range(4)]
+    assert losses[-1] < losses[0] - 0.5
+    assert all(param.grad is None for param in model.parameters())
+    layer = 4 * 4096**2 + 3 * 4096 * 11008
+    held = sum(engine.state_kinds().values())
+    assert held < 0.6 * layer + 2.1 * 2 * 32000 * 4096  # a quarter of two moments of a byte; embedding and head
