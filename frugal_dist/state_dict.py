@@ -171,13 +171,16 @@ def _basis_pieces(runtime: Runtime, work: LocalMatrix, value: Tensor) -> Pieces:
 
 
 def _line_pieces(runtime: Runtime, work: LocalMatrix, value: Tensor) -> Pieces:
-    """Whole rows of the selected columns."""
+    """Whole rows of the selected columns. Before the first refresh zeros, as many as the density asks for now."""
     size = work.state.counter("size") or work.size
+    pieces = cut_selection(runtime, work, whole_selection(work, 0, size), runtime.ranks.rank)
+    heights = [piece.my_bounds[1] - piece.my_bounds[0] for piece in pieces]
+    if work.state.counter("refreshes") == 0 and value.numel() != sum(heights) * size:
+        value = value.new_zeros((heights[0], size) if len(heights) == 1 else (sum(heights) * size,))
     rectangles, start = [], 0
-    for piece in cut_selection(runtime, work, whole_selection(work, 0, size), runtime.ranks.rank):
-        top, bottom = piece.my_bounds
-        view = value.view(-1)[start : start + (bottom - top) * size].view(bottom - top, size)
-        rectangles.append(((piece.tile.rows[0] + top, 0), view))
+    for piece, height in zip(pieces, heights, strict=True):
+        view = value.view(-1)[start : start + height * size].view(height, size)
+        rectangles.append(((piece.tile.rows[0] + piece.my_bounds[0], 0), view))
         start += view.numel()
     return Pieces((work.matrix.rows, size), value, rectangles)
 
