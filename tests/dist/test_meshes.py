@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from cases import MATRICES, ON_REFRESH, PROJECTIONS, REGULAR, Case, gradients, label, reference, weights
 from meshes import LAYOUTS, Cut, Place, mesh, on_places, pipeline
+from selection import mostly_heavy
 from storages import Named, replicas
 from test_state_shares import elements
 from threads import run_ranks
@@ -52,7 +53,11 @@ def trained(layout: tuple[str, int], case: Case) -> list[Named]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout[0]}, {layout[1]} ranks")
+@pytest.mark.parametrize(
+    "layout",
+    mostly_heavy(LAYOUTS, [layout for layout in LAYOUTS if layout[1] < 8]),
+    ids=lambda layout: f"{layout[0]}, {layout[1]} ranks",
+)
 def test_the_weights_of_one_process(layout: tuple[str, int], request: pytest.FixtureRequest) -> None:
     worst = {}
     for case in settings(list(LAYOUTS).index(layout), request.config.getoption("--heavy")):

@@ -34,7 +34,6 @@ QUICK = {
     "no_decay": (1,),
     "schedule": (2,),
     "parameter_alignment": (1,),
-    "all padding": (2,),
     "an empty group": (1,),
     "only matrices are trained": (1,),
     "gates, columns": (3,),

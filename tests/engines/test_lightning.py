@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:lightning.*"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.*"),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def nothing_is_left() -> Iterator[None]:
-    """As long as one of Lightning's wrappers lives, every new optimizer looks for its own among all objects."""
-    yield
-    gc.collect()
 
 
 @pytest.mark.parametrize(
