@@ -221,8 +221,8 @@ class LocalMatrix:
 
     def free(self) -> dict[str, Tensor]:
         """What the state-free rule keeps, where the matrix is whole."""
-        state = self.state
-        return {name: state.store[state.prefix + name] for name in self.config.keeps}
+        state, keeps = self.state, self.config.keeps
+        return {name: state.store[state.prefix + name] for name in keeps} if keeps else {}
 
     def _no_choice(self) -> Basis:
         """Everything, or no column."""

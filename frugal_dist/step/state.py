@@ -175,12 +175,8 @@ class MatrixState:
 
     def moments(self, config: FrugalConfig, extents: Sequence[Extent]) -> list[tuple[Any, ...]]:
         """For each piece its tuple of moments, as their form shows them."""
-        form, store, prefix = config.form, self.store, self.prefix
-        columns = [
-            form.views(moment, extents, lambda key: store[prefix + key])
-            for moment in STATE_FULL[config.state_full].moments
-        ]
-        return list(zip(*columns, strict=True))
+        form = FORMS[config.moments]
+        return form.views(STATE_FULL[config.state_full].moments, extents, self.store, self.prefix)
 
     def numbers(self, config: FrugalConfig, extents: Sequence[Extent], only: str = "") -> dict[str, list[Tensor]]:
         """Each moment's values by piece, or one's ``only``, to be read only: they may be what is kept."""

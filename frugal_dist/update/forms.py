@@ -4,7 +4,7 @@ planner ask the form; none of them knows which it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
@@ -64,8 +64,10 @@ class Form(Protocol):
     def tensors(self, name: str, extents: Sequence[Extent], dtype: torch.dtype) -> dict[str, tuple[Shape, torch.dtype]]:
         """What is kept of one moment, whatever the number of pieces: shapes and dtypes by key."""
 
-    def views(self, moment: Moment, extents: Sequence[Extent], kept: Read) -> list[Any]:
-        """The moment of each piece, in the memory that ``kept`` finds by key."""
+    def views(
+        self, moments: Sequence[Moment], extents: Sequence[Extent], store: Mapping[str, Tensor], prefix: str
+    ) -> list[tuple[Any, ...]]:
+        """For each piece its moments, in the memory of ``store``, whose keys begin with ``prefix``."""
 
     def numbers(self, view: Any, shape: Shape) -> Tensor:
         """A view's values, to be read only."""
@@ -92,12 +94,17 @@ class Full:
     def tensors(self, name: str, extents: Sequence[Extent], dtype: torch.dtype) -> dict[str, tuple[Shape, torch.dtype]]:
         return {name: (_joint(extents), dtype)}
 
-    def views(self, moment: Moment, extents: Sequence[Extent], kept: Read) -> list[Tensor]:
-        whole = kept(moment.name)
-        if len(extents) == 1:  # nearly always, and then the tensor is of the piece's shape
-            shape = extents[0].shape
-            return [whole if whole.shape == shape else whole.view(shape)]
-        return cut(whole, extents)
+    def views(
+        self, moments: Sequence[Moment], extents: Sequence[Extent], store: Mapping[str, Tensor], prefix: str
+    ) -> list[tuple[Tensor, ...]]:
+        columns = []  # without calls of our own: every matrix comes here at every step
+        for moment in moments:
+            whole = store[prefix + moment.name]
+            if len(extents) != 1:
+                columns.append(cut(whole, extents))
+            else:  # nearly always, and then the tensor is of the piece's shape
+                columns.append([whole if whole.shape == extents[0].shape else whole.view(extents[0].shape)])
+        return list(zip(*columns, strict=True))
 
     def numbers(self, view: Tensor, shape: Shape) -> Tensor:
         return view
@@ -123,7 +130,13 @@ class EightBit:
         scales = sum(extent.blocks for extent in extents)
         return {name: (_joint(extents), CODE), name + SCALE: ((scales,), dtype)}
 
-    def views(self, moment: Moment, extents: Sequence[Extent], kept: Read) -> list[Packed]:
+    def views(
+        self, moments: Sequence[Moment], extents: Sequence[Extent], store: Mapping[str, Tensor], prefix: str
+    ) -> list[tuple[Packed, ...]]:
+        columns = [self._views(moment, extents, lambda key: store[prefix + key]) for moment in moments]
+        return list(zip(*columns, strict=True))
+
+    def _views(self, moment: Moment, extents: Sequence[Extent], kept: Read) -> list[Packed]:
         codes, scales = kept(moment.name).view(-1), kept(moment.name + SCALE)
         found, entry, scale = [], 0, 0
         for extent in extents:
@@ -140,7 +153,7 @@ class EightBit:
         return view.wide().view(shape)
 
     def flat(self, moment: Moment, extents: Sequence[Extent], kept: Read) -> Tensor:
-        parts = [view.wide().view(-1) for view in self.views(moment, extents, kept)]
+        parts = [view.wide().view(-1) for view in self._views(moment, extents, kept)]
         return torch.cat(parts) if parts else torch.empty_like(kept(moment.name + SCALE))
 
     def write_(self, view: Packed, values: Tensor) -> None:

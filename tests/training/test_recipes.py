@@ -43,9 +43,11 @@ PAPERS = {"9m": 128, "20m": 256, "60m": 512, "130m": 768, "350m": 1024, "1b": 20
 def test_shipped_recipes_are_sound(name: str) -> None:
     recipe = read_recipe(name)
     check_recipe(recipe)
-    assert (recipe.batch, recipe.length, recipe.optimizer.lr) == (512, 256, 1e-3)
+    small = name == "llama_7b_24gb"  # no gradient waits for another, and no basis is kept
+    assert (recipe.batch, recipe.length, recipe.optimizer.lr) == ((16, 256, 5e-4) if small else (512, 256, 1e-3))
     options = frugal_options(recipe.optimizer)
-    assert (options["density"], options["update_gap"], options["projection"]) == (0.25, 200, "svd")
+    projection = "columns" if small else "svd"
+    assert (options["density"], options["update_gap"], options["projection"]) == (0.25, 200, projection)
     rate = build_schedule(recipe.schedule, recipe.steps)
     assert rate(recipe.steps // 10 - 1) == 1.0
     assert rate(recipe.steps) == pytest.approx(0.1)
