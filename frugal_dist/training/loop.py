@@ -188,6 +188,8 @@ class Training:
     def _save(self, done: int) -> bool:
         """Whether there is a checkpoint of this step, or none is wanted; tried once."""
         if self._saved[0] != done:
+            if self._loss_count:  # weights that are no numbers must not take the place of an older checkpoint
+                self._check(done, self.engine.total([float(self._loss_sum)])[0])
             saved = self.save is None or self.save(done, self._seconds())
             self._saved = (done, saved)
             if not saved:
@@ -215,11 +217,16 @@ class Training:
             **memory(),
         )
         self._log_refreshes(done, refreshes)
-        if self._loss_count and not math.isfinite(loss):
-            text = f"the training loss is {loss} at step {done}; lower lr or lengthen the warm-up."
-            raise Diverged(text, done, self._seconds())
+        if self._loss_count:
+            self._check(done, loss)
         self.progress.figures(loss, speed)
         self._loss_sum, self._loss_count, self._steps_since, self._busy = 0.0, 0, 0, 0.0
+
+    def _check(self, done: int, loss: float) -> None:
+        """On all ranks alike. Where gradients are released no step is skipped: only the next loss tells."""
+        if not math.isfinite(loss):
+            text = f"the training loss is {loss} at step {done}; lower lr or lengthen the warm-up."
+            raise Diverged(text, done, self._seconds())
 
     def _log_refreshes(self, done: int, sums: list[float]) -> None:
         """What the projectors that were refreshed since the last record caught; nothing if there were none."""

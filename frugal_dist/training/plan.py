@@ -19,7 +19,7 @@ from frugal_dist.planner.layouts import EngineLayout, engine_layout
 from frugal_dist.planner.plan import Plan, make_plan
 from frugal_dist.planner.report import Setting, check_gpu, figures, fits, report
 from frugal_dist.planner.zero import Zero, read_zero
-from frugal_dist.presets import BASELINES, OptimizerName
+from frugal_dist.presets import BASELINES, DEFINED, OptimizerName
 from frugal_dist.training.engines.deepspeed import data_types, equal_part, recipe_json
 from frugal_dist.training.engines.plain import blocks_of
 from frugal_dist.training.models import check_positions, llama_config, read_causal_config
@@ -116,7 +116,8 @@ def _what_fits(recipe: Recipe, ranks: int, gpu: str) -> str:
         ({"release_gradients": True, "batch": micro * ranks, "micro_batch": None}, {}),
         ({}, {"projection": "columns"}),  # no bases
     ):
-        more = {**recipe.optimizer.options, **options}
+        mine = {key: value for key, value in options.items() if key not in DEFINED[recipe.optimizer.name]}
+        more = {**recipe.optimizer.options, **mine}
         if all(getattr(recipe, key) == value for key, value in changes.items()) and more == recipe.optimizer.options:
             continue
         changed = replace(recipe, **changes, deepspeed=None, optimizer=replace(recipe.optimizer, options=more))
@@ -126,7 +127,7 @@ def _what_fits(recipe: Recipe, ranks: int, gpu: str) -> str:
             continue
         recipe = changed
         words += [f"--{key} {json.dumps(value)}".replace('"', "") for key, value in changes.items()]
-        words += [f"--optimizer.options.{key} {value}" for key, value in options.items()]
+        words += [f"--optimizer.options.{key} {value}" for key, value in mine.items()]
         fit, total = fits(plan, layout, setting, gpu)
         if fit:
             return f"It fits with {' '.join(words)}: {total / 1e9:,.2f} GB"

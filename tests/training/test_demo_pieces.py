@@ -278,6 +278,21 @@ def test_loop_stops_when_the_loss_is_not_finite(tmp_path, monkeypatch):
     assert terminal.getvalue() == ""  # only rank 0 speaks
 
 
+def test_weights_that_are_no_numbers_are_not_saved_when_a_run_is_stopped(tmp_path, monkeypatch):
+    """Before the loss would be logged: the next start takes the older checkpoint."""
+    engine = FakeEngine(rank=0, world=1)
+    monkeypatch.setattr(engine, "train_step", lambda rows, targets=None: torch.tensor(math.nan), raising=False)
+    training, _ = _training(tmp_path, engine, steps=5)
+    saved: list[int] = []
+    training.save, training.stop = (
+        lambda done, seconds: bool(saved.append(done)) or True,
+        lambda: bool(training._steps_since),
+    )
+    with training.metrics, pytest.raises(ValueError, match="training loss is nan at step 1"):
+        training.run()
+    assert saved == []
+
+
 class SkippingEngine(FakeEngine):
     """Its steps 3 and 4 have no finite loss, and are skipped."""
 
