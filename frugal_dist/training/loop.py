@@ -188,8 +188,8 @@ class Training:
     def _save(self, done: int) -> bool:
         """Whether there is a checkpoint of this step, or none is wanted; tried once."""
         if self._saved[0] != done:
-            if self._loss_count:  # weights that are no numbers must not take the place of an older checkpoint
-                self._check(done, self.engine.total([float(self._loss_sum)])[0])
+            # Weights that are no numbers must not take the place of an older checkpoint.
+            self._check(done, self.engine.total([float(self._loss_sum)])[0])
             saved = self.save is None or self.save(done, self._seconds())
             self._saved = (done, saved)
             if not saved:
