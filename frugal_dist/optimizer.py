@@ -464,23 +464,23 @@ class Frugal(Optimizer):
         with full_precision():
             runtime = self._bind()
             runtime.storage.complete_gradients(runtime.ranks)
-            load = self._load(runtime, about)
+            inputs = self._inputs(runtime, about)
             try:
-                if self._starts(runtime, load):
+                if self._starts(runtime, inputs):
                     return False
                 if self._check_saving():  # it let go of this call's tensors
-                    load = self._load(runtime, about)
-                decision = decide(runtime, load.works, load.regular)
+                    inputs = self._inputs(runtime, about)
+                decision = decide(runtime, inputs.mats, inputs.regular)
                 if decision.coordinates or decision.bases:
                     refresh(runtime, decision)
-                step_matrices(runtime, load.works, stepping(runtime, load.works, decision))
-                step_regular(runtime, load)
+                step_matrices(runtime, inputs.mats, stepping(runtime, inputs.mats, decision))
+                step_regular(runtime, inputs)
                 self._summarise(runtime)
             finally:
-                load.release()
+                inputs.release()
         return True
 
-    def _load(self, runtime: Runtime, about: Sequence[int] | None) -> StepInputs:
+    def _inputs(self, runtime: Runtime, about: Sequence[int] | None) -> StepInputs:
         """This call's tensors. ValueError for gradients that cannot be used; at the first call on all ranks alike, also
         on those without a gradient.
         """
@@ -489,18 +489,18 @@ class Frugal(Optimizer):
             return step_inputs(runtime, self.state, call)
         return together(runtime.ranks, lambda: step_inputs(runtime, self.state, call))
 
-    def _starts(self, runtime: Runtime, load: StepInputs) -> bool:
+    def _starts(self, runtime: Runtime, inputs: StepInputs) -> bool:
         """Whether this is the all-zero call by which engines create the state: it leaves weights and counters alone.
 
         Only before anything has moved. ZeRO calls once for each group or sub-group, of which some may have zeros first.
         """
-        ensure_state(runtime, load)
+        ensure_state(runtime, inputs)
         if not self._started:
-            moving = load.has_run() or load.has_gradient() or runtime.storage.moves_elsewhere()
-            self._started = bool(agree_max(runtime.ranks, [int(moving)], load.device)[0])
+            moving = inputs.has_run() or inputs.has_gradient() or runtime.storage.moves_elsewhere()
+            self._started = bool(agree_max(runtime.ranks, [int(moving)], inputs.device)[0])
         if self._started:
-            self._checked.update(load.key)
-        elif load.lacks_gradients() and not self._told:
+            self._checked.update(inputs.key)
+        elif inputs.lacks_gradients() and not self._told:
             self._told = True
             notice(NO_GRADIENTS)
         return not self._started
@@ -714,9 +714,9 @@ class Frugal(Optimizer):
         with full_precision():
             follow_replaced(self._groups, self.param_groups)
             runtime = self._bind()
-            load = step_inputs(runtime, self.state)
-            ensure_state(runtime, load)
-            return runtime, load
+            inputs = step_inputs(runtime, self.state)
+            ensure_state(runtime, inputs)
+            return runtime, inputs
 
     @on_innermost
     def loaded(self) -> None:

@@ -77,29 +77,29 @@ def pack_all(runtime: Runtime, state: MutableMapping[Tensor, Store]) -> dict[int
     alive they are parts of one tensor.
     """
     template = dcp_is_asking()
-    load = step_inputs(runtime, state)
+    inputs = step_inputs(runtime, state)
     packed = {
         id(param): {key: value.clone() if _is_counter(key) else value for key, value in store.items()}
         for param, store in state.items()
         if store
     }
     owner = {id(store): id(param) for param, store in state.items()}
-    for work in load.works:
-        if work.state.has_moments():
-            saved = MatrixState(packed[owner[id(work.state.store)]], work.state.prefix)
-            present = _numbers(runtime, work) if template and work.state.coded else work.state.kept()
-            for name in work.state.kept():
+    for mat in inputs.mats:
+        if mat.state.has_moments():
+            saved = MatrixState(packed[owner[id(mat.state.store)]], mat.state.prefix)
+            present = _numbers(runtime, mat) if template and mat.state.coded else mat.state.kept()
+            for name in mat.state.kept():
                 saved.put(name, None)
             for name, value in present.items():
-                part = _is_part(runtime, work)
+                part = _is_part(runtime, mat)
                 if template:
-                    value, part = _for_dcp(runtime, work, name, value, part)
+                    value, part = _for_dcp(runtime, mat, name, value, part)
                 saved.put(_key(runtime, name, part), value)
-            rest = work.state.get(REMAINDER)
-            if rest is not None and not (runtime.ranks.alone or is_replicated(work.matrix.storage)):
+            rest = mat.state.get(REMAINDER)
+            if rest is not None and not (runtime.ranks.alone or is_replicated(mat.matrix.storage)):
                 saved.put(REMAINDER, None)
-                saved.put(_key(runtime, REMAINDER, not template), _tiles(work, rest) if template else rest)
-    for one in load.regular:
+                saved.put(_key(runtime, REMAINDER, not template), _tiles(mat, rest) if template else rest)
+    for one in inputs.regular:
         part, coded = _is_regular_part(runtime, one), template and one.state.coded
         if one.state.has_moments() and (part or coded):
             saved = MatrixState(packed[owner[id(one.state.store)]], one.state.prefix)
@@ -114,12 +114,12 @@ def pack_all(runtime: Runtime, state: MutableMapping[Tensor, Store]) -> dict[int
     return packed
 
 
-def _numbers(runtime: Runtime, work: LocalMatrix) -> Store:
+def _numbers(runtime: Runtime, mat: LocalMatrix) -> Store:
     """Coded moments as numbers, by which torch.distributed.checkpoint can load them on other ranks."""
-    state, names = work.state, moment_names(work.config)
+    state, names = mat.state, moment_names(mat.config)
     if state.counter("refreshes") == 0:  # zeros, in whatever size the first density made them
-        return {name: state.store[state.prefix + name].to(work.dtype) for name in names}
-    values = state.flat(work.config, extents_of(runtime, work))
+        return {name: state.store[state.prefix + name].to(mat.dtype) for name in names}
+    values = state.flat(mat.config, extents_of(runtime, mat))
     return {name: values[name].view(state.store[state.prefix + name].shape) for name in names}
 
 
@@ -128,28 +128,28 @@ def _regular_numbers(one: LocalParameter) -> Store:
     return {name: value.view(one.weight.shape) for name, value in values.items()}
 
 
-def _for_dcp(runtime: Runtime, work: LocalMatrix, name: str, value: Tensor, part: bool) -> tuple[Tensor, bool]:
+def _for_dcp(runtime: Runtime, mat: LocalMatrix, name: str, value: Tensor, part: bool) -> tuple[Tensor, bool]:
     """A moment as torch.distributed.checkpoint can load it on other ranks; (itself, whether it is a part) if there are
     no rectangles of it.
     """
-    if work.family == "basis" and not work.empty:
-        return (_basis_pieces(runtime, work, value), False) if part else (value, part)
-    if not isinstance(runtime.storage.part(work.matrix.original), Box) or work.empty:
+    if mat.family == "basis" and not mat.empty:
+        return (_basis_pieces(runtime, mat, value), False) if part else (value, part)
+    if not isinstance(runtime.storage.part(mat.matrix.original), Box) or mat.empty:
         return value, part
-    if not _sizes_change(runtime, work):
-        return (_line_pieces(runtime, work, value), False) if part else (value, part)
-    dense, along = _to_dense(runtime, work, name), free_dim_of(work)
+    if not _sizes_change(runtime, mat):
+        return (_line_pieces(runtime, mat, value), False) if part else (value, part)
+    dense, along = _to_dense(runtime, mat, name), free_dim_of(mat)
     if not part:
         return dense, part
-    shared = runtime.shard_replicas and work.matrix.copies > 1
+    shared = runtime.shard_replicas and mat.matrix.copies > 1
     if shared and along is None:
         return dense, part
-    shape, rectangles = (work.matrix.rows, work.matrix.cols), []
-    for tile in work.tiles:  # one, or none
+    shape, rectangles = (mat.matrix.rows, mat.matrix.cols), []
+    for tile in mat.tiles:  # one, or none
         begin, view = [tile.rows[0], tile.cols[0]], dense
         if shared and along is not None:
-            ranks = work.matrix.held[tile]
-            start, stop = split_evenly(dense.shape[along], len(ranks), work.matrix.index)[
+            ranks = mat.matrix.held[tile]
+            start, stop = split_evenly(dense.shape[along], len(ranks), mat.matrix.index)[
                 ranks.index(runtime.ranks.rank)
             ]
             begin[along] += start
@@ -158,40 +158,40 @@ def _for_dcp(runtime: Runtime, work: LocalMatrix, name: str, value: Tensor, part
     return Pieces(shape, dense, rectangles), False
 
 
-def _basis_pieces(runtime: Runtime, work: LocalMatrix, value: Tensor) -> Pieces:
-    plan, r = basis_route(runtime, work), work.state.counter("size")
-    shape = {"right": (work.matrix.rows, r), "left": (r, work.matrix.cols), "full": (r, r)}[work.side]
+def _basis_pieces(runtime: Runtime, mat: LocalMatrix, value: Tensor) -> Pieces:
+    plan, r = basis_route(runtime, mat), mat.state.counter("size")
+    shape = {"right": (mat.matrix.rows, r), "left": (r, mat.matrix.cols), "full": (r, r)}[mat.side]
     rectangles, start = [], 0
-    for tile, (size, _) in zip(plan.tiles, basis_extents(work, plan, r), strict=True):
+    for tile, (size, _) in zip(plan.tiles, basis_extents(mat, plan, r), strict=True):
         view = value.view(-1)[start : start + prod(size)].view(size)
-        begin = {"right": (tile.rows[0], 0), "left": (0, tile.cols[0]), "full": (0, 0)}[work.side]
+        begin = {"right": (tile.rows[0], 0), "left": (0, tile.cols[0]), "full": (0, 0)}[mat.side]
         rectangles.append((begin, view))
         start += prod(size)
     return Pieces(shape, value, rectangles)
 
 
-def _line_pieces(runtime: Runtime, work: LocalMatrix, value: Tensor) -> Pieces:
+def _line_pieces(runtime: Runtime, mat: LocalMatrix, value: Tensor) -> Pieces:
     """Whole rows of the selected columns. Before the first refresh zeros, as many as the density asks for now."""
-    size = work.state.counter("size") or work.size
-    pieces = cut_selection(runtime, work, whole_selection(work, 0, size), runtime.ranks.rank)
+    size = mat.state.counter("size") or mat.size
+    pieces = cut_selection(runtime, mat, whole_selection(mat, 0, size), runtime.ranks.rank)
     heights = [piece.my_bounds[1] - piece.my_bounds[0] for piece in pieces]
-    if work.state.counter("refreshes") == 0 and value.numel() != sum(heights) * size:
+    if mat.state.counter("refreshes") == 0 and value.numel() != sum(heights) * size:
         value = value.new_zeros((heights[0], size) if len(heights) == 1 else (sum(heights) * size,))
     rectangles, start = [], 0
     for piece, height in zip(pieces, heights, strict=True):
         view = value.view(-1)[start : start + height * size].view(height, size)
         rectangles.append(((piece.tile.rows[0] + piece.my_bounds[0], 0), view))
         start += view.numel()
-    return Pieces((work.matrix.rows, size), value, rectangles)
+    return Pieces((mat.matrix.rows, size), value, rectangles)
 
 
-def _tiles(work: LocalMatrix, value: Tensor) -> Pieces:
+def _tiles(mat: LocalMatrix, value: Tensor) -> Pieces:
     """What is cut as the weights are."""
     rectangles = [
         ((tile.rows[0], tile.cols[0]), view)
-        for tile, view in zip(work.tiles, work.state.pieces(REMAINDER, work.shapes), strict=True)
+        for tile, view in zip(mat.tiles, mat.state.pieces(REMAINDER, mat.shapes), strict=True)
     ]
-    return Pieces((work.matrix.rows, work.matrix.cols), value, rectangles)
+    return Pieces((mat.matrix.rows, mat.matrix.cols), value, rectangles)
 
 
 def _boxes(one: LocalParameter, value: Tensor) -> Pieces:
@@ -226,10 +226,10 @@ def refuse_to_lose(packed: Mapping[int, Store]) -> None:
         )
 
 
-def is_divided(runtime: Runtime, load: StepInputs) -> bool:
+def is_divided(runtime: Runtime, inputs: StepInputs) -> bool:
     """Whether ``load``'s ranks hold different parts of the state. Collective."""
-    here = any(_is_part(runtime, work) for work in load.works)
-    here = here or any(_is_regular_part(runtime, one) for one in load.regular)
+    here = any(_is_part(runtime, mat) for mat in inputs.mats)
+    here = here or any(_is_regular_part(runtime, one) for one in inputs.regular)
     return any(gather_objects(runtime.ranks, here))
 
 
@@ -256,17 +256,17 @@ def unpack_all(runtime: Runtime, state: MutableMapping[Tensor, Store], loaded: L
             _strip_parts(runtime, store)
 
     together(runtime.ranks, strip)
-    load = step_inputs(runtime, state)
-    together(runtime.ranks, lambda: _check_keys(runtime, load, state))
-    everyone = gather_objects(runtime.ranks, _summaries(load))
+    inputs = step_inputs(runtime, state)
+    together(runtime.ranks, lambda: _check_keys(runtime, inputs, state))
+    everyone = gather_objects(runtime.ranks, _summaries(inputs))
     _compare_counters(everyone)
-    for work in load.works:
-        _settle_layout(runtime, work, [summaries[work.matrix.name] for summaries in everyone])
+    for mat in inputs.mats:
+        _settle_layout(runtime, mat, [summaries[mat.matrix.name] for summaries in everyone])
 
     def adopt() -> None:
-        for work in load.works:
-            _adopt(runtime, work)
-        for one in load.regular:
+        for mat in inputs.mats:
+            _adopt(runtime, mat)
+        for one in inputs.regular:
             _check_regular(runtime, one)
 
     together(runtime.ranks, adopt)
@@ -285,17 +285,17 @@ def _check_order(runtime: Runtime, moved: str) -> None:
         )
 
 
-def _check_keys(runtime: Runtime, load: StepInputs, state: Mapping[Tensor, Store]) -> None:
+def _check_keys(runtime: Runtime, inputs: StepInputs, state: Mapping[Tensor, Store]) -> None:
     """Nothing that belongs to nobody, and nobody who has nothing while others of the group have state."""
     known: dict[int, set[str]] = {}
     groups: dict[int, list[tuple[str, bool, bool]]] = {}
     by_name = {original.name: original for original in runtime.originals}
-    for work in load.works:
-        keys = {work.state.prefix + key for key in (*COUNTERS, *every_key(), *BESIDE_MOMENTS)}
-        known.setdefault(id(work.state.store), set()).update(keys)
-        group = runtime.originals[work.matrix.original].group
-        groups.setdefault(group, []).append((work.matrix.name, work.state.get("updates") is not None, work.frozen))
-    for one in load.regular:
+    for mat in inputs.mats:
+        keys = {mat.state.prefix + key for key in (*COUNTERS, *every_key(), *BESIDE_MOMENTS)}
+        known.setdefault(id(mat.state.store), set()).update(keys)
+        group = runtime.originals[mat.matrix.original].group
+        groups.setdefault(group, []).append((mat.matrix.name, mat.state.get("updates") is not None, mat.frozen))
+    for one in inputs.regular:
         keys = {one.state.prefix + key for key in ("step", *every_key(), REMAINDER)}
         known.setdefault(id(one.state.store), set()).update(keys)
         group = by_name[one.name].group
@@ -338,9 +338,9 @@ class StateSummary:
     elements: int
 
 
-def _summaries(load: StepInputs) -> dict[str, StateSummary]:
-    entries = [(work.matrix.name, work.state, work.config) for work in load.works]
-    entries += [(one.name, one.state, one.config) for one in load.regular]
+def _summaries(inputs: StepInputs) -> dict[str, StateSummary]:
+    entries = [(mat.matrix.name, mat.state, mat.config) for mat in inputs.mats]
+    entries += [(one.name, one.state, one.config) for one in inputs.regular]
     found = {}
     for name, state, config in entries:
         counters = [state.get(counter) for counter in COUNTERS]
@@ -365,22 +365,22 @@ def _counts(summary: StateSummary) -> str:
     return ", ".join(listed) or "nothing"
 
 
-def _settle_layout(runtime: Runtime, work: LocalMatrix, everyone: Sequence[StateSummary]) -> None:
+def _settle_layout(runtime: Runtime, mat: LocalMatrix, everyone: Sequence[StateSummary]) -> None:
     """Compute where the saved run did. The cost rule may choose otherwise now, if the density was changed meanwhile,
     and the owner may have been another one: groups that are added later change none.
     """
-    size, matrix = work.state.get("size"), work.matrix
-    if work.family != "basis" or work.empty or size is None:
+    size, matrix = mat.state.get("size"), mat.matrix
+    if mat.family != "basis" or mat.empty or size is None:
         return
     elements = [summary.elements for summary in everyone]
-    layouts = [basis_layout(runtime, work, choice) for choice in (work.config.compute_layout, "cut", "owner")]
+    layouts = [basis_layout(runtime, mat, choice) for choice in (mat.config.compute_layout, "cut", "owner")]
     holders = [rank for rank, number in enumerate(elements) if number]
     if len(holders) == 1:
         layouts.append(owner_layout(len(elements), holders[0], matrix.rows, matrix.cols))
     for layout in layouts:
-        extents = [tile_extents(work.side, tiles, int(size)) for tiles in layout]
+        extents = [tile_extents(mat.side, tiles, int(size)) for tiles in layout]
         if [sum(prod(extent.shape) for extent in own) for own in extents] == elements:
-            runtime.routes[matrix.index] = route_to(runtime, work, layout)
+            runtime.routes[matrix.index] = route_to(runtime, mat, layout)
             if layout is layouts[-1] and len(holders) == 1:
                 runtime.give_to(matrix.index, holders[0])
             return
@@ -439,47 +439,47 @@ def _key(runtime: Runtime, name: str, part: bool) -> str:
     return f"{name}@rank{runtime.ranks.rank}of{runtime.ranks.size}" if part else name
 
 
-def _is_part(runtime: Runtime, work: LocalMatrix) -> bool:
+def _is_part(runtime: Runtime, mat: LocalMatrix) -> bool:
     """Whether ranks hold different moments of this matrix."""
     if runtime.ranks.alone:
         return False
-    if work.family == "basis" and not work.empty:
-        return not is_replicated(basis_route(runtime, work).layout)
-    return runtime.shard_replicas or not is_replicated(work.matrix.storage)
+    if mat.family == "basis" and not mat.empty:
+        return not is_replicated(basis_route(runtime, mat).layout)
+    return runtime.shard_replicas or not is_replicated(mat.matrix.storage)
 
 
 def _is_regular_part(runtime: Runtime, one: LocalParameter) -> bool:
     return not runtime.ranks.alone and tuple(one.weight.shape) != one.shape
 
 
-def _sizes_change(runtime: Runtime, work: LocalMatrix) -> bool:
+def _sizes_change(runtime: Runtime, mat: LocalMatrix) -> bool:
     """Of columns it does not, where rows are stored whole."""
-    boxed = isinstance(runtime.storage.part(work.matrix.original), Box)
-    coordinates = work.family != "basis" and not work.empty
-    whole_rows = all(tile.width == work.matrix.cols for tiles in work.matrix.storage for tile in tiles)
-    return boxed and coordinates and not (free_dim_of(work) == 0 and work.family == "coordinates" and whole_rows)
+    boxed = isinstance(runtime.storage.part(mat.matrix.original), Box)
+    coordinates = mat.family != "basis" and not mat.empty
+    whole_rows = all(tile.width == mat.matrix.cols for tiles in mat.matrix.storage for tile in tiles)
+    return boxed and coordinates and not (free_dim_of(mat) == 0 and mat.family == "coordinates" and whole_rows)
 
 
-def _to_dense(runtime: Runtime, work: LocalMatrix, name: str) -> Tensor:
+def _to_dense(runtime: Runtime, mat: LocalMatrix, name: str) -> Tensor:
     """On the CPU: as large as AdamW's moments, it may not fit beside the model."""
-    if len(work.tiles) != 1:
-        return torch.zeros(0, dtype=work.dtype, device="cpu")
-    dense = torch.zeros(work.tiles[0].height, work.tiles[0].width, dtype=work.dtype, device="cpu")
-    if work.state.counter("refreshes"):  # otherwise they are zeros, in whatever size the first density made them
-        (piece,) = local_selection(runtime, work).pieces
-        values = torch.zeros(piece.shape, dtype=work.dtype, device="cpu")
-        (own,) = work.state.numbers(work.config, [piece.share(piece.rank)], only=name)[name]
+    if len(mat.tiles) != 1:
+        return torch.zeros(0, dtype=mat.dtype, device="cpu")
+    dense = torch.zeros(mat.tiles[0].height, mat.tiles[0].width, dtype=mat.dtype, device="cpu")
+    if mat.state.counter("refreshes"):  # otherwise they are zeros, in whatever size the first density made them
+        (piece,) = local_selection(runtime, mat).pieces
+        values = torch.zeros(piece.shape, dtype=mat.dtype, device="cpu")
+        (own,) = mat.state.numbers(mat.config, [piece.share(piece.rank)], only=name)[name]
         _share(piece, values).copy_(own)
         piece.selection.to(dense.device).put_(dense, values)
     return dense
 
 
-def _from_dense(work: LocalMatrix, piece: CoordinatePiece, saved: Tensor) -> Tensor:
+def _from_dense(mat: LocalMatrix, piece: CoordinatePiece, saved: Tensor) -> Tensor:
     dense = saved.view(piece.size)
     kept = _share(piece, piece.selection.take(dense)).contiguous().clone()
     if int(torch.count_nonzero(kept)) != int(torch.count_nonzero(dense)):
         raise ValueError(
-            f"{work.matrix.name}: the loaded moments are of other entries than this run's selection. They were saved "
+            f"{mat.matrix.name}: the loaded moments are of other entries than this run's selection. They were saved "
             "with another seed, or layers stood in another order."
         )
     return kept
@@ -505,83 +505,83 @@ def _strip_parts(runtime: Runtime, store: Store) -> None:
         store[match["key"]] = store.pop(key)
 
 
-def _adopt(runtime: Runtime, work: LocalMatrix) -> None:
-    state = work.state
+def _adopt(runtime: Runtime, mat: LocalMatrix) -> None:
+    state = mat.state
     counts = [count for count in map(state.get, COUNTERS) if count is not None]
     if not state.has_moments() and (not counts or (len(counts) == len(COUNTERS) and state.counter("refreshes") == 0)):
         return  # never stepped when it was saved, or frozen
-    _check_remainder(runtime, work.matrix.name, work)
-    missing = [name for name in (*COUNTERS, *moment_names(work.config)) if state.get(name) is None]
+    _check_remainder(runtime, mat.matrix.name, mat)
+    missing = [name for name in (*COUNTERS, *moment_names(mat.config)) if state.get(name) is None]
     if missing:
         raise ValueError(
-            f"{work.matrix.name}: the loaded state has no {', '.join(missing)} for this rank. It was saved by another "
+            f"{mat.matrix.name}: the loaded state has no {', '.join(missing)} for this rank. It was saved by another "
             "optimizer, another number of ranks, or only by rank 0."
         )
-    check_density(work)
+    check_density(mat)
     if state.counter("refreshes") == 0:  # zeros, in whatever size the density at that time made them
         state.drop()
-        create_state(runtime, work)
+        create_state(runtime, mat)
         return
-    if work.family == "basis" and not work.empty:
-        _check_basis(runtime, work)
-        _check_moments(runtime, work)
+    if mat.family == "basis" and not mat.empty:
+        _check_basis(runtime, mat)
+        _check_moments(runtime, mat)
     else:
-        _adopt_coordinates(runtime, work)
-    state.convert(work.dtype, work.numbered)
-    state.repack(work.config, extents_of(runtime, work), work.dtype)
+        _adopt_coordinates(runtime, mat)
+    state.convert(mat.dtype, mat.numbered)
+    state.repack(mat.config, extents_of(runtime, mat), mat.dtype)
 
 
-def _adopt_coordinates(runtime: Runtime, work: LocalMatrix) -> None:
+def _adopt_coordinates(runtime: Runtime, mat: LocalMatrix) -> None:
     """Also from the shape of the stored tile, which torch.distributed.checkpoint brings."""
-    pieces = local_selection(runtime, work).pieces
-    for piece in pieces if _sizes_change(runtime, work) else ():  # one: shards are boxes
-        for name in moment_names(work.config):
-            value = work.state.get(name)
+    pieces = local_selection(runtime, mat).pieces
+    for piece in pieces if _sizes_change(runtime, mat) else ():  # one: shards are boxes
+        for name in moment_names(mat.config):
+            value = mat.state.get(name)
             if value is not None and value.shape == piece.size != piece.mine:
-                work.state.put(name, _from_dense(work, piece, value))
-    _check_moments(runtime, work)
+                mat.state.put(name, _from_dense(mat, piece, value))
+    _check_moments(runtime, mat)
 
 
-def _check_moments(runtime: Runtime, work: LocalMatrix) -> None:
-    form, extents = work.state.kept_as(work.config).form, extents_of(runtime, work)
-    for name in moment_names(work.config):
-        for key, (shape, _) in form.tensors(name, extents, work.dtype).items():
-            _check_shape(runtime, work, key, shape)
+def _check_moments(runtime: Runtime, mat: LocalMatrix) -> None:
+    form, extents = mat.state.kept_as(mat.config).form, extents_of(runtime, mat)
+    for name in moment_names(mat.config):
+        for key, (shape, _) in form.tensors(name, extents, mat.dtype).items():
+            _check_shape(runtime, mat, key, shape)
 
 
-def _check_basis(runtime: Runtime, work: LocalMatrix) -> None:
-    if not basis_route(runtime, work).tiles:
+def _check_basis(runtime: Runtime, mat: LocalMatrix) -> None:
+    if not basis_route(runtime, mat).tiles:
         return
-    for name in work.config.keeps:
-        _check_shape(runtime, work, name, FREE[name][0](work.matrix.rows, work.matrix.cols))
-    for part, shape in work.kept_shapes(work.state.counter("size")).items():
-        key = "basis" if work.side != "full" else f"basis_{part}"
-        _check_shape(runtime, work, key, shape)
-        if work.numbered:
-            _check_numbers(work, key, work.matrix.rows if part == "left" else work.matrix.cols)
+    for name in mat.config.keeps:
+        _check_shape(runtime, mat, name, FREE[name][0](mat.matrix.rows, mat.matrix.cols))
+    for part, shape in mat.kept_shapes(mat.state.counter("size")).items():
+        key = "basis" if mat.side != "full" else f"basis_{part}"
+        _check_shape(runtime, mat, key, shape)
+        if mat.numbered:
+            _check_numbers(mat, key, mat.matrix.rows if part == "left" else mat.matrix.cols)
 
 
-def _check_numbers(work: LocalMatrix, key: str, length: int) -> None:
+def _check_numbers(mat: LocalMatrix, key: str, length: int) -> None:
     """Who casts all of the state may lose which columns they are."""
-    numbers = work.state.get(key)
+    numbers = mat.state.get(key)
     assert numbers is not None
     wide = numbers.double()
     bounds = wide.new_tensor([-1.0]), wide.new_tensor([float(length)])
     if not bool((wide == wide.round()).all() and (torch.cat((bounds[0], wide, bounds[1])).diff() > 0).all()):
         raise ValueError(
-            f"{work.matrix.name}: the loaded {key} in {numbers.dtype} are no numbers of columns, rising and below "
+            f"{mat.matrix.name}: the loaded {key} in {numbers.dtype} are no numbers of columns, rising and below "
             f"{length}. Cast moments only."
         )
 
 
-def _check_shape(runtime: Runtime, work: LocalMatrix, name: str, needed: Shape) -> None:
-    value = work.state.get(name)
+def _check_shape(runtime: Runtime, mat: LocalMatrix, name: str, needed: Shape) -> None:
+    value = mat.state.get(name)
     nothing = value is not None and value.numel() == 0 == prod(needed)  # the shape of nothing is what it was at first
     if value is None or (tuple(value.shape) != needed and not nothing):
         described = "nothing" if value is None else f"shape {tuple(value.shape)}"
         raise ValueError(
-            f"{work.matrix.name}: the loaded {name} has {described}, but density={work.config.density:g}, projection="
-            f"{work.config.projection!r} on this rank needs {needed}. Load with the hyperparameters it was saved with."
+            f"{mat.matrix.name}: the loaded {name} has {described}, but density={mat.config.density:g}, projection="
+            f"{mat.config.projection!r} on this rank needs {needed}. Load with the hyperparameters it was saved with."
             + _other_ranks(runtime)
         )
 

@@ -64,14 +64,14 @@ def _changed(runtime: Runtime, now: StepInputs, reader: Reader) -> Anew:
     same_draws = reader.index.draws == fingerprint_of_draws()
     frozen = {original.name for i, original in enumerate(runtime.originals) if runtime.storage.frozen(i)}
     found: Anew = {}
-    for work in now.works:
-        name = work.matrix.name
+    for mat in now.mats:
+        name = mat.matrix.name
         entry = reader.index.matrices.get(name)
         if entry is None:
-            found[name] = [] if work.frozen else ["not projected -> projected"]
+            found[name] = [] if mat.frozen else ["not projected -> projected"]
             continue
-        differences = _differences(entry["depends_on"], matrix_options(work))
-        if not same_draws and work.family != "basis":
+        differences = _differences(entry["depends_on"], matrix_options(mat))
+        if not same_draws and mat.family != "basis":
             differences.append("torch draws other random numbers than then")
         if differences:
             found[name] = differences

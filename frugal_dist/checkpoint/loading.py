@@ -128,18 +128,18 @@ class Restoring:
         for chunk in remainder_chunks(self.runtime, self.now):
             if self.reader.shape(chunk.name) is not None:
                 self.reader.find(chunk.name, chunk.shape, chunk.area)
-        for work in self.now.works:
-            if not self._starts_anew(work.matrix.name):
-                for chunk in self._state_then(work):
+        for mat in self.now.mats:
+            if not self._starts_anew(mat.matrix.name):
+                for chunk in self._state_then(mat):
                     self.reader.find(chunk.name, chunk.shape, chunk.area)
 
-    def _state_then(self, work: LocalMatrix) -> list[Chunk]:
+    def _state_then(self, mat: LocalMatrix) -> list[Chunk]:
         """What there must be of a matrix, by its counts. DamagedError if these are not of this matrix."""
         try:
-            return list(state_chunks(self.runtime, self._rebuilt(work, META)))
+            return list(state_chunks(self.runtime, self._rebuilt(mat, META)))
         except (ValueError, RuntimeError, OverflowError) as error:
             raise DamagedError(
-                f"{self.reader.folder / INDEX} is damaged: the counts of {work.matrix.name} are impossible ({error})."
+                f"{self.reader.folder / INDEX} is damaged: the counts of {mat.matrix.name} are impossible ({error})."
             ) from error
 
     def _check_room(self, chunk: Chunk) -> None:
@@ -161,20 +161,20 @@ class Restoring:
                 self._set_counter(one)
             else:
                 _reset_regular(one)
-        for work in self.now.works:
-            fresh = self._starts_anew(work.matrix.name)
-            rebuilt = self._renewed(work) if fresh else self._rebuilt(work, work.device)
+        for mat in self.now.mats:
+            fresh = self._starts_anew(mat.matrix.name)
+            rebuilt = self._renewed(mat) if fresh else self._rebuilt(mat, mat.device)
             if not fresh:
                 self._fill(state_chunks(self.runtime, rebuilt))
-                if not work.empty and rebuilt.state.counter("refreshes"):
-                    rebuilt.state.repack(work.config, extents_of(self.runtime, rebuilt), work.dtype)
-            _replace_state(work, rebuilt.state)
+                if not mat.empty and rebuilt.state.counter("refreshes"):
+                    rebuilt.state.repack(mat.config, extents_of(self.runtime, rebuilt), mat.dtype)
+            _replace_state(mat, rebuilt.state)
         self._fill(chunk for chunk in self._kept_in_place(self.now.regular) if chunk.later is None)
         self._fill_exactly()
 
     def _fill_exactly(self) -> None:
         """Weights of which all 32 bits are known, here or in the checkpoint: as masters, or as bf16 and a remainder."""
-        everything: list[LocalMatrix | LocalParameter] = [*self.now.works, *self.now.regular]
+        everything: list[LocalMatrix | LocalParameter] = [*self.now.mats, *self.now.regular]
         for one in everything:
             if one.state.has_moments():
                 remainders_of(one)
@@ -244,35 +244,35 @@ class Restoring:
     def _set_counter(self, one: LocalParameter) -> None:
         one.state.set_counter("step", self._saved_step(one))
 
-    def _rebuilt(self, work: LocalMatrix, device: torch.device) -> LocalMatrix:
+    def _rebuilt(self, mat: LocalMatrix, device: torch.device) -> LocalMatrix:
         """The matrix with a state of its own that has room for what was saved, in full; the live one is untouched."""
-        counters = self.reader.index.matrices[work.matrix.name]["clocks"]
-        scratch = replace(work, state=MatrixState({}, work.state.prefix))
-        if work.empty or int(counters["refreshes"]) == 0:
-            return self._renewed(work)
+        counters = self.reader.index.matrices[mat.matrix.name]["clocks"]
+        scratch = replace(mat, state=MatrixState({}, mat.state.prefix))
+        if mat.empty or int(counters["refreshes"]) == 0:
+            return self._renewed(mat)
         _set_counters(scratch.state, counters)
-        scratch.state.ensure_moments(_in_full(work.config), extents_of(self.runtime, scratch), work.dtype, device)
-        if work.family != "basis":
+        scratch.state.ensure_moments(_in_full(mat.config), extents_of(self.runtime, scratch), mat.dtype, device)
+        if mat.family != "basis":
             return scratch
-        plan, r = basis_route(self.runtime, work), int(counters["size"])
+        plan, r = basis_route(self.runtime, mat), int(counters["size"])
         if plan.tiles:
-            scratch.state.ensure_free(work.config.keeps, (work.matrix.rows, work.matrix.cols), work.dtype, device)
-        if plan.tiles and work.kept_shapes(r):
-            dtype = work.basis_dtype if device == META else self._basis_dtype(work)
-            scratch.state.ensure_basis(work.side, work.kept_shapes(r), dtype, device)
+            scratch.state.ensure_free(mat.config.keeps, (mat.matrix.rows, mat.matrix.cols), mat.dtype, device)
+        if plan.tiles and mat.kept_shapes(r):
+            dtype = mat.basis_dtype if device == META else self._basis_dtype(mat)
+            scratch.state.ensure_basis(mat.side, mat.kept_shapes(r), dtype, device)
         return scratch
 
-    def _basis_dtype(self, work: LocalMatrix) -> torch.dtype:
+    def _basis_dtype(self, mat: LocalMatrix) -> torch.dtype:
         """As it was kept: another basis_dtype counts from the next refresh, as it does in a run that goes on."""
-        key = "basis_left" if work.side == "full" else "basis"
-        kept = self.reader.dtype(f"state/{work.matrix.name}/{key}")
-        return kept if kept in (torch.bfloat16, torch.int32) else work.dtype
+        key = "basis_left" if mat.side == "full" else "basis"
+        kept = self.reader.dtype(f"state/{mat.matrix.name}/{key}")
+        return kept if kept in (torch.bfloat16, torch.int32) else mat.dtype
 
-    def _renewed(self, work: LocalMatrix) -> LocalMatrix:
+    def _renewed(self, mat: LocalMatrix) -> LocalMatrix:
         """The matrix with state as before its first refresh, which is due now; its updates stay counted."""
-        scratch = replace(work, state=MatrixState({}, work.state.prefix))
-        ensure_state(self.runtime, replace(self.now, works=[scratch], regular=[]))
-        saved = self.reader.index.matrices.get(work.matrix.name)
+        scratch = replace(mat, state=MatrixState({}, mat.state.prefix))
+        ensure_state(self.runtime, replace(self.now, mats=[scratch], regular=[]))
+        saved = self.reader.index.matrices.get(mat.matrix.name)
         if saved is not None:
             scratch.state.set_counter("updates", int(saved["clocks"]["updates"]))
         return scratch
@@ -284,9 +284,9 @@ def _set_counters(state: MatrixState, counters: Mapping[str, Any]) -> None:
         state.set_counter(name, int(counters[name]))
 
 
-def _replace_state(work: LocalMatrix, new: MatrixState) -> None:
+def _replace_state(mat: LocalMatrix, new: MatrixState) -> None:
     """``new`` becomes the live state; whatever else the matrix had goes."""
-    live = work.state
+    live = mat.state
     for key in [key for key in live.store if key in _keys(live)]:
         del live.store[key]
     live.store.update(new.store)

@@ -112,32 +112,32 @@ class Numbers:
         return self._found[number]
 
 
-def weight_chunks(runtime: Runtime, load: StepInputs) -> Iterator[Chunk]:
+def weight_chunks(runtime: Runtime, inputs: StepInputs) -> Iterator[Chunk]:
     """The weights the optimizer updates: fp32 masters where the engine keeps them."""
-    for work in load.works:
-        yield from _cut_as_weights(runtime, WEIGHT, work, work.weights)
-    for i, one in regular_entries(runtime, load):
+    for mat in inputs.mats:
+        yield from _cut_as_weights(runtime, WEIGHT, mat, mat.weights)
+    for i, one in regular_entries(runtime, inputs):
         yield from part_chunks(WEIGHT + one.name, one.shape, runtime.storage.part(i), one.weight)
 
 
-def remainder_chunks(runtime: Runtime, load: StepInputs) -> Iterator[Chunk]:
+def remainder_chunks(runtime: Runtime, inputs: StepInputs) -> Iterator[Chunk]:
     """What rounding left of them, where that is kept: cut as the weights are."""
-    for work in load.works:
-        if work.state.get(REMAINDER) is not None:
-            yield from _cut_as_weights(runtime, LOW, work, work.state.pieces(REMAINDER, work.shapes))
-    for i, one in regular_entries(runtime, load):
+    for mat in inputs.mats:
+        if mat.state.get(REMAINDER) is not None:
+            yield from _cut_as_weights(runtime, LOW, mat, mat.state.pieces(REMAINDER, mat.shapes))
+    for i, one in regular_entries(runtime, inputs):
         rest = one.state.get(REMAINDER)
         if rest is not None:
             yield from part_chunks(LOW + one.name, one.shape, runtime.storage.part(i), rest)
 
 
-def _cut_as_weights(runtime: Runtime, kind: str, work: LocalMatrix, pieces: Sequence[Tensor]) -> Iterator[Chunk]:
-    original = runtime.originals[work.matrix.original]
-    for tile, piece in zip(work.tiles, pieces, strict=True):
+def _cut_as_weights(runtime: Runtime, kind: str, mat: LocalMatrix, pieces: Sequence[Tensor]) -> Iterator[Chunk]:
+    original = runtime.originals[mat.matrix.original]
+    for tile, piece in zip(mat.tiles, pieces, strict=True):
         if len(original.shape) == 2:
-            yield Chunk(kind + original.name, (work.matrix.rows, work.matrix.cols), tile, piece)
+            yield Chunk(kind + original.name, (mat.matrix.rows, mat.matrix.cols), tile, piece)
         else:
-            yield from _member_chunks(kind, original, work.matrix.member, tile, piece)
+            yield from _member_chunks(kind, original, mat.matrix.member, tile, piece)
 
 
 def _member_chunks(kind: str, original: ParamSpec, member: int, tile: Tile, weight: Tensor) -> Iterator[Chunk]:
@@ -154,20 +154,20 @@ def _member_chunks(kind: str, original: ParamSpec, member: int, tile: Tile, weig
         )
 
 
-def regular_entries(runtime: Runtime, load: StepInputs) -> list[tuple[int, LocalParameter]]:
+def regular_entries(runtime: Runtime, inputs: StepInputs) -> list[tuple[int, LocalParameter]]:
     """The regular parameters of a call with their positions among the originals."""
-    positions = [i for i in load.key if not runtime.originals[i].projected]
-    return list(zip(positions, load.regular, strict=True))
+    positions = [i for i in inputs.key if not runtime.originals[i].projected]
+    return list(zip(positions, inputs.regular, strict=True))
 
 
 def regular_state_chunks(
-    runtime: Runtime, load: StepInputs, last: Numbers | None = None
+    runtime: Runtime, inputs: StepInputs, last: Numbers | None = None
 ) -> Iterator[tuple[str, Chunk]]:
     """The moments of regular parameters, cut as their weights are, each with its parameter's name. Frozen ones may have
     none. ``last``: what all that is written together shares.
     """
     last = last or Numbers()
-    for i, one in regular_entries(runtime, load):
+    for i, one in regular_entries(runtime, inputs):
         if not one.state.has_moments():
             continue
         extents, shape = regular_extents(one), tuple(one.weight.shape)
@@ -201,56 +201,56 @@ def _moment_chunks(
         yield replace(chunk, later=partial(last.part, key, number, lambda: [one.data for one in cut_up(numbers())]))
 
 
-def state_chunks(runtime: Runtime, work: LocalMatrix, last: Numbers | None = None) -> Iterator[Chunk]:
+def state_chunks(runtime: Runtime, mat: LocalMatrix, last: Numbers | None = None) -> Iterator[Chunk]:
     """Moments and basis of one matrix as this rank holds them."""
-    if work.empty or work.state.get("updates") is None or work.state.counter("refreshes") == 0:
+    if mat.empty or mat.state.get("updates") is None or mat.state.counter("refreshes") == 0:
         return
-    yield from _BY_FAMILY[work.family](runtime, work, last or Numbers())
+    yield from _BY_FAMILY[mat.family](runtime, mat, last or Numbers())
 
 
-def _basis_chunks(runtime: Runtime, work: LocalMatrix, last: Numbers) -> Iterator[Chunk]:
-    plan, r, matrix = basis_route(runtime, work), work.state.counter("size"), work.matrix
+def _basis_chunks(runtime: Runtime, mat: LocalMatrix, last: Numbers) -> Iterator[Chunk]:
+    plan, r, matrix = basis_route(runtime, mat), mat.state.counter("size"), mat.matrix
     if not plan.tiles:
         return
     prefix = f"state/{matrix.name}/"
     for key in KEPT:
-        part = work.state.get(key)
+        part = mat.state.get(key)
         if part is not None:
             table = part if part.dim() == 2 else part.view(1, -1)  # numbers of columns, or norms
             yield Chunk(prefix + key, (table.shape[0], table.shape[1]), _all_of(table), table)
-    shape = {"right": (matrix.rows, r), "left": (r, matrix.cols), "full": (r, r)}[work.side]
-    extents = basis_extents(work, plan, r)
+    shape = {"right": (matrix.rows, r), "left": (r, matrix.cols), "full": (r, r)}[mat.side]
+    extents = basis_extents(mat, plan, r)
 
     def cut_up(name: str, flat: Tensor) -> Iterator[Chunk]:
         for tile, piece in zip(plan.tiles, cut(flat, extents), strict=True):
-            rows = tile.rows if work.side == "right" else (0, r)
-            cols = tile.cols if work.side == "left" else (0, r)
+            rows = tile.rows if mat.side == "right" else (0, r)
+            cols = tile.cols if mat.side == "left" else (0, r)
             yield Chunk(prefix + name, shape, Tile(rows, cols), piece)
 
-    yield from _all_moments(work, extents, cut_up, last)
+    yield from _all_moments(mat, extents, cut_up, last)
 
 
 def _all_moments(
-    work: LocalMatrix, extents: Sequence[Extent], cut_up: Callable[[str, Tensor], Iterator[Chunk]], last: Numbers
+    mat: LocalMatrix, extents: Sequence[Extent], cut_up: Callable[[str, Tensor], Iterator[Chunk]], last: Numbers
 ) -> Iterator[Chunk]:
     size = sum(prod(extent.shape) for extent in extents)
-    for name in moment_names(work.config):
-        yield from _moment_chunks(work.state, work.config, extents, name, (size,), partial(cut_up, name), last)
+    for name in moment_names(mat.config):
+        yield from _moment_chunks(mat.state, mat.config, extents, name, (size,), partial(cut_up, name), last)
 
 
-def _coordinate_chunks(runtime: Runtime, work: LocalMatrix, last: Numbers) -> Iterator[Chunk]:
-    found = local_selection(runtime, work)
+def _coordinate_chunks(runtime: Runtime, mat: LocalMatrix, last: Numbers) -> Iterator[Chunk]:
+    found = local_selection(runtime, mat)
     if found.nothing:
         return
-    whole = whole_selection(work, work.state.counter("refreshes") - 1, work.state.counter("size"))
-    shape = two_dims(whole.shape(work.matrix.rows, work.matrix.cols))
+    whole = whole_selection(mat, mat.state.counter("refreshes") - 1, mat.state.counter("size"))
+    shape = two_dims(whole.shape(mat.matrix.rows, mat.matrix.cols))
 
     def cut_up(name: str, flat: Tensor) -> Iterator[Chunk]:
         for piece, values in zip(found.pieces, cut(flat, found.extents), strict=True):
             for area, view in _slot_views(whole, piece, values, shape[1]):
-                yield Chunk(f"state/{work.matrix.name}/{name}", shape, area, view)
+                yield Chunk(f"state/{mat.matrix.name}/{name}", shape, area, view)
 
-    yield from _all_moments(work, found.extents, cut_up, last)
+    yield from _all_moments(mat, found.extents, cut_up, last)
 
 
 _BY_FAMILY = {"basis": _basis_chunks, "coordinates": _coordinate_chunks, "blocks": _coordinate_chunks}

@@ -79,7 +79,7 @@ def _all_chunks(runtime: Runtime, now: StepInputs, model_or_engine: Any) -> list
     last = Numbers()
     chunks = [*weight_chunks(runtime, now), *remainder_chunks(runtime, now)]
     chunks += [chunk for _, chunk in regular_state_chunks(runtime, now, last)]
-    chunks += [chunk for work in now.works for chunk in state_chunks(runtime, work, last)]
+    chunks += [chunk for mat in now.mats for chunk in state_chunks(runtime, mat, last)]
     return [*chunks, *(chunk for one in leftovers(runtime, model_or_engine) for chunk in one.chunks)]
 
 
@@ -106,13 +106,13 @@ def _divide(ranks: Ranks, chunks: Sequence[Chunk]) -> tuple[list[Chunk], Shapes]
         for name, area, shape in pieces:
             held.setdefault((name, area), []).append(rank)
             shapes[name] = shape
-    load = [0] * ranks.size
+    written_by = [0] * ranks.size
     writer = {}
     for piece in sorted(held, key=lambda piece: (len(held[piece]) > 1, -piece[1].numel)):
         name, area = piece
-        chosen = held[piece][0] if name.startswith(BUFFER) else min(held[piece], key=lambda rank: load[rank])
+        chosen = held[piece][0] if name.startswith(BUFFER) else min(held[piece], key=lambda rank: written_by[rank])
         writer[piece] = chosen
-        load[chosen] += area.numel
+        written_by[chosen] += area.numel
     return [chunk for chunk in chunks if writer[chunk.name, chunk.area] == ranks.rank], shapes
 
 
@@ -154,8 +154,8 @@ def _index(
         | {one.name: list(one.shape) for one in others if one.key.startswith(WEIGHT)},
         buffers={one.name: list(one.shape) for one in others if one.key.startswith(BUFFER)},
         matrices={
-            work.matrix.name: {"clocks": counters[work.matrix.name], "depends_on": matrix_options(work)}
-            for work in now.works
+            mat.matrix.name: {"clocks": counters[mat.matrix.name], "depends_on": matrix_options(mat)}
+            for mat in now.mats
         },
         regular={one.name: {"clocks": counters[one.name], "depends_on": regular_options(one)} for one in now.regular},
         groups=_groups(runtime),
@@ -164,7 +164,7 @@ def _index(
 
 
 def _counters(now: StepInputs) -> Counters:
-    found = {work.matrix.name: {name: work.state.counter(name) for name in COUNTERS} for work in now.works}
+    found = {mat.matrix.name: {name: mat.state.counter(name) for name in COUNTERS} for mat in now.mats}
     return found | {one.name: {"step": one.state.counter("step")} for one in now.regular}
 
 

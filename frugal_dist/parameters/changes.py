@@ -28,15 +28,15 @@ def depends_on(config: FrugalConfig) -> tuple[str, ...]:
     return ("projection", "density", "state_full", *projection_depends_on(config))
 
 
-def matrix_options(work: LocalMatrix) -> dict[str, Any]:
+def matrix_options(mat: LocalMatrix) -> dict[str, Any]:
     """What must not change if the state of a matrix is to be kept."""
-    found = {key: getattr(work.config, key) for key in depends_on(work.config)}
+    found = {key: getattr(mat.config, key) for key in depends_on(mat.config)}
     if "side" in found:
-        found["side"] = work.side
-    if work.config.keeps:
-        found["keeps"] = ", ".join(work.config.keeps)
-    if work.family == "blocks":
-        found["position"] = f"{work.matrix.block} of {work.matrix.blocks} blocks"
+        found["side"] = mat.side
+    if mat.config.keeps:
+        found["keeps"] = ", ".join(mat.config.keeps)
+    if mat.family == "blocks":
+        found["position"] = f"{mat.matrix.block} of {mat.matrix.blocks} blocks"
     return found
 
 

@@ -66,8 +66,7 @@ class Plan:
     owns, and their work. ``papers``: state in bytes as the papers count it, see ``papers_bytes``. ``solver``: an
     estimate of what the owner of a matrix takes at most for its basis, beside its gradient; ``solver_on_host``: the
     same, where it is always computed on the CPU. ``gradient``: of the largest matrix with a basis. ``working``: an
-    estimate of what a step takes at most for copies and buffers. ``released``: steps
-    are taken inside of backward passes.
+    estimate of what a step takes at most for copies and buffers. ``released``: steps are taken in backward passes.
     """
 
     engine: str
@@ -158,66 +157,66 @@ def make_plan(
         runtime = Runtime(Ranks(group, rank, ranks), storage, originals, table, share, bucket_bytes)
         runtime.routes.update({i: crossing.route(rank, i) for i, crossing in crossings.items()})
         state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
-        load = step_inputs(runtime, state)
-        ensure_state(runtime, load)
+        inputs = step_inputs(runtime, state)
+        ensure_state(runtime, inputs)
         if not crossings:
             crossings.update(
                 {i: Redistribution(table.matrices[i].storage, r.layout) for i, r in runtime.routes.items()}
             )
-        for work in load.works:
-            if not work.empty:  # as after the first refresh
-                work.state.set_counter("refreshes", 1)
-                work.state.set_counter("size", work.size)
-        return runtime, load
+        for mat in inputs.mats:
+            if not mat.empty:  # as after the first refresh
+                mat.state.set_counter("refreshes", 1)
+                mat.state.set_counter("size", mat.size)
+        return runtime, inputs
 
     plan = Plan(engine.name, ranks, released=bool(units))
-    runtime, load = begun(0)
-    _plan_all(plan, runtime, load, parts)
-    calls = _calls(runtime, load, units)
+    runtime, inputs = begun(0)
+    _plan_all(plan, runtime, inputs, parts)
+    calls = _calls(runtime, inputs, units)
     buckets, common = step_buckets(runtime, calls), common_refresh(runtime, calls)
     most = plan.states.index(max(plan.states))
     for rank in sorted({*shown, most}) if shown else range(ranks):
-        runtime, load = begun(rank)
-        found = _rank_plan(runtime, load, units)
-        found.step_calls, found.step_sent = plan_step(runtime, load.works, buckets)
-        found.refresh = plan_refresh(runtime, load.works, common)
+        runtime, inputs = begun(rank)
+        found = _rank_plan(runtime, inputs, units)
+        found.step_calls, found.step_sent = plan_step(runtime, inputs.mats, buckets)
+        found.refresh = plan_refresh(runtime, inputs.mats, common)
         plan.ranked.append(found)
     return plan
 
 
-def _plan_all(plan: Plan, runtime: Runtime, load: StepInputs, parts: Sequence[Sequence[LocalShard]]) -> None:
+def _plan_all(plan: Plan, runtime: Runtime, inputs: StepInputs, parts: Sequence[Sequence[LocalShard]]) -> None:
     """What one rank knows of all."""
-    _note_layouts(plan, runtime, load)
-    plan.states, plan.papers = state_of_ranks(runtime, load, parts), papers_bytes(load)
+    _note_layouts(plan, runtime, inputs)
+    plan.states, plan.papers = state_of_ranks(runtime, inputs, parts), papers_bytes(inputs)
     plan.owned, plan.refresh_work = [0] * plan.ranks, [0.0] * plan.ranks
-    plan.working = _working_bytes(load)
-    for work in load.works:
-        if work.family == "basis":
-            if work.chooses and not work.numbered:
-                plan.owned[work.matrix.owner] += 1
-                plan.refresh_work[work.matrix.owner] += refresh_cost(work.matrix.rows, work.matrix.cols)
-            _note_solver(plan, work)
+    plan.working = _working_bytes(inputs)
+    for mat in inputs.mats:
+        if mat.family == "basis":
+            if mat.chooses and not mat.numbered:
+                plan.owned[mat.matrix.owner] += 1
+                plan.refresh_work[mat.matrix.owner] += refresh_cost(mat.matrix.rows, mat.matrix.cols)
+            _note_solver(plan, mat)
 
 
-def _working_bytes(load: StepInputs) -> int:
+def _working_bytes(inputs: StepInputs) -> int:
     """Low-precision weights and their gradients have fp32 copies, a few at a time; a basis leaves a rest, which becomes
     a step.
     """
-    low = sum(one.weight.numel() for one in load.regular if one.weight.dtype != compute_dtype(one.weight.dtype))
+    low = sum(one.weight.numel() for one in inputs.regular if one.weight.dtype != compute_dtype(one.weight.dtype))
     most = 2 * ITEM * min(SLICE, low)
-    for work in load.works:
-        based = work.family == "basis" and not work.empty
-        copied = work.weight_dtype != work.dtype and (based or keeps_remainders(work.config))
-        largest = max(map(prod, work.shapes), default=0)
+    for mat in inputs.mats:
+        based = mat.family == "basis" and not mat.empty
+        copied = mat.weight_dtype != mat.dtype and (based or keeps_remainders(mat.config))
+        largest = max(map(prod, mat.shapes), default=0)
         most = max(most, 2 * ITEM * (copied + based) * largest)
     return most
 
 
-def _note_solver(plan: Plan, work: LocalMatrix) -> None:
-    if work.empty or not work.chooses:
+def _note_solver(plan: Plan, mat: LocalMatrix) -> None:
+    if mat.empty or not mat.chooses:
         return
-    rows, cols, chosen = work.matrix.rows, work.matrix.cols, PROJECTIONS[work.config.projection]
-    taken = chosen.scratch(work.config, rows, cols, work.side, work.size)
+    rows, cols, chosen = mat.matrix.rows, mat.matrix.cols, PROJECTIONS[mat.config.projection]
+    taken = chosen.scratch(mat.config, rows, cols, mat.side, mat.size)
     if chosen.dictionary is not None:
         plan.solver = max(plan.solver, taken)
     elif chosen.from_gradient:
@@ -253,26 +252,26 @@ def _tensors(
     ]
 
 
-def _calls(runtime: Runtime, load: StepInputs, units: Sequence[Collection[str]]) -> list[list[LocalMatrix]]:
+def _calls(runtime: Runtime, inputs: StepInputs, units: Sequence[Collection[str]]) -> list[list[LocalMatrix]]:
     """The matrices of each call of a training step."""
     names = [original.name for original in runtime.originals]
-    calls = [[work for work in load.works if names[work.matrix.original] in unit] for unit in units]
-    return calls if units else [load.works]
+    calls = [[mat for mat in inputs.mats if names[mat.matrix.original] in unit] for unit in units]
+    return calls if units else [inputs.mats]
 
 
-def _rank_plan(runtime: Runtime, load: StepInputs, units: Sequence[Collection[str]]) -> RankPlan:
+def _rank_plan(runtime: Runtime, inputs: StepInputs, units: Sequence[Collection[str]]) -> RankPlan:
     """What the rank holds."""
-    sizes = {runtime.originals[i].name: runtime.storage.tensors(i)[1].numel() for i in load.key}
+    sizes = {runtime.originals[i].name: runtime.storage.tensors(i)[1].numel() for i in inputs.key}
     together = max((sum(sizes[name] for name in unit) for unit in units), default=sum(sizes.values()))
     found = RankPlan(runtime.ranks.rank, parameters=sum(sizes.values()), gradients=together)
-    for one in load.regular:
+    for one in inputs.regular:
         for name, size in _sizes(one.state):
             if name == REMAINDER:
                 found.remainders += size
             else:
                 found.regular += size
-    for work in load.works:
-        for name, size in _sizes(work.state):
+    for mat in inputs.mats:
+        for name, size in _sizes(mat.state):
             if name in BASES:
                 found.bases += size
             elif name in (*every_key(), *FREE):
@@ -281,17 +280,17 @@ def _rank_plan(runtime: Runtime, load: StepInputs, units: Sequence[Collection[st
                 found.remainders += size
             else:
                 found.counters += size
-        found.selected += _selected(work, runtime.ranks.rank)
+        found.selected += _selected(mat, runtime.ranks.rank)
     return found
 
 
-def _selected(work: LocalMatrix, rank: int) -> int:
+def _selected(mat: LocalMatrix, rank: int) -> int:
     """An index for each selected entry of what the rank stores, whoever has its moments."""
-    matrix = work.matrix
-    total, index_bytes = matrix.rows * matrix.cols, PROJECTIONS[work.config.projection].index_bytes
-    if not index_bytes or work.size in (0, total):
+    matrix = mat.matrix
+    total, index_bytes = matrix.rows * matrix.cols, PROJECTIONS[mat.config.projection].index_bytes
+    if not index_bytes or mat.size in (0, total):
         return 0
-    return round(index_bytes * work.size * matrix.sizes[rank] / total)
+    return round(index_bytes * mat.size * matrix.sizes[rank] / total)
 
 
 def _sizes(state: MatrixState) -> list[tuple[str, int]]:
@@ -304,17 +303,17 @@ def _sizes(state: MatrixState) -> list[tuple[str, int]]:
     ]
 
 
-def _note_layouts(plan: Plan, runtime: Runtime, load: StepInputs) -> None:
+def _note_layouts(plan: Plan, runtime: Runtime, inputs: StepInputs) -> None:
     """Which compute layouts were chosen, by the matrices' shapes."""
-    for work in load.works:
-        plan.layouts[f"{work.matrix.rows}x{work.matrix.cols}: {_kind(runtime, work)}"] += 1
+    for mat in inputs.mats:
+        plan.layouts[f"{mat.matrix.rows}x{mat.matrix.cols}: {_kind(runtime, mat)}"] += 1
 
 
-def _kind(runtime: Runtime, work: LocalMatrix) -> str:
-    if runtime.ranks.alone or work.family != "basis":
+def _kind(runtime: Runtime, mat: LocalMatrix) -> str:
+    if runtime.ranks.alone or mat.family != "basis":
         return "where it is stored"
-    layout = basis_route(runtime, work).layout
-    if layout == work.matrix.storage:
+    layout = basis_route(runtime, mat).layout
+    if layout == mat.matrix.storage:
         return "where it is stored"
     busy = [rank for rank, tiles in enumerate(layout) if tiles]
     if len(busy) == 1 and len(holders(layout)) == 1:

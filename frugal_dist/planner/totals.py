@@ -33,17 +33,17 @@ LOW = 2
 """Bytes of a remainder."""
 
 
-def state_of_ranks(runtime: Runtime, load: StepInputs, parts: Sequence[Sequence[LocalShard]]) -> list[int]:
+def state_of_ranks(runtime: Runtime, inputs: StepInputs, parts: Sequence[Sequence[LocalShard]]) -> list[int]:
     """Bytes of optimizer state on every rank after the first refresh. ``parts``: of each rank, by parameter."""
     found = [0] * runtime.ranks.size
-    for work in load.works:
-        counters, kept = counter_bytes(work.state), LOW * keeps_remainders(work.config)
-        for rank, held in enumerate(work.matrix.sizes):
+    for mat in inputs.mats:
+        counters, kept = counter_bytes(mat.state), LOW * keeps_remainders(mat.config)
+        for rank, held in enumerate(mat.matrix.sizes):
             found[rank] += kept * held
-        for rank, size in enumerate(_bases(runtime, work) if _has_basis(work) else _coordinates(runtime, work)):
+        for rank, size in enumerate(_bases(runtime, mat) if _has_basis(mat) else _coordinates(runtime, mat)):
             found[rank] += counters + size
     numbers = [i for i, original in enumerate(runtime.originals) if not original.projected]
-    for i, one in zip(numbers, load.regular, strict=True):
+    for i, one in zip(numbers, inputs.regular, strict=True):
         counters, dtype = counter_bytes(one.state), compute_dtype(one.weight.dtype)
         kept = LOW * keeps_remainders(one.config)
         for rank, mine in enumerate(parts):
@@ -52,16 +52,16 @@ def state_of_ranks(runtime: Runtime, load: StepInputs, parts: Sequence[Sequence[
     return found
 
 
-def papers_bytes(load: StepInputs) -> int:
+def papers_bytes(inputs: StepInputs) -> int:
     """State as the papers count it: the moments of the whole model, once; no bases, no counters."""
-    found = sum(_moments(one.config, [Extent(one.shape)]) for one in load.regular)
-    for work in load.works:
-        rows, cols = work.matrix.rows, work.matrix.cols
-        if _has_basis(work):
-            extents = tile_extents(work.side, whole(rows, cols), work.size)
+    found = sum(_moments(one.config, [Extent(one.shape)]) for one in inputs.regular)
+    for mat in inputs.mats:
+        rows, cols = mat.matrix.rows, mat.matrix.cols
+        if _has_basis(mat):
+            extents = tile_extents(mat.side, whole(rows, cols), mat.size)
         else:
-            extents = [Extent(_selection(work).shape(rows, cols))]
-        found += _moments(work.config, extents)
+            extents = [Extent(_selection(mat).shape(rows, cols))]
+        found += _moments(mat.config, extents)
     return found
 
 
@@ -74,37 +74,37 @@ def counter_bytes(state: MatrixState) -> int:
     return sum(tensor.element_size() for tensor in map(state.get, COUNTERS) if tensor is not None)
 
 
-def _has_basis(work: LocalMatrix) -> bool:
-    return work.family == "basis" and not work.empty
+def _has_basis(mat: LocalMatrix) -> bool:
+    return mat.family == "basis" and not mat.empty
 
 
-def _bases(runtime: Runtime, work: LocalMatrix) -> list[int]:
+def _bases(runtime: Runtime, mat: LocalMatrix) -> list[int]:
     """Moments and bases of a matrix on every rank."""
-    side, r = work.side, work.size  # looked up once, not for each of a thousand ranks
-    shapes = work.kept_shapes(r).values()
-    basis = work.basis_dtype.itemsize * sum(prod(shape) for shape in shapes)
-    shape = work.matrix.rows, work.matrix.cols
-    basis += work.dtype.itemsize * sum(prod(FREE[name][0](*shape)) for name in work.config.keeps)
-    layout = basis_route(runtime, work).layout
-    moments = [_moments(work.config, tile_extents(side, tiles, r), work.dtype) for tiles in layout]
+    side, r = mat.side, mat.size  # looked up once, not for each of a thousand ranks
+    shapes = mat.kept_shapes(r).values()
+    basis = mat.basis_dtype.itemsize * sum(prod(shape) for shape in shapes)
+    shape = mat.matrix.rows, mat.matrix.cols
+    basis += mat.dtype.itemsize * sum(prod(FREE[name][0](*shape)) for name in mat.config.keeps)
+    layout = basis_route(runtime, mat).layout
+    moments = [_moments(mat.config, tile_extents(side, tiles, r), mat.dtype) for tiles in layout]
     return [size + basis * bool(tiles) for size, tiles in zip(moments, layout, strict=True)]
 
 
-def _coordinates(runtime: Runtime, work: LocalMatrix) -> list[int]:
+def _coordinates(runtime: Runtime, mat: LocalMatrix) -> list[int]:
     """Moments of a matrix on every rank; those that hold the same tile share them, or each has all."""
     found = [0] * runtime.ranks.size
-    selection = _selection(work)
-    for tile, ranks in work.matrix.held.items():
+    selection = _selection(mat)
+    for tile, ranks in mat.matrix.held.items():
         local = selection.local(tile)
         shape, dim = local.shape(tile.height, tile.width), local.free_dim
-        begin = selection.begin(tile) if work.config.form.blocky else 0
-        shares = split_evenly(shape[dim], len(ranks), work.matrix.index)
+        begin = selection.begin(tile) if mat.config.form.blocky else 0
+        shares = split_evenly(shape[dim], len(ranks), mat.matrix.index)
         bounds = shares if runtime.shard_replicas else [(0, shape[dim])] * len(ranks)
         piece = CoordinatePiece(tile, local, shape, ranks, tuple(bounds), ranks[0], begin)
         for rank in ranks:
-            found[rank] += _moments(work.config, [piece.share(rank)], work.dtype)
+            found[rank] += _moments(mat.config, [piece.share(rank)], mat.dtype)
     return found
 
 
-def _selection(work: LocalMatrix) -> Selection:
-    return NOTHING if work.empty else whole_selection(work, 0, work.size)
+def _selection(mat: LocalMatrix) -> Selection:
+    return NOTHING if mat.empty else whole_selection(mat, 0, mat.size)

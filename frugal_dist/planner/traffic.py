@@ -34,7 +34,7 @@ from frugal_dist.step.runtime import (
 class Bucket:
     """Matrices that travel together, by index. ``padded``: elements that each replica sends, None if none are."""
 
-    works: tuple[int, ...]
+    mats: tuple[int, ...]
     padded: int | None
 
 
@@ -45,37 +45,37 @@ Calls = Sequence[Sequence[LocalMatrix]]
 def step_buckets(runtime: Runtime, calls: Calls) -> list[Bucket]:
     """The same on every rank."""
     found = []
-    for works in calls:
-        for bucket in matrices.buckets_of(runtime, [work for work in works if matrices.travels(runtime, work)]):
+    for mats in calls:
+        for bucket in matrices.buckets_of(runtime, [mat for mat in mats if matrices.travels(runtime, mat)]):
             padded = None
             if bucket[0].matrix.replicated:
-                padded = max(map(sum, zip(*(_shares(runtime, work) for work in bucket), strict=True)))
-            found.append(Bucket(tuple(work.matrix.index for work in bucket), padded))
+                padded = max(map(sum, zip(*(_shares(runtime, mat) for mat in bucket), strict=True)))
+            found.append(Bucket(tuple(mat.matrix.index for mat in bucket), padded))
     return found
 
 
-def plan_step(runtime: Runtime, works: Sequence[LocalMatrix], buckets: Sequence[Bucket]) -> tuple[Counter[str], int]:
+def plan_step(runtime: Runtime, mats: Sequence[LocalMatrix], buckets: Sequence[Bucket]) -> tuple[Counter[str], int]:
     """Collectives, and bytes that this rank sends."""
     calls: Counter[str] = Counter()
     sent, rank = 0, runtime.ranks.rank
     for bucket in buckets:
-        members = [works[i] for i in bucket.works]
-        routes = [basis_route(runtime, work) for work in members if work.family == "basis"]
-        rounds = [sums_of(runtime, work) for work in members]
+        members = [mats[i] for i in bucket.mats]
+        routes = [basis_route(runtime, mat) for mat in members if mat.family == "basis"]
+        rounds = [sums_of(runtime, mat) for mat in members]
         for asked in range(max(map(len, rounds))):
             calls["all_reduce"] += 1
             sent += sum(numbers[asked] for numbers in rounds if asked < len(numbers))
         if any(route.travels_in for route in routes):
             calls["all_to_all"] += 1
             sent += sum(away(route.gradient_in, rank) for route in routes)
-        if not any(matrices.exchanges(runtime, work) for work in members):
+        if not any(matrices.exchanges(runtime, mat) for mat in members):
             continue
         if bucket.padded is not None:
             calls["all_gather"] += 1
             sent += bucket.padded * (runtime.ranks.size - 1)
         else:
             calls["all_to_all"] += 1
-            sent += sum(_sent_back(runtime, work) for work in members)
+            sent += sum(_sent_back(runtime, mat) for mat in members)
     return calls, ITEM * sent
 
 
@@ -84,19 +84,19 @@ def away(legs: Iterable[Transfer], rank: int) -> int:
     return sum(leg.area.numel for leg in legs if leg.source == rank != leg.target)
 
 
-def _shares(runtime: Runtime, work: LocalMatrix) -> list[int]:
+def _shares(runtime: Runtime, mat: LocalMatrix) -> list[int]:
     """Elements of the update that each replica computes for all."""
-    if work.family == "basis":
-        return [elements(tiles) for tiles in basis_route(runtime, work).layout]
-    pieces = local_selection(runtime, work).pieces
+    if mat.family == "basis":
+        return [elements(tiles) for tiles in basis_route(runtime, mat).layout]
+    pieces = local_selection(runtime, mat).pieces
     return [sum(prod(piece.share_shape(rank)) for piece in pieces) for rank in range(runtime.ranks.size)]
 
 
-def _sent_back(runtime: Runtime, work: LocalMatrix) -> int:
+def _sent_back(runtime: Runtime, mat: LocalMatrix) -> int:
     """Elements of updates that this rank computed for others."""
-    if work.family == "basis":
-        return away(basis_route(runtime, work).update_out, runtime.ranks.rank)
-    pieces = local_selection(runtime, work).pieces
+    if mat.family == "basis":
+        return away(basis_route(runtime, mat).update_out, runtime.ranks.rank)
+    pieces = local_selection(runtime, mat).pieces
     return sum(prod(piece.mine) * (len(piece.holders) - 1) for piece in pieces)
 
 
@@ -136,22 +136,22 @@ class CommonRefresh:
 
 def common_refresh(runtime: Runtime, calls: Calls) -> CommonRefresh:
     """A refresh of all matrices, later than their first."""
-    moving = [work for works in calls for work in works if moves_between_ranks(runtime, work, (1, work.size))]
-    moved = [sum(sent) for sent in zip(*(moments_sent(runtime, work) for work in moving), strict=True)]
+    moving = [mat for mats in calls for mat in mats if moves_between_ranks(runtime, mat, (1, mat.size))]
+    moved = [sum(sent) for sent in zip(*(moments_sent(runtime, mat) for mat in moving), strict=True)]
     computed, numbered = [], []
-    for works in calls:
-        bases = [work for work in works if work.chooses and not work.empty]
-        computed += basis_refresh.buckets_of(runtime, [work for work in bases if not work.numbered])
-        numbered += matrices.buckets_of(runtime, [work for work in bases if work.numbered])
+    for mats in calls:
+        bases = [mat for mat in mats if mat.chooses and not mat.empty]
+        computed += basis_refresh.buckets_of(runtime, [mat for mat in bases if not mat.numbered])
+        numbered += matrices.buckets_of(runtime, [mat for mat in bases if mat.numbered])
     return CommonRefresh(
-        [decide.numbers_agreed(runtime, works) for works in calls],
+        [decide.numbers_agreed(runtime, mats) for mats in calls],
         len(moving),
         moved or [0] * runtime.ranks.size,
-        *([[work.matrix.index for work in bucket] for bucket in found] for found in (computed, numbered)),
+        *([[mat.matrix.index for mat in bucket] for bucket in found] for found in (computed, numbered)),
     )
 
 
-def plan_refresh(runtime: Runtime, works: Sequence[LocalMatrix], common: CommonRefresh) -> RefreshPlan:
+def plan_refresh(runtime: Runtime, mats: Sequence[LocalMatrix], common: CommonRefresh) -> RefreshPlan:
     """That refresh on this rank."""
     found = RefreshPlan()
     if runtime.ranks.alone:
@@ -160,9 +160,9 @@ def plan_refresh(runtime: Runtime, works: Sequence[LocalMatrix], common: CommonR
     found.calls["all_to_all"] += common.moves
     found.sent += INTEGER * sum(common.agreed) + common.moved[runtime.ranks.rank]
     for bucket in common.buckets:
-        _plan_bucket(runtime, [works[i] for i in bucket], found)
+        _plan_bucket(runtime, [mats[i] for i in bucket], found)
     for bucket in common.numbered:
-        _plan_numbers(runtime, [works[i] for i in bucket], found)
+        _plan_numbers(runtime, [mats[i] for i in bucket], found)
     return found
 
 
@@ -170,32 +170,32 @@ NUMBER, ENERGY = 4, 8
 """Bytes of the number of a column, and of what it catches."""
 
 
-def _plan_numbers(runtime: Runtime, works: Sequence[LocalMatrix], found: RefreshPlan) -> None:
+def _plan_numbers(runtime: Runtime, mats: Sequence[LocalMatrix], found: RefreshPlan) -> None:
     """Gradients go to their compute tiles, as at a step; energies to the owners; numbers of columns to all."""
-    rank, routes = runtime.ranks.rank, [basis_route(runtime, work) for work in works]
+    rank, routes = runtime.ranks.rank, [basis_route(runtime, mat) for mat in mats]
     found.calls["all_to_all"] += any(route.travels_in for route in routes)
     found.sent += ITEM * sum(away(route.gradient_in, rank) for route in routes)
     arriving = sum(_arriving(route.gradient_in, rank) for route in routes)
     found.gathered = max(found.gathered, 2 * ITEM * arriving)  # packed, and unpacked
     told, travels = [0] * runtime.ranks.size, False
-    for work in works:
-        senders = column_refresh.senders_of(runtime, work)
-        travels = travels or senders != [work.matrix.owner]
-        if rank in senders and rank != work.matrix.owner:
-            found.sent += ENERGY * sum(column_refresh.lengths_of(work))
-        told[work.matrix.owner] += sum(map(prod, work.kept_shapes(work.size).values()))
+    for mat in mats:
+        senders = column_refresh.senders_of(runtime, mat)
+        travels = travels or senders != [mat.matrix.owner]
+        if rank in senders and rank != mat.matrix.owner:
+            found.sent += ENERGY * sum(column_refresh.lengths_of(mat))
+        told[mat.matrix.owner] += sum(map(prod, mat.kept_shapes(mat.size).values()))
     found.calls["all_to_all"] += travels
     found.calls["all_gather"] += 1
     found.sent += NUMBER * max(told) * (runtime.ranks.size - 1)
 
 
-def _plan_bucket(runtime: Runtime, works: Sequence[LocalMatrix], found: RefreshPlan) -> None:
+def _plan_bucket(runtime: Runtime, mats: Sequence[LocalMatrix], found: RefreshPlan) -> None:
     """Gradients go to their owners, and the bases that these start from and lack; then bases to those who use them."""
     rank, gathered = runtime.ranks.rank, 0
     travels = False
-    for work in works:
-        matrix, elements = work.matrix, _basis_elements(work)
-        if (source := basis_refresh.warm_source(runtime, work)) is not None:
+    for mat in mats:
+        matrix, elements = mat.matrix, _basis_elements(mat)
+        if (source := basis_refresh.warm_source(runtime, mat)) is not None:
             travels = True
             found.sent += ITEM * elements * (rank == source)
             gathered += elements * ((rank == source) + 2 * (rank == matrix.owner))  # packed, and unpacked
@@ -207,10 +207,10 @@ def _plan_bucket(runtime: Runtime, works: Sequence[LocalMatrix], found: RefreshP
             gathered += away(legs, rank) + _arriving(legs, rank)
             gathered += matrix.rows * matrix.cols * (rank == matrix.owner)
         if rank == matrix.owner:
-            published = elements if basis_refresh.used_by_others(runtime, work) else 0
+            published = elements if basis_refresh.used_by_others(runtime, mat) else 0
             found.sent += ITEM * (1 + published)  # 1: the status
     found.calls["all_to_all"] += travels
-    found.calls["broadcast"] += len({work.matrix.owner for work in works})
+    found.calls["broadcast"] += len({mat.matrix.owner for mat in mats})
     found.gathered = max(found.gathered, ITEM * gathered)
 
 
@@ -218,43 +218,43 @@ def _arriving(legs: Iterable[Transfer], rank: int) -> int:
     return sum(leg.area.numel for leg in legs if leg.target == rank != leg.source)
 
 
-def _basis_elements(work: LocalMatrix) -> int:
-    return sum(prod(s) for s in basis_shapes(work.side, work.matrix.rows, work.matrix.cols, work.size).values())
+def _basis_elements(mat: LocalMatrix) -> int:
+    return sum(prod(s) for s in basis_shapes(mat.side, mat.matrix.rows, mat.matrix.cols, mat.size).values())
 
 
 # Moments that change ranks at a refresh of coordinates, on all ranks at once: who holds what before and after it.
 
 
-def moments_sent(runtime: Runtime, work: LocalMatrix) -> list[int]:
+def moments_sent(runtime: Runtime, mat: LocalMatrix) -> list[int]:
     """Bytes that each rank sends to others at the second refresh, by "keep" or "project". Later ones draw anew.
 
     Replicas that do not share send what they hold to everyone who holds it afterwards, each of them the same.
     """
-    work = replace(work, device=torch.device("cpu"))  # what is drawn counts, also where tensors are empty
-    old, new = (whole_selection(work, refresh, work.size) for refresh in (0, 1))
-    before, after = _holder_of_each(runtime, work, old), _holder_of_each(runtime, work, new)
-    if work.config.on_refresh == "project":  # a moment follows its entry, with "keep" its place in R
-        before, after = _by_entry(work, old, before), _by_entry(work, new, after)
+    mat = replace(mat, device=torch.device("cpu"))  # what is drawn counts, also where tensors are empty
+    old, new = (whole_selection(mat, refresh, mat.size) for refresh in (0, 1))
+    before, after = _holder_of_each(runtime, mat, old), _holder_of_each(runtime, mat, new)
+    if mat.config.on_refresh == "project":  # a moment follows its entry, with "keep" its place in R
+        before, after = _by_entry(mat, old, before), _by_entry(mat, new, after)
     wanted = before[(before >= 0) & (after >= 0)]
     staying = before[(before >= 0) & (before == after)]
-    size, copies = runtime.ranks.size, 1 if runtime.shard_replicas else work.matrix.copies
+    size, copies = runtime.ranks.size, 1 if runtime.shard_replicas else mat.matrix.copies
     sent = copies * torch.bincount(wanted, minlength=size) - torch.bincount(staying, minlength=size)
-    entry = ITEM * len(moment_names(work.config))
-    return [entry * int(sent[first]) for first in _firsts(work, size, alone=copies == 1)]
+    entry = ITEM * len(moment_names(mat.config))
+    return [entry * int(sent[first]) for first in _firsts(mat, size, alone=copies == 1)]
 
 
-def _firsts(work: LocalMatrix, size: int, alone: bool) -> list[int]:
+def _firsts(mat: LocalMatrix, size: int, alone: bool) -> list[int]:
     """For every rank the first one that holds the same: itself if it is ``alone`` with its moments."""
     found = list(range(size))
-    for ranks in () if alone else work.matrix.held.values():
+    for ranks in () if alone else mat.matrix.held.values():
         for rank in ranks:
             found[rank] = ranks[0]
     return found
 
 
-def _holder_of_each(runtime: Runtime, work: LocalMatrix, selection: Selection) -> Tensor:
+def _holder_of_each(runtime: Runtime, mat: LocalMatrix, selection: Selection) -> Tensor:
     """For every entry of R, flat, the rank that holds its moments; the first one of replicas that do not share."""
-    matrix = work.matrix
+    matrix = mat.matrix
     (everything,), held = whole(matrix.rows, matrix.cols), matrix.held
     where = torch.empty(matrix.rows, matrix.cols, dtype=torch.int32, device="cpu")
     for number, tile in enumerate(held):
@@ -263,7 +263,7 @@ def _holder_of_each(runtime: Runtime, work: LocalMatrix, selection: Selection) -
     found = torch.tensor([ranks[0] for ranks in held.values()], device="cpu")[tiles]
     if runtime.shard_replicas and matrix.copies > 1:
         for number, (tile, ranks) in enumerate(held.items()):
-            (piece,) = (one for one in cut_selection(runtime, work, selection, ranks[0]) if one.tile == tile)
+            (piece,) = (one for one in cut_selection(runtime, mat, selection, ranks[0]) if one.tile == tile)
             found[tiles == number] = _sharers(piece)
     return found
 
@@ -276,9 +276,9 @@ def _sharers(piece: CoordinatePiece) -> Tensor:
     return line.view(lying).expand(piece.shape).reshape(-1)
 
 
-def _by_entry(work: LocalMatrix, selection: Selection, held: Tensor) -> Tensor:
+def _by_entry(mat: LocalMatrix, selection: Selection, held: Tensor) -> Tensor:
     """``held`` of the entries of R, as that of all entries of the matrix; -1 for those that are not selected."""
-    rows, cols = work.matrix.rows, work.matrix.cols
+    rows, cols = mat.matrix.rows, mat.matrix.cols
     found = torch.full((rows, cols), -1, dtype=held.dtype, device="cpu")
     selection.put_(found, held.view(selection.shape(rows, cols)))
     return found.view(-1)

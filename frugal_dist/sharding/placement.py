@@ -95,13 +95,13 @@ def assign_owners(costs: Sequence[float], ranks: int, known: Sequence[int] = ())
 
     ``known``: owners that the first matrices have already.
     """
-    load, owners = [0.0] * ranks, [*known, *[0] * (len(costs) - len(known))]
+    cost_of_rank, owners = [0.0] * ranks, [*known, *[0] * (len(costs) - len(known))]
     for cost, owner in zip(costs, known, strict=False):
-        load[owner] += cost
+        cost_of_rank[owner] += cost
     for index in sorted(range(len(known), len(costs)), key=lambda i: (-costs[i], i)):
-        owner = min(range(ranks), key=lambda rank: (load[rank], rank))
+        owner = min(range(ranks), key=lambda rank: (cost_of_rank[rank], rank))
         owners[index] = owner
-        load[owner] += costs[index]
+        cost_of_rank[owner] += costs[index]
     return owners
 
 

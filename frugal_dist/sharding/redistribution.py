@@ -28,7 +28,7 @@ class RedistributionPlan:
     travels_in: bool
     travels_out: bool
     gathered: bool
-    load: tuple[int, ...]
+    numel_per_rank: tuple[int, ...]
     divided: bool
 
 
@@ -67,7 +67,7 @@ class Redistribution:
         return any(home is None or len(self.held[home]) > 1 for home in self._homes)
 
     @cached_property
-    def load(self) -> tuple[int, ...]:
+    def numel_per_rank(self) -> tuple[int, ...]:
         """Elements that every rank stores and computes."""
         return tuple(elements(mine) + elements(here) for mine, here in zip(self.storage, self.compute, strict=True))
 
@@ -98,36 +98,36 @@ class Redistribution:
             travels_in=self.travels_in,
             travels_out=self.travels_out,
             gathered=is_replicated(storage),
-            load=self.load,
+            numel_per_rank=self.numel_per_rank,
             divided=self.divided,
         )
 
 
-def limit_for_owners(loads: list[tuple[int, ...]], limit: int) -> int:
-    """``limit``, or twice the largest load where matrices are large.
+def limit_for_owners(numels: list[tuple[int, ...]], limit: int) -> int:
+    """``limit``, or twice the largest number of elements of a rank where matrices are large.
 
     That is room for a whole matrix on every one of N owners and an N-th of each on every rank, so that all owners
     compute at the same time instead of one after the other.
     """
-    return max([limit, *(2 * max(load) for load in loads)])
+    return max([limit, *(2 * max(numel) for numel in numels)])
 
 
-def fill_buckets(loads: list[tuple[int, ...]], limit: int) -> list[list[int]]:
-    """Group items so that no rank's load in a bucket exceeds ``limit`` elements (single items may), by least increase.
+def fill_buckets(numels: list[tuple[int, ...]], limit: int) -> list[list[int]]:
+    """Group items so that no rank has more than ``limit`` elements in a bucket (single items may), by least increase.
 
-    Model order fills buckets badly: neighbours load the same ranks. Items keep their order within a bucket.
+    Model order fills buckets badly: neighbours fall on the same ranks. Items keep their order within a bucket.
     """
     buckets: list[tuple[list[int], list[int]]] = []
-    for item in sorted(range(len(loads)), key=lambda i: (-max(loads[i]), i)):
+    for item in sorted(range(len(numels)), key=lambda i: (-max(numels[i]), i)):
         best: tuple[int, int] | None = None
         for number, (_, total) in enumerate(buckets):
-            peak = max(map(add, total, loads[item]))
+            peak = max(map(add, total, numels[item]))
             if peak <= limit and (best is None or peak - max(total) < best[0]):
                 best = (peak - max(total), number)
         if best is None:
-            buckets.append(([item], list(loads[item])))
+            buckets.append(([item], list(numels[item])))
         else:
             members, total = buckets[best[1]]
             members.append(item)
-            buckets[best[1]] = (members, list(map(add, total, loads[item])))
+            buckets[best[1]] = (members, list(map(add, total, numels[item])))
     return [sorted(members) for members, _ in buckets]

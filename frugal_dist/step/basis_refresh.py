@@ -27,74 +27,74 @@ ATTEMPTS = 3
 """Consecutive failed refreshes of one matrix after which all ranks raise."""
 
 
-def refresh_bases(runtime: Runtime, works: Sequence[LocalMatrix]) -> None:
+def refresh_bases(runtime: Runtime, mats: Sequence[LocalMatrix]) -> None:
     """In bounded buckets, so that scratch stays small and a long SVD never runs into a collective's time-out."""
-    for bucket in buckets_of(runtime, works):
+    for bucket in buckets_of(runtime, mats):
         _refresh_bucket(runtime, bucket)
 
 
-def buckets_of(runtime: Runtime, works: Sequence[LocalMatrix]) -> list[list[LocalMatrix]]:
+def buckets_of(runtime: Runtime, mats: Sequence[LocalMatrix]) -> list[list[LocalMatrix]]:
     """The matrices that are gathered and published together."""
     found = []
-    for dtype in sorted({work.dtype for work in works}, key=str):
-        same = [work for work in works if work.dtype == dtype]
-        loads = [refresh_load(runtime, work) for work in same]
-        limit = limit_for_owners(loads, runtime.bucket_bytes // dtype.itemsize)
-        found += [[same[i] for i in bucket] for bucket in fill_buckets(loads, limit)]
+    for dtype in sorted({mat.dtype for mat in mats}, key=str):
+        same = [mat for mat in mats if mat.dtype == dtype]
+        numels = [refresh_numel(runtime, mat) for mat in same]
+        limit = limit_for_owners(numels, runtime.bucket_bytes // dtype.itemsize)
+        found += [[same[i] for i in bucket] for bucket in fill_buckets(numels, limit)]
     return found
 
 
-def refresh_load(runtime: Runtime, work: LocalMatrix) -> tuple[int, ...]:
+def refresh_numel(runtime: Runtime, mat: LocalMatrix) -> tuple[int, ...]:
     """Elements that each rank may hold for this refresh: the whole matrix at the owner, and parts that travel to it."""
-    matrix = work.matrix
+    matrix = mat.matrix
     travels = owned(matrix.storage[matrix.owner], whole(matrix.rows, matrix.cols)[0]) is None
     parts = list(matrix.sizes) if travels else [0] * len(matrix.sizes)
     parts[matrix.owner] += matrix.rows * matrix.cols
     return tuple(parts)
 
 
-def _refresh_bucket(runtime: Runtime, works: Sequence[LocalMatrix]) -> None:
+def _refresh_bucket(runtime: Runtime, mats: Sequence[LocalMatrix]) -> None:
     """All owners compute at the same time; only then the first of them publishes."""
-    gathered, warm = _gather(runtime, works)
+    gathered, warm = _gather(runtime, mats)
     found = {
-        work.matrix.index: _compute(work, gathered[work.matrix.index], warm.get(work.matrix.index), runtime.figures)
-        for work in works
-        if work.matrix.owner == runtime.ranks.rank
+        mat.matrix.index: _compute(mat, gathered[mat.matrix.index], warm.get(mat.matrix.index), runtime.figures)
+        for mat in mats
+        if mat.matrix.owner == runtime.ranks.rank
     }
     for owner in range(runtime.ranks.size):
-        mine = [work for work in works if work.matrix.owner == owner]
+        mine = [mat for mat in mats if mat.matrix.owner == owner]
         if mine:
-            _publish(runtime, mine, [found.get(work.matrix.index) for work in mine], owner)
+            _publish(runtime, mine, [found.get(mat.matrix.index) for mat in mine], owner)
 
 
-def warm_source(runtime: Runtime, work: LocalMatrix) -> int | None:
+def warm_source(runtime: Runtime, mat: LocalMatrix) -> int | None:
     """The rank that has the old basis when a refresh starts from it and the owner does not; None: nothing to send."""
-    matrix = work.matrix
-    starts_warm = PROJECTIONS[work.config.projection].starts_warm(work.config)
-    if not starts_warm or work.state.counter("refreshes") == 0:
+    matrix = mat.matrix
+    starts_warm = PROJECTIONS[mat.config.projection].starts_warm(mat.config)
+    if not starts_warm or mat.state.counter("refreshes") == 0:
         return None
-    users = [rank for rank, tiles in enumerate(basis_route(runtime, work).layout) if tiles]
+    users = [rank for rank, tiles in enumerate(basis_route(runtime, mat).layout) if tiles]
     return None if matrix.owner in users else users[0]
 
 
-def _send_warm(runtime: Runtime, work: LocalMatrix, send: list[list[Tensor]], recv: list[list[Tensor]]) -> Basis | None:
+def _send_warm(runtime: Runtime, mat: LocalMatrix, send: list[list[Tensor]], recv: list[list[Tensor]]) -> Basis | None:
     """Queue the old basis for its owner; returns the one that this rank, if it is the owner, will start from."""
-    source, rank = warm_source(runtime, work), runtime.ranks.rank
+    source, rank = warm_source(runtime, mat), runtime.ranks.rank
     if source is None:
-        return work.basis()
+        return mat.basis()
     if rank == source:
-        basis = work.basis()
+        basis = mat.basis()
         assert basis is not None
-        send[work.matrix.owner] += basis.parts
-    if rank != work.matrix.owner:
+        send[mat.matrix.owner] += basis.parts
+    if rank != mat.matrix.owner:
         return None
-    shapes = basis_shapes(work.side, work.matrix.rows, work.matrix.cols, work.state.counter("size"))
-    basis = basis_of({part: torch.empty(size, dtype=work.dtype, device=work.device) for part, size in shapes.items()})
+    shapes = basis_shapes(mat.side, mat.matrix.rows, mat.matrix.cols, mat.state.counter("size"))
+    basis = basis_of({part: torch.empty(size, dtype=mat.dtype, device=mat.device) for part, size in shapes.items()})
     recv[source] += basis.parts
     return basis
 
 
-def _gather(runtime: Runtime, works: Sequence[LocalMatrix]) -> tuple[dict[int, Tensor], dict[int, Basis | None]]:
+def _gather(runtime: Runtime, mats: Sequence[LocalMatrix]) -> tuple[dict[int, Tensor], dict[int, Basis | None]]:
     """The whole gradients of the matrices this rank owns, and the bases that their refresh starts from."""
     ranks = runtime.ranks
     send: list[list[Tensor]] = [[] for _ in range(ranks.size)]
@@ -102,23 +102,23 @@ def _gather(runtime: Runtime, works: Sequence[LocalMatrix]) -> tuple[dict[int, T
     found, landing = {}, []
     warm: dict[int, Basis | None] = {}
     travels = False
-    for work in works:
-        warm[work.matrix.index] = _send_warm(runtime, work, send, recv)
-        travels = travels or warm_source(runtime, work) is not None
-        matrix = work.matrix
+    for mat in mats:
+        warm[mat.matrix.index] = _send_warm(runtime, mat, send, recv)
+        travels = travels or warm_source(runtime, mat) is not None
+        matrix = mat.matrix
         everything = whole(matrix.rows, matrix.cols)[0]
         home = owned(matrix.storage[matrix.owner], everything)
         if home is not None:
             if matrix.owner == ranks.rank:
-                found[matrix.index] = work.local_grad(home)
+                found[matrix.index] = mat.local_grad(home)
             continue
         travels = True
         if matrix.owner == ranks.rank:
-            found[matrix.index] = torch.empty(matrix.rows, matrix.cols, dtype=work.dtype, device=work.device)
+            found[matrix.index] = torch.empty(matrix.rows, matrix.cols, dtype=mat.dtype, device=mat.device)
         target = owner_layout(ranks.size, matrix.owner, matrix.rows, matrix.cols)
         for move in transfers_for(matrix.held, target, ranks.rank, matrix.index):
             if move.source == ranks.rank:
-                piece = work.local_grad(move.source_tile)[move.area.within(move.source_tile)]
+                piece = mat.local_grad(move.source_tile)[move.area.within(move.source_tile)]
                 if move.target == ranks.rank:
                     found[matrix.index][move.area.within(everything)] = piece
                 else:
@@ -127,53 +127,53 @@ def _gather(runtime: Runtime, works: Sequence[LocalMatrix]) -> tuple[dict[int, T
                 landing.append(found[matrix.index][move.area.within(everything)])
                 recv[move.source].append(landing[-1])
     if travels:
-        all_to_all(ranks, send, recv, torch.empty(0, dtype=works[0].dtype, device=works[0].device))
+        all_to_all(ranks, send, recv, torch.empty(0, dtype=mats[0].dtype, device=mats[0].device))
     return found, warm
 
 
-def used_by_others(runtime: Runtime, work: LocalMatrix) -> bool:
+def used_by_others(runtime: Runtime, mat: LocalMatrix) -> bool:
     """Whether any rank but the owner computes with this matrix' basis."""
-    return any(tiles for rank, tiles in enumerate(basis_route(runtime, work).layout) if rank != work.matrix.owner)
+    return any(tiles for rank, tiles in enumerate(basis_route(runtime, mat).layout) if rank != mat.matrix.owner)
 
 
-def _publish(runtime: Runtime, works: Sequence[LocalMatrix], found: Sequence[Basis | None], owner: int) -> None:
+def _publish(runtime: Runtime, mats: Sequence[LocalMatrix], found: Sequence[Basis | None], owner: int) -> None:
     """Owner's statuses and bases to everyone, then the state follows. All ranks use the same contiguous bytes."""
-    like = torch.empty(0, dtype=works[0].dtype, device=works[0].device)
+    like = torch.empty(0, dtype=mats[0].dtype, device=mats[0].device)
     status = torch.tensor([FAILED if basis is None else NEW for basis in found], dtype=like.dtype, device=like.device)
     pieces, bases = [status], []
-    for work, basis in zip(works, found, strict=True):
-        shapes = basis_shapes(work.side, work.matrix.rows, work.matrix.cols, work.size)
-        travels = used_by_others(runtime, work)
+    for mat, basis in zip(mats, found, strict=True):
+        shapes = basis_shapes(mat.side, mat.matrix.rows, mat.matrix.cols, mat.size)
+        travels = used_by_others(runtime, mat)
         if basis is None:  # where it does not travel, nobody here computes with it
             sizes = {name: shape if travels else (0, 0) for name, shape in shapes.items()}
-            basis = basis_of({n: torch.zeros(size, dtype=work.dtype, device=work.device) for n, size in sizes.items()})
+            basis = basis_of({n: torch.zeros(size, dtype=mat.dtype, device=mat.device) for n, size in sizes.items()})
         bases.append(basis)
         if travels:
             pieces += basis.parts
     broadcast(runtime.ranks, owner, pieces, like)
-    for work, basis, code in zip(works, bases, status.tolist(), strict=True):
-        adopt(runtime, work, basis.to(work.basis_dtype)) if code == NEW else count_failure(runtime, work, owner)
+    for mat, basis, code in zip(mats, bases, status.tolist(), strict=True):
+        adopt(runtime, mat, basis.to(mat.basis_dtype)) if code == NEW else count_failure(runtime, mat, owner)
 
 
-def adopt(runtime: Runtime, work: LocalMatrix, kept: Basis) -> None:
+def adopt(runtime: Runtime, mat: LocalMatrix, kept: Basis) -> None:
     """A new basis, as it is kept: the state follows."""
-    runtime.failures.pop(work.matrix.index, None)
-    plan, basis = basis_route(runtime, work), work.usable(kept)  # everyone computes with what is kept
-    carry_basis_moments(work, plan, basis)
+    runtime.failures.pop(mat.matrix.index, None)
+    plan, basis = basis_route(runtime, mat), mat.usable(kept)  # everyone computes with what is kept
+    carry_basis_moments(mat, plan, basis)
     if plan.tiles and kept.parts:
         if runtime.ranks.rank == next(rank for rank, tiles in enumerate(plan.layout) if tiles):
-            runtime.figures.add_turn(work.basis(), basis)
-        work.state.set_basis(work.side, kept)
-    work.state.count_refresh(work.size)
+            runtime.figures.add_turn(mat.basis(), basis)
+        mat.state.set_basis(mat.side, kept)
+    mat.state.count_refresh(mat.size)
 
 
-def count_failure(runtime: Runtime, work: LocalMatrix, owner: int) -> None:
+def count_failure(runtime: Runtime, mat: LocalMatrix, owner: int) -> None:
     """Go on with the old projector; raise on all ranks together when it keeps failing."""
-    count = runtime.failures.get(work.matrix.index, 0) + 1
-    runtime.failures[work.matrix.index] = count
+    count = runtime.failures.get(mat.matrix.index, 0) + 1
+    runtime.failures[mat.matrix.index] = count
     if count >= ATTEMPTS:
         raise RuntimeError(
-            f"{work.matrix.name}: the projector refresh failed {count} times in a row on rank {owner} (its warnings "
+            f"{mat.matrix.name}: the projector refresh failed {count} times in a row on rank {owner} (its warnings "
             "say why). Lower the learning rate, clip gradients, or choose a projection that needs no SVD (columns)."
         )
 
@@ -181,23 +181,23 @@ def count_failure(runtime: Runtime, work: LocalMatrix, owner: int) -> None:
 # --- on the owner alone: wherever and in whatever precision that works -----------------------------
 
 
-def _compute(work: LocalMatrix, grad: Tensor, warm: Basis | None, figures: RefreshStats) -> Basis | None:
+def _compute(mat: LocalMatrix, grad: Tensor, warm: Basis | None, figures: RefreshStats) -> Basis | None:
     """The new basis, or None. Never raises: the other ranks are waiting for the outcome."""
-    number, matrix = work.state.counter("refreshes"), work.matrix
-    drawing = Drawing(work.config, matrix.name, matrix.rows, matrix.cols, number, work.side, work.size)
-    compute = PROJECTIONS[work.config.projection].compute
+    number, matrix = mat.state.counter("refreshes"), mat.matrix
+    drawing = Drawing(mat.config, matrix.name, matrix.rows, matrix.cols, number, mat.side, mat.size)
+    compute = PROJECTIONS[mat.config.projection].compute
     troubles = []
-    for place, dtype in ((_fastest, work.dtype), (_cpu, work.dtype), (_cpu, torch.float64)):
+    for place, dtype in ((_fastest, mat.dtype), (_cpu, mat.dtype), (_cpu, torch.float64)):
         try:
             found = compute(grad.to(place(grad), dtype), drawing, warm)
-            basis = found.moved(work.device, work.dtype)
+            basis = found.moved(mat.device, mat.dtype)
             if all(bool(torch.isfinite(part).all()) for part in basis.parts):
                 _count(figures, grad, basis, found.captured)
                 return basis
             troubles.append("the result is not finite")
         except Exception as error:  # whatever went wrong becomes a status; a traceback here would hang the others
             troubles.append(f"{type(error).__name__}: {error}")
-    notice(f"{work.matrix.name}: the refresh failed on its owner: {'; '.join(troubles)}")
+    notice(f"{mat.matrix.name}: the refresh failed on its owner: {'; '.join(troubles)}")
     return None
 
 

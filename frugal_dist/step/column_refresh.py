@@ -25,91 +25,91 @@ _FAILED = -1
 """In the place of the number of a column."""
 
 
-def refresh_columns(runtime: Runtime, works: Sequence[LocalMatrix]) -> None:
+def refresh_columns(runtime: Runtime, mats: Sequence[LocalMatrix]) -> None:
     """In the buckets of steps, which bound what is gathered of gradients."""
-    for bucket in buckets_of(runtime, works):
+    for bucket in buckets_of(runtime, mats):
         _refresh_bucket(runtime, bucket)
 
 
-def senders_of(runtime: Runtime, work: LocalMatrix) -> list[int]:
+def senders_of(runtime: Runtime, mat: LocalMatrix) -> list[int]:
     """The ranks that add to the energies of a matrix: the first that computes each tile."""
-    return sorted({ranks[0] for ranks in holders(basis_route(runtime, work).layout).values()})
+    return sorted({ranks[0] for ranks in holders(basis_route(runtime, mat).layout).values()})
 
 
-def lengths_of(work: LocalMatrix) -> list[int]:
+def lengths_of(mat: LocalMatrix) -> list[int]:
     """Of how many columns each part of the basis is chosen."""
-    length = {"left": work.matrix.rows, "right": work.matrix.cols}
-    return [length[part] for part in parts_of(work)]
+    length = {"left": mat.matrix.rows, "right": mat.matrix.cols}
+    return [length[part] for part in parts_of(mat)]
 
 
-def parts_of(work: LocalMatrix) -> list[str]:
+def parts_of(mat: LocalMatrix) -> list[str]:
     """The parts of the basis, in the order in which they travel."""
-    return list(work.kept_shapes(work.size))
+    return list(mat.kept_shapes(mat.size))
 
 
-def _refresh_bucket(runtime: Runtime, works: Sequence[LocalMatrix]) -> None:
-    ranks, like = runtime.ranks, torch.empty(0, dtype=works[0].dtype, device=works[0].device)
-    fetched = {} if ranks.alone else fetch_gradients(runtime, works, like)
-    grads = {work.matrix.index: _counted(runtime, work, fetched) for work in works}
-    sums = _added(runtime, works, [_energies(work, grads[work.matrix.index]) for work in works])
-    chosen = _told(runtime, works, [_choose(runtime, work, total) for work, total in zip(works, sums, strict=True)])
+def _refresh_bucket(runtime: Runtime, mats: Sequence[LocalMatrix]) -> None:
+    ranks, like = runtime.ranks, torch.empty(0, dtype=mats[0].dtype, device=mats[0].device)
+    fetched = {} if ranks.alone else fetch_gradients(runtime, mats, like)
+    grads = {mat.matrix.index: _counted(runtime, mat, fetched) for mat in mats}
+    sums = _added(runtime, mats, [_energies(mat, grads[mat.matrix.index]) for mat in mats])
+    chosen = _told(runtime, mats, [_choose(runtime, mat, total) for mat, total in zip(mats, sums, strict=True)])
     first = torch.stack([basis.parts[0][0] for basis in chosen]).tolist()
-    for work, basis, number in zip(works, chosen, first, strict=True):
+    for mat, basis, number in zip(mats, chosen, first, strict=True):
         if number == _FAILED:
-            count_failure(runtime, work, work.matrix.owner)
+            count_failure(runtime, mat, mat.matrix.owner)
             continue
-        if work.side == "full":  # a whole matrix, on one rank
-            _count_whole(runtime, work, basis, grads[work.matrix.index])
-        adopt(runtime, work, basis)
+        if mat.side == "full":  # a whole matrix, on one rank
+            _count_whole(runtime, mat, basis, grads[mat.matrix.index])
+        adopt(runtime, mat, basis)
 
 
-def _count_whole(runtime: Runtime, work: LocalMatrix, basis: Basis, grads: Sequence[Tensor]) -> None:
+def _count_whole(runtime: Runtime, mat: LocalMatrix, basis: Basis, grads: Sequence[Tensor]) -> None:
     """Figures are not worth a basis that was chosen, nor the ranks that wait for it."""
     try:
         for grad in grads:
-            caught = down(grad, work.usable(basis).shown(work.matrix.rows, work.matrix.cols, work.dtype))
+            caught = down(grad, mat.usable(basis).shown(mat.matrix.rows, mat.matrix.cols, mat.dtype))
             runtime.figures.add_part([grad], [caught])
     except Exception as error:  # no memory left, say
         notice(f"the figures of a refresh could not be computed: {type(error).__name__}: {error}")
 
 
-def _counted(runtime: Runtime, work: LocalMatrix, fetched: dict[tuple[int, Tile], Tensor]) -> list[Tensor]:
+def _counted(runtime: Runtime, mat: LocalMatrix, fetched: dict[tuple[int, Tile], Tensor]) -> list[Tensor]:
     """The gradients of the compute tiles that this rank is the first to have."""
-    plan, rank = basis_route(runtime, work), runtime.ranks.rank
+    plan, rank = basis_route(runtime, mat), runtime.ranks.rank
     held = holders(plan.layout)
     return [
-        fetched[work.matrix.index, tile] if home is None else work.local_grad(home)[tile.within(home)].to(work.dtype)
+        fetched[mat.matrix.index, tile] if home is None else mat.local_grad(home)[tile.within(home)].to(mat.dtype)
         for tile, home in zip(plan.tiles, plan.home, strict=True)
         if held[tile][0] == rank
     ]
 
 
-def _energies(work: LocalMatrix, grads: Sequence[Tensor]) -> Tensor:
+def _energies(mat: LocalMatrix, grads: Sequence[Tensor]) -> Tensor:
     """What the columns of all parts catch here, one part behind the other. Never raises, as the others are waiting: NaN
     says that it failed.
     """
-    total = torch.zeros(sum(lengths_of(work)), dtype=torch.float64, device=work.device)
+    total = torch.zeros(sum(lengths_of(mat)), dtype=torch.float64, device=mat.device)
     try:
         for grad in grads:
-            total += torch.cat(list(column_energies(grad, work.side).values()))
+            total += torch.cat(list(column_energies(grad, mat.side).values()))
     except Exception as error:  # no memory left, say
-        notice(f"{work.matrix.name}: the refresh failed on a rank: {type(error).__name__}: {error}")
+        notice(f"{mat.matrix.name}: the refresh failed on a rank: {type(error).__name__}: {error}")
         total.fill_(torch.nan)
     return total
 
 
-def _added(runtime: Runtime, works: Sequence[LocalMatrix], mine: Sequence[Tensor]) -> list[Tensor]:
+def _added(runtime: Runtime, mats: Sequence[LocalMatrix], mine: Sequence[Tensor]) -> list[Tensor]:
     """The energies of the whole matrices this rank owns, added in the order of the ranks; of the others its own."""
     ranks = runtime.ranks
     if ranks.alone:
         return list(mine)
     send: list[list[Tensor]] = [[] for _ in range(ranks.size)]
     recv: list[list[Tensor]] = [[] for _ in range(ranks.size)]
-    arrivals: list[list[Tensor]] = [[] for _ in works]
+    arrivals: list[list[Tensor]] = [[] for _ in mats]
     travels = False
-    for work, own, parts in zip(works, mine, arrivals, strict=True):
-        owner = work.matrix.owner
-        for sender in senders_of(runtime, work):
+    for mat, own, parts in zip(mats, mine, arrivals, strict=True):
+        owner = mat.matrix.owner
+        for sender in senders_of(runtime, mat):
             travels = travels or sender != owner
             if owner == ranks.rank:
                 parts.append(own if sender == owner else torch.empty_like(own))
@@ -118,7 +118,7 @@ def _added(runtime: Runtime, works: Sequence[LocalMatrix], mine: Sequence[Tensor
             elif sender == ranks.rank:
                 send[owner].append(own)
     if travels:
-        all_to_all(ranks, send, recv, torch.empty(0, dtype=torch.float64, device=works[0].device))
+        all_to_all(ranks, send, recv, torch.empty(0, dtype=torch.float64, device=mats[0].device))
     found = []
     for own, parts in zip(mine, arrivals, strict=True):
         total = parts[0].clone() if parts else own
@@ -128,34 +128,34 @@ def _added(runtime: Runtime, works: Sequence[LocalMatrix], mine: Sequence[Tensor
     return found
 
 
-def _choose(runtime: Runtime, work: LocalMatrix, energies: Tensor) -> Basis:
+def _choose(runtime: Runtime, mat: LocalMatrix, energies: Tensor) -> Basis:
     """The columns that catch most; numbers that mean failure where that is not known, and room for them elsewhere.
     Never raises, as the others are waiting.
     """
     try:
-        if work.matrix.owner == runtime.ranks.rank and bool(torch.isfinite(energies).all()):
-            parts = dict(zip(parts_of(work), energies.split(lengths_of(work)), strict=True))
-            chosen = largest(parts, work.size)
-            if work.side != "full":
+        if mat.matrix.owner == runtime.ranks.rank and bool(torch.isfinite(energies).all()):
+            parts = dict(zip(parts_of(mat), energies.split(lengths_of(mat)), strict=True))
+            chosen = largest(parts, mat.size)
+            if mat.side != "full":
                 runtime.figures.add_energies(energies.sum(), energies[chosen.parts[0]].sum())
             return chosen
     except Exception as error:  # no memory left, say
-        notice(f"{work.matrix.name}: the refresh failed on its owner: {type(error).__name__}: {error}")
+        notice(f"{mat.matrix.name}: the refresh failed on its owner: {type(error).__name__}: {error}")
     return basis_of(
         {
-            part: torch.full(shape, _FAILED, dtype=work.basis_dtype, device=work.device)
-            for part, shape in work.kept_shapes(work.size).items()
+            part: torch.full(shape, _FAILED, dtype=mat.basis_dtype, device=mat.device)
+            for part, shape in mat.kept_shapes(mat.size).items()
         }
     )
 
 
-def _told(runtime: Runtime, works: Sequence[LocalMatrix], chosen: list[Basis]) -> list[Basis]:
+def _told(runtime: Runtime, mats: Sequence[LocalMatrix], chosen: list[Basis]) -> list[Basis]:
     """What every owner chose, on all ranks."""
     ranks = runtime.ranks
     if not ranks.alone:
         recv: list[list[Tensor]] = [[] for _ in range(ranks.size)]
-        for work, basis in zip(works, chosen, strict=True):
-            recv[work.matrix.owner] += basis.parts
+        for mat, basis in zip(mats, chosen, strict=True):
+            recv[mat.matrix.owner] += basis.parts
         mine = [part.clone() for part in recv[ranks.rank]]
-        all_gather(ranks, mine, recv, torch.empty(0, dtype=torch.int32, device=works[0].device))
+        all_gather(ranks, mine, recv, torch.empty(0, dtype=torch.int32, device=mats[0].device))
     return chosen

@@ -44,51 +44,51 @@ class Decision:
     reports: dict[int, Report]
 
 
-def decide(runtime: Runtime, works: Sequence[LocalMatrix], regular: Sequence[LocalParameter]) -> Decision:
+def decide(runtime: Runtime, mats: Sequence[LocalMatrix], regular: Sequence[LocalParameter]) -> Decision:
     """What this call refreshes. ``regular``: nothing of them is refreshed, but their settings are compared as well."""
-    suspects = _suspects(runtime, works)
+    suspects = _suspects(runtime, mats)
     reports = _agree(runtime, suspects, regular) if suspects else {}
     return Decision(
-        [work for work in works if work.family != "basis" and work.is_due() and _present(runtime, work, reports)],
-        [work for work in suspects if work.family == "basis" and work.is_due() and _usable(work, reports)],
+        [mat for mat in mats if mat.family != "basis" and mat.is_due() and _present(runtime, mat, reports)],
+        [mat for mat in suspects if mat.family == "basis" and mat.is_due() and _usable(mat, reports)],
         suspects,
         reports,
     )
 
 
-def stepping(runtime: Runtime, works: Sequence[LocalMatrix], decision: Decision) -> list[LocalMatrix]:
+def stepping(runtime: Runtime, mats: Sequence[LocalMatrix], decision: Decision) -> list[LocalMatrix]:
     """After the refresh: the matrices to be stepped, without those that have no gradient or are skipped. Notes what was
     agreed, this call's update included.
     """
     reports = decision.reports
-    for work in decision.suspects:
-        report = reports[work.matrix.index]
-        advanced = int(report.present and _can_step(work, reports))
-        updates, refreshed_at = report.updates + advanced, work.state.counter("refreshed_at")
-        runtime.agreed[work.matrix.index] = Agreed(updates, refreshed_at, asleep=not report.trained)
-    return [work for work in works if work.grads is not None and _can_step(work, reports)]
+    for mat in decision.suspects:
+        report = reports[mat.matrix.index]
+        advanced = int(report.present and _can_step(mat, reports))
+        updates, refreshed_at = report.updates + advanced, mat.state.counter("refreshed_at")
+        runtime.agreed[mat.matrix.index] = Agreed(updates, refreshed_at, asleep=not report.trained)
+    return [mat for mat in mats if mat.grads is not None and _can_step(mat, reports)]
 
 
-def _takes_part(runtime: Runtime, work: LocalMatrix) -> bool:
+def _takes_part(runtime: Runtime, mat: LocalMatrix) -> bool:
     """Whether a matrix' refresh needs all ranks: bases, replicas that compare their weights, moments that may move.
 
     The answer does not depend on counts or on the density of the day: ranks that refreshed by themselves for a while,
     and had no gradient at different times, could not exchange moments afterwards.
     """
-    if work.family == "basis":
+    if mat.family == "basis":
         return True
-    return not runtime.ranks.alone and (work.matrix.copies > 1 or may_move_between_ranks(work))
+    return not runtime.ranks.alone and (mat.matrix.copies > 1 or may_move_between_ranks(mat))
 
 
-def numbers_agreed(runtime: Runtime, works: Sequence[LocalMatrix]) -> int:
-    """How many integers the ranks agree on at a refresh of all ``works``; 0: it needs no agreement."""
-    suspects = [work for work in works if _takes_part(runtime, work)]
+def numbers_agreed(runtime: Runtime, mats: Sequence[LocalMatrix]) -> int:
+    """How many integers the ranks agree on at a refresh of all ``mats``; 0: it needs no agreement."""
+    suspects = [mat for mat in mats if _takes_part(runtime, mat)]
     if runtime.ranks.alone or not suspects:
         return 0
     return 2 + 5 * len(suspects) + 2 * len(replicated(runtime, suspects))
 
 
-def _suspects(runtime: Runtime, works: Sequence[LocalMatrix]) -> list[LocalMatrix]:
+def _suspects(runtime: Runtime, mats: Sequence[LocalMatrix]) -> list[LocalMatrix]:
     """The matrices that may be due, judged from counts that were agreed on: the same list on every rank.
 
     A missing gradient can only delay a matrix, so counting every call as an update never comes too late. As with
@@ -97,16 +97,16 @@ def _suspects(runtime: Runtime, works: Sequence[LocalMatrix]) -> list[LocalMatri
     rank when it was asked for is left out, so that frozen weights beside adapters cost nothing.
     """
     if runtime.ranks.alone:  # coordinates never take part
-        return [work for work in works if work.family == "basis" and work.grads is not None and work.is_due()]
+        return [mat for mat in mats if mat.family == "basis" and mat.grads is not None and mat.is_due()]
     found = []
-    for work in works:
-        known = runtime.agreed.get(work.matrix.index)
-        if known is not None and known.asleep and work.frozen:
+    for mat in mats:
+        known = runtime.agreed.get(mat.matrix.index)
+        if known is not None and known.asleep and mat.frozen:
             suspect = False
         else:
-            suspect = known is None or work.is_due(known.updates + known.calls, known.refreshed_at)
-        if suspect and _takes_part(runtime, work):
-            found.append(work)
+            suspect = known is None or mat.is_due(known.updates + known.calls, known.refreshed_at)
+        if suspect and _takes_part(runtime, mat):
+            found.append(mat)
         elif known is not None:
             known.calls += 1
     return found
@@ -117,9 +117,9 @@ def _agree(runtime: Runtime, suspects: Sequence[LocalMatrix], regular: Sequence[
     settings = _settings(suspects, regular)
     mark = 0 if runtime.ranks.alone else zlib.crc32(repr(settings).encode())
     values = [mark, -mark]
-    for work, (finite, nonzero) in zip(suspects, _gradient_health(suspects), strict=True):
-        updates = work.state.counter("updates")
-        presence = _GRADIENT if work.grads is not None else _FROZEN if work.frozen else _TRAINED
+    for mat, (finite, nonzero) in zip(suspects, _gradient_health(suspects), strict=True):
+        updates = mat.state.counter("updates")
+        presence = _GRADIENT if mat.grads is not None else _FROZEN if mat.frozen else _TRAINED
         values += [updates, -updates, presence, int(not finite), int(nonzero)]
     compared = [] if runtime.ranks.alone else suspects
     agreed = agree_max(runtime.ranks, [*values, *fingerprints(runtime, compared)], suspects[0].device)
@@ -130,20 +130,20 @@ def _agree(runtime: Runtime, suspects: Sequence[LocalMatrix], regular: Sequence[
         )
     agreed = agreed[2:]
     reports = {}
-    for position, work in enumerate(suspects):
+    for position, mat in enumerate(suspects):
         most, negative_least, presence, bad, moving = agreed[5 * position : 5 * position + 5]
         if most != -negative_least:
             _notice(
-                runtime, f"{work.matrix.name}: ranks counted {-negative_least} to {most} updates; all go on with {most}"
+                runtime, f"{mat.matrix.name}: ranks counted {-negative_least} to {most} updates; all go on with {most}"
             )
-            work.state.set_counter("updates", most)
-        if bad and work.is_due():
+            mat.state.set_counter("updates", most)
+        if bad and mat.is_due():
             _notice(
                 runtime,
-                f"{work.matrix.name}: its gradient has NaN or infinite entries at a projector refresh. All ranks leave "
+                f"{mat.matrix.name}: its gradient has NaN or infinite entries at a projector refresh. All ranks leave "
                 "the matrix alone on this step and try again on the next.",
             )
-        reports[work.matrix.index] = Report(most, presence == _GRADIENT, presence != _FROZEN, not bad, not moving)
+        reports[mat.matrix.index] = Report(most, presence == _GRADIENT, presence != _FROZEN, not bad, not moving)
     resynchronise(runtime, mismatched(runtime, compared, agreed[5 * len(suspects) :]))
     return reports
 
@@ -153,7 +153,7 @@ Settings = list[tuple[str, FrugalConfig, float]]
 
 def _settings(suspects: Sequence[LocalMatrix], regular: Sequence[LocalParameter]) -> Settings:
     """By name what all ranks step with: replicas that are stepped otherwise on one of them drift apart."""
-    found = [(work.matrix.name, work.config, work.decay) for work in suspects]
+    found = [(mat.matrix.name, mat.config, mat.decay) for mat in suspects]
     return found + [(one.name, one.config, one.decay) for one in regular]
 
 
@@ -169,14 +169,14 @@ def _difference(runtime: Runtime, settings: Settings) -> str:
     return "learning rate, density, ..."
 
 
-def _gradient_health(works: Sequence[LocalMatrix]) -> list[tuple[bool, bool]]:
-    """(finite, nonzero) of every work's local gradient, with one transfer to the host."""
+def _gradient_health(mats: Sequence[LocalMatrix]) -> list[tuple[bool, bool]]:
+    """(finite, nonzero) of every matrix' local gradient, with one transfer to the host."""
     flags: list[Tensor] = []
     spans: list[tuple[int, int]] = []
-    for work in works:
-        checked = work.grads if work.family == "basis" and work.grads is not None else []
+    for mat in mats:
+        checked = mat.grads if mat.family == "basis" and mat.grads is not None else []
         # On one device: a process may have a model on several GPUs.
-        ends = (torch.stack(torch.aminmax(grad)).to(works[0].device) for grad in checked if grad.numel())
+        ends = (torch.stack(torch.aminmax(grad)).to(mats[0].device) for grad in checked if grad.numel())
         found = [torch.stack([torch.isfinite(both).all(), (both != 0).any()]) for both in ends]
         spans.append((len(flags), len(flags) + len(found)))
         flags += found
@@ -184,28 +184,28 @@ def _gradient_health(works: Sequence[LocalMatrix]) -> list[tuple[bool, bool]]:
     return [(bool(host[a:b, 0].all()), bool(host[a:b, 1].any())) for a, b in spans]
 
 
-def _present(runtime: Runtime, work: LocalMatrix, reports: dict[int, Report]) -> bool:
+def _present(runtime: Runtime, mat: LocalMatrix, reports: dict[int, Report]) -> bool:
     """Whether any rank has a gradient for coordinates that are due."""
-    report = reports.get(work.matrix.index)
+    report = reports.get(mat.matrix.index)
     if report is not None:
         return report.present
-    return work.grads is not None and not _takes_part(runtime, work)  # else frozen, and nobody had one when asked
+    return mat.grads is not None and not _takes_part(runtime, mat)  # else frozen, and nobody had one when asked
 
 
-def _usable(work: LocalMatrix, reports: dict[int, Report]) -> bool:
-    report = reports[work.matrix.index]
-    return not work.empty and report.present and report.finite and not report.zero
+def _usable(mat: LocalMatrix, reports: dict[int, Report]) -> bool:
+    report = reports[mat.matrix.index]
+    return not mat.empty and report.present and report.finite and not report.zero
 
 
-def _can_step(work: LocalMatrix, reports: dict[int, Report]) -> bool:
+def _can_step(mat: LocalMatrix, reports: dict[int, Report]) -> bool:
     """Skip a matrix whose gradient is not finite at its refresh, and one that never had a projector."""
     if not reports:
-        return work.state.counts["refreshes"] > 0 or work.matrix.empty
-    if work.empty:
+        return mat.state.counts["refreshes"] > 0 or mat.matrix.empty
+    if mat.empty:
         return True
-    report = reports.get(work.matrix.index)
-    spoilt = report is not None and not report.finite and work.is_due()  # asked for too early: not due, not skipped
-    return work.state.counter("refreshes") > 0 and not spoilt
+    report = reports.get(mat.matrix.index)
+    spoilt = report is not None and not report.finite and mat.is_due()  # asked for too early: not due, not skipped
+    return mat.state.counter("refreshes") > 0 and not spoilt
 
 
 def _notice(runtime: Runtime, text: str) -> None:

@@ -1,4 +1,4 @@
-"""From parameters to work: the tensors and state of one step() call, and the step of the regular parameters."""
+"""From parameters to the tensors and state of one step() call, and the step of the regular parameters."""
 
 from __future__ import annotations
 
@@ -44,31 +44,31 @@ class StepInputs:
     """One call: its matrices and its regular parameters. ``key`` names the call."""
 
     key: tuple[int, ...]
-    works: list[LocalMatrix]
+    mats: list[LocalMatrix]
     regular: list[LocalParameter]
     device: torch.device
 
     def has_run(self) -> bool:
         """Whether any state has ever moved."""
-        counts = [work.state.counts["updates"] for work in self.works]
+        counts = [mat.state.counts["updates"] for mat in self.mats]
         return any(counts) or any(one.state.counts["step"] for one in self.regular)
 
     def has_gradient(self) -> bool:
         """Whether any local gradient is not all zeros (a NaN counts)."""
-        grads = [grad for work in self.works for grad in work.grads or []]
+        grads = [grad for mat in self.mats for grad in mat.grads or []]
         grads += [one.grad for one in self.regular if one.grad is not None]
         return any(bool(grad.any()) for grad in grads)
 
     def release(self) -> None:
         """Let go of the tensors: between calls engines replace them, and gradients are freed."""
-        for work in self.works:
-            work.weights, work.grads = [], None
+        for mat in self.mats:
+            mat.weights, mat.grads = [], None
         for one in self.regular:
             one.weight, one.grad = _NOTHING, None
 
     def lacks_gradients(self) -> bool:
         """Whether there are parameters here, and none of them has a gradient, not even of zeros."""
-        grads = [work.grads for work in self.works] + [one.grad for one in self.regular]
+        grads = [mat.grads for mat in self.mats] + [one.grad for one in self.regular]
         return bool(grads) and all(grad is None for grad in grads)
 
 
@@ -81,7 +81,7 @@ def step_inputs(runtime: Runtime, state: State, call: tuple[int, ...] | None = N
     everything = call is None
     call = tuple(range(len(originals))) if call is None else call
     configs: dict[int, FrugalConfig] = {}
-    works: list[LocalMatrix] = []
+    mats: list[LocalMatrix] = []
     regular: list[LocalParameter] = []
     device = torch.device("cpu")
     for i in call:
@@ -109,16 +109,16 @@ def step_inputs(runtime: Runtime, state: State, call: tuple[int, ...] | None = N
             one.weight, one.grad, one.frozen = weight, grad, frozen
             regular.append(one)
             continue
-        for work in site.works:
+        for mat in site.mats:
             if site.direct:
-                work.weights, work.grads = [weight], None if grad is None else [grad]
+                mat.weights, mat.grads = [weight], None if grad is None else [grad]
             else:
-                member, tiles = work.matrix.member, work.tiles
-                work.weights = site.part.views(weight, original, member, tiles)
-                work.grads = None if grad is None else site.part.views(grad, original, member, tiles)
-            work.frozen = frozen
-            works.append(work)
-    return StepInputs(call, works, regular, device)
+                member, tiles = mat.matrix.member, mat.tiles
+                mat.weights = site.part.views(weight, original, member, tiles)
+                mat.grads = None if grad is None else site.part.views(grad, original, member, tiles)
+            mat.frozen = frozen
+            mats.append(mat)
+    return StepInputs(call, mats, regular, device)
 
 
 def _bind(
@@ -134,7 +134,7 @@ def _bind(
         raise ValueError(_resized(original, site.shape or (), weight.shape))
     if weight.dtype in _NOT_ROUNDED.get(config.rounding, ()):
         raise ValueError(_bad_rounding(original, weight.dtype, config.rounding))
-    states = [one.state for one in site.works] if site.regular is None else [site.regular.state]
+    states = [one.state for one in site.mats] if site.regular is None else [site.regular.state]
     if store is not site.store:
         pairs = zip(site.prefixes, site.rows, strict=True)
         states = [MatrixState(store, prefix, runtime.counters, row) for prefix, row in pairs]
@@ -149,7 +149,7 @@ def _bind(
         )
     else:
         dtype, kind = compute_dtype(weight.dtype), family(config)
-        site.works = [
+        site.mats = [
             LocalMatrix(
                 matrix, config, decay, state, tiles, [], None, weight.device, weight.dtype, False, dtype, kind,
                 side_of(config, matrix.rows, matrix.cols),
@@ -190,7 +190,7 @@ def _bad_rounding(original: ParamSpec, dtype: torch.dtype, rounding: str) -> str
     )
 
 
-def ensure_state(runtime: Runtime, load: StepInputs) -> None:
+def ensure_state(runtime: Runtime, inputs: StepInputs) -> None:
     """Create whatever state is missing, and take what was moved or cast to where the weights are, as they are: a kernel
     would read at a wrong address. Idempotent; the shapes are those after the first refresh.
 
@@ -198,29 +198,29 @@ def ensure_state(runtime: Runtime, load: StepInputs) -> None:
     """
     runtime.counters.look()
     strange = [
-        work
-        for work in load.works
-        if not work.state.is_known(work.dtype, work.device) or (work.state.bare and not work.frozen)
+        mat
+        for mat in inputs.mats
+        if not mat.state.is_known(mat.dtype, mat.device) or (mat.state.bare and not mat.frozen)
     ]
     others = [
         one
-        for one in load.regular
+        for one in inputs.regular
         if not one.state.is_known(compute_dtype(one.weight.dtype), one.weight.device)
         or (one.state.bare and not (one.frozen and one.grad is None))
     ]
-    states = [work.state for work in strange] + [one.state for one in others]
+    states = [mat.state for mat in strange] + [one.state for one in others]
     bring_counters_home(states)
-    for work in strange:
-        work.state.follow(work.device)
-        work.state.ensure_counters()
-        found = work.state.moments_dtype()
-        later = work.frozen and not work.empty  # then the first refresh creates them, if there ever is one
+    for mat in strange:
+        mat.state.follow(mat.device)
+        mat.state.ensure_counters()
+        found = mat.state.moments_dtype()
+        later = mat.frozen and not mat.empty  # then the first refresh creates them, if there ever is one
         if found is None and not later:
-            create_state(runtime, work)
-        elif found not in (None, work.dtype):  # loaded, or the model was cast
-            work.state.convert(work.dtype, work.numbered)
-        _settle_remainder(work, work.state.has_moments())
-        work.state.remember(work.dtype)
+            create_state(runtime, mat)
+        elif found not in (None, mat.dtype):  # loaded, or the model was cast
+            mat.state.convert(mat.dtype, mat.numbered)
+        _settle_remainder(mat, mat.state.has_moments())
+        mat.state.remember(mat.dtype)
     for one in others:
         one.state.follow(one.weight.device)
         if one.state.get("step") is None:
@@ -232,9 +232,9 @@ def ensure_state(runtime: Runtime, load: StepInputs) -> None:
             one.state.convert(dtype)
         _settle_remainder(one, one.state.has_moments())
         one.state.remember(dtype, ("step",))
-    for work in load.works:
-        if (work.state.counts["size"] == 0) != (work.config.density == 0.0):
-            check_density(work)
+    for mat in inputs.mats:
+        if (mat.state.counts["size"] == 0) != (mat.config.density == 0.0):
+            check_density(mat)
 
 
 def _settle_remainder(one: LocalMatrix | LocalParameter, steps: bool) -> None:
@@ -251,40 +251,41 @@ def create_moments(one: LocalParameter, device: torch.device | None = None) -> N
     one.state.ensure_moments(one.config, regular_extents(one), dtype, device or one.weight.device)
 
 
-def check_density(work: LocalMatrix) -> None:
+def check_density(mat: LocalMatrix) -> None:
     """A basis projection at density 0 has no basis, and its state is another one."""
-    before, now = work.state.counter("size"), work.config.density
+    before, now = mat.state.counter("size"), mat.config.density
     started = (
-        "basis" in (PROJECTIONS[work.config.projection].family, work.family)
-        and not work.empty
-        and work.state.counter("refreshes")
+        "basis" in (PROJECTIONS[mat.config.projection].family, mat.family)
+        and not mat.empty
+        and mat.state.counter("refreshes")
     )
     if started and (before == 0) != (now == 0.0):
         raise ValueError(
-            f"{work.matrix.name}: a density schedule cannot go to 0 or leave it with projection="
-            f"{work.config.projection!r} (now {now:g}). Stay above 0, or build a new optimizer."
+            f"{mat.matrix.name}: a density schedule cannot go to 0 or leave it with projection="
+            f"{mat.config.projection!r} (now {now:g}). Stay above 0, or build a new optimizer."
         )
 
 
-def create_state(runtime: Runtime, work: LocalMatrix) -> None:
+def create_state(runtime: Runtime, mat: LocalMatrix) -> None:
     """Moments of zeros, and bases, for the present density."""
-    if work.family != "basis" or work.empty:
-        size = 0 if work.empty else work.size
-        pieces = cut_selection(runtime, work, whole_selection(work, 0, size), runtime.ranks.rank)
-        work.state.ensure_moments(work.config, shares_of(pieces), work.dtype, work.device)
+    if mat.family != "basis" or mat.empty:
+        size = 0 if mat.empty else mat.size
+        pieces = cut_selection(runtime, mat, whole_selection(mat, 0, size), runtime.ranks.rank)
+        mat.state.ensure_moments(mat.config, shares_of(pieces), mat.dtype, mat.device)
         return
-    plan = basis_route(runtime, work)
-    work.state.set_counter("size", work.size)
-    work.state.ensure_moments(work.config, basis_extents(work, plan, work.size), work.dtype, work.device)
+    plan = basis_route(runtime, mat)
+    mat.state.set_counter("size", mat.size)
+    mat.state.ensure_moments(mat.config, basis_extents(mat, plan, mat.size), mat.dtype, mat.device)
     if plan.tiles:
-        work.state.ensure_free(work.config.keeps, (work.matrix.rows, work.matrix.cols), work.dtype, work.device)
-        work.state.ensure_basis(work.side, work.kept_shapes(work.size), work.basis_dtype, work.device)
+        mat.state.ensure_free(mat.config.keeps, (mat.matrix.rows, mat.matrix.cols), mat.dtype, mat.device)
+        mat.state.ensure_basis(mat.side, mat.kept_shapes(mat.size), mat.basis_dtype, mat.device)
 
 
-def step_regular(runtime: Runtime, load: StepInputs) -> None:
+def step_regular(runtime: Runtime, inputs: StepInputs) -> None:
     """The state-full rule alone, one fused call for all parameters that share settings and count."""
     groups: dict[tuple[object, ...], list[LocalParameter]] = {}
-    moving = [one for one in load.regular if one.grad is not None]  # an empty shard counts too, as everyone's is saved
+    # An empty shard counts too, as everyone's is saved.
+    moving = [one for one in inputs.regular if one.grad is not None]
     for one in moving:
         counts = one.state.counts
         counts["step"] += 1

@@ -47,17 +47,17 @@ WIDE = 1 << 21
 calls."""
 
 
-def step_matrices(runtime: Runtime, works: Sequence[LocalMatrix], stepped: Sequence[LocalMatrix]) -> None:
-    """Update the matrices ``stepped``; ``works`` are all of the call, so that every rank joins every exchange."""
-    states = [work.state for work in stepped]
+def step_matrices(runtime: Runtime, mats: Sequence[LocalMatrix], stepped: Sequence[LocalMatrix]) -> None:
+    """Update the matrices ``stepped``; ``mats`` are all of the call, so that every rank joins every exchange."""
+    states = [mat.state for mat in stepped]
     try:
         for state in states:
             state.counts["step"] += 1
-        remote = [] if runtime.ranks.alone else [work for work in works if travels(runtime, work)]
-        far = {work.matrix.index for work in remote}
-        _step_here(runtime, [work for work in stepped if work.matrix.index not in far] if far else stepped)
+        remote = [] if runtime.ranks.alone else [mat for mat in mats if travels(runtime, mat)]
+        far = {mat.matrix.index for mat in remote}
+        _step_here(runtime, [mat for mat in stepped if mat.matrix.index not in far] if far else stepped)
         if remote:
-            active = {work.matrix.index for work in stepped}
+            active = {mat.matrix.index for mat in stepped}
             for bucket in buckets_of(runtime, remote):
                 _step_bucket(runtime, bucket, active)
         for state in states:
@@ -69,119 +69,119 @@ def step_matrices(runtime: Runtime, works: Sequence[LocalMatrix], stepped: Seque
         raise
 
 
-def _rounds(work: LocalMatrix) -> bool:
-    return rounds_stochastically(work.config, work.weight_dtype)
+def _rounds(mat: LocalMatrix) -> bool:
+    return rounds_stochastically(mat.config, mat.weight_dtype)
 
 
-def _widens(work: LocalMatrix) -> bool:
+def _widens(mat: LocalMatrix) -> bool:
     """Whether low-precision weights need more than one rounding to the nearest: weight decay by itself would be lost
     below their last place.
     """
-    return work.weight_dtype != work.dtype and (work.decay != 0.0 or _rounds(work) or keeps_remainders(work.config))
+    return mat.weight_dtype != mat.dtype and (mat.decay != 0.0 or _rounds(mat) or keeps_remainders(mat.config))
 
 
-def _widened(work: LocalMatrix) -> LocalMatrix:
+def _widened(mat: LocalMatrix) -> LocalMatrix:
     """The matrix with fp32 weights of its own for the time of the step, where a step is more than one rounding."""
-    if not _widens(work):
-        return work
-    remainders = remainders_of(work)
+    if not _widens(mat):
+        return mat
+    remainders = remainders_of(mat)
     if remainders is not None:  # all in fp32, as it would be with masters
-        weights = [joined(*pair) for pair in zip(work.weights, remainders, strict=True)]
-        grads = None if work.grads is None else [grad.to(work.dtype) for grad in work.grads]
-        return replace(work, weights=weights, grads=grads, weight_dtype=work.dtype)
-    return replace(work, weights=[weight.float() for weight in work.weights])
+        weights = [joined(*pair) for pair in zip(mat.weights, remainders, strict=True)]
+        grads = None if mat.grads is None else [grad.to(mat.dtype) for grad in mat.grads]
+        return replace(mat, weights=weights, grads=grads, weight_dtype=mat.dtype)
+    return replace(mat, weights=[weight.float() for weight in mat.weights])
 
 
-def _round_back(work: LocalMatrix, wide: LocalMatrix) -> None:
-    if wide is work:
+def _round_back(mat: LocalMatrix, wide: LocalMatrix) -> None:
+    if wide is mat:
         return
-    remainders = remainders_of(work)
+    remainders = remainders_of(mat)
     if remainders is not None:
-        for weight, rest, exact in zip(work.weights, remainders, wide.weights, strict=True):
+        for weight, rest, exact in zip(mat.weights, remainders, wide.weights, strict=True):
             split_(weight, rest, exact)
         return
-    matrix, updates = work.matrix, work.state.counts["updates"]
-    stochastic = _rounds(work)
-    for tile, weight, value in zip(work.tiles, work.weights, wide.weights, strict=True):
+    matrix, updates = mat.matrix, mat.state.counts["updates"]
+    stochastic = _rounds(mat)
+    for tile, weight, value in zip(mat.tiles, mat.weights, wide.weights, strict=True):
         if not stochastic:
             weight.copy_(value)
             continue
         starts = row_starts((tile.rows, tile.cols), (matrix.rows, matrix.cols), weight.device)
-        round_stochastically_(weight, value, starts, seed=work.config.seed, name=matrix.name, step=updates)
+        round_stochastically_(weight, value, starts, seed=mat.config.seed, name=matrix.name, step=updates)
 
 
-def _decay(work: LocalMatrix) -> None:
-    for weight in work.weights:
-        decay_(weight, work.config.lr, work.decay)
+def _decay(mat: LocalMatrix) -> None:
+    for weight in mat.weights:
+        decay_(weight, mat.config.lr, mat.decay)
 
 
 # --- matrices that compute where they are stored ---------------------------------------------------
 
 
-def _step_here(runtime: Runtime, works: Sequence[LocalMatrix]) -> None:
+def _step_here(runtime: Runtime, mats: Sequence[LocalMatrix]) -> None:
     """All together; a few at a time what needs fp32 weights for its step, as no kernel rounds it by itself."""
     alone: list[LocalMatrix] = []
     together: list[LocalMatrix] = []
-    for work in works:
-        narrow = work.weight_dtype is not work.dtype and _widens(work)
-        by_itself = narrow and (keeps_remainders(work.config) or not all(map(rounds_once, _updates(runtime, [work]))))
-        (alone if by_itself else together).append(work)
+    for mat in mats:
+        narrow = mat.weight_dtype is not mat.dtype and _widens(mat)
+        by_itself = narrow and (keeps_remainders(mat.config) or not all(map(rounds_once, _updates(runtime, [mat]))))
+        (alone if by_itself else together).append(mat)
     step_tiles(_updates(runtime, together))
-    for bucket in fill_buckets([(sum(weight.numel() for weight in work.weights),) for work in alone], WIDE):
-        works = [alone[i] for i in bucket]
-        wides = [_widened(work) for work in works]
+    for bucket in fill_buckets([(sum(weight.numel() for weight in mat.weights),) for mat in alone], WIDE):
+        mats = [alone[i] for i in bucket]
+        wides = [_widened(mat) for mat in mats]
         step_tiles(_updates(runtime, wides))
-        for work, wide in zip(works, wides, strict=True):
-            _round_back(work, wide)
+        for mat, wide in zip(mats, wides, strict=True):
+            _round_back(mat, wide)
 
 
-def _updates(runtime: Runtime, works: Sequence[LocalMatrix]) -> list[TileUpdate]:
+def _updates(runtime: Runtime, mats: Sequence[LocalMatrix]) -> list[TileUpdate]:
     """What there is to do. Nearly always one tile for a matrix: nothing is called for it here."""
     found: list[TileUpdate] = []
     cuts = runtime.cuts
-    for work in works:
-        if work.family == "basis":
-            found += _basis_updates(runtime, work, work.decay)
+    for mat in mats:
+        if mat.family == "basis":
+            found += _basis_updates(runtime, mat, mat.decay)
             continue
-        counts, config, decay, grads = work.state.counts, work.config, work.decay, work.grads
+        counts, config, decay, grads = mat.state.counts, mat.config, mat.decay, mat.grads
         assert grads is not None
-        cut = cuts.get(work.matrix.index)
-        if cut is None or cut.key != (counts["refreshes"], counts["size"], work.device):
-            cut = local_selection(runtime, work)
+        cut = cuts.get(mat.matrix.index)
+        if cut is None or cut.key != (counts["refreshes"], counts["size"], mat.device):
+            cut = local_selection(runtime, mat)
         step = counts["step"]
-        noises = _noises(work) if work.weight_dtype is not work.dtype else None
-        moments = [()] * len(grads) if cut.nothing else work.state.moments(config, cut.extents)
+        noises = _noises(mat) if mat.weight_dtype is not mat.dtype else None
+        moments = [()] * len(grads) if cut.nothing else mat.state.moments(config, cut.extents)
         for k, grad in enumerate(grads):
             selection, noise = None if cut.nothing else cut.pieces[k].selection, None if noises is None else noises[k]
-            found.append(TileUpdate(work.weights[k], grad, selection, moments[k], step, decay, config, noise))
+            found.append(TileUpdate(mat.weights[k], grad, selection, moments[k], step, decay, config, noise))
     return found
 
 
-def _noises(work: LocalMatrix) -> list[Noise | None]:
+def _noises(mat: LocalMatrix) -> list[Noise | None]:
     """How each tile is rounded by a kernel that can; to the nearest where its weights are fp32 copies by now."""
-    if not _rounds(work) or any(weight.dtype != work.weight_dtype for weight in work.weights):
-        return [None] * len(work.tiles)
-    keys = keys_of(work.config.seed, work.matrix.name, work.state.counts["updates"])
-    cols = work.matrix.cols
-    return [Noise(keys, tile.rows[0] * cols + tile.cols[0], cols) for tile in work.tiles]
+    if not _rounds(mat) or any(weight.dtype != mat.weight_dtype for weight in mat.weights):
+        return [None] * len(mat.tiles)
+    keys = keys_of(mat.config.seed, mat.matrix.name, mat.state.counts["updates"])
+    cols = mat.matrix.cols
+    return [Noise(keys, tile.rows[0] * cols + tile.cols[0], cols) for tile in mat.tiles]
 
 
-def _basis_updates(runtime: Runtime, work: LocalMatrix, decay: float) -> list[TileUpdate]:
+def _basis_updates(runtime: Runtime, mat: LocalMatrix, decay: float) -> list[TileUpdate]:
     """The compute tiles of a basis projection whose weights are here and nowhere else."""
-    plan, basis, grads, found = basis_route(runtime, work), work.basis(), work.grads, []
+    plan, basis, grads, found = basis_route(runtime, mat), mat.basis(), mat.grads, []
     assert grads is not None
-    moments = basis_moments(runtime, work, plan)
+    moments = basis_moments(runtime, mat, plan)
     for tile, home, here, moment in zip(plan.tiles, plan.home, plan.in_place, moments, strict=True):
         if here:
             assert basis is not None and home is not None
-            position = work.tiles.index(home)
-            weight, grad = work.weights[position], grads[position]
+            position = mat.tiles.index(home)
+            weight, grad = mat.weights[position], grads[position]
             if tile is not home and tile != home:
                 area = tile.within(home)
                 weight, grad = weight[area], grad[area]
-            step = work.state.counts["step"]
-            kind = None, basis, work.side, (work.matrix.rows, work.matrix.cols), work.free()
-            found.append(TileUpdate(weight, grad, None, moment, step, decay, work.config, *kind))
+            step = mat.state.counts["step"]
+            kind = None, basis, mat.side, (mat.matrix.rows, mat.matrix.cols), mat.free()
+            found.append(TileUpdate(weight, grad, None, moment, step, decay, mat.config, *kind))
     return found
 
 
@@ -212,107 +212,107 @@ class Packing:
         return lists
 
 
-def travels(runtime: Runtime, work: LocalMatrix) -> bool:
+def travels(runtime: Runtime, mat: LocalMatrix) -> bool:
     """Whether any rank exchanges anything for this matrix; the same answer on every rank.
 
     A matrix that never was refreshed is not stepped by anyone.
     """
-    if runtime.ranks.alone or work.empty or work.state.counter("refreshes") == 0:
+    if runtime.ranks.alone or mat.empty or mat.state.counter("refreshes") == 0:
         return False
-    return exchanges(runtime, work) or bool(sums_of(runtime, work))
+    return exchanges(runtime, mat) or bool(sums_of(runtime, mat))
 
 
-def exchanges(runtime: Runtime, work: LocalMatrix) -> bool:
+def exchanges(runtime: Runtime, mat: LocalMatrix) -> bool:
     """Whether updates of this matrix go from rank to rank; gradients do only where they do."""
-    if work.family == "basis":
-        plan = basis_route(runtime, work)
+    if mat.family == "basis":
+        plan = basis_route(runtime, mat)
         return plan.travels_in or plan.travels_out
-    if not runtime.shard_replicas or work.matrix.copies == 1:
+    if not runtime.shard_replicas or mat.matrix.copies == 1:
         return False
-    return not local_selection(runtime, work).nothing
+    return not local_selection(runtime, mat).nothing
 
 
-def buckets_of(runtime: Runtime, works: Sequence[LocalMatrix]) -> list[list[LocalMatrix]]:
+def buckets_of(runtime: Runtime, mats: Sequence[LocalMatrix]) -> list[list[LocalMatrix]]:
     """Equal dtype and equal kind of collective in a bucket, bounded by ``bucket_bytes``.
 
     Routes and parts are fixed for the run, so the same matrices always fall into the same buckets.
     """
-    key = tuple(work.matrix.index for work in works)
+    key = tuple(mat.matrix.index for mat in mats)
     if key not in runtime.buckets:
-        runtime.buckets[key] = _fill(runtime, works)
-    return [[works[i] for i in bucket] for bucket in runtime.buckets[key]]
+        runtime.buckets[key] = _fill(runtime, mats)
+    return [[mats[i] for i in bucket] for bucket in runtime.buckets[key]]
 
 
-def _fill(runtime: Runtime, works: Sequence[LocalMatrix]) -> list[list[int]]:
+def _fill(runtime: Runtime, mats: Sequence[LocalMatrix]) -> list[list[int]]:
     groups: dict[tuple[str, bool], list[int]] = {}
-    for i, work in enumerate(works):
-        groups.setdefault((str(work.dtype), work.matrix.replicated), []).append(i)
+    for i, mat in enumerate(mats):
+        groups.setdefault((str(mat.dtype), mat.matrix.replicated), []).append(i)
     buckets = []
     for key in sorted(groups):
         same = groups[key]
-        loads = [_load(runtime, works[i]) for i in same]
-        limit = runtime.bucket_bytes // works[same[0]].dtype.itemsize
-        buckets += [[same[i] for i in bucket] for bucket in fill_buckets(loads, limit)]
+        numels = [_numel_per_rank(runtime, mats[i]) for i in same]
+        limit = runtime.bucket_bytes // mats[same[0]].dtype.itemsize
+        buckets += [[same[i] for i in bucket] for bucket in fill_buckets(numels, limit)]
     return buckets
 
 
-def _load(runtime: Runtime, work: LocalMatrix) -> tuple[int, ...]:
-    if work.family == "basis":
-        return basis_route(runtime, work).load
-    return work.matrix.sizes
+def _numel_per_rank(runtime: Runtime, mat: LocalMatrix) -> tuple[int, ...]:
+    if mat.family == "basis":
+        return basis_route(runtime, mat).numel_per_rank
+    return mat.matrix.sizes
 
 
-def _step_bucket(runtime: Runtime, works: Sequence[LocalMatrix], active: set[int]) -> None:
-    ranks, like = runtime.ranks, torch.empty(0, dtype=works[0].dtype, device=works[0].device)
-    narrow = {work.matrix.index: work for work in works}
+def _step_bucket(runtime: Runtime, mats: Sequence[LocalMatrix], active: set[int]) -> None:
+    ranks, like = runtime.ranks, torch.empty(0, dtype=mats[0].dtype, device=mats[0].device)
+    narrow = {mat.matrix.index: mat for mat in mats}
     # What arrives is added to weights that are not stepped here, too: another rank may have had a gradient.
-    works = [_widened(work) if work.matrix.index in active or keeps_remainders(work.config) else work for work in works]
-    for work in works:
-        if work.matrix.index in active:
-            _decay(work)
-    gradients = fetch_gradients(runtime, works, like)
-    directed = _directed(runtime, works, gradients, active, like)
+    mats = [_widened(mat) if mat.matrix.index in active or keeps_remainders(mat.config) else mat for mat in mats]
+    for mat in mats:
+        if mat.matrix.index in active:
+            _decay(mat)
+    gradients = fetch_gradients(runtime, mats, like)
+    directed = _directed(runtime, mats, gradients, active, like)
     packing = Packing(ranks.size)
-    for work in works:
-        if work.family == "basis":
-            deltas = directed.get(work.matrix.index)
-            packing.parcels.append(_basis_parcel(runtime, work, gradients, work.matrix.index in active, deltas))
+    for mat in mats:
+        if mat.family == "basis":
+            deltas = directed.get(mat.matrix.index)
+            packing.parcels.append(_basis_parcel(runtime, mat, gradients, mat.matrix.index in active, deltas))
         else:
-            packing.parcels.append(_coordinate_parcel(runtime, work, work.matrix.index in active))
-    if not any(exchanges(runtime, work) for work in works):
+            packing.parcels.append(_coordinate_parcel(runtime, mat, mat.matrix.index in active))
+    if not any(exchanges(runtime, mat) for mat in mats):
         pass  # sums were all they had to tell each other
-    elif works[0].matrix.replicated:
+    elif mats[0].matrix.replicated:
         mine = packing.merged("send")[ranks.rank]
         all_gather(ranks, mine, packing.merged("recv"), like)
     else:
         all_to_all(ranks, packing.merged("send"), packing.merged("recv"), like)
-    for parcel, work in zip(packing.parcels, works, strict=True):
+    for parcel, mat in zip(packing.parcels, mats, strict=True):
         parcel.finish()
-        _round_back(narrow[work.matrix.index], work)
+        _round_back(narrow[mat.matrix.index], mat)
 
 
-def fetch_gradients(runtime: Runtime, works: Sequence[LocalMatrix], like: Tensor) -> dict[tuple[int, Tile], Tensor]:
+def fetch_gradients(runtime: Runtime, mats: Sequence[LocalMatrix], like: Tensor) -> dict[tuple[int, Tile], Tensor]:
     """The gradients of compute tiles that are not part of one local storage tile."""
     ranks = runtime.ranks
     send: Lists = [[] for _ in range(ranks.size)]
     recv: Lists = [[] for _ in range(ranks.size)]
     found: dict[tuple[int, Tile], Tensor] = {}
-    plans = [(work, basis_route(runtime, work)) for work in works if work.family == "basis"]
-    for work, plan in plans:
+    plans = [(mat, basis_route(runtime, mat)) for mat in mats if mat.family == "basis"]
+    for mat, plan in plans:
         for tile, home in zip(plan.tiles, plan.home, strict=True):
             if home is None:
-                found[work.matrix.index, tile] = torch.empty(
+                found[mat.matrix.index, tile] = torch.empty(
                     tile.height, tile.width, dtype=like.dtype, device=like.device
                 )
         for move in plan.gradient_in:
             if move.source == ranks.rank:
-                piece = work.local_grad(move.source_tile)[move.area.within(move.source_tile)]
+                piece = mat.local_grad(move.source_tile)[move.area.within(move.source_tile)]
                 if move.target == ranks.rank:
-                    found[work.matrix.index, move.target_tile][move.area.within(move.target_tile)] = piece
+                    found[mat.matrix.index, move.target_tile][move.area.within(move.target_tile)] = piece
                 else:
                     send[move.target].append(piece)
             else:
-                target = found[work.matrix.index, move.target_tile]
+                target = found[mat.matrix.index, move.target_tile]
                 recv[move.source].append(target[move.area.within(move.target_tile)])
     if any(plan.travels_in for _, plan in plans):
         all_to_all(ranks, send, recv, like)
@@ -321,7 +321,7 @@ def fetch_gradients(runtime: Runtime, works: Sequence[LocalMatrix], like: Tensor
 
 def _directed(
     runtime: Runtime,
-    works: Sequence[LocalMatrix],
+    mats: Sequence[LocalMatrix],
     gradients: dict[tuple[int, Tile], Tensor],
     active: set[int],
     like: Tensor,
@@ -332,15 +332,15 @@ def _directed(
     """
     asking: dict[int, list[Sums]] = {}
     tiles: dict[int, list[Tile]] = {}
-    for work in works:
-        if not sums_of(runtime, work):
+    for mat in mats:
+        if not sums_of(runtime, mat):
             continue
-        index, part = work.matrix.index, part_of(runtime, work)
-        jobs = _jobs(runtime, work, basis_route(runtime, work), gradients) if index in active else {}
+        index, part = mat.matrix.index, part_of(runtime, mat)
+        jobs = _jobs(runtime, mat, basis_route(runtime, mat), gradients) if index in active else {}
         tiles[index] = list(jobs)
         asking[index] = [lines_delta(job, part.cut) for job in jobs.values()]
         if not jobs:
-            empty = without_tile(work.config.treatment, part, work.state.counter("size"), like, work.config)
+            empty = without_tile(mat.config.treatment, part, mat.state.counter("size"), like, mat.config)
             asking[index] = [empty]
     found: dict[int, list[Tensor]] = {index: [] for index in asking}
     answers: dict[int, Tensor | None] = dict.fromkeys(asking)
@@ -360,23 +360,23 @@ def _directed(
 
 def _basis_parcel(
     runtime: Runtime,
-    work: LocalMatrix,
+    mat: LocalMatrix,
     gradients: dict[tuple[int, Tile], Tensor],
     active: bool,
     directed: dict[Tile, Tensor] | None,
 ) -> PendingUpdate:
     """Compute this rank's tiles; send each holder of a tile its part of the update. ``directed``: it is known."""
-    plan, rank = basis_route(runtime, work), runtime.ranks.rank
+    plan, rank = basis_route(runtime, mat), runtime.ranks.rank
     if active and directed is None:
-        step_tiles(_basis_updates(runtime, work, 0.0))  # their weights have decayed, with those of all other tiles
+        step_tiles(_basis_updates(runtime, mat, 0.0))  # their weights have decayed, with those of all other tiles
     elif active and directed is not None:
         for tile, home, here in zip(plan.tiles, plan.home, plan.in_place, strict=True):
             if here:
                 assert home is not None
-                work.local_weight(home)[tile.within(home)].add_(directed[tile])
-    deltas = _deltas(runtime, work, plan, gradients, active, directed)
+                mat.local_weight(home)[tile.within(home)].add_(directed[tile])
+    deltas = _deltas(runtime, mat, plan, gradients, active, directed)
     if plan.gathered:
-        return _gathered_parcel(runtime, work, plan, deltas)
+        return _gathered_parcel(runtime, mat, plan, deltas)
     send: Lists = [[] for _ in range(runtime.ranks.size)]
     recv: Lists = [[] for _ in range(runtime.ranks.size)]
     arrivals: list[tuple[Tile, Tile, Tensor]] = []
@@ -386,22 +386,22 @@ def _basis_parcel(
             if move.target != rank:
                 send[move.target].append(piece)
         else:
-            piece = torch.empty(move.area.height, move.area.width, dtype=work.dtype, device=work.device)
+            piece = torch.empty(move.area.height, move.area.width, dtype=mat.dtype, device=mat.device)
             recv[move.source].append(piece)
         if move.target == rank:
             arrivals.append((move.target_tile, move.area, piece))
-    return PendingUpdate(send, recv, lambda: _add_all(work, arrivals))
+    return PendingUpdate(send, recv, lambda: _add_all(mat, arrivals))
 
 
 def _gathered_parcel(
-    runtime: Runtime, work: LocalMatrix, plan: RedistributionPlan, deltas: dict[Tile, Tensor]
+    runtime: Runtime, mat: LocalMatrix, plan: RedistributionPlan, deltas: dict[Tile, Tensor]
 ) -> PendingUpdate:
     """Replicas: everyone gets everyone's update, so all add identical bits."""
-    home = work.tiles[0]
+    home = mat.tiles[0]
     send: Lists = [[] for _ in range(runtime.ranks.size)]
     send[runtime.ranks.rank] = [deltas[tile] for tile in plan.tiles]
     recv = [
-        [torch.empty(tile.height, tile.width, dtype=work.dtype, device=work.device) for tile in tiles]
+        [torch.empty(tile.height, tile.width, dtype=mat.dtype, device=mat.device) for tile in tiles]
         for tiles in plan.layout
     ]
     arrivals = [
@@ -409,17 +409,17 @@ def _gathered_parcel(
         for tiles, pieces in zip(plan.layout, recv, strict=True)
         for tile, piece in zip(tiles, pieces, strict=True)
     ]
-    return PendingUpdate(send, recv, lambda: _add_all(work, arrivals))
+    return PendingUpdate(send, recv, lambda: _add_all(mat, arrivals))
 
 
-def _add_all(work: LocalMatrix, arrivals: Sequence[tuple[Tile, Tile, Tensor]]) -> None:
+def _add_all(mat: LocalMatrix, arrivals: Sequence[tuple[Tile, Tile, Tensor]]) -> None:
     for home, area, piece in arrivals:
-        work.local_weight(home)[area.within(home)].add_(piece)
+        mat.local_weight(home)[area.within(home)].add_(piece)
 
 
 def _deltas(
     runtime: Runtime,
-    work: LocalMatrix,
+    mat: LocalMatrix,
     plan: RedistributionPlan,
     gradients: dict[tuple[int, Tile], Tensor],
     active: bool,
@@ -428,49 +428,49 @@ def _deltas(
     """The updates of the compute tiles that are not stepped in place; zeros for a matrix that is skipped."""
     remote = [tile for tile, here in zip(plan.tiles, plan.in_place, strict=True) if not here]
     if not active:
-        return {tile: torch.zeros(tile.height, tile.width, dtype=work.dtype, device=work.device) for tile in remote}
+        return {tile: torch.zeros(tile.height, tile.width, dtype=mat.dtype, device=mat.device) for tile in remote}
     if directed is not None:
         return {tile: directed[tile] for tile in remote}
-    jobs = _jobs(runtime, work, plan, gradients)
+    jobs = _jobs(runtime, mat, plan, gradients)
     return {tile: basis_delta(jobs[tile]) for tile in remote}
 
 
 def _jobs(
-    runtime: Runtime, work: LocalMatrix, plan: RedistributionPlan, gradients: dict[tuple[int, Tile], Tensor]
+    runtime: Runtime, mat: LocalMatrix, plan: RedistributionPlan, gradients: dict[tuple[int, Tile], Tensor]
 ) -> dict[Tile, TileUpdate]:
     """The compute tiles of a matrix that is stepped; their weights may be elsewhere."""
     found: dict[Tile, TileUpdate] = {}
-    basis: Basis | None = work.basis()
-    moments = basis_moments(runtime, work, plan) if plan.tiles else []
+    basis: Basis | None = mat.basis()
+    moments = basis_moments(runtime, mat, plan) if plan.tiles else []
     for tile, home, moment in zip(plan.tiles, plan.home, moments, strict=True):
         assert basis is not None
-        key = (work.matrix.index, tile)
-        grad = gradients[key] if home is None else work.local_grad(home)[tile.within(home)]
+        key = (mat.matrix.index, tile)
+        grad = gradients[key] if home is None else mat.local_grad(home)[tile.within(home)]
         # One tile writes what the rule keeps; the others read it as it was.
-        free = {name: value.clone() for name, value in work.free().items()} if found else work.free()
-        kind = None, basis, work.side, (work.matrix.rows, work.matrix.cols), free
-        found[tile] = TileUpdate(grad, grad, None, moment, work.state.counts["step"], 0.0, work.config, *kind)
+        free = {name: value.clone() for name, value in mat.free().items()} if found else mat.free()
+        kind = None, basis, mat.side, (mat.matrix.rows, mat.matrix.cols), free
+        found[tile] = TileUpdate(grad, grad, None, moment, mat.state.counts["step"], 0.0, mat.config, *kind)
     return found
 
 
-def _coordinate_parcel(runtime: Runtime, work: LocalMatrix, active: bool) -> PendingUpdate:
+def _coordinate_parcel(runtime: Runtime, mat: LocalMatrix, active: bool) -> PendingUpdate:
     """Each holder of a tile computes its share of the state-full update; the state-free step is everybody's own."""
     ranks = runtime.ranks
-    cut = local_selection(runtime, work)
-    pieces, moments = cut.pieces, work.state.moments(work.config, cut.extents)
-    gathered = work.matrix.replicated
+    cut = local_selection(runtime, mat)
+    pieces, moments = cut.pieces, mat.state.moments(mat.config, cut.extents)
+    gathered = mat.matrix.replicated
     send: Lists = [[] for _ in range(ranks.size)]
     recv: Lists = [[] for _ in range(ranks.size)]
     updates = []
     for position, (piece, moment) in enumerate(zip(pieces, moments, strict=True)):
-        update = torch.zeros(piece.shape, dtype=work.dtype, device=work.device)
+        update = torch.zeros(piece.shape, dtype=mat.dtype, device=mat.device)
         updates.append(update)
-        share = torch.zeros(piece.mine, dtype=work.dtype, device=work.device)
-        if active and work.grads is not None:
-            grad, counter = work.grads[position], work.state.counts["step"]
-            share = coordinate_share(grad, piece.selection, piece.my_bounds, moment, counter, work.config)
+        share = torch.zeros(piece.mine, dtype=mat.dtype, device=mat.device)
+        if active and mat.grads is not None:
+            grad, counter = mat.grads[position], mat.state.counts["step"]
+            share = coordinate_share(grad, piece.selection, piece.my_bounds, moment, counter, mat.config)
         _post(piece, share, update, send, recv, gathered)
-    return PendingUpdate(send, recv, lambda: _finish_coordinates(work, pieces, updates, active))
+    return PendingUpdate(send, recv, lambda: _finish_coordinates(mat, pieces, updates, active))
 
 
 def _post(piece: CoordinatePiece, share: Tensor, update: Tensor, send: Lists, recv: Lists, gathered: bool) -> None:
@@ -488,9 +488,9 @@ def _post(piece: CoordinatePiece, share: Tensor, update: Tensor, send: Lists, re
 
 
 def _finish_coordinates(
-    work: LocalMatrix, pieces: Sequence[CoordinatePiece], updates: Sequence[Tensor], active: bool
+    mat: LocalMatrix, pieces: Sequence[CoordinatePiece], updates: Sequence[Tensor], active: bool
 ) -> None:
-    if not active or work.grads is None:
+    if not active or mat.grads is None:
         return
-    for piece, weight, grad, update in zip(pieces, work.weights, work.grads, updates, strict=True):
-        add_coordinates_(weight, grad, piece.selection, update, work.config)
+    for piece, weight, grad, update in zip(pieces, mat.weights, mat.grads, updates, strict=True):
+        add_coordinates_(weight, grad, piece.selection, update, mat.config)

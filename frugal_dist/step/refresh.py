@@ -12,24 +12,24 @@ from frugal_dist.step.runtime import LocalMatrix, LocalSelection, Runtime, local
 
 def refresh(runtime: Runtime, decision: Decision) -> None:
     """Refresh what was decided on."""
-    for work in decision.coordinates:
-        old = local_selection(runtime, work).pieces
-        before = (work.state.counter("refreshes"), work.state.counter("size"))
-        work.state.count_refresh(work.size)
-        new = local_selection(runtime, work)
-        move_coordinate_moments(runtime, work, old, new.pieces, before)
-        _count_coordinates(runtime, work, new)
-    for work in decision.bases:
-        if not work.chooses:
-            adopt(runtime, work, Basis())
-    refresh_bases(runtime, [work for work in decision.bases if work.chooses and not work.numbered])
-    refresh_columns(runtime, [work for work in decision.bases if work.numbered])
+    for mat in decision.coordinates:
+        old = local_selection(runtime, mat).pieces
+        before = (mat.state.counter("refreshes"), mat.state.counter("size"))
+        mat.state.count_refresh(mat.size)
+        new = local_selection(runtime, mat)
+        move_coordinate_moments(runtime, mat, old, new.pieces, before)
+        _count_coordinates(runtime, mat, new)
+    for mat in decision.bases:
+        if not mat.chooses:
+            adopt(runtime, mat, Basis())
+    refresh_bases(runtime, [mat for mat in decision.bases if mat.chooses and not mat.numbered])
+    refresh_columns(runtime, [mat for mat in decision.bases if mat.numbered])
 
 
-def _count_coordinates(runtime: Runtime, work: LocalMatrix, cut: LocalSelection) -> None:
+def _count_coordinates(runtime: Runtime, mat: LocalMatrix, cut: LocalSelection) -> None:
     """Figures of this rank's tiles, each by the first of the ranks that hold it."""
-    held = work.matrix.held
-    for piece in cut.pieces if work.grads is not None else ():
+    held = mat.matrix.held
+    for piece in cut.pieces if mat.grads is not None else ():
         if held[piece.tile][0] == runtime.ranks.rank:
-            grad = work.local_grad(piece.tile)
+            grad = mat.local_grad(piece.tile)
             runtime.figures.add_part([grad], [] if cut.nothing else [piece.selection.take(grad)])

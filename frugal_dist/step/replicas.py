@@ -21,13 +21,13 @@ _PIECE = 2**20
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def fingerprints(runtime: Runtime, works: Sequence[LocalMatrix]) -> list[int]:
-    """Two numbers, h and -h, for every replicated tile of every work: their maxima differ iff the replicas do."""
-    entries = replicated(runtime, works)
-    looked_at = [runtime.ranks.rank in ranks and _moves(work) for work, _, ranks in entries]
+def fingerprints(runtime: Runtime, mats: Sequence[LocalMatrix]) -> list[int]:
+    """Two numbers, h and -h, for every replicated tile of every matrix: their maxima differ iff the replicas do."""
+    entries = replicated(runtime, mats)
+    looked_at = [runtime.ranks.rank in ranks and _moves(mat) for mat, _, ranks in entries]
     mine = [
-        torch.stack(list(map(fingerprint, _bits(work, tile)))).sum()
-        for (work, tile, _), look in zip(entries, looked_at, strict=True)
+        torch.stack(list(map(fingerprint, _bits(mat, tile)))).sum()
+        for (mat, tile, _), look in zip(entries, looked_at, strict=True)
         if look
     ]
     together = [mark.to(mine[0].device) for mark in mine]  # a process may have a model on several GPUs
@@ -39,16 +39,16 @@ def fingerprints(runtime: Runtime, works: Sequence[LocalMatrix]) -> list[int]:
     return values
 
 
-def _moves(work: LocalMatrix) -> bool:
+def _moves(mat: LocalMatrix) -> bool:
     """Frozen weights beside adapters are not worth reading. Who does not look agrees with everybody."""
-    return not work.frozen or work.grads is not None
+    return not mat.frozen or mat.grads is not None
 
 
 def mismatched(
-    runtime: Runtime, works: Sequence[LocalMatrix], agreed: Sequence[int]
+    runtime: Runtime, mats: Sequence[LocalMatrix], agreed: Sequence[int]
 ) -> list[tuple[LocalMatrix, Tile, tuple[int, ...]]]:
     """The replicated tiles whose copies are not equal, as far as anybody looked."""
-    entries = replicated(runtime, works)
+    entries = replicated(runtime, mats)
     marks = zip(agreed[::2], agreed[1::2], strict=True)
     return [entry for entry, (most, less) in zip(entries, marks, strict=True) if most not in (_ABSENT, -less)]
 
@@ -58,39 +58,39 @@ def resynchronise(runtime: Runtime, broken: Sequence[tuple[LocalMatrix, Tile, tu
 
     Raises ValueError for a matrix that was never refreshed: DDP has made true replicas equal by then.
     """
-    for work, _, ranks in broken:
-        if work.state.counter("refreshes") == 0:
+    for mat, _, ranks in broken:
+        if mat.state.counter("refreshes") == 0:
             raise ValueError(
-                f"{work.matrix.name}: ranks {ranks} hold different weights under this name before its first refresh. "
+                f"{mat.matrix.name}: ranks {ranks} hold different weights under this name before its first refresh. "
                 "If they are replicas, broadcast rank 0's first, as DDP does; if only some ranks hold replicas, pass "
                 "process_group= those. Tensor and expert parallelism with ordinary tensors are not supported."
             )
-    for work, tile, ranks in broken:
+    for mat, tile, ranks in broken:
         send: list[list[Tensor]] = [[] for _ in range(runtime.ranks.size)]
         recv: list[list[Tensor]] = [[] for _ in range(runtime.ranks.size)]
         if runtime.ranks.rank == ranks[0]:
             for other in ranks[1:]:
-                send[other] += _bits(work, tile)
+                send[other] += _bits(mat, tile)
         elif runtime.ranks.rank in ranks:
-            recv[ranks[0]] += _bits(work, tile)
-        all_to_all(runtime.ranks, send, recv, torch.empty(0, dtype=work.weight_dtype, device=work.device))
+            recv[ranks[0]] += _bits(mat, tile)
+        all_to_all(runtime.ranks, send, recv, torch.empty(0, dtype=mat.weight_dtype, device=mat.device))
         if runtime.ranks.rank == 0:
             notice(
-                f"{work.matrix.name}: the replicas on ranks {ranks} had different weights; all now have "
+                f"{mat.matrix.name}: the replicas on ranks {ranks} had different weights; all now have "
                 f"rank {ranks[0]}'s. "
                 "Something outside the optimizer changed one of them, or gradients were not averaged."
             )
 
 
-def _bits(work: LocalMatrix, tile: Tile) -> list[Tensor]:
+def _bits(mat: LocalMatrix, tile: Tile) -> list[Tensor]:
     """The weights of a tile and, as if they were of their dtype, which all backends send, their remainders."""
-    remainders, weight = remainders_of(work), work.local_weight(tile)
-    return [weight] if remainders is None else [weight, remainders[work.tiles.index(tile)].view(weight.dtype)]
+    remainders, weight = remainders_of(mat), mat.local_weight(tile)
+    return [weight] if remainders is None else [weight, remainders[mat.tiles.index(tile)].view(weight.dtype)]
 
 
-def replicated(runtime: Runtime, works: Sequence[LocalMatrix]) -> list[tuple[LocalMatrix, Tile, tuple[int, ...]]]:
+def replicated(runtime: Runtime, mats: Sequence[LocalMatrix]) -> list[tuple[LocalMatrix, Tile, tuple[int, ...]]]:
     """Every tile that more than one rank holds, with those ranks."""
-    return [(work, tile, ranks) for work in works for tile, ranks in work.matrix.held.items() if len(ranks) > 1]
+    return [(mat, tile, ranks) for mat in mats for tile, ranks in mat.matrix.held.items() if len(ranks) > 1]
 
 
 def fingerprint(weight: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class Site:
     """Where a parameter lies on this rank, found once: its part, and each of its matrices with this rank's tiles.
 
     ``direct``: its own tensor is the one tile of its one matrix. ``rows``: of its states among all counters.
-    ``works`` and ``regular`` are kept from call to call; the rest is what they were made for.
+    ``mats`` and ``regular`` are kept from call to call; the rest is what they were made for.
     """
 
     part: LocalShard
@@ -59,7 +59,7 @@ class Site:
     direct: bool
     prefixes: list[str]
     rows: list[int]
-    works: list[LocalMatrix] = field(default_factory=list)
+    mats: list[LocalMatrix] = field(default_factory=list)
     regular: LocalParameter | None = None
     store: dict[str, Tensor] | None = None
     config: FrugalConfig | None = None
@@ -277,26 +277,26 @@ class LocalMatrix:
         return refreshed_at < 0 or (updates - shift) // gap > (refreshed_at - shift) // gap
 
 
-def same_slots(work: LocalMatrix) -> bool:
+def same_slots(mat: LocalMatrix) -> bool:
     """Whether a rank keeps the same slots of R whatever is selected: columns stored at full width, rows at full height.
 
     Otherwise how many selected entries a rank holds changes from refresh to refresh.
     """
-    chosen, whole = PROJECTIONS[work.config.projection], (work.matrix.rows, work.matrix.cols)
+    chosen, whole = PROJECTIONS[mat.config.projection], (mat.matrix.rows, mat.matrix.cols)
     if chosen.family == "blocks":
         return False
-    tiles = [tile for rank in work.matrix.storage for tile in rank]
-    return all((tile.height, tile.width)[dim] == whole[dim] for dim in chosen.lines(work.side) for tile in tiles)
+    tiles = [tile for rank in mat.matrix.storage for tile in rank]
+    return all((tile.height, tile.width)[dim] == whole[dim] for dim in chosen.lines(mat.side) for tile in tiles)
 
 
-def free_dim_of(work: LocalMatrix) -> int | None:
+def free_dim_of(mat: LocalMatrix) -> int | None:
     """The dim along which a selection is the same everywhere, and replicas share it: rows of selected columns, columns
     of selected rows, the longer side of blocks. None: there is none.
     """
-    chosen = PROJECTIONS[work.config.projection]
+    chosen = PROJECTIONS[mat.config.projection]
     if chosen.family == "blocks":
-        return whole_block(work.matrix.rows, work.matrix.cols).free_dim
-    lines = tuple(chosen.lines(work.side))
+        return whole_block(mat.matrix.rows, mat.matrix.cols).free_dim
+    lines = tuple(chosen.lines(mat.side))
     return 1 - lines[0] if len(lines) == 1 else None
 
 
@@ -359,83 +359,83 @@ class LocalSelection:
         return shares_of(self.pieces)
 
 
-def basis_route(runtime: Runtime, work: LocalMatrix) -> RedistributionPlan:
+def basis_route(runtime: Runtime, mat: LocalMatrix) -> RedistributionPlan:
     """Where a basis matrix computes; the same answer on every rank, and for the whole run: the state lies there."""
-    if work.matrix.index not in runtime.routes:
-        runtime.routes[work.matrix.index] = route_to(runtime, work, basis_layout(runtime, work))
-    return runtime.routes[work.matrix.index]
+    if mat.matrix.index not in runtime.routes:
+        runtime.routes[mat.matrix.index] = route_to(runtime, mat, basis_layout(runtime, mat))
+    return runtime.routes[mat.matrix.index]
 
 
-def basis_layout(runtime: Runtime, work: LocalMatrix, choice: str | None = None) -> Layout:
+def basis_layout(runtime: Runtime, mat: LocalMatrix, choice: str | None = None) -> Layout:
     """The compute layout for the present density; ``choice`` overrides the configured one, but not the rules' needs."""
     return compute_layout(
-        work.matrix.storage,
-        work.matrix.rows,
-        work.matrix.cols,
-        work.side,
-        work.size,
-        work.matrix.index,
-        work.matrix.owner,
-        "whole" if work.config.undivided else choice or work.config.compute_layout,
+        mat.matrix.storage,
+        mat.matrix.rows,
+        mat.matrix.cols,
+        mat.side,
+        mat.size,
+        mat.matrix.index,
+        mat.matrix.owner,
+        "whole" if mat.config.undivided else choice or mat.config.compute_layout,
         runtime.shard_replicas,
-        work.numbered,
+        mat.numbered,
     )
 
 
-def part_of(runtime: Runtime, work: LocalMatrix) -> Part:
+def part_of(runtime: Runtime, mat: LocalMatrix) -> Part:
     """How the compute tiles of a basis matrix lie in it; the same on every rank."""
-    divided = basis_route(runtime, work).divided
-    return Part((work.matrix.rows, work.matrix.cols), work.side, FREE_DIM[work.side] if divided else None)
+    divided = basis_route(runtime, mat).divided
+    return Part((mat.matrix.rows, mat.matrix.cols), mat.side, FREE_DIM[mat.side] if divided else None)
 
 
-def sums_of(runtime: Runtime, work: LocalMatrix) -> tuple[int, ...]:
+def sums_of(runtime: Runtime, mat: LocalMatrix) -> tuple[int, ...]:
     """How many numbers all ranks add up at a step of this matrix, one time after the other: nothing, if no norm runs
     across what is cut.
     """
-    if work.family != "basis" or work.empty or runtime.ranks.alone or not work.config.by_lines:
+    if mat.family != "basis" or mat.empty or runtime.ranks.alone or not mat.config.by_lines:
         return ()
-    if work.state.counter("refreshes") == 0:
+    if mat.state.counter("refreshes") == 0:
         return ()
-    return sums_asked(work.config.treatment, part_of(runtime, work), work.state.counter("size"))
+    return sums_asked(mat.config.treatment, part_of(runtime, mat), mat.state.counter("size"))
 
 
-def route_to(runtime: Runtime, work: LocalMatrix, layout: Layout) -> RedistributionPlan:
+def route_to(runtime: Runtime, mat: LocalMatrix, layout: Layout) -> RedistributionPlan:
     """This rank's route from storage to a compute layout."""
-    return Redistribution(work.matrix.storage, layout).route(runtime.ranks.rank, work.matrix.index)
+    return Redistribution(mat.matrix.storage, layout).route(runtime.ranks.rank, mat.matrix.index)
 
 
-def whole_selection(work: LocalMatrix, refresh: int, size: int) -> Selection:
+def whole_selection(mat: LocalMatrix, refresh: int, size: int) -> Selection:
     """The state-full entries of the whole matrix after refresh number ``refresh`` (0 first)."""
-    matrix, config = work.matrix, work.config
+    matrix, config = mat.matrix, mat.config
     if PROJECTIONS[config.projection].family == "blocks":  # also at density 0, where earlier refreshes had active ones
         active = matrix.block in active_blocks(config, matrix.blocks, refresh, size)
         return whole_block(matrix.rows, matrix.cols) if active else NOTHING
     return draw_selection(config, matrix.name, matrix.rows, matrix.cols, refresh, size)
 
 
-def local_selection(runtime: Runtime, work: LocalMatrix) -> LocalSelection:
+def local_selection(runtime: Runtime, mat: LocalMatrix) -> LocalSelection:
     """The selection of a coordinate or block projection since its last refresh, cut for this rank; drawn once."""
-    refreshes, size = work.state.counter("refreshes"), work.state.counter("size")
-    known = runtime.cuts.get(work.matrix.index)
-    key = (refreshes, size, work.device)
+    refreshes, size = mat.state.counter("refreshes"), mat.state.counter("size")
+    known = runtime.cuts.get(mat.matrix.index)
+    key = (refreshes, size, mat.device)
     if known is None or known.key != key:
-        selection = whole_selection(work, refreshes - 1, size) if refreshes else NOTHING
-        pieces = cut_selection(runtime, work, selection, runtime.ranks.rank)
+        selection = whole_selection(mat, refreshes - 1, size) if refreshes else NOTHING
+        pieces = cut_selection(runtime, mat, selection, runtime.ranks.rank)
         known = LocalSelection(key, pieces, selection is NOTHING)
-        runtime.cuts[work.matrix.index] = known
+        runtime.cuts[mat.matrix.index] = known
     return known
 
 
-def cut_selection(runtime: Runtime, work: LocalMatrix, selection: Selection, rank: int) -> list[CoordinatePiece]:
+def cut_selection(runtime: Runtime, mat: LocalMatrix, selection: Selection, rank: int) -> list[CoordinatePiece]:
     """The pieces of a selection on ``rank``: one per storage tile, shared evenly among the tile's holders."""
-    pieces, blocky = [], work.config.form.blocky
-    for tile in work.matrix.storage[rank]:
-        ranks = work.matrix.held[tile] if runtime.shard_replicas else (rank,)
+    pieces, blocky = [], mat.config.form.blocky
+    for tile in mat.matrix.storage[rank]:
+        ranks = mat.matrix.held[tile] if runtime.shard_replicas else (rank,)
         local = selection.local(tile)
         shape = local.shape(tile.height, tile.width)
-        bounds = split_evenly(shape[local.free_dim], len(ranks), work.matrix.index)
+        bounds = split_evenly(shape[local.free_dim], len(ranks), mat.matrix.index)
         start = selection.begin(tile) if blocky else 0
-        pieces.append(CoordinatePiece(tile, local.to(work.device), shape, ranks, tuple(bounds), rank, start))
+        pieces.append(CoordinatePiece(tile, local.to(mat.device), shape, ranks, tuple(bounds), rank, start))
     return pieces
 
 
@@ -444,18 +444,18 @@ def shares_of(pieces: Sequence[CoordinatePiece]) -> list[Extent]:
     return [piece.share(piece.rank) for piece in pieces]
 
 
-def basis_extents(work: LocalMatrix, plan: RedistributionPlan, r: int) -> list[Extent]:
+def basis_extents(mat: LocalMatrix, plan: RedistributionPlan, r: int) -> list[Extent]:
     """R on each compute tile of this rank."""
-    return tile_extents(work.side, plan.tiles, r)
+    return tile_extents(mat.side, plan.tiles, r)
 
 
-def basis_moments(runtime: Runtime, work: LocalMatrix, plan: RedistributionPlan) -> list[tuple[Tensor, ...]]:
+def basis_moments(runtime: Runtime, mat: LocalMatrix, plan: RedistributionPlan) -> list[tuple[Tensor, ...]]:
     """The moments on each compute tile of this rank."""
-    index, r = work.matrix.index, work.state.counts["size"]
+    index, r = mat.matrix.index, mat.state.counts["size"]
     known = runtime.extents.get(index)
     if known is None or known[0] != r or known[1] is not plan:
-        known = runtime.extents[index] = r, plan, basis_extents(work, plan, r)
-    return work.state.moments(work.config, known[2])
+        known = runtime.extents[index] = r, plan, basis_extents(mat, plan, r)
+    return mat.state.moments(mat.config, known[2])
 
 
 def tile_extents(side: str, tiles: Tiles, r: int) -> list[Extent]:
@@ -470,11 +470,11 @@ _TILE_EXTENT: dict[str, Callable[[Tile, int], Extent]] = {
 }
 
 
-def extents_of(runtime: Runtime, work: LocalMatrix) -> list[Extent]:
+def extents_of(runtime: Runtime, mat: LocalMatrix) -> list[Extent]:
     """R on this rank since the last refresh, of which there was one."""
-    if work.family == "basis" and not work.empty:
-        return basis_extents(work, basis_route(runtime, work), work.state.counter("size"))
-    return local_selection(runtime, work).extents
+    if mat.family == "basis" and not mat.empty:
+        return basis_extents(mat, basis_route(runtime, mat), mat.state.counter("size"))
+    return local_selection(runtime, mat).extents
 
 
 def regular_extents(one: LocalParameter) -> list[Extent]:

@@ -86,8 +86,8 @@ def test_refresh_keeps_the_weights_and_starts_with_a_fresh_subspace(what: str, t
         loaded = held.full()
         for grads in steps:
             held.step(grads)
-        _, load = held.optimizer.everything()
-        return loaded, held.full(), [work.state.counter("updates") for work in load.works]
+        _, inputs = held.optimizer.everything()
+        return loaded, held.full(), [mat.state.counter("updates") for mat in inputs.mats]
 
     with pytest.warns(UserWarning, match="start with fresh state: .*" + re.escape(listed[0])):
         found = run_ranks(PLACE.ranks, body)

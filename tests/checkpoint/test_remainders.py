@@ -163,8 +163,8 @@ def test_replicas_whose_remainders_differ_are_made_equal() -> None:
                         if key.endswith("remainder") and value.dim() == 2:
                             value.zero_()
             held.step(gradient(step, torch.bfloat16))
-        _, load = held.optimizer.everything()
-        return [joined(work.weights[0], work.state.store[work.state.prefix + "remainder"]) for work in load.works]
+        _, inputs = held.optimizer.everything()
+        return [joined(mat.weights[0], mat.state.store[mat.state.prefix + "remainder"]) for mat in inputs.mats]
 
     with pytest.warns(UserWarning, match="the replicas on ranks .* had different weights"):
         first, *others = run_ranks(place.ranks, body)

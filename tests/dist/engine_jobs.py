@@ -231,8 +231,8 @@ def mixed_precision(job: Job) -> tuple[float, set[torch.dtype]]:
     got = {name: _whole(param) for name, param in model.named_parameters()}
     off = sum(float((got[n] - want[n]).square().sum()) for n in want) ** 0.5
     moved = sum(float((want[n] - start[n]).square().sum()) for n in want) ** 0.5
-    _, load = optimizer.everything()
-    dtypes = {work.weight_dtype for work in load.works} | {work.dtype for work in load.works}
+    _, inputs = optimizer.everything()
+    dtypes = {mat.weight_dtype for mat in inputs.mats} | {mat.dtype for mat in inputs.mats}
     return off / moved, dtypes
 
 

@@ -51,8 +51,8 @@ def test_an_example_trains_and_its_checkpoint_loads_on_one_process(number: int, 
     optimizer = Frugal(split_parameters(model), lr=1e-3, process_group=None)
     checkpoint.load(tmp_path / ("by_hand", "accelerate", "trainer/frugal")[number], model, optimizer)
     assert all(not (old == new).all() for old, new in zip(before, model.parameters(), strict=True))
-    _, load = optimizer.everything()
-    assert {work.state.counter("updates") for work in load.works} == {3}
+    _, inputs = optimizer.everything()
+    assert {mat.state.counter("updates") for mat in inputs.mats} == {3}
 
 
 MIXTRAL = """

@@ -26,11 +26,11 @@ def elements(build: object, case: Case) -> dict[str, int]:
     held = build(weights(), case.groups(), case.options)  # type: ignore[operator]
     for grads in gradients()[: GAP + 1]:
         held.step(grads)
-    _, load = held.optimizer.everything()
+    _, inputs = held.optimizer.everything()
     found: dict[str, int] = {}
-    for work in load.works:
-        moments = [work.state.get(name) for name in ("exp_avg", "exp_avg_sq")]
-        name = work.matrix.name.split("[")[0]
+    for mat in inputs.mats:
+        moments = [mat.state.get(name) for name in ("exp_avg", "exp_avg_sq")]
+        name = mat.matrix.name.split("[")[0]
         found[name] = found.get(name, 0) + sum(moment.numel() for moment in moments if moment is not None)
     return found
 
@@ -101,8 +101,8 @@ def test_a_basis_is_kept_by_those_who_use_it() -> None:
     def bases(rank: int) -> list[bool]:
         held = LAYOUTS["Shard(0)"](weights(), case.groups(), case.options)
         held.step(gradients()[0])
-        _, load = held.optimizer.everything()
-        return [work.state.get("basis") is not None for work in load.works]
+        _, inputs = held.optimizer.everything()
+        return [mat.state.get("basis") is not None for mat in inputs.mats]
 
     for holders in zip(*run_ranks(RANKS, bases), strict=True):
         assert sum(holders) == 1

@@ -68,17 +68,16 @@ def step(named: dict[str, nn.Parameter], optimizer: Frugal, number: int) -> None
 
 def exact(named: dict[str, nn.Parameter], optimizer: Frugal) -> dict[str, Tensor]:
     """The weights with their remainders."""
-    _, load = optimizer.everything()
+    _, inputs = optimizer.everything()
     found = {
-        work.matrix.name: joined(work.weights[0], work.state.store[work.state.prefix + "remainder"])
-        for work in load.works
+        mat.matrix.name: joined(mat.weights[0], mat.state.store[mat.state.prefix + "remainder"]) for mat in inputs.mats
     }
     stacked = {
         name: torch.stack([found[f"{name}[{k}]"] for k in range(shape[0])])
         for name, shape in SHAPES.items()
         if name in PROJECTED and len(shape) == 3
     }
-    regular = {one.name: joined(one.weight, one.state.store["remainder"]) for one in load.regular}
+    regular = {one.name: joined(one.weight, one.state.store["remainder"]) for one in inputs.regular}
     return {**found, **stacked, **regular}
 
 
