@@ -281,7 +281,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _data_reviews(options: argparse.Namespace) -> int:
-    from frugal_dist.training.data.corpora import write_reviews
+    from frugal_dist.training.data.demo_texts import write_reviews
 
     print(write_reviews(options.out))
     return 0
@@ -305,7 +305,7 @@ def _data_prepare(options: argparse.Namespace) -> int:
 
 
 def _demo_prepare(options: argparse.Namespace) -> int:
-    from frugal_dist.training.data.corpora import prepare_demo
+    from frugal_dist.training.data.demo_texts import prepare_demo
 
     prepare_demo(options.data, source=options.source, vocab_size=options.vocab_size)
     return 0
@@ -343,7 +343,7 @@ def _recipe_check(options: argparse.Namespace) -> int:
 
 
 def _runs(options: argparse.Namespace) -> int:
-    from frugal_dist.training.runs import list_runs
+    from frugal_dist.training.run_table import list_runs
 
     print(list_runs(options.folders, options.json))
     return 0

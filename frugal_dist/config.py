@@ -14,8 +14,8 @@ from frugal_dist.projection.products import MATMULS
 from frugal_dist.projection.registry import PROJECTIONS, family, options_of_others
 from frugal_dist.projection.shapes import SIDE_CHOICES
 from frugal_dist.projection.svd import METHODS as SVD_METHODS
-from frugal_dist.update.forms import FORMS, SMALL, Form
 from frugal_dist.update.lines import COMBINES, Treatment
+from frugal_dist.update.moment_storage import FORMS, SMALL, Form
 from frugal_dist.update.rules import STATE_FREE, STATE_FULL
 
 NOW, REFRESH, NEVER = "now", "refresh", "never"

@@ -48,7 +48,7 @@ from frugal_dist.step.runtime import (
     whole_selection,
 )
 from frugal_dist.step.state import BESIDE_MOMENTS, COUNTERS, FREE, MatrixState
-from frugal_dist.update.forms import Shape
+from frugal_dist.update.moment_storage import Shape
 from frugal_dist.update.remainder import REMAINDER, keeps_remainders
 from frugal_dist.update.rules import every_key
 

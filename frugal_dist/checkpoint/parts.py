@@ -38,7 +38,7 @@ from frugal_dist.step.runtime import (
     whole_selection,
 )
 from frugal_dist.step.state import KEPT, MatrixState
-from frugal_dist.update.forms import Extent, cut
+from frugal_dist.update.moment_storage import Extent, cut
 from frugal_dist.update.remainder import REMAINDER
 
 WEIGHT = "weight/"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from frugal_dist import checkpoint, engines
-from frugal_dist.checkpoint.beside import load_beside, save_beside, stands_in
+from frugal_dist.checkpoint.portable_copy import load_beside, save_beside, stands_in
 from frugal_dist.engines import hooks
 
 

@@ -24,8 +24,8 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from frugal_dist import checkpoint, engines
-from frugal_dist.checkpoint.beside import FOLDER, is_beside, load_beside, save_beside, stands_in
 from frugal_dist.checkpoint.extra import load_schedule
+from frugal_dist.checkpoint.portable_copy import FOLDER, is_beside, load_beside, save_beside, stands_in
 from frugal_dist.config import FrugalConfig
 from frugal_dist.engines import hooks
 from frugal_dist.optimizer import Frugal

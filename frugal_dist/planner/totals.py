@@ -23,7 +23,7 @@ from frugal_dist.step.runtime import (
     whole_selection,
 )
 from frugal_dist.step.state import COUNTERS, FREE, MatrixState
-from frugal_dist.update.forms import Extent, entry_bytes
+from frugal_dist.update.moment_storage import Extent, entry_bytes
 from frugal_dist.update.remainder import keeps_remainders
 from frugal_dist.update.rules import STATE_FULL
 

@@ -31,7 +31,7 @@ from frugal_dist.step.state import MatrixState, bring_counters_home
 from frugal_dist.update.eightbit import Packed
 from frugal_dist.update.local import update_regular
 from frugal_dist.update.remainder import REMAINDER, joined, keeps_remainders, split_
-from frugal_dist.update.rounding import round_stochastically_, rounds_stochastically, row_starts
+from frugal_dist.update.stochastic_rounding import round_stochastically_, rounds_stochastically, row_starts
 
 State = MutableMapping[Tensor, dict[str, Tensor]]
 SLICE = 1 << 24

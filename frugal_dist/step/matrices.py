@@ -39,7 +39,7 @@ from frugal_dist.update.local import (
     step_tiles,
 )
 from frugal_dist.update.remainder import joined, keeps_remainders, split_
-from frugal_dist.update.rounding import keys_of, round_stochastically_, rounds_stochastically, row_starts
+from frugal_dist.update.stochastic_rounding import keys_of, round_stochastically_, rounds_stochastically, row_starts
 
 Lists = list[list[Tensor]]
 WIDE = 1 << 21

@@ -24,7 +24,7 @@ from frugal_dist.step.runtime import (
     shares_of,
     whole_selection,
 )
-from frugal_dist.update.forms import cut
+from frugal_dist.update.moment_storage import cut
 from frugal_dist.update.rules import STATE_FULL
 
 

@@ -25,8 +25,8 @@ from frugal_dist.sharding.table import Matrix, Table
 from frugal_dist.sharding.tile import Layout, Tile, Tiles, split_evenly
 from frugal_dist.step.state import Counters, MatrixState
 from frugal_dist.step.statistics import RefreshStats
-from frugal_dist.update.forms import Extent, Shape
 from frugal_dist.update.lines import Part, sums_asked
+from frugal_dist.update.moment_storage import Extent, Shape
 from frugal_dist.update.remainder import REMAINDER, keeps_remainders
 from frugal_dist.update.rules import STATE_FULL
 

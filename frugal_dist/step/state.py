@@ -14,7 +14,7 @@ from torch import Tensor
 from frugal_dist.config import FrugalConfig
 from frugal_dist.projection.basis import Basis
 from frugal_dist.update.eightbit import CODE
-from frugal_dist.update.forms import FORMS, SCALE, Extent, Shape, cut
+from frugal_dist.update.moment_storage import FORMS, SCALE, Extent, Shape, cut
 from frugal_dist.update.remainder import REMAINDER
 from frugal_dist.update.rules import STATE_FULL, every_key, every_moment
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from frugal_dist.update.adamw import ADAMW
 from frugal_dist.update.definition import StateFree, StateFull
-from frugal_dist.update.forms import SCALE
 from frugal_dist.update.lines import NORMALIZED, NORMALIZED_COLUMNS, RACS, SCALED, SINKHORN, SOFTSIGN
 from frugal_dist.update.matrices import MUON, NORMALIZED_MOMENTUM
+from frugal_dist.update.moment_storage import SCALE
 from frugal_dist.update.momentum import LION, SGDM
 from frugal_dist.update.state_free import NONE, SGD, SIGN
 

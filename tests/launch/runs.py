@@ -54,7 +54,7 @@ class Workshop:
     """A folder with recipe, data and model, in which runs are made."""
 
     def __init__(self, folder: Path) -> None:
-        from frugal_dist.training.data.corpora import prepare_demo
+        from frugal_dist.training.data.demo_texts import prepare_demo
 
         self.folder = folder
         self.recipe = folder / "recipe.yaml"

@@ -6,7 +6,7 @@ import gzip
 import json
 from pathlib import Path
 
-from frugal_dist.training.data.corpora import demo_corpus
+from frugal_dist.training.data.demo_texts import demo_corpus
 from frugal_dist.training.data.tokenizer import train_tokenizer
 
 _LENGTHS = (1500, 40, 700, 90, 15)  # in five different shards: ranks have different numbers of real tokens

@@ -23,7 +23,7 @@ from frugal_dist.training.card import recipe_in
 from frugal_dist.training.distributed.run_lock import LOCK_FILE, own_holder
 from frugal_dist.training.metrics.record import METRICS_FILE, PROMETHEUS_FILE, end_of, read_metrics
 from frugal_dist.training.recipe import Recipe, kind_of, read_recipe, shipped
-from frugal_dist.training.runs import look
+from frugal_dist.training.run_table import look
 
 MODEL = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe, its data and its model."""
-    from frugal_dist.training.data.corpora import prepare_demo
+    from frugal_dist.training.data.demo_texts import prepare_demo
 
     found = tmp_path_factory.mktemp("commands")
     prepare_demo(found / "data", source="topics", vocab_size=512)

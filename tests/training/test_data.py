@@ -27,7 +27,7 @@ import corpora
 
 from frugal_dist.cli import main
 from frugal_dist.training.data.batches import IGNORED, DocumentRows, TokenRows, cut_or_padded
-from frugal_dist.training.data.hub_and_files import hub_dataset, open_documents
+from frugal_dist.training.data.c4_and_hub import hub_dataset, open_documents
 from frugal_dist.training.data.local_or_hub import nearby
 from frugal_dist.training.data.prepare import Preparation, prepare
 from frugal_dist.training.data.prepared import open_prepared

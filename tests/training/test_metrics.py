@@ -40,7 +40,7 @@ pytestmark = pytest.mark.timeout(300)
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps of a small model in a process of its own, watched by both trackers; W&B offline."""
-    from frugal_dist.training.data.corpora import prepare_demo
+    from frugal_dist.training.data.demo_texts import prepare_demo
 
     pytest.importorskip("tensorboard")
     pytest.importorskip("wandb")

@@ -14,7 +14,7 @@ pytest.importorskip("jsonargparse")
 pytest.importorskip("transformers")
 
 from frugal_dist.cli import main
-from frugal_dist.training.data.corpora import prepare_demo
+from frugal_dist.training.data.demo_texts import prepare_demo
 from frugal_dist.training.metrics.record import of_kind, read_metrics
 from frugal_dist.training.models import build_model, check_positions
 from frugal_dist.training.pretrain import pretrain

@@ -62,7 +62,7 @@ pytestmark = pytest.mark.timeout(600)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe, its data and its model."""
-    from frugal_dist.training.data.corpora import prepare_demo
+    from frugal_dist.training.data.demo_texts import prepare_demo
 
     found = tmp_path_factory.mktemp("pretrain")
     prepare_demo(found / "data", source="topics", vocab_size=512)

@@ -207,7 +207,7 @@ def test_the_program_in_bf16() -> None:
 def test_slices_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for size in (1 << 20, 700):
-        monkeypatch.setattr("frugal_dist.update.forms.SLICE", size)
+        monkeypatch.setattr("frugal_dist.update.moment_storage.SLICE", size)
         monkeypatch.setattr("frugal_dist.step.inputs.SLICE", size)
         optimizer, named = built()
         for param in named.values():

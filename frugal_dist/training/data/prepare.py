@@ -33,8 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from frugal_dist.checkpoint.disk import whole_file
-from frugal_dist.training.data.hub_and_files import Documents, open_documents
-from frugal_dist.training.data.local import MEND, find_damage
+from frugal_dist.training.data.c4_and_hub import Documents, open_documents
 from frugal_dist.training.data.local_or_hub import settle_source
 from frugal_dist.training.data.prepared import (
     FORMAT,
@@ -44,6 +43,7 @@ from frugal_dist.training.data.prepared import (
     token_type,
     write_description,
 )
+from frugal_dist.training.data.text_files import MEND, find_damage
 from frugal_dist.training.data.tokenizer import SEPARATOR, Encoder, read_encoder, train_tokenizer
 from frugal_dist.training.recipe import Data
 

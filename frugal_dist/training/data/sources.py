@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from frugal_dist.training.data.batches import Batches, DocumentRows, SequenceRows, Source, TokenRows, Tokens
-from frugal_dist.training.data.hub_and_files import open_documents
+from frugal_dist.training.data.c4_and_hub import open_documents
 from frugal_dist.training.data.prepared import PreparedData, check_tokens, open_prepared
 from frugal_dist.training.data.streams import LANES, Reading, Stream, check_enough, choose_lanes, first_rows
 from frugal_dist.training.data.tokenizer import Encoder, read_encoder

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from frugal_dist.training.data.batches import IGNORED, MemoryRows, Row, cut_or_padded
-from frugal_dist.training.data.hub_and_files import Documents
+from frugal_dist.training.data.c4_and_hub import Documents
 from frugal_dist.training.data.tokenizer import Encoder
 
 LANES = 8  # at most, where neither the recipe nor a checkpoint says how many

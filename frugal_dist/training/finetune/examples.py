@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from frugal_dist.training.data.hub_and_files import hub_dataset, short
-from frugal_dist.training.data.local import check_files
+from frugal_dist.training.data.c4_and_hub import hub_dataset, short
+from frugal_dist.training.data.text_files import check_files
 from frugal_dist.training.finetune.glue import TASKS
 from frugal_dist.training.finetune.recipe import LabelledData
 

@@ -24,7 +24,7 @@ class Noise(NamedTuple):
 
 class TileUpdate(NamedTuple):
     """One tile and its step; ``weight`` and ``grad`` are 2-D, all is on one device. ``moments`` are of R's shape, in
-    their form (``update.forms``).
+    their form (``update.moment_storage``).
 
     ``selection``: the state-full entries of a coordinate or block projection, None: there are none in the whole matrix.
     ``noise``: None for weights that are rounded to the nearest. ``basis``: of a basis projection, with its ``side`` and

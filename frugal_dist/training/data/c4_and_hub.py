@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from frugal_dist.training.data.local import (
+from frugal_dist.training.data.local_or_hub import OFFLINE, settle_source
+from frugal_dist.training.data.text_files import (
     MEND,
     check_files,
     common_kind,
@@ -19,7 +20,6 @@ from frugal_dist.training.data.local import (
     no_text,
     texts_of,
 )
-from frugal_dist.training.data.local_or_hub import OFFLINE, settle_source
 from frugal_dist.training.recipe import Data
 
 C4 = "allenai/c4"

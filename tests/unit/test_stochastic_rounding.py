@@ -8,7 +8,7 @@ from torch import Tensor
 
 from frugal_dist import Frugal
 from frugal_dist.step import inputs
-from frugal_dist.update.rounding import random_bits, round_stochastically_, row_starts
+from frugal_dist.update.stochastic_rounding import random_bits, round_stochastically_, row_starts
 
 KEY = {"seed": 3, "name": "w", "step": 5}
 
