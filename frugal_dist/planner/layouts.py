@@ -73,26 +73,26 @@ def _whole(originals: Sequence[ParamSpec], rank: int, ranks: int) -> Parts:
 
 def _rows(originals: Sequence[ParamSpec], rank: int, ranks: int) -> Parts:
     """FSDP2 cuts dim 0 as torch.chunk does: equal parts, rounded up, the last ones short or empty."""
-    found: Parts = []
+    parts: Parts = []
     for original in originals:
         length = original.shape[0]
         share = -(-length // ranks)
         span = (min(rank * share, length), min((rank + 1) * share, length))
-        found.append(Box((span, *((0, size) for size in original.shape[1:]))))
-    return found
+        parts.append(Box((span, *((0, size) for size in original.shape[1:]))))
+    return parts
 
 
 def _flat_groups(originals: Sequence[ParamSpec], rank: int, ranks: int) -> Parts:
     """ZeRO-1/2 cut the concatenation of each group into equal intervals."""
     share = {group: _share(originals, group, ranks) for group in {original.group for original in originals}}
     offset = dict.fromkeys(share, 0)
-    found: Parts = []
+    parts: Parts = []
     for original in originals:
         size, group = prod(original.shape), original.group
         start = rank * share[group] - offset[group]
-        found.append(Interval(min(max(start, 0), size), min(max(start + share[group], 0), size)))
+        parts.append(Interval(min(max(start, 0), size), min(max(start + share[group], 0), size)))
         offset[group] += size
-    return found
+    return parts
 
 
 def _share(originals: Sequence[ParamSpec], group: int, ranks: int) -> int:
@@ -103,12 +103,12 @@ def _share(originals: Sequence[ParamSpec], group: int, ranks: int) -> int:
 
 def _flat_each(originals: Sequence[ParamSpec], rank: int, ranks: int) -> Parts:
     """ZeRO-3 cuts each parameter into equal intervals, rounded up."""
-    found: Parts = []
+    parts: Parts = []
     for original in originals:
         size = prod(original.shape)
         share = -(-size // ranks)
-        found.append(Interval(min(rank * share, size), min((rank + 1) * share, size)))
-    return found
+        parts.append(Interval(min(rank * share, size), min((rank + 1) * share, size)))
+    return parts
 
 
 ENGINES = {

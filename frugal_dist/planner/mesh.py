@@ -47,11 +47,11 @@ def read_sizes(name: str) -> MeshSizes | None:
     None if the name is no mesh of several axes; ValueError if it is a bad one.
     """
     factors = re.split(r"x(?=[a-z])", name)
-    found = [_FACTOR.fullmatch(factor) for factor in factors]
-    if not all(found) or re.fullmatch(r"fsdp2|hsdp(:\d+)?", name):
+    matches = [_FACTOR.fullmatch(factor) for factor in factors]
+    if not all(matches) or re.fullmatch(r"fsdp2|hsdp(:\d+)?", name):
         return None
     sizes: dict[str, list[int]] = {}
-    for match in found:
+    for match in matches:
         assert match is not None
         sizes[match[1]] = [int(number) for number in (match[2] or "").split("x") if number]
     shards = sizes.get("fsdp2", [])
@@ -78,7 +78,7 @@ def _one(name: str, sizes: list[int] | None) -> int:
 def mesh_parts(sizes: MeshSizes, originals: Sequence[ParamSpec], rank: int, ranks: int) -> list[LocalShard]:
     """Each rank's part: tensor and expert parallelism cut first, FSDP2 what they leave; ranks count row by row."""
     shard = rank // sizes.tensor % sizes.shards
-    found: list[LocalShard] = []
+    parts: list[LocalShard] = []
     for original in originals:
         cuts: list[tuple[int, int, int]] = []  # (dim, parts, which)
         stacked = len(original.shape) == 3 and sizes.experts > 1
@@ -90,8 +90,8 @@ def mesh_parts(sizes: MeshSizes, originals: Sequence[ParamSpec], rank: int, rank
             cuts = [(tensor, sizes.tensor, rank % sizes.tensor), (0, sizes.shards, shard)]
         else:
             cuts = [(0, sizes.shards, shard)]
-        found.append(_cut(original.shape, cuts))
-    return found
+        parts.append(_cut(original.shape, cuts))
+    return parts
 
 
 def tensor_dim(name: str, dims: int) -> int | None:

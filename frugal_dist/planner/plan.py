@@ -177,10 +177,10 @@ def make_plan(
     most = plan.states.index(max(plan.states))
     for rank in sorted({*shown, most}) if shown else range(ranks):
         runtime, inputs = begun(rank)
-        found = _rank_plan(runtime, inputs, units)
-        found.step_calls, found.step_sent = plan_step(runtime, inputs.mats, buckets)
-        found.refresh = plan_refresh(runtime, inputs.mats, common)
-        plan.ranked.append(found)
+        rank_plan = _rank_plan(runtime, inputs, units)
+        rank_plan.step_calls, rank_plan.step_sent = plan_step(runtime, inputs.mats, buckets)
+        rank_plan.refresh = plan_refresh(runtime, inputs.mats, common)
+        plan.ranked.append(rank_plan)
     return plan
 
 
@@ -263,25 +263,25 @@ def _rank_plan(runtime: Runtime, inputs: StepInputs, units: Sequence[Collection[
     """What the rank holds."""
     sizes = {runtime.originals[i].name: runtime.storage.tensors(i)[1].numel() for i in inputs.key}
     together = max((sum(sizes[name] for name in unit) for unit in units), default=sum(sizes.values()))
-    found = RankPlan(runtime.ranks.rank, parameters=sum(sizes.values()), gradients=together)
+    plan = RankPlan(runtime.ranks.rank, parameters=sum(sizes.values()), gradients=together)
     for one in inputs.regular:
         for name, size in _sizes(one.state):
             if name == REMAINDER:
-                found.remainders += size
+                plan.remainders += size
             else:
-                found.regular += size
+                plan.regular += size
     for mat in inputs.mats:
         for name, size in _sizes(mat.state):
             if name in BASES:
-                found.bases += size
+                plan.bases += size
             elif name in (*every_key(), *FREE):
-                found.moments += size
+                plan.moments += size
             elif name == REMAINDER:
-                found.remainders += size
+                plan.remainders += size
             else:
-                found.counters += size
-        found.selected += _selected(mat, runtime.ranks.rank)
-    return found
+                plan.counters += size
+        plan.selected += _selected(mat, runtime.ranks.rank)
+    return plan
 
 
 def _selected(mat: LocalMatrix, rank: int) -> int:

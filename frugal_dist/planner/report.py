@@ -161,7 +161,7 @@ def figures(
             "state_as_the_papers_count": one.papers,
         }
     busiest, refresher = _busiest(plan)
-    found: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "title": setting.title,
         "engine": plan.engine,
         "ranks": plan.ranks,
@@ -177,12 +177,12 @@ def figures(
         "matrices": dict(plan.layouts),
     }
     if REFERENCE in baselines:
-        found["verdict"] = _verdict(plan, baselines[REFERENCE], engine, setting)
+        summary["verdict"] = _verdict(plan, baselines[REFERENCE], engine, setting)
     if gpu is not None:
-        found["gpu"] = {"name": gpu, "bytes": int(GPUS[gpu]), "fits": _fits(memory["this"]["together"], gpu)}
-        found["gpu"]["advice"] = setting.advice
-        found["gpu"]["computes_in_it"] = not _lacks_bf16(gpu, setting)
-    return found
+        summary["gpu"] = {"name": gpu, "bytes": int(GPUS[gpu]), "fits": _fits(memory["this"]["together"], gpu)}
+        summary["gpu"]["advice"] = setting.advice
+        summary["gpu"]["computes_in_it"] = not _lacks_bf16(gpu, setting)
+    return summary
 
 
 def _verdict(plan: Plan, adamw: Plan, engine: EngineLayout, setting: Setting) -> str:

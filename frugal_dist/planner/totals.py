@@ -35,34 +35,34 @@ LOW = 2
 
 def state_of_ranks(runtime: Runtime, inputs: StepInputs, parts: Sequence[Sequence[LocalShard]]) -> list[int]:
     """Bytes of optimizer state on every rank after the first refresh. ``parts``: of each rank, by parameter."""
-    found = [0] * runtime.ranks.size
+    state_bytes = [0] * runtime.ranks.size
     for mat in inputs.mats:
         counters, kept = counter_bytes(mat.state), LOW * keeps_remainders(mat.config)
         for rank, held in enumerate(mat.matrix.sizes):
-            found[rank] += kept * held
+            state_bytes[rank] += kept * held
         for rank, size in enumerate(_bases(runtime, mat) if _has_basis(mat) else _coordinates(runtime, mat)):
-            found[rank] += counters + size
+            state_bytes[rank] += counters + size
     numbers = [i for i, original in enumerate(runtime.originals) if not original.projected]
     for i, one in zip(numbers, inputs.regular, strict=True):
         counters, dtype = counter_bytes(one.state), compute_dtype(one.weight.dtype)
         kept = LOW * keeps_remainders(one.config)
         for rank, mine in enumerate(parts):
             moments = _moments(one.config, part_extents(one.config, mine[i], one.shape), dtype)
-            found[rank] += counters + moments + kept * prod(mine[i].local_shape)
-    return found
+            state_bytes[rank] += counters + moments + kept * prod(mine[i].local_shape)
+    return state_bytes
 
 
 def papers_bytes(inputs: StepInputs) -> int:
     """State as the papers count it: the moments of the whole model, once; no bases, no counters."""
-    found = sum(_moments(one.config, [Extent(one.shape)]) for one in inputs.regular)
+    total = sum(_moments(one.config, [Extent(one.shape)]) for one in inputs.regular)
     for mat in inputs.mats:
         rows, cols = mat.matrix.rows, mat.matrix.cols
         if _has_basis(mat):
             extents = tile_extents(mat.side, whole(rows, cols), mat.size)
         else:
             extents = [Extent(_selection(mat).shape(rows, cols))]
-        found += _moments(mat.config, extents)
-    return found
+        total += _moments(mat.config, extents)
+    return total
 
 
 def _moments(config: FrugalConfig, extents: Sequence[Extent], dtype: torch.dtype = torch.float32) -> int:
@@ -92,7 +92,7 @@ def _bases(runtime: Runtime, mat: LocalMatrix) -> list[int]:
 
 def _coordinates(runtime: Runtime, mat: LocalMatrix) -> list[int]:
     """Moments of a matrix on every rank; those that hold the same tile share them, or each has all."""
-    found = [0] * runtime.ranks.size
+    moment_bytes = [0] * runtime.ranks.size
     selection = _selection(mat)
     for tile, ranks in mat.matrix.held.items():
         local = selection.local(tile)
@@ -102,8 +102,8 @@ def _coordinates(runtime: Runtime, mat: LocalMatrix) -> list[int]:
         bounds = shares if runtime.shard_replicas else [(0, shape[dim])] * len(ranks)
         piece = CoordinatePiece(tile, local, shape, ranks, tuple(bounds), ranks[0], begin)
         for rank in ranks:
-            found[rank] += _moments(mat.config, [piece.share(rank)], mat.dtype)
-    return found
+            moment_bytes[rank] += _moments(mat.config, [piece.share(rank)], mat.dtype)
+    return moment_bytes
 
 
 def _selection(mat: LocalMatrix) -> Selection:

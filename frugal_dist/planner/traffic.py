@@ -44,14 +44,14 @@ Calls = Sequence[Sequence[LocalMatrix]]
 
 def step_buckets(runtime: Runtime, calls: Calls) -> list[Bucket]:
     """The same on every rank."""
-    found = []
+    buckets = []
     for mats in calls:
         for bucket in matrices.buckets_of(runtime, [mat for mat in mats if matrices.travels(runtime, mat)]):
             padded = None
             if bucket[0].matrix.replicated:
                 padded = max(map(sum, zip(*(_shares(runtime, mat) for mat in bucket), strict=True)))
-            found.append(Bucket(tuple(mat.matrix.index for mat in bucket), padded))
-    return found
+            buckets.append(Bucket(tuple(mat.matrix.index for mat in bucket), padded))
+    return buckets
 
 
 def plan_step(runtime: Runtime, mats: Sequence[LocalMatrix], buckets: Sequence[Bucket]) -> tuple[Counter[str], int]:
@@ -147,49 +147,49 @@ def common_refresh(runtime: Runtime, calls: Calls) -> CommonRefresh:
         [decide.numbers_agreed(runtime, mats) for mats in calls],
         len(moving),
         moved or [0] * runtime.ranks.size,
-        *([[mat.matrix.index for mat in bucket] for bucket in found] for found in (computed, numbered)),
+        *([[mat.matrix.index for mat in bucket] for bucket in buckets] for buckets in (computed, numbered)),
     )
 
 
 def plan_refresh(runtime: Runtime, mats: Sequence[LocalMatrix], common: CommonRefresh) -> RefreshPlan:
     """That refresh on this rank."""
-    found = RefreshPlan()
+    plan = RefreshPlan()
     if runtime.ranks.alone:
-        return found
-    found.calls["all_reduce"] += sum(numbers > 0 for numbers in common.agreed)
-    found.calls["all_to_all"] += common.moves
-    found.sent += INTEGER * sum(common.agreed) + common.moved[runtime.ranks.rank]
+        return plan
+    plan.calls["all_reduce"] += sum(numbers > 0 for numbers in common.agreed)
+    plan.calls["all_to_all"] += common.moves
+    plan.sent += INTEGER * sum(common.agreed) + common.moved[runtime.ranks.rank]
     for bucket in common.buckets:
-        _plan_bucket(runtime, [mats[i] for i in bucket], found)
+        _plan_bucket(runtime, [mats[i] for i in bucket], plan)
     for bucket in common.numbered:
-        _plan_numbers(runtime, [mats[i] for i in bucket], found)
-    return found
+        _plan_numbers(runtime, [mats[i] for i in bucket], plan)
+    return plan
 
 
 NUMBER, ENERGY = 4, 8
 """Bytes of the number of a column, and of what it catches."""
 
 
-def _plan_numbers(runtime: Runtime, mats: Sequence[LocalMatrix], found: RefreshPlan) -> None:
+def _plan_numbers(runtime: Runtime, mats: Sequence[LocalMatrix], plan: RefreshPlan) -> None:
     """Gradients go to their compute tiles, as at a step; energies to the owners; numbers of columns to all."""
     rank, routes = runtime.ranks.rank, [basis_route(runtime, mat) for mat in mats]
-    found.calls["all_to_all"] += any(route.travels_in for route in routes)
-    found.sent += ITEM * sum(away(route.gradient_in, rank) for route in routes)
+    plan.calls["all_to_all"] += any(route.travels_in for route in routes)
+    plan.sent += ITEM * sum(away(route.gradient_in, rank) for route in routes)
     arriving = sum(_arriving(route.gradient_in, rank) for route in routes)
-    found.gathered = max(found.gathered, 2 * ITEM * arriving)  # packed, and unpacked
+    plan.gathered = max(plan.gathered, 2 * ITEM * arriving)  # packed, and unpacked
     told, travels = [0] * runtime.ranks.size, False
     for mat in mats:
         senders = column_refresh.senders_of(runtime, mat)
         travels = travels or senders != [mat.matrix.owner]
         if rank in senders and rank != mat.matrix.owner:
-            found.sent += ENERGY * sum(column_refresh.lengths_of(mat))
+            plan.sent += ENERGY * sum(column_refresh.lengths_of(mat))
         told[mat.matrix.owner] += sum(map(prod, mat.kept_shapes(mat.size).values()))
-    found.calls["all_to_all"] += travels
-    found.calls["all_gather"] += 1
-    found.sent += NUMBER * max(told) * (runtime.ranks.size - 1)
+    plan.calls["all_to_all"] += travels
+    plan.calls["all_gather"] += 1
+    plan.sent += NUMBER * max(told) * (runtime.ranks.size - 1)
 
 
-def _plan_bucket(runtime: Runtime, mats: Sequence[LocalMatrix], found: RefreshPlan) -> None:
+def _plan_bucket(runtime: Runtime, mats: Sequence[LocalMatrix], plan: RefreshPlan) -> None:
     """Gradients go to their owners, and the bases that these start from and lack; then bases to those who use them."""
     rank, gathered = runtime.ranks.rank, 0
     travels = False
@@ -197,21 +197,21 @@ def _plan_bucket(runtime: Runtime, mats: Sequence[LocalMatrix], found: RefreshPl
         matrix, elements = mat.matrix, _basis_elements(mat)
         if (source := basis_refresh.warm_source(runtime, mat)) is not None:
             travels = True
-            found.sent += ITEM * elements * (rank == source)
+            plan.sent += ITEM * elements * (rank == source)
             gathered += elements * ((rank == source) + 2 * (rank == matrix.owner))  # packed, and unpacked
         if owned(matrix.storage[matrix.owner], whole(matrix.rows, matrix.cols)[0]) is None:
             travels = True
             target = owner_layout(runtime.ranks.size, matrix.owner, matrix.rows, matrix.cols)
             legs = transfers_for(matrix.held, target, rank, matrix.index)
-            found.sent += ITEM * away(legs, rank)
+            plan.sent += ITEM * away(legs, rank)
             gathered += away(legs, rank) + _arriving(legs, rank)
             gathered += matrix.rows * matrix.cols * (rank == matrix.owner)
         if rank == matrix.owner:
             published = elements if basis_refresh.used_by_others(runtime, mat) else 0
-            found.sent += ITEM * (1 + published)  # 1: the status
-    found.calls["all_to_all"] += travels
-    found.calls["broadcast"] += len({mat.matrix.owner for mat in mats})
-    found.gathered = max(found.gathered, ITEM * gathered)
+            plan.sent += ITEM * (1 + published)  # 1: the status
+    plan.calls["all_to_all"] += travels
+    plan.calls["broadcast"] += len({mat.matrix.owner for mat in mats})
+    plan.gathered = max(plan.gathered, ITEM * gathered)
 
 
 def _arriving(legs: Iterable[Transfer], rank: int) -> int:
@@ -245,11 +245,11 @@ def moments_sent(runtime: Runtime, mat: LocalMatrix) -> list[int]:
 
 def _firsts(mat: LocalMatrix, size: int, alone: bool) -> list[int]:
     """For every rank the first one that holds the same: itself if it is ``alone`` with its moments."""
-    found = list(range(size))
+    firsts = list(range(size))
     for ranks in () if alone else mat.matrix.held.values():
         for rank in ranks:
-            found[rank] = ranks[0]
-    return found
+            firsts[rank] = ranks[0]
+    return firsts
 
 
 def _holder_of_each(runtime: Runtime, mat: LocalMatrix, selection: Selection) -> Tensor:
@@ -260,12 +260,12 @@ def _holder_of_each(runtime: Runtime, mat: LocalMatrix, selection: Selection) ->
     for number, tile in enumerate(held):
         where[tile.within(everything)] = number
     tiles = selection.take(where).reshape(-1)
-    found = torch.tensor([ranks[0] for ranks in held.values()], device="cpu")[tiles]
+    holders = torch.tensor([ranks[0] for ranks in held.values()], device="cpu")[tiles]
     if runtime.shard_replicas and matrix.copies > 1:
         for number, (tile, ranks) in enumerate(held.items()):
             (piece,) = (one for one in cut_selection(runtime, mat, selection, ranks[0]) if one.tile == tile)
-            found[tiles == number] = _sharers(piece)
-    return found
+            holders[tiles == number] = _sharers(piece)
+    return holders
 
 
 def _sharers(piece: CoordinatePiece) -> Tensor:
@@ -279,6 +279,6 @@ def _sharers(piece: CoordinatePiece) -> Tensor:
 def _by_entry(mat: LocalMatrix, selection: Selection, held: Tensor) -> Tensor:
     """``held`` of the entries of R, as that of all entries of the matrix; -1 for those that are not selected."""
     rows, cols = mat.matrix.rows, mat.matrix.cols
-    found = torch.full((rows, cols), -1, dtype=held.dtype, device="cpu")
-    selection.put_(found, held.view(selection.shape(rows, cols)))
-    return found.view(-1)
+    by_entry = torch.full((rows, cols), -1, dtype=held.dtype, device="cpu")
+    selection.put_(by_entry, held.view(selection.shape(rows, cols)))
+    return by_entry.view(-1)
