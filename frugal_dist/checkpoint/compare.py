@@ -63,25 +63,25 @@ def _some(title: str, names: list[str], describe: Callable[[str], str]) -> str:
 def _changed(runtime: Runtime, now: StepInputs, reader: Reader) -> Anew:
     same_draws = reader.index.draws == fingerprint_of_draws()
     frozen = {original.name for i, original in enumerate(runtime.originals) if runtime.storage.frozen(i)}
-    found: Anew = {}
+    changes: Anew = {}
     for mat in now.mats:
         name = mat.matrix.name
         entry = reader.index.matrices.get(name)
         if entry is None:
-            found[name] = [] if mat.frozen else ["not projected -> projected"]
+            changes[name] = [] if mat.frozen else ["not projected -> projected"]
             continue
         differences = _differences(entry["depends_on"], matrix_options(mat))
         if not same_draws and mat.family != "basis":
             differences.append("torch draws other random numbers than then")
         if differences:
-            found[name] = differences
+            changes[name] = differences
     for one in now.regular:
         entry = reader.index.regular.get(one.name)
         if entry is None:
-            found[one.name] = [] if one.name in frozen else ["not regular -> regular"]
+            changes[one.name] = [] if one.name in frozen else ["not regular -> regular"]
         elif differences := _differences(entry["depends_on"], regular_options(one)):
-            found[one.name] = differences
-    return found
+            changes[one.name] = differences
+    return changes
 
 
 def _differences(then: dict[str, Any], here: dict[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ State = dict[str, Any]
 
 def serialized(record: Mapping[str, Any]) -> bytes:
     """What goes into an extra file. CheckpointError, naming the key, if it could not be read back safely."""
-    found, problem = _safely_dumped(record)
+    dumped, problem = _safely_dumped(record)
     if problem:
         extra = record["extra"]
         culprits = [f"extra[{name!r}]" for name in extra if _safely_dumped(extra[name])[1]]
@@ -35,7 +35,7 @@ def serialized(record: Mapping[str, Any]) -> bytes:
             f"{where} cannot be saved: it must be numbers, text, tensors, or lists, tuples and dicts of them, so that "
             f"loading executes no code (torch.load with weights_only=True). {problem.splitlines()[0]}"
         )
-    return found
+    return dumped
 
 
 def _safely_dumped(value: Any) -> tuple[bytes, str]:
@@ -51,15 +51,15 @@ def read_extra(path: Path, identity: str) -> dict[str, Any]:
     """What ``serialized`` made. Executes nothing."""
     data = io.BytesIO(read_bytes(path))
     try:
-        found: Any = torch.load(data, map_location="cpu", weights_only=True)
+        record: Any = torch.load(data, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a broken archive
         raise DamagedError(f"{path} is damaged: it cannot be read: {error}") from error
-    if not isinstance(found, dict) or found.get("checkpoint") != identity:
+    if not isinstance(record, dict) or record.get("checkpoint") != identity:
         raise DamagedError(f"{path} belongs to another checkpoint than {path.parent / INDEX}.")
     for key in ("extra", "engine", "rng"):
-        if not isinstance(found.get(key), dict):
+        if not isinstance(record.get(key), dict):
             raise DamagedError(f"{path} is damaged: {key} is no table.")
-    return found
+    return record
 
 
 # --- random number generators that a training draws from, so that dropout continues exactly -------
@@ -67,14 +67,14 @@ def read_extra(path: Path, identity: str) -> dict[str, Any]:
 
 def rng_state() -> State:
     """Of torch (CPU and this rank's GPU), Python, and NumPy's global generator if it is loaded."""
-    found: State = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    states: State = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if _has_cuda():
-        found["cuda"] = torch.cuda.get_rng_state()
+        states["cuda"] = torch.cuda.get_rng_state()
     numpy: Any = sys.modules.get("numpy")
     if numpy is not None:
         kind, keys, *rest = numpy.random.get_state()
-        found["numpy"] = (kind, keys.tolist(), *rest)
-    return found
+        states["numpy"] = (kind, keys.tolist(), *rest)
+    return states
 
 
 def set_rng_state(state: State) -> None:

@@ -38,8 +38,8 @@ def steps_in(root: Path) -> list[int]:
         raise CheckpointError(
             f"{root} is a file, but checkpoints are kept in a folder. Remove it, or choose another name."
         )
-    found = {step for entry in root.iterdir() if (step := _step_of(entry.name)) is not None}
-    return sorted(step for step in found if (complete_folder(step_folder(root, step)) / INDEX).exists())
+    steps = {step for entry in root.iterdir() if (step := _step_of(entry.name)) is not None}
+    return sorted(step for step in steps if (complete_folder(step_folder(root, step)) / INDEX).exists())
 
 
 def latest_step(root: Path) -> int | None:
@@ -135,5 +135,5 @@ def _candidates(ranks: Ranks, root: Path) -> list[int]:
         newest = latest_step(root)
         return [] if newest is None else [newest, *(step for step in reversed(steps_in(root)) if step < newest)]
 
-    found: list[int] = gather_objects(ranks, together(ranks, look))[0]
-    return found
+    candidates: list[int] = gather_objects(ranks, together(ranks, look))[0]
+    return candidates

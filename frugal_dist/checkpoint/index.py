@@ -114,13 +114,13 @@ def index_from(data: bytes) -> Index:
     if (version > 1) is (seal is None) or (version == 1 and "crc32" in plain):
         raise ValueError("its checksum is missing, or its version is not the one that was written.")
     try:
-        found = _index(plain)
-        _check_whole(found)
+        index = _index(plain)
+        _check_whole(index)
     except KeyError as error:
         raise ValueError(f"{error} is missing.") from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply.") from error
-    return found
+    return index
 
 
 # --- looking at every value ---------------------------------------------------------------------------
@@ -172,15 +172,15 @@ def _as_is(value: Any, where: str) -> Any:
 
 
 def _written(value: Any, where: str) -> Written:
-    found = _table(value, where, _count)
-    return Written(found["bytes"], found["crc32"])
+    table = _table(value, where, _count)
+    return Written(table["bytes"], table["crc32"])
 
 
 def _two_dims(value: Any, where: str) -> tuple[int, int]:
-    found = _list(value, where, _count)
-    if len(found) != 2:
-        raise ValueError(f"{where} has {len(found)} dims, not two.")
-    return found[0], found[1]
+    dims = _list(value, where, _count)
+    if len(dims) != 2:
+        raise ValueError(f"{where} has {len(dims)} dims, not two.")
+    return dims[0], dims[1]
 
 
 def _piece(value: Any, where: str) -> tuple[str, Tile]:
@@ -192,12 +192,12 @@ def _piece(value: Any, where: str) -> tuple[str, Tile]:
 
 
 def _entry(value: Any, where: str, counters: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    found = _table(value, where, _as_is)
-    counted = _table(found["clocks"], f"{where}['clocks']", _counter)
+    entry = _table(value, where, _as_is)
+    counted = _table(entry["clocks"], f"{where}['clocks']", _counter)
     missing = [name for name in counters if name not in counted]
     if missing:
         raise ValueError(f"{where} has no {missing[0]}.")
-    return {"clocks": counted, "depends_on": _table(found["depends_on"], f"{where}['depends_on']", _scalar)}
+    return {"clocks": counted, "depends_on": _table(entry["depends_on"], f"{where}['depends_on']", _scalar)}
 
 
 def _counter(value: Any, where: str) -> int:
@@ -212,10 +212,10 @@ def _scalar(value: Any, where: str) -> Any:
 
 
 def _group(value: Any, where: str) -> dict[str, Any]:
-    found = _table(value, where, _as_is)
-    options = _table(found["options"], f"{where}['options']", _option)
+    group = _table(value, where, _as_is)
+    options = _table(group["options"], f"{where}['options']", _option)
     _check_options(options, f"{where}['options']")
-    return {"members": _list(found["members"], f"{where}['members']", _text), "options": options}
+    return {"members": _list(group["members"], f"{where}['members']", _text), "options": options}
 
 
 def _option(value: Any, where: str) -> Any:

@@ -90,11 +90,11 @@ def _repeats(tensor: Tensor) -> bool:
 
 def _once(owner: Tensor, values: Tensor | None = None) -> Tensor:
     """The part of ``values``, or of ``owner`` itself, in which every element of ``owner``'s memory is named once."""
-    found = owner if values is None else values
+    unique = owner if values is None else values
     for dim, (stride, size) in enumerate(zip(owner.stride(), owner.shape, strict=True)):
         if stride == 0 and size > 1:
-            found = found.narrow(dim, 0, 1)
-    return found
+            unique = unique.narrow(dim, 0, 1)
+    return unique
 
 
 class Numbers:
@@ -239,18 +239,18 @@ def _all_moments(
 
 
 def _coordinate_chunks(runtime: Runtime, mat: LocalMatrix, last: Numbers) -> Iterator[Chunk]:
-    found = local_selection(runtime, mat)
-    if found.nothing:
+    selection = local_selection(runtime, mat)
+    if selection.nothing:
         return
     whole = whole_selection(mat, mat.state.counter("refreshes") - 1, mat.state.counter("size"))
     shape = two_dims(whole.shape(mat.matrix.rows, mat.matrix.cols))
 
     def cut_up(name: str, flat: Tensor) -> Iterator[Chunk]:
-        for piece, values in zip(found.pieces, cut(flat, found.extents), strict=True):
+        for piece, values in zip(selection.pieces, cut(flat, selection.extents), strict=True):
             for area, view in _slot_views(whole, piece, values, shape[1]):
                 yield Chunk(f"state/{mat.matrix.name}/{name}", shape, area, view)
 
-    yield from _all_moments(mat, found.extents, cut_up, last)
+    yield from _all_moments(mat, selection.extents, cut_up, last)
 
 
 _BY_FAMILY = {"basis": _basis_chunks, "coordinates": _coordinate_chunks, "blocks": _coordinate_chunks}
@@ -368,17 +368,17 @@ def leftovers(runtime: Runtime, model_or_engine: Any) -> list[Leftover]:
     known = {original.name for original in runtime.originals}
     saved = set(model.state_dict().keys())  # first: it makes FSDP2 give up whole parameters kept from a forward pass
     held = {id(runtime.storage.param(i)) for i in range(len(runtime.originals))}
-    found = []
+    rest = []
     for name, param in model.named_parameters():
         plain = clean_name(name)
         if plain not in known and id(param) not in held:
-            found.append(Leftover(WEIGHT + plain, plain, *engines.stored_part(name, param)))
+            rest.append(Leftover(WEIGHT + plain, plain, *engines.stored_part(name, param)))
     for name, buffer in model.named_buffers():
         if name in saved and buffer.numel():
             _check_plain(name, buffer)
             plain, whole = clean_name(name), Box(tuple((0, size) for size in buffer.shape))
-            found.append(Leftover(BUFFER + plain, plain, tuple(buffer.shape), whole, buffer))
-    return found
+            rest.append(Leftover(BUFFER + plain, plain, tuple(buffer.shape), whole, buffer))
+    return rest
 
 
 def _check_plain(name: str, buffer: Tensor) -> None:

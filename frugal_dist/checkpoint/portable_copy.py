@@ -118,9 +118,9 @@ def _mark(folder: Path) -> int:
 
     The end of a file that torch has saved has the checksums of all of it.
     """
-    found = 0
+    checksum = 0
     for path in sorted(path for path in folder.rglob("*") if engines.is_written_by_rank_zero(path.name)):
         with path.open("rb") as file:
             file.seek(max(path.stat().st_size - TAIL, 0))
-            found = zlib.crc32(file.read(), found)
-    return found
+            checksum = zlib.crc32(file.read(), checksum)
+    return checksum

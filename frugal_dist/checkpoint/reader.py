@@ -85,16 +85,16 @@ class Reader:
             raise MismatchError(f"{self.folder}: there is no {name}.")
         if saved != shape:
             raise MismatchError(f"{self.folder}: {name} was saved with shape {saved}, now it has {shape}.")
-        found, missing = [], area.numel
+        pieces, missing = [], area.numel
         for held, file in self._near(name, area):
             common = overlap(held, area)
             if common is not None:
                 self._check_piece(name, held, file)
-                found.append((held, file))
+                pieces.append((held, file))
                 missing -= common.numel
         if missing > 0:
             raise DamagedError(f"{self.folder / INDEX}: {missing} elements of {name} are in no file.")
-        return found
+        return pieces
 
     def fill(self, name: str, shape: tuple[int, int], area: Tile, target: Tensor) -> None:
         """Copy a rectangle of a saved tensor into ``target``, whatever its device and dtype."""
@@ -133,13 +133,13 @@ class Reader:
 
     @cached_property
     def _where(self) -> dict[str, list[tuple[Tile, str]]]:
-        found: dict[str, list[tuple[Tile, str]]] = {}
+        by_name: dict[str, list[tuple[Tile, str]]] = {}
         for file, pieces in self.index.pieces.items():
             for name, area in pieces:
-                found.setdefault(name, []).append((area, file))
-        for held in found.values():
+                by_name.setdefault(name, []).append((area, file))
+        for held in by_name.values():
             held.sort()
-        return found
+        return by_name
 
     def _near(self, name: str, area: Tile) -> list[tuple[Tile, str]]:
         """All pieces that may overlap an area. One row can be in thousands of pieces; elsewhere they are few."""
@@ -158,10 +158,10 @@ class Reader:
     def _file(self, name: str) -> TensorFile:
         if name not in self._open:
             with self._unless_replaced():
-                found = TensorFile(self.folder / name)
-                if found.metadata.get("checkpoint") != self.index.identity:
-                    raise DamagedError(f"{found.path} belongs to another checkpoint than {self.folder / INDEX}.")
-            self._open[name] = found
+                file = TensorFile(self.folder / name)
+                if file.metadata.get("checkpoint") != self.index.identity:
+                    raise DamagedError(f"{file.path} belongs to another checkpoint than {self.folder / INDEX}.")
+            self._open[name] = file
         return self._open[name]
 
 

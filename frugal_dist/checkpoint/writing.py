@@ -164,8 +164,8 @@ def _index(
 
 
 def _counters(now: StepInputs) -> Counters:
-    found = {mat.matrix.name: {name: mat.state.counter(name) for name in COUNTERS} for mat in now.mats}
-    return found | {one.name: {"step": one.state.counter("step")} for one in now.regular}
+    counters = {mat.matrix.name: {name: mat.state.counter(name) for name in COUNTERS} for mat in now.mats}
+    return counters | {one.name: {"step": one.state.counter("step")} for one in now.regular}
 
 
 def _latest_counters(everyone: Sequence[Counters]) -> Counters:
@@ -176,12 +176,12 @@ def _latest_counters(everyone: Sequence[Counters]) -> Counters:
 
 def _groups(runtime: Runtime) -> list[dict[str, Any]]:
     """Hyperparameters of this moment: schedulers move them, and leave numbers of their own in the groups."""
-    found: dict[int, dict[str, Any]] = {}
+    groups: dict[int, dict[str, Any]] = {}
     for i, original in enumerate(runtime.originals):
         options = runtime.storage.options(i)
-        group = found.setdefault(id(options), {"members": [], "options": _plain_options(options)})
+        group = groups.setdefault(id(options), {"members": [], "options": _plain_options(options)})
         group["members"].append(original.name)
-    return list(found.values())
+    return list(groups.values())
 
 
 def _plain_options(options: dict[str, Any]) -> dict[str, Any]:
