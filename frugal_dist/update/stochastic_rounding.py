@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from frugal_dist.config import FrugalConfig
+from frugal_dist.update.kernels import fused_for
 
 _CHUNK, _CUDA_CHUNK = 1 << 16, 1 << 24
 """Entries rounded at once: their temporaries stay in the cache, or are worth the launches."""
@@ -41,7 +42,9 @@ def round_stochastically_(target: Tensor, wide: Tensor, starts: Tensor, *, seed:
     """
     if target.numel() == 0:
         return
-    keys = keys_of(seed, name, step)
+    keys, fused = keys_of(seed, name, step), fused_for(target)
+    if fused is not None and fused.round_(target, wide, starts, keys):
+        return
     source, rows = wide.reshape(starts.numel(), -1), starts
     rounded = torch.empty(source.shape, dtype=target.dtype, device=target.device)
     width = source.shape[1]

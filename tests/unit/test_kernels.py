@@ -18,9 +18,10 @@ from frugal_dist.config import FrugalConfig
 from frugal_dist.projection.basis import Basis
 from frugal_dist.projection.coordinates import Columns, Flat, Selection
 from frugal_dist.update import kernels
-from frugal_dist.update.kernels.jobs import TileUpdate
+from frugal_dist.update.kernels.jobs import Noise, TileUpdate
 from frugal_dist.update.kernels.tables import MOST, Tables
 from frugal_dist.update.local import state_free_, step_tiles
+from frugal_dist.update.stochastic_rounding import keys_of, round_stochastically_, row_starts
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
@@ -109,8 +110,85 @@ def test_a_start_takes_so_many_matrices_and_entries(starts: list[Any], monkeypat
     torch.testing.assert_close(weights, torch.tensor([-2 * size] * 5 + [-size] * 125).view(-1, 1).expand(130, 3))
 
 
+KEY = {"seed": 3, "name": "w", "step": 5}
+FAR = (1 << 32) - 5000
+"""Indices from here on cross the end of 32 bits."""
+
+
+@needs_triton
+@pytest.mark.parametrize("apart", [0, 3], ids=["all columns", "some columns"])
+def test_kernels_round_stochastically_with_the_same_bits(apart: int, starts: list[Any]) -> None:
+    """A bf16 step is an fp32 step of the same numbers, rounded as in torch; ``apart``: columns that lie elsewhere."""
+    torch.manual_seed(0)
+    for shape in SHAPES:
+        rows, cols = shape
+        for selection in (one for one in selections(*shape) if one is None or not one.complete):
+            weight, grad = torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16()
+            weight[0, 0], weight[1, 1], grad[0, 0] = float("inf"), float("nan"), 1.0
+            wide, want = weight.float(), torch.empty_like(weight)
+            own = () if selection is None else [torch.zeros(selection.shape(*shape)) for _ in "mv"]
+            noise = Noise(keys_of(**KEY), FAR, cols + apart)  # type: ignore[arg-type]
+            others = [moment.clone() for moment in own]
+            step_tiles([TileUpdate(weight, grad, selection, own, 1, 0.5, CONFIG, noise)])
+            step_tiles([TileUpdate(wide, grad, selection, others, 1, 0.5, CONFIG)])
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv(kernels.VARIABLE, "torch")
+                round_stochastically_(want, wide, FAR + torch.arange(rows) * (cols + apart), **KEY)  # type: ignore[arg-type]
+            assert torch.equal(weight.nan_to_num(7.0), want.nan_to_num(7.0)), selection
+            assert all(torch.equal(one, other) for one, other in zip(own, others, strict=True))
+            assert weight[0, 0] == float("inf") and weight[1, 1].isnan() and not want[1, 0].isnan()
+    assert [group.kind.kernel.__name__ for group in starts[::2]] == [
+        "lines",
+        "lines",
+        "flat",
+        "sign",
+        "sign",
+        "flat",
+    ] * 2
+
+
+@needs_triton
+def test_an_optimizer_rounds_stochastically_with_them(starts: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a wide copy of any matrix, and with keys that differ from step to step."""
+    results = []
+    for choice in ("triton", "torch"):
+        monkeypatch.setenv(kernels.VARIABLE, choice)
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(24, 40).bfloat16())
+        groups = [{"params": [("w", weight)], "projected": True}]
+        optimizer = Frugal(groups, projection="rows", rounding="stochastic", weight_decay=0.1, process_group=None)
+        for _ in range(3):
+            weight.grad = torch.randn(24, 40).bfloat16()
+            optimizer.step()
+        results.append(weight.detach().float())
+    assert [job.noise for group in starts for job in group.jobs] == [
+        Noise(keys_of(optimizer.param_groups[0]["seed"], "w", updates), 0, 40) for updates in range(3)
+    ]
+    assert (results[0] == results[1]).float().mean() > 0.995  # a last bit of fp32 decides now and then
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(), (5,), (3000,), (37, 61), (3, 1100), (2, 3, 40)])
+def test_one_kernel_rounds_stochastically_with_the_same_bits(
+    shape: tuple[int, ...], interpreter: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    wide, found = torch.randn(shape), []
+    where = row_starts(tuple((0, n) for n in shape), shape, wide.device) + FAR
+    for choice in ("triton", "torch"):
+        monkeypatch.setenv(kernels.VARIABLE, choice)
+        if choice == "triton":
+            monkeypatch.setattr("frugal_dist.update.stochastic_rounding.random_bits", None)  # torch's, not asked here
+        found.append(torch.empty(shape, dtype=torch.bfloat16))
+        round_stochastically_(found[-1], wide, where, **KEY)  # type: ignore[arg-type]
+        monkeypatch.undo()
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert torch.equal(*found)
+    assert wide.numel() == 1 or not torch.equal(found[0], wide.bfloat16())
+
+
 def test_a_table_is_sent_again_only_when_it_differs() -> None:
-    tables, entry = Tables(most=2), (16, 32, 0, 0, 0, 0, 7, 1, 0)
+    tables, entry = Tables(most=2), (16, 32, 0, 0, 0, 0, 7, 1, 0, 5, 9, 2, 3)
     cpu = torch.device("cpu")
     first = tables.of([0], [entry], cpu)
     assert first.view(-1, MOST)[:, 0].tolist() == [0, *entry]

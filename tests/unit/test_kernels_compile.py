@@ -19,10 +19,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from frugal_dist.update.kernels import fused, launch
+from frugal_dist.update.kernels import fused, launch, tables
 
 def compiled(kernel, told, constants, warps=4):
-    kinds = {"table": "*i64", "w_ptr": told, "g_ptr": told, "rest_ptr": told, "numel": "i32", "cols": "i32"}
+    kinds = {"table": "*i64", "w_ptr": told, "g_ptr": told, "rest_ptr": told, "wide_ptr": "*fp32", "starts_ptr": "*i64",
+             **dict.fromkeys(("numel", "rows", "cols", "key0", "key1"), "i32")}
     signature = {name: "constexpr" if name in constants else kinds.get(name, "fp32") for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     options = {"num_warps": warps, **launch._AS_WRITTEN}
@@ -33,10 +34,13 @@ def compiled(kernel, told, constants, warps=4):
 
 compiled(fused.sign_one, "*fp32", {})
 compiled(fused.sign_above, "*fp32", {})
+for tall in (1, tables.HIGH):
+    compiled(fused.round_rows, "*bf16", {"TALL": tall})
 for told, dtype in {"*fp32": torch.float32, "*bf16": torch.bfloat16, "*fp16": torch.float16}.items():
     for kind in (launch._SIGN, *launch._KINDS.values()):
-        for aligned in (False, True) if told == "*fp32" else (True,):
-            kinds = {"W": fused.DTYPES[dtype], "G": fused.DTYPES[dtype], "ALIGNED": aligned}
+        ways = [(aligned, False) for aligned in ((False, True) if told == "*fp32" else (True,))]
+        for aligned, noise in [*ways, (True, True)] if told == "*bf16" else ways:
+            kinds = {"W": fused.DTYPES[dtype], "G": fused.DTYPES[dtype], "ALIGNED": aligned, "NOISE": noise}
             ptx = compiled(kind.kernel, told, {**kinds, **kind.options}, kind.warps)
             assert set(re.findall(r"(ld|st)\\.global\\.v[248]", ptx)) == ({"ld", "st"} if aligned else set()), kind
 """
@@ -61,7 +65,8 @@ JITFunction.__getitem__ = lambda self, grid: partial(self.run, grid=grid, warmup
 from frugal_dist.config import FrugalConfig
 from frugal_dist.projection.coordinates import Columns, Flat, Rows
 from frugal_dist.update.kernels import fused, launch
-from frugal_dist.update.kernels.jobs import TileUpdate
+from frugal_dist.update.kernels.jobs import Noise, TileUpdate
+from frugal_dist.update.stochastic_rounding import keys_of
 
 def compiled():
     kernels = [one for one in vars(fused).values() if isinstance(one, JITFunction)]
@@ -78,7 +83,11 @@ for step in range(1, 11):
     for selection, own in zip(selections, moments):
         for weight in weights[: 1 + step % 2]:
             assert launches.take(TileUpdate(weight, grad, selection, own, step, decay, config))
+            noise = Noise(keys_of(0, "w", step), 0, 48)
+            assert launches.take(TileUpdate(weight.bfloat16(), grad, selection, own, step, decay, config, noise))
     launches.finish()
+    for keys in (keys_of(0, "w", step), (1, 16), (0, (1 << 32) - 1), (1 << 31, 7)):
+        assert launch.round_(weights[0].bfloat16(), weights[0], torch.arange(0, 768, 48), keys)
     for size in (1.0, 0.0, 16.0, 1e-3 / step):
         assert launch.sign_step_(weights[0], grad, size, 1.0 - size)
         assert launch.sign_step_above_(weights[0], grad, grad, size, 1.0 - size, size)
@@ -102,11 +111,14 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_every_kernel_compiles_for_cuda(capability: str) -> None:
     """And reads and writes several numbers at a time where it is promised that it may."""
     assert run(COMPILE, capability).stdout.split() == [
-        *("sign_one", "sign_above", *["sign"] * 2, *["lines"] * 4, *["flat"] * 2),
-        *["sign", "lines", "lines", "flat"] * 2,
+        *("sign_one", "sign_above", "round_rows", "round_rows", *["sign"] * 2, *["lines"] * 4, *["flat"] * 2),
+        *("sign", "sign", *["lines"] * 4, "flat", "flat"),
+        *("sign", "lines", "lines", "flat"),
     ]
 
 
 def test_no_step_compiles_anew() -> None:
-    """Rates, decay, counts and the number of matrices change from step to step; each kernel is compiled once."""
-    assert run(COUNT).stdout.split() == ["6"] * 10
+    """Rates, decay, counts, keys and the number of matrices change from step to step; each kernel is compiled once, those
+    that a table describes with and without stochastic rounding.
+    """
+    assert run(COUNT).stdout.split() == ["11"] * 10

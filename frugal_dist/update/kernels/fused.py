@@ -1,7 +1,8 @@
 """The Triton kernels: each program steps one block of one of many matrices, which a table describes (``tables``).
 
-Weights and gradients may be fp32, bf16 or fp16, moments are fp32; arithmetic is fp32, rounded once. Square roots and
-quotients are the GPU's fast ones, right to about 2e-7: the exact ones take as many instructions as all the rest.
+Weights and gradients may be fp32, bf16 or fp16, moments are fp32; arithmetic is fp32, rounded once (NOISE:
+stochastically). Square roots and quotients are the GPU's fast ones, right to about 2e-7: the exact ones take as many
+instructions as all the rest.
 ALIGNED promises that addresses and sizes are multiples of 16, so that four numbers are read and written at a time.
 Products and sums are joined by name (``tl.fma``), or each compilation would join others, and replicas drift apart.
 """
@@ -24,6 +25,8 @@ WEIGHT, GRAD = tl.constexpr(tables.WEIGHT), tl.constexpr(tables.GRAD)
 FIRST, SECOND = tl.constexpr(tables.FIRST), tl.constexpr(tables.SECOND)
 INDEX, BEFORE = tl.constexpr(tables.INDEX), tl.constexpr(tables.BEFORE)
 ROWS, COLS, COUNT = tl.constexpr(tables.ROWS), tl.constexpr(tables.COLS), tl.constexpr(tables.COUNT)
+START, STRIDE = tl.constexpr(tables.START), tl.constexpr(tables.STRIDE)
+KEY0, KEY1 = tl.constexpr(tables.KEY0), tl.constexpr(tables.KEY1)
 
 
 @triton.jit
@@ -54,26 +57,85 @@ def _number(table: tl.tensor, entry: tl.constexpr, matrix: tl.tensor, aligned: t
 
 
 @triton.jit
+def _scrambled(x: tl.tensor) -> tl.tensor:
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _rounded(x: tl.tensor, index: tl.tensor, key0: tl.tensor, key1: tl.tensor) -> tl.tensor:
+    """fp32 rounded to bf16 by the random bits of an int64 index: ``stochastic_rounding``, number for number."""
+    low, high = (index & 0xFFFFFFFF).to(tl.uint32), (index >> 32).to(tl.uint32)
+    random = _scrambled(_scrambled(low ^ key0) + (high + key1)) & 0xFFFF
+    bits = x.to(tl.uint32, bitcast=True)
+    up = ((bits + random) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return tl.where((bits & 0x7F800000) != 0x7F800000, up, x.to(tl.bfloat16))
+
+
+@triton.jit
+def _keys(table: tl.tensor, matrix: tl.tensor) -> tl.tensor:
+    key0 = tl.load(table + KEY0 * MOST + matrix).to(tl.uint32)
+    return key0, tl.load(table + KEY1 * MOST + matrix).to(tl.uint32)
+
+
+@triton.jit
+def _places(table: tl.tensor, matrix: tl.tensor, at: tl.tensor) -> tl.tensor:
+    """The indices in the whole parameter of entries that are counted through the matrix."""
+    start, stride = tl.load(table + START * MOST + matrix), tl.load(table + STRIDE * MOST + matrix)
+    cols = _number(table, COLS, matrix, False)
+    across = at.to(tl.int64)
+    if stride != cols:
+        row = at // cols
+        across = row * stride + (at - row * cols)
+    return start + across
+
+
+@triton.jit
 def _signed(x: tl.tensor, size: tl.tensor) -> tl.tensor:
     """Size * sign(x)."""
     return tl.where(x > 0, size, tl.where(x < 0, -size, 0.0))
 
 
 @triton.jit
-def _signed_block(
-    w_ptr: tl.tensor, g_ptr: tl.tensor, block: tl.tensor, numel: tl.tensor, keep: tl.tensor, size: tl.tensor
-) -> None:
-    at = block * BLOCK + tl.arange(0, BLOCK)
-    inside = at < numel
-    w = tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(w_ptr + at, tl.fma(w, keep, -_signed(g, size)), mask=inside)
+def _signed_step(w_ptr: tl.tensor, g_ptr: tl.tensor, inside: tl.tensor, keep: tl.tensor, size: tl.tensor) -> tl.tensor:
+    w = tl.load(w_ptr, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(g_ptr, mask=inside, other=0.0).to(tl.float32)
+    return tl.fma(w, keep, -_signed(g, size))
 
 
 @triton.jit
 def sign_one(w_ptr: tl.tensor, g_ptr: tl.tensor, numel: tl.tensor, keep: tl.tensor, size: tl.tensor) -> None:
     """A signed step of one matrix, without a table."""
-    _signed_block(w_ptr, g_ptr, tl.program_id(0), numel, keep, size)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < numel
+    tl.store(w_ptr + at, _signed_step(w_ptr + at, g_ptr + at, inside, keep, size), mask=inside)
+
+
+@triton.jit(do_not_specialize=["key0", "key1"])
+def round_rows(
+    w_ptr: tl.tensor,
+    wide_ptr: tl.tensor,
+    starts_ptr: tl.tensor,
+    rows: tl.tensor,
+    cols: tl.tensor,
+    key0: tl.tensor,
+    key1: tl.tensor,
+    TALL: tl.constexpr,
+) -> None:
+    """Stochastic rounding of fp32 rows, whose first entries have the indices ``starts``; in blocks of TALL rows.
+
+    Keys are int32, or large ones would be compiled for as int64.
+    """
+    broad: tl.constexpr = BLOCK // TALL
+    across = tl.cdiv(cols, broad)
+    row = tl.program_id(0) // across * TALL + tl.arange(0, TALL)
+    col = tl.program_id(0) % across * broad + tl.arange(0, broad)
+    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    index = tl.load(starts_ptr + row, mask=row < rows, other=0)[:, None] + col[None, :]
+    at = row[:, None] * cols + col[None, :]
+    wide = tl.load(wide_ptr + at, mask=inside, other=0.0)
+    tl.store(w_ptr + at, _rounded(wide, index, key0.to(tl.uint32), key1.to(tl.uint32)), mask=inside)
 
 
 @triton.jit
@@ -113,12 +175,18 @@ def sign(
     W: tl.constexpr,
     G: tl.constexpr,
     ALIGNED: tl.constexpr,
+    NOISE: tl.constexpr,
 ) -> None:
     """Signed steps; ROWS counts all entries."""
     matrix, block = _found(table)
-    w_ptr = _address(table, WEIGHT, matrix, W, ALIGNED)
-    g_ptr = _address(table, GRAD, matrix, G, ALIGNED)
-    _signed_block(w_ptr, g_ptr, block, _number(table, ROWS, matrix, ALIGNED), keep, size)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    inside = at < _number(table, ROWS, matrix, ALIGNED)
+    w_ptr = _address(table, WEIGHT, matrix, W, ALIGNED) + at
+    w = _signed_step(w_ptr, _address(table, GRAD, matrix, G, ALIGNED) + at, inside, keep, size)
+    if NOISE:
+        key0, key1 = _keys(table, matrix)
+        w = _rounded(w, _places(table, matrix, at), key0, key1)
+    tl.store(w_ptr, w, mask=inside)
 
 
 @triton.jit
@@ -137,8 +205,8 @@ def _mixed(
     rest2: tl.tensor,
     eps: tl.tensor,
     inverse: tl.tensor,
-) -> None:
-    """AdamW for entries that are ``picked``, a signed step for the others; the pointers are one for each entry.
+) -> tl.tensor:
+    """New weights: AdamW for entries that are ``picked``, a signed step for the others; a pointer for each entry.
 
     rate: lr s over the first bias correction. inverse: 1 over the root of the second. rest1, rest2: 1 - beta.
     """
@@ -151,7 +219,7 @@ def _mixed(
     tl.store(m_ptr, m, mask=picked)
     tl.store(v_ptr, v, mask=picked)
     adam = rate * (m / tl.fma(tl.sqrt(v), inverse, eps))
-    tl.store(w_ptr, tl.fma(w, keep, -tl.where(picked, adam, _signed(g, size))), mask=inside)
+    return tl.fma(w, keep, -tl.where(picked, adam, _signed(g, size)))
 
 
 @triton.jit
@@ -169,6 +237,7 @@ def lines(
     G: tl.constexpr,
     BY_ROW: tl.constexpr,
     ALIGNED: tl.constexpr,
+    NOISE: tl.constexpr,
 ) -> None:
     """Columns or rows, in blocks of HIGH x WIDE; INDEX: for each line its place among COUNT selected ones, or -1."""
     matrix, block = _found(table)
@@ -185,13 +254,19 @@ def lines(
         line = tl.load(slots + col, mask=left, other=-1)[None, :]
         slot = row[:, None] * _number(table, COUNT, matrix, False) + line
     at, inside = row[:, None] * cols + col[None, :], low[:, None] & left[None, :]
-    _mixed(
-        _address(table, WEIGHT, matrix, W, ALIGNED) + at,
+    w_ptr = _address(table, WEIGHT, matrix, W, ALIGNED) + at
+    w = _mixed(
+        w_ptr,
         _address(table, GRAD, matrix, G, ALIGNED) + at,
         _address(table, FIRST, matrix, tl.float32, ALIGNED) + slot,
         _address(table, SECOND, matrix, tl.float32, ALIGNED) + slot,
         inside, inside & (line >= 0), keep, size, rate, rest1, beta2, rest2, eps, inverse,
     )  # fmt: skip
+    if NOISE:
+        key0, key1 = _keys(table, matrix)
+        start, stride = tl.load(table + START * MOST + matrix), tl.load(table + STRIDE * MOST + matrix)
+        w = _rounded(w, start + row[:, None] * stride + col[None, :], key0, key1)
+    tl.store(w_ptr, w, mask=inside)
 
 
 @triton.jit
@@ -208,6 +283,7 @@ def flat(
     W: tl.constexpr,
     G: tl.constexpr,
     ALIGNED: tl.constexpr,
+    NOISE: tl.constexpr,
 ) -> None:
     """Single entries; INDEX: a bit for each tells which, BEFORE: how many are selected before each block."""
     matrix, block = _found(table)
@@ -217,10 +293,15 @@ def flat(
     before = _address(table, BEFORE, matrix, tl.int32, False)
     bit = (tl.load(bits + at // 32, mask=inside, other=0) >> (at % 32)) & 1
     slot = tl.load(before + block) + tl.cumsum(bit, 0) - bit
-    _mixed(
-        _address(table, WEIGHT, matrix, W, ALIGNED) + at,
+    w_ptr = _address(table, WEIGHT, matrix, W, ALIGNED) + at
+    w = _mixed(
+        w_ptr,
         _address(table, GRAD, matrix, G, ALIGNED) + at,
         _address(table, FIRST, matrix, tl.float32, False) + slot,
         _address(table, SECOND, matrix, tl.float32, False) + slot,
         inside, bit == 1, keep, size, rate, rest1, beta2, rest2, eps, inverse,
     )  # fmt: skip
+    if NOISE:
+        key0, key1 = _keys(table, matrix)
+        w = _rounded(w, _places(table, matrix, at), key0, key1)
+    tl.store(w_ptr, w, mask=inside)

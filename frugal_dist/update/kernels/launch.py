@@ -18,7 +18,7 @@ from torch import Tensor
 from frugal_dist.config import FrugalConfig
 from frugal_dist.projection.coordinates import Columns, Flat, Rows
 from frugal_dist.update.kernels import fused
-from frugal_dist.update.kernels.jobs import TileUpdate
+from frugal_dist.update.kernels.jobs import Noise, TileUpdate
 from frugal_dist.update.kernels.tables import BLOCK, HIGH, MOST, WIDE, Entry, Tables
 from frugal_dist.update.rules import STATE_FREE, STATE_FULL
 
@@ -28,6 +28,7 @@ _WORD = 32
 _AT_ONCE = 1 << 22
 """Entries whose temporary int64 numbers are held at the same time."""
 _TABLES = Tables()
+_TO_NEAREST = Noise((0, 0), 0, 0)
 _AS_WRITTEN = {"enable_fp_fusion": False}
 """No products and sums are joined but those that ``fused`` names, whatever a release of Triton does by itself."""
 
@@ -106,7 +107,7 @@ def kind_of(job: TileUpdate) -> Kind | None:
     They do AdamW with sign, where the tile has selected entries, and the signed step; on contiguous tensors.
     """
     config, selection = job.config, job.selection
-    if not STATE_FREE[config.state_free].has_kernel or job.noise is not None or not _fit(job.weight, job.grad):
+    if not STATE_FREE[config.state_free].has_kernel or not _fit(job.weight, job.grad):
         return None
     if selection is None or job.moments[0].numel() == 0:
         return _SIGN
@@ -170,7 +171,8 @@ class Launches:
         aligned = _aligned(kind, entry)
         weight = job.weight
         step = 0 if kind is _SIGN else job.step
-        key = (id(kind), aligned, weight.dtype, job.grad.dtype, weight.device, id(job.config), job.decay, step)
+        told = (weight.dtype, job.grad.dtype, weight.device, id(job.config), job.decay, step, job.noise is None)
+        key = (id(kind), aligned, *told)
         group = self._groups.get(key)
         if group is None:
             group = self._groups[key] = _Group(kind, aligned)
@@ -188,13 +190,16 @@ class Launches:
 def _entry(kind: Kind, job: TileUpdate) -> Entry:
     weight = job.weight
     first, second = (0, 0) if kind is _SIGN else (job.moments[0].data_ptr(), job.moments[1].data_ptr())
-    index, before, count = kind.lookup(job)
-    rows, cols = weight.shape if kind.by_line else (weight.numel(), 0)
-    return weight.data_ptr(), job.grad.data_ptr(), first, second, index, before, rows, cols, count
+    lookup, (rows, cols) = kind.lookup(job), weight.shape
+    if not kind.by_line:
+        rows *= cols
+    (key0, key1), start, stride = job.noise or _TO_NEAREST
+    addresses = weight.data_ptr(), job.grad.data_ptr(), first, second, *lookup[:2]
+    return *addresses, rows, cols, lookup[2], start, stride, key0, key1
 
 
 def _aligned(kind: Kind, entry: Entry) -> bool:
-    weight, grad, first, second, _, _, rows, cols, _ = entry
+    weight, grad, first, second, _, _, rows, cols, *_ = entry
     return (weight | grad | (first | second | cols if kind.by_line else rows)) % 16 == 0
 
 
@@ -209,6 +214,7 @@ def _start(group: _Group) -> None:
             W=fused.DTYPES[job.weight.dtype],
             G=fused.DTYPES[job.grad.dtype],
             ALIGNED=group.aligned,
+            NOISE=job.noise is not None,
             num_warps=group.kind.warps,
             **_AS_WRITTEN,
             **group.kind.options,
@@ -224,6 +230,23 @@ def _scalars(kind: Kind, step: int, decay: float, config: FrugalConfig) -> Seque
     beta1, beta2 = config.beta_pair
     inverse = (1.0 - beta2**step) ** -0.5
     return (*free, rate / (1.0 - beta1**step), 1.0 - beta1, beta2, 1.0 - beta2, config.eps, inverse)
+
+
+def round_(target: Tensor, wide: Tensor, starts: Tensor, keys: tuple[int, int]) -> bool:
+    """Write fp32 ``wide`` to bf16 ``target``, as ``stochastic_rounding`` does, in one pass.
+
+    False, and nothing done, if the tensors are not made for it.
+    """
+    if not (_fit(target, wide) and (target.dtype, wide.dtype) == (torch.bfloat16, torch.float32)):
+        return False
+    rows = starts.numel()
+    cols = target.numel() // rows
+    tall = HIGH if cols < BLOCK else 1
+    with _on(target.device):
+        blocks = ceil(rows / tall) * ceil(cols / (BLOCK // tall))
+        fused.round_rows[(blocks,)](target, wide, starts, rows, cols, *map(_int32, keys), TALL=tall, **_AS_WRITTEN)
+    _changed(target)
+    return True
 
 
 def sign_step_(weight: Tensor, grad: Tensor, size: float, keep: float = 1.0) -> bool:
@@ -248,6 +271,10 @@ def sign_step_above_(weight: Tensor, rest: Tensor, grad: Tensor, size: float, ke
         fused.sign_above[(len(weight),)](*tensors, weight.shape[1], keep, size, threshold, **_AS_WRITTEN)
     _changed(weight)
     return True
+
+
+def _int32(key: int) -> int:
+    return key - (1 << 32) if key >= 1 << 31 else key
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

@@ -266,6 +266,11 @@ def sign_step_(weight: Tensor, grad: Tensor, size: float, keep: float = 1.0) -> 
     return True
 
 
+def round_(target: Tensor, wide: Tensor, starts: Tensor, keys: tuple[int, int]) -> bool:
+    """Not here: torch's operations do it."""
+    return False
+
+
 def sign_step_above_(weight: Tensor, rest: Tensor, grad: Tensor, size: float, keep: float, threshold: float) -> bool:
     """Not here: torch's operations do it."""
     return False

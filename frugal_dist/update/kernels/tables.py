@@ -20,16 +20,17 @@ HIGH, WIDE = 8, 128
 """The same as rows and columns, where a program must know which they are without dividing."""
 
 # The rows of a table. BEGIN: the first program of the matrix. The others are what ``Entry`` has.
-BEGIN, WEIGHT, GRAD, FIRST, SECOND, INDEX, BEFORE, ROWS, COLS, COUNT = range(10)
-Entry = tuple[int, int, int, int, int, int, int, int, int]
-"""Addresses of weight, gradient, both moments, index and ``before``; rows, columns and count."""
+BEGIN, WEIGHT, GRAD, FIRST, SECOND, INDEX, BEFORE, ROWS, COLS, COUNT, START, STRIDE, KEY0, KEY1 = range(14)
+Entry = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int]
+"""Addresses of weight, gradient, both moments, index and ``before``; rows, columns and count; what ``jobs.Noise`` has."""
 
-_EMPTY = array("q", [1 << 62] * MOST + [0] * 9 * MOST)
+_EMPTY = array("q", [1 << 62] * MOST + [0] * 13 * MOST)
 """No program ever begins a matrix that is not there."""
 
 
 class Tables:
-    """The last tables, by their numbers: addresses seldom change from step to step, then nothing is sent.
+    """The last tables, by their numbers: addresses seldom change from step to step, then nothing is sent. The keys of
+    stochastic rounding do at every step: 14 KiB for each start.
 
     A table keeps no tensor alive. Nothing can go stale: another address or size makes another table.
     """
