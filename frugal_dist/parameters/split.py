@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -28,12 +27,11 @@ from frugal_dist.parameters.names import (
 __all__ = [
     "ParameterInfo",
     "check_patterns",
-    "check_selection",
     "clean_name",
-    "describe",
     "is_projected_name",
     "matches",
     "report",
+    "selection_advice",
     "split_parameters",
 ]
 
@@ -124,24 +122,6 @@ def split_parameters(
         for (projected, decay), members in groups.items()
         if members
     ]
-
-
-def describe(groups: Iterable[dict[str, Any]]) -> list[ParameterInfo]:
-    """The groups of `split_parameters` as a list for `report` and `check_selection`."""
-    return [
-        ParameterInfo(
-            name, _shape(tensor), group["projected"], group.get("weight_decay") != 0.0, not tensor.requires_grad
-        )
-        for group in groups
-        for name, tensor in group["params"]
-    ]
-
-
-def check_selection(infos: Sequence[ParameterInfo]) -> None:
-    """Raise ValueError if nothing is projected; warn if less than half of what is trained is."""
-    advice = selection_advice(infos)
-    if advice:
-        warnings.warn(advice, stacklevel=2)
 
 
 def selection_advice(infos: Sequence[ParameterInfo]) -> str:

@@ -28,7 +28,7 @@ from frugal_dist.training.data.prepared import open_prepared, read_tokens, write
 from frugal_dist.training.data.tokenizer import separator_id, train_tokenizer
 from frugal_dist.training.engines.protocol import count_state_kinds
 from frugal_dist.training.loop import Training
-from frugal_dist.training.metrics.plot import plot_run, plot_runs
+from frugal_dist.training.metrics.plot import PLOT_FILE, plot_runs
 from frugal_dist.training.metrics.progress import Progress
 from frugal_dist.training.metrics.record import MetricsLog, of_kind, read_metrics
 from frugal_dist.training.models import build_llama, token_losses
@@ -465,7 +465,7 @@ def test_metrics_survive_and_plot(tmp_path):
         metrics.write("train", step=10, tokens=1000, loss=7.0)
         assert len(read_metrics(tmp_path)) == 3  # readable before the run ends
     assert of_kind(read_metrics(tmp_path), "train")[0]["loss"] == 7.0
-    pictures = plot_run(tmp_path)
+    pictures = plot_runs([tmp_path], tmp_path / PLOT_FILE)
     assert [picture.name for picture in pictures] == ["loss_curve.png", "loss_curve.svg"]
     assert pictures[0].read_bytes().startswith(b"\x89PNG")
     other = tmp_path / "b"
@@ -475,7 +475,7 @@ def test_metrics_survive_and_plot(tmp_path):
     assert png.read_bytes().startswith(b"\x89PNG")
     assert "<svg" in svg.read_text()
     with pytest.raises(ValueError, match=r"holds no metrics.jsonl"):
-        plot_run(tmp_path / "nothing")
+        plot_runs([tmp_path / "nothing"], tmp_path / "nothing.png")
 
 
 def test_console_keeps_noise_out_of_the_terminal(tmp_path):

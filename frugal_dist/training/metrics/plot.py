@@ -48,12 +48,6 @@ BAR, AROUND = 0.42, 0.95
 """Inches: of a bar with its name, and of what is above and below them."""
 
 
-def plot_run(run: Path) -> list[Path]:
-    """Draw one run into its own folder, see ``plot_runs``. ``run``: its folder, its checkpoints or one of them."""
-    (found,) = runs_in(run)[:1]
-    return plot_runs([found], found / PLOT_FILE)
-
-
 def plot_runs(runs: Sequence[Path], out: Path) -> list[Path]:
     """Training loss and validation perplexity (score) against tokens and minutes, the memory that was used, and what
     the refreshes found, if there were any. Runs that differ in nothing but the seed are one line, their mean, in a band
