@@ -17,8 +17,8 @@ from frugal_dist.training.finetune.recipe import FinetuneRecipe, check_finetune
 from frugal_dist.training.folders import CHECKPOINTS
 from frugal_dist.training.optimizers import described, frugal_options, groups_of, settled
 from frugal_dist.training.recipe import Recipe, Run, check_recipe, kind_of, read_recipe
-from frugal_dist.training.resume import GOING_ON, check_begun
-from frugal_dist.training.run import folder_of_a_run, has_begun
+from frugal_dist.training.resume import FREE_ON_RESUME, check_existing_run, has_checkpoint
+from frugal_dist.training.run import folder_of_a_run
 
 if TYPE_CHECKING:
     from torch import nn
@@ -80,17 +80,17 @@ def check(name: str, changes: Sequence[str] = (), ranks: int | None = None) -> s
     if ranks < 1:
         raise ValueError(f"ranks is {ranks}; it must be at least 1.")
     made = make(recipe, DistEnv(0, ranks, 0, ranks, "", 0, "none"))
-    if begun := has_begun(folder):
+    if existing := has_checkpoint(folder):
         done = latest_step(folder / CHECKPOINTS) or 0
         if made.run.steps < done:
             raise ValueError(f"steps is {made.run.steps}, but the run in {folder} has done {done}: raise it.")
-        check_begun(folder, replace(recipe, optimizer=settled(recipe.optimizer)).record(), GOING_ON)
+        check_existing_run(folder, replace(recipe, optimizer=settled(recipe.optimizer)).record(), FREE_ON_RESUME)
     count = sum(parameter.numel() for parameter in made.model.parameters())
     lines = [
         f"{type(made.model).__name__}, {count / 1e6:,.2f} M parameters; {described(recipe.optimizer)}",
         f"Data: {made.data}",
         f"{made.run.steps:,} steps of {recipe.batch} sequences; {recipe.engine} on {ranks} rank{'s' * (ranks > 1)}",
-        f"{folder}: {'goes on with the run that is there' if begun else 'a new run'}",
+        f"{folder}: {'goes on with the run that is there' if existing else 'a new run'}",
         *filter(None, [made.notes]),
         "Nothing is wrong that shows before the first step.",
     ]

@@ -21,8 +21,8 @@ from frugal_dist.training.metrics.record import end_of, of_kind, read_metrics
 from frugal_dist.training.optimizers import PATTERNS, settled
 from frugal_dist.training.recipe import Recipe, Run, check_recipe
 from frugal_dist.training.recipe.spelling import value_of
-from frugal_dist.training.resume import FREE, check_begun, records_of
-from frugal_dist.training.run import environment, has_begun
+from frugal_dist.training.resume import FREE, check_existing_run, has_checkpoint, records_of
+from frugal_dist.training.run import environment
 
 R = TypeVar("R", bound=Run)
 Records = list[dict[str, Any]]
@@ -176,8 +176,8 @@ def _agreed_ends(kind: Comparison[R], runs: Sequence[R], place: DistEnv) -> dict
     def look() -> dict[str, int]:
         ends = {one.folder: end_of(records_of(Path(one.folder))) for one in runs}
         for one in runs:
-            if ends[one.folder] is not None or has_begun(Path(one.folder)):
-                check_begun(Path(one.folder), one.record(), kind.free)
+            if ends[one.folder] is not None or has_checkpoint(Path(one.folder)):
+                check_existing_run(Path(one.folder), one.record(), kind.free)
         return {folder: 0 if end["kind"] == "summary" else DIVERGED for folder, end in ends.items() if end is not None}
 
     found = together(lambda: look() if place.rank == 0 else {})

@@ -1,17 +1,31 @@
-"""What a folder's run was begun with: runs go on, and finished ones are taken over, under the same recipe only."""
+"""Resume of a run: under the same recipe, from its newest checkpoint, at the same position in the data.
+
+A finished run of the same recipe is taken as it is.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from frugal_dist import checkpoint
 from frugal_dist.config import config_from
 from frugal_dist.presets import BEHIND, LORA, WITHOUT_RANK, preset
-from frugal_dist.training.metrics.record import METRICS_FILE, of_kind, read_metrics
+from frugal_dist.training.distributed.ranks import agree, together
+from frugal_dist.training.folders import CHECKPOINTS
+from frugal_dist.training.metrics.record import METRICS_FILE, end_of, of_kind, read_metrics
+from frugal_dist.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from frugal_dist.training.data.batches import Source
+    from frugal_dist.training.engines import Engine
+
+SECONDS = "seconds"
+"""In a checkpoint: how long the run has taken, in all the processes that trained it."""
 
 FREE = (
     "folder", "engine", "tp", "deepspeed", "micro_batch", "log_every", "trackers", "peak_tflops", "bad_steps",
@@ -19,11 +33,75 @@ FREE = (
     "release_gradients", "optimizer.options.compute_layout",
 )  # fmt: skip
 """Patterns of keys on which the result does not depend, but for rounding."""
-GOING_ON = (
+FREE_ON_RESUME = (
     *FREE, "steps", "epochs", "spike", "evaluate_every", "evaluation_tokens", "validation_examples", "data.validation*",
     "data.metrics", "data.streams", "data.shuffle_buffer", "validation_tokens", "unigram_loss",
 )  # fmt: skip
-"""A run that goes on may also become longer and be evaluated otherwise. Streams check their own keys."""
+"""A resumed run may also become longer and be evaluated otherwise. Streams check their own keys."""
+
+
+def resume(
+    recipe: Recipe,
+    record: dict[str, Any],
+    engine: Engine,
+    batches: Source,
+    recall: Callable[[dict[str, Any]], None] | None,
+) -> tuple[int, float]:
+    """Continue the run in the recipe's folder, if there is one. Collective.
+
+    The engine loads weights, optimizer, schedule and random states from the newest checkpoint, whichever engine and
+    number of ranks wrote it; then the data continue where they were.
+
+    Args:
+        recipe: what is trained now.
+        record: the same as metrics files keep it.
+        engine: of this rank.
+        batches: the source whose position is restored.
+        recall: gets what the job's ``remember`` has put into the checkpoint.
+
+    Returns:
+        The steps that are done and the seconds they took; (0, 0.0) for a new run.
+
+    Raises:
+        ValueError: on all ranks alike, if the folder holds a run of another recipe, or one with more steps.
+    """
+    folder = Path(recipe.folder)
+
+    def check() -> None:  # rank 0 writes the folder
+        if engine.rank == 0 and has_checkpoint(folder):
+            check_existing_run(folder, record, FREE_ON_RESUME)
+
+    together(check)
+    checkpointed = engine.resume(folder / CHECKPOINTS)
+    if checkpointed is None:
+        return 0, 0.0
+    step, extra = checkpointed
+    if step > recipe.steps:  # training would save these weights as an earlier step's
+        text = f"steps is {recipe.steps}, but the run in {recipe.folder} has done {step}: raise it or change folder."
+        agree(ValueError(text))
+    batches.load_state_dict(extra.get("data", []), step)
+    if recall is not None:
+        recall(extra)
+    return step, float(extra.get(SECONDS, 0.0))
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Whether there is a run in this folder to be resumed; otherwise it starts anew."""
+    return checkpoint.latest(run / CHECKPOINTS) is not None
+
+
+def already_ended(recipe: Recipe, record: dict[str, Any]) -> str:
+    """What to say if the run has ended before, evaluated as it would be now; nothing if there is something to do."""
+    folder = Path(recipe.folder)
+    records = records_of(folder)
+    end, runs = end_of(records), of_kind(records, "run")
+    asked = {key: value for key, value in json.loads(json.dumps(record)).items() if key != "folder"}
+    if end is None or end["kind"] != "summary" or any(runs[-1].get(key) != value for key, value in asked.items()):
+        return ""
+    (folder / METRICS_FILE).touch()  # launch scripts see that this start has found an end
+    results = [f"{key} {end[key]:,.4g}" for key in ("perplexity", "score") if isinstance(end.get(key), float)]
+    text = ", ".join([f"{folder}: already finished, all {recipe.steps:,} steps are done", *results])
+    return f"{text}. To train on, raise --steps; to train anew, choose another --folder."
 
 
 def records_of(run: Path) -> list[dict[str, Any]]:
@@ -31,7 +109,7 @@ def records_of(run: Path) -> list[dict[str, Any]]:
     return read_metrics(run) if (run / METRICS_FILE).is_file() else []
 
 
-def check_begun(run: Path, recipe: dict[str, Any], free: Collection[str]) -> None:
+def check_existing_run(run: Path, recipe: dict[str, Any], free: Collection[str]) -> None:
     """ValueError if the run in this folder was begun, or went on, with other values of keys that are not ``free``.
 
     ``recipe``: the record of the recipe that is asked for now. Keys that only one of the two has are not compared.

@@ -5,7 +5,6 @@ What is trained, and what it found at the end, is the job's.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
@@ -45,9 +44,9 @@ from frugal_dist.training.distributed.ranks import (
 from frugal_dist.training.distributed.run_lock import held
 from frugal_dist.training.folders import CHECKPOINTS
 from frugal_dist.training.metrics.device import idle_gpus, in_words, surroundings
-from frugal_dist.training.metrics.record import METRICS_FILE, end_of, of_kind
+from frugal_dist.training.metrics.record import METRICS_FILE
 from frugal_dist.training.recipe import Recipe, Run
-from frugal_dist.training.resume import GOING_ON, check_begun, records_of
+from frugal_dist.training.resume import SECONDS, already_ended, resume
 
 # Heavy and noisy libraries are imported inside the functions: once the terminal is protected from their output.
 if TYPE_CHECKING:
@@ -60,8 +59,6 @@ if TYPE_CHECKING:
 
 FAILURE_FILE = "failed.txt"
 """Of the last start in this folder, if it failed: the exit code, and a line for the user, which launch scripts show."""
-SECONDS = "seconds"
-"""In a checkpoint: how long the run has taken, in all the processes that trained it."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ def train(read: Callable[[], R], check: Callable[[R], None], prepare: Prepare[R]
     failure. If ``read`` or ``check`` of it raises, no rank starts; a process alone raises the same.
     """
     place = find_dist_env()
-    log, recipe = _begun(read, check, place)
+    log, recipe = _read(read, check, place)
     with environment(place), quiet_console(log) as terminal, stop_requests() as request:
         request.speaks, holds = place.rank == 0, False
         try:
@@ -152,7 +149,7 @@ def _note_failure(run: Path, code: int, text: str) -> None:
         file.write(f"{code}\n{text}\n")
 
 
-def _begun(read: Callable[[], R], check: Callable[[R], None], place: DistEnv) -> tuple[Path, Callable[[], R]]:
+def _read(read: Callable[[], R], check: Callable[[R], None], place: DistEnv) -> tuple[Path, Callable[[], R]]:
     """The file for what libraries print, and the recipe; an error is kept until all ranks can hear of it."""
     try:
         recipe = read()
@@ -207,17 +204,8 @@ def _train(job: TrainingJob, terminal: TextIO, request: StopRequest) -> int:
     from frugal_dist.training.loop import Diverged
 
     recipe, engine = job.recipe, job.engine
-    together(lambda: _check_folder(job))
-    found = engine.resume(Path(recipe.folder) / CHECKPOINTS)
-    start = 0 if found is None else found[0]
-    if start > recipe.steps:  # going on would save these weights as an earlier step's
-        text = f"steps is {recipe.steps}, but the run in {recipe.folder} has done {start}: raise it or change folder."
-        agree(ValueError(text))
-    if found is not None:
-        job.batches.load_state_dict(found[1].get("data", []), start)
-        if job.recall is not None:
-            job.recall(found[1])
-    if start == recipe.steps and (ended := gathered(_ended(job) if engine.rank == 0 else "")[0]):
+    start, seconds = resume(recipe, job.record, engine, job.batches, job.recall)
+    if start == recipe.steps and (ended := gathered(already_ended(recipe, job.record) if engine.rank == 0 else "")[0]):
         if engine.rank == 0:
             say(terminal, ended)
         return 0
@@ -227,7 +215,7 @@ def _train(job: TrainingJob, terminal: TextIO, request: StopRequest) -> int:
         say(terminal, "\n".join([_headline(job, start), *filter(None, [loud, job.note])]))
     request.at_once, request.training = False, True
     try:
-        outcome = _run(job, start, 0.0 if found is None else float(found[1].get(SECONDS, 0.0)), terminal, request)
+        outcome = _run(job, start, seconds, terminal, request)
     except Diverged as error:  # on all ranks: they leave together, and a comparison goes on with its next run
         if engine.rank == 0:
             say(terminal, f"The run diverged: {error}")
@@ -244,41 +232,15 @@ def _train(job: TrainingJob, terminal: TextIO, request: StopRequest) -> int:
     return 0
 
 
-def has_begun(run: Path) -> bool:
-    """Whether the run in this folder would be gone on with; otherwise it is begun anew."""
-    return checkpoint.latest(run / CHECKPOINTS) is not None
-
-
-def _check_folder(job: TrainingJob) -> None:
-    """ValueError, on rank 0, which writes the folder, if it would go on with a run of another recipe."""
-    folder = Path(job.recipe.folder)
-    if job.engine.rank == 0 and has_begun(folder):
-        check_begun(folder, job.record, GOING_ON)
-
-
-def _ended(job: TrainingJob) -> str:
-    """What to say if the run has ended before, evaluated as it would be now; nothing if there is something to do."""
-    folder = Path(job.recipe.folder)
-    records = records_of(folder)
-    end, runs = end_of(records), of_kind(records, "run")
-    asked = {key: value for key, value in json.loads(json.dumps(job.record)).items() if key != "folder"}
-    if end is None or end["kind"] != "summary" or any(runs[-1].get(key) != value for key, value in asked.items()):
-        return ""
-    (folder / METRICS_FILE).touch()  # launch scripts see that this start has found an end
-    results = [f"{key} {end[key]:,.4g}" for key in ("perplexity", "score") if isinstance(end.get(key), float)]
-    text = ", ".join([f"{folder}: already finished, all {job.recipe.steps:,} steps are done", *results])
-    return f"{text}. To train on, raise --steps; to train anew, choose another --folder."
-
-
 def _headline(job: TrainingJob, start: int) -> str:
     from frugal_dist.training.optimizers import described
 
     recipe, engine = job.recipe, job.engine
-    begun = f"going on after step {start}" if start else f"{recipe.steps:,} steps"
+    begins = f"going on after step {start}" if start else f"{recipe.steps:,} steps"
     ranks = "one rank" if engine.world == 1 else f"{engine.world} ranks"
     return (
         f"{recipe.folder}: {job.parameters / 1e6:.2f} M parameters, {described(recipe.optimizer)}, {recipe.engine} on "
-        f"{ranks}, {recipe.batch * job.batches.length:,} tokens a step, {begun}; {in_words()}"
+        f"{ranks}, {recipe.batch * job.batches.length:,} tokens a step, {begins}; {in_words()}"
     )
 
 

@@ -33,7 +33,7 @@ from frugal_dist.training.recipe import (
     read_recipe,
     shipped,
 )
-from frugal_dist.training.resume import GOING_ON, check_begun
+from frugal_dist.training.resume import FREE_ON_RESUME, check_existing_run
 from frugal_dist.training.schedule import build_schedule
 
 PAPERS = {"9m": 128, "20m": 256, "60m": 512, "130m": 768, "350m": 1024, "1b": 2048, "3b": 2560, "7b": 4096}
@@ -300,7 +300,7 @@ def test_a_run_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.M
     def begun(before: str, now: str) -> None:
         line = {"kind": "run", **record, "data": {**record["data"], "path": before}}
         (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-        check_begun(tmp_path / "run", {**record, "data": {**record["data"], "path": now}}, GOING_ON)
+        check_existing_run(tmp_path / "run", {**record, "data": {**record["data"], "path": now}}, FREE_ON_RESUME)
 
     monkeypatch.chdir(tmp_path)
     begun("data", "home/data")

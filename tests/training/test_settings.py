@@ -17,7 +17,7 @@ from frugal_dist.training.compare import contender
 from frugal_dist.training.finetune.recipe import FinetuneRecipe, Tuning
 from frugal_dist.training.optimizers import check_optimizer, described, frugal_options, settled
 from frugal_dist.training.recipe import Optimizer, Recipe, read_recipe, shipped
-from frugal_dist.training.resume import FREE, GOING_ON, check_begun
+from frugal_dist.training.resume import FREE, FREE_ON_RESUME, check_existing_run
 
 MEANING = {
     "galore": {"projection": "svd", "on_refresh": "keep", "state_free": "none", "density": 0.25},
@@ -146,20 +146,20 @@ def test_another_setting_is_refused_by_name(key: str, tmp_path: Path) -> None:
     value, words = DIFFERENT[key]
     record = asked("reviews_5m", [key, value])
     with pytest.raises(ValueError) as error:
-        check_begun(tmp_path, record, FREE)
+        check_existing_run(tmp_path, record, FREE)
     assert words in str(error.value)
     assert "another --folder" in str(error.value)
     if key == "--steps":
-        check_begun(tmp_path, record, GOING_ON)
+        check_existing_run(tmp_path, record, FREE_ON_RESUME)
     else:
         with pytest.raises(ValueError, match=words.split()[0]):
-            check_begun(tmp_path, record, GOING_ON)
+            check_existing_run(tmp_path, record, FREE_ON_RESUME)
 
 
 def test_what_does_not_matter_may_change(tmp_path: Path) -> None:
     begun(tmp_path, read_recipe("reviews_5m", (), Recipe), start=0, ranks=2)
     changes = [word for pair in FREELY.items() for word in pair]
-    check_begun(tmp_path, asked("reviews_5m", changes), FREE)
+    check_existing_run(tmp_path, asked("reviews_5m", changes), FREE)
 
 
 def test_what_was_recorded_with_useless_options_is_taken_over(tmp_path: Path) -> None:
@@ -167,17 +167,17 @@ def test_what_was_recorded_with_useless_options_is_taken_over(tmp_path: Path) ->
     recipe = contender("adamw@1e-2x0.1", read_recipe("reviews_5m", (), Recipe))
     more = {**recipe.optimizer.options, "svd_method": "exact", "projection": "columns"}
     begun(tmp_path, replace(recipe, optimizer=replace(recipe.optimizer, options=more)))
-    check_begun(tmp_path, recipe.record(), FREE)
+    check_existing_run(tmp_path, recipe.record(), FREE)
     frugal = {**recipe.optimizer.options, "density": 0.25, "projection": "svd"}  # what was called AdamW and was not
     begun(tmp_path, replace(recipe, optimizer=replace(recipe.optimizer, options=frugal)))
     with pytest.raises(ValueError, match=r"optimizer\.options\.density 0\.25 \(now 1\.0\)"):
-        check_begun(tmp_path, recipe.record(), FREE)
+        check_existing_run(tmp_path, recipe.record(), FREE)
 
 
 def test_a_fine_tuning_has_its_own_keys(tmp_path: Path) -> None:
     recipe = read_recipe("roberta_glue", (), FinetuneRecipe)
     begun(tmp_path, recipe, examples=2490)
-    check_begun(tmp_path, {**recipe.record(), "examples": 2490}, FREE)
+    check_existing_run(tmp_path, {**recipe.record(), "examples": 2490}, FREE)
     for changes, words in (
         (["--epochs", "3"], "epochs 80.0 (now 3.0)"),
         (["--optimizer.rank", "4"], "optimizer.rank 8 (now 4)"),
@@ -185,11 +185,11 @@ def test_a_fine_tuning_has_its_own_keys(tmp_path: Path) -> None:
         (["--optimizer.name", "lora"], "optimizer.name 'frugal' (now 'lora')"),
     ):
         with pytest.raises(ValueError) as error:
-            check_begun(tmp_path, asked("roberta_glue", changes, FinetuneRecipe), FREE)
+            check_existing_run(tmp_path, asked("roberta_glue", changes, FinetuneRecipe), FREE)
         assert words in str(error.value)
     with pytest.raises(ValueError, match="examples 2490"):
-        check_begun(tmp_path, {**recipe.record(), "examples": 249}, GOING_ON)
-    check_begun(tmp_path, asked("roberta_glue", ["--lora.rank", "4"], FinetuneRecipe), FREE)
+        check_existing_run(tmp_path, {**recipe.record(), "examples": 249}, FREE_ON_RESUME)
+    check_existing_run(tmp_path, asked("roberta_glue", ["--lora.rank", "4"], FinetuneRecipe), FREE)
     begun(tmp_path, read_recipe("roberta_glue", ["--optimizer.name", "adamw"], FinetuneRecipe))
     with pytest.raises(ValueError, match=r"optimizer\.name 'adamw' \(now 'lora'\)"):
-        check_begun(tmp_path, asked("roberta_glue", ["--optimizer.name", "lora"], FinetuneRecipe), FREE)
+        check_existing_run(tmp_path, asked("roberta_glue", ["--optimizer.name", "lora"], FinetuneRecipe), FREE)
