@@ -15,7 +15,7 @@ from frugal_dist.projection.basis import basis_shapes
 from frugal_dist.projection.coordinates import Selection
 from frugal_dist.sharding.placement import Transfer, owner_layout, transfers_for
 from frugal_dist.sharding.tile import elements, owned, whole
-from frugal_dist.step import basis_refresh, column_refresh, decide, matrices
+from frugal_dist.step import basis_broadcast, basis_refresh, column_refresh, decide, matrices
 from frugal_dist.step.moments import moves_between_ranks
 from frugal_dist.step.runtime import (
     CoordinatePiece,
@@ -207,7 +207,7 @@ def _plan_bucket(runtime: Runtime, mats: Sequence[LocalMatrix], plan: RefreshPla
             gathered += away(legs, rank) + _arriving(legs, rank)
             gathered += matrix.rows * matrix.cols * (rank == matrix.owner)
         if rank == matrix.owner:
-            published = elements if basis_refresh.used_by_others(runtime, mat) else 0
+            published = elements if basis_broadcast.used_by_others(runtime, mat) else 0
             plan.sent += ITEM * (1 + published)  # 1: the status
     plan.calls["all_to_all"] += travels
     plan.calls["broadcast"] += len({mat.matrix.owner for mat in mats})

@@ -1,7 +1,4 @@
-"""The refresh of bases: gradients are gathered by their owners, each basis is computed once and published.
-
-A failed SVD is a status that all ranks learn; no rank raises or skips alone.
-"""
+"""The refresh of bases: gradients are gathered by their owners, each basis is computed once, then broadcast."""
 
 from __future__ import annotations
 
@@ -14,17 +11,13 @@ from frugal_dist.notices import notice
 from frugal_dist.projection.basis import Basis, basis_of, basis_shapes
 from frugal_dist.projection.definition import Drawing
 from frugal_dist.projection.registry import PROJECTIONS
-from frugal_dist.sharding.collectives import all_to_all, broadcast
+from frugal_dist.sharding.collectives import all_to_all
 from frugal_dist.sharding.placement import owner_layout, transfers_for
 from frugal_dist.sharding.redistribution import fill_buckets, limit_for_owners
 from frugal_dist.sharding.tile import owned, whole
-from frugal_dist.step.moments import carry_basis_moments
+from frugal_dist.step.basis_broadcast import broadcast_bases
 from frugal_dist.step.runtime import LocalMatrix, Runtime, basis_route
 from frugal_dist.step.statistics import RefreshStats
-
-NEW, FAILED = 0.0, 1.0
-ATTEMPTS = 3
-"""Consecutive failed refreshes of one matrix after which all ranks raise."""
 
 
 def refresh_bases(runtime: Runtime, mats: Sequence[LocalMatrix]) -> None:
@@ -64,7 +57,7 @@ def _refresh_bucket(runtime: Runtime, mats: Sequence[LocalMatrix]) -> None:
     for owner in range(runtime.ranks.size):
         mine = [mat for mat in mats if mat.matrix.owner == owner]
         if mine:
-            _publish(runtime, mine, [found.get(mat.matrix.index) for mat in mine], owner)
+            broadcast_bases(runtime, mine, [found.get(mat.matrix.index) for mat in mine], owner)
 
 
 def warm_source(runtime: Runtime, mat: LocalMatrix) -> int | None:
@@ -129,53 +122,6 @@ def _gather(runtime: Runtime, mats: Sequence[LocalMatrix]) -> tuple[dict[int, Te
     if travels:
         all_to_all(ranks, send, recv, torch.empty(0, dtype=mats[0].dtype, device=mats[0].device))
     return found, warm
-
-
-def used_by_others(runtime: Runtime, mat: LocalMatrix) -> bool:
-    """Whether any rank but the owner computes with this matrix' basis."""
-    return any(tiles for rank, tiles in enumerate(basis_route(runtime, mat).layout) if rank != mat.matrix.owner)
-
-
-def _publish(runtime: Runtime, mats: Sequence[LocalMatrix], found: Sequence[Basis | None], owner: int) -> None:
-    """Owner's statuses and bases to everyone, then the state follows. All ranks use the same contiguous bytes."""
-    like = torch.empty(0, dtype=mats[0].dtype, device=mats[0].device)
-    status = torch.tensor([FAILED if basis is None else NEW for basis in found], dtype=like.dtype, device=like.device)
-    pieces, bases = [status], []
-    for mat, basis in zip(mats, found, strict=True):
-        shapes = basis_shapes(mat.side, mat.matrix.rows, mat.matrix.cols, mat.size)
-        travels = used_by_others(runtime, mat)
-        if basis is None:  # where it does not travel, nobody here computes with it
-            sizes = {name: shape if travels else (0, 0) for name, shape in shapes.items()}
-            basis = basis_of({n: torch.zeros(size, dtype=mat.dtype, device=mat.device) for n, size in sizes.items()})
-        bases.append(basis)
-        if travels:
-            pieces += basis.parts
-    broadcast(runtime.ranks, owner, pieces, like)
-    for mat, basis, code in zip(mats, bases, status.tolist(), strict=True):
-        adopt(runtime, mat, basis.to(mat.basis_dtype)) if code == NEW else count_failure(runtime, mat, owner)
-
-
-def adopt(runtime: Runtime, mat: LocalMatrix, kept: Basis) -> None:
-    """A new basis, as it is kept: the state follows."""
-    runtime.failures.pop(mat.matrix.index, None)
-    plan, basis = basis_route(runtime, mat), mat.usable(kept)  # everyone computes with what is kept
-    carry_basis_moments(mat, plan, basis)
-    if plan.tiles and kept.parts:
-        if runtime.ranks.rank == next(rank for rank, tiles in enumerate(plan.layout) if tiles):
-            runtime.figures.add_turn(mat.basis(), basis)
-        mat.state.set_basis(mat.side, kept)
-    mat.state.count_refresh(mat.size)
-
-
-def count_failure(runtime: Runtime, mat: LocalMatrix, owner: int) -> None:
-    """Go on with the old projector; raise on all ranks together when it keeps failing."""
-    count = runtime.failures.get(mat.matrix.index, 0) + 1
-    runtime.failures[mat.matrix.index] = count
-    if count >= ATTEMPTS:
-        raise RuntimeError(
-            f"{mat.matrix.name}: the projector refresh failed {count} times in a row on rank {owner} (its warnings "
-            "say why). Lower the learning rate, clip gradients, or choose a projection that needs no SVD (columns)."
-        )
 
 
 # --- on the owner alone: wherever and in whatever precision that works -----------------------------

@@ -17,7 +17,7 @@ from frugal_dist.projection.basis import Basis, basis_of, down
 from frugal_dist.projection.dictionary import column_energies, largest
 from frugal_dist.sharding.collectives import all_gather, all_to_all
 from frugal_dist.sharding.tile import Tile, holders
-from frugal_dist.step.basis_refresh import adopt, count_failure
+from frugal_dist.step.basis_broadcast import adopt, count_failure
 from frugal_dist.step.matrices import buckets_of, fetch_gradients
 from frugal_dist.step.runtime import LocalMatrix, Runtime, basis_route
 

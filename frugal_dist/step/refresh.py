@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from frugal_dist.projection.basis import Basis
-from frugal_dist.step.basis_refresh import adopt, refresh_bases
+from frugal_dist.step.basis_broadcast import adopt
+from frugal_dist.step.basis_refresh import refresh_bases
 from frugal_dist.step.column_refresh import refresh_columns
 from frugal_dist.step.decide import Decision
 from frugal_dist.step.moments import move_coordinate_moments

@@ -48,7 +48,8 @@ LAYERS: list[tuple[str, ...]] = [
     ("parameters.split", "step", "step.state", "step.statistics", "step.release"),
     ("step.runtime",),
     ("step.moments", "step.replicas", "step.inputs"),
-    ("step.decide", "step.basis_refresh"),
+    ("step.decide", "step.basis_broadcast"),
+    ("step.basis_refresh",),
     ("step.refresh", "step.matrices", "step.column_refresh"),
     (
         "engines",
