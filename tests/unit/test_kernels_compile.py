@@ -118,7 +118,7 @@ def test_every_kernel_compiles_for_cuda(capability: str) -> None:
 
 
 def test_no_step_compiles_anew() -> None:
-    """Rates, decay, counts, keys and the number of matrices change from step to step; each kernel is compiled once, those
-    that a table describes with and without stochastic rounding.
+    """Rates, decay, counts, keys and the number of matrices change from step to step; each kernel is compiled once,
+    those that a table describes with and without stochastic rounding.
     """
     assert run(COUNT).stdout.split() == ["11"] * 10

@@ -22,7 +22,7 @@ HIGH, WIDE = 8, 128
 # The rows of a table. BEGIN: the first program of the matrix. The others are what ``Entry`` has.
 BEGIN, WEIGHT, GRAD, FIRST, SECOND, INDEX, BEFORE, ROWS, COLS, COUNT, START, STRIDE, KEY0, KEY1 = range(14)
 Entry = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int]
-"""Addresses of weight, gradient, both moments, index and ``before``; rows, columns and count; what ``jobs.Noise`` has."""
+"""Addresses of weight, gradient, both moments, index and ``before``; rows, columns, count; what ``jobs.Noise`` has."""
 
 _EMPTY = array("q", [1 << 62] * MOST + [0] * 13 * MOST)
 """No program ever begins a matrix that is not there."""
