@@ -153,9 +153,9 @@ def figures(
         rows = memory_rows(one, engine, setting)
         memory[name] = {
             "rows": [{"name": row.name.strip(), "bytes": row.size, "host": row.host} for row in rows],
-            "together": together(rows),
+            "together": total_bytes(rows),
             "peak": _peak(rows),
-            "on_the_host": together(rows, host=True),
+            "on_the_host": total_bytes(rows, host=True),
             "state_most_on_a_rank": max(one.states),
             "state_of_all_ranks": sum(one.states),
             "state_as_the_papers_count": one.papers,
@@ -205,13 +205,15 @@ def _verdict(plan: Plan, adamw: Plan, engine: EngineLayout, setting: Setting) ->
 
 def _peak(rows: Sequence[Row]) -> int:
     """On the GPU."""
-    during = {when: together([row for row in rows if row.during == when]) for when in ("", "pass", "refresh", "step")}
+    during = {
+        when: total_bytes([row for row in rows if row.during == when]) for when in ("", "pass", "refresh", "step")
+    }
     return during.pop("") + max(during.values())
 
 
 def fits(plan: Plan, engine: EngineLayout, setting: Setting, gpu: str) -> tuple[bool, int]:
     """Whether a GPU has room for it, and a tenth left; how many bytes it needs."""
-    total = together(memory_rows(plan, engine, setting))
+    total = total_bytes(memory_rows(plan, engine, setting))
     return _fits(total, gpu), total
 
 
@@ -248,7 +250,7 @@ def memory_rows(plan: Plan, engine: EngineLayout, setting: Setting) -> list[Row]
     ]
 
 
-def together(rows: Sequence[Row], host: bool = False) -> int:
+def total_bytes(rows: Sequence[Row], host: bool = False) -> int:
     """Bytes on the GPU, or in the machine's memory for every rank of it."""
     return sum(row.size for row in rows if row.host == host and not row.name.startswith(" "))
 
@@ -257,7 +259,7 @@ def _memory(plan: Plan, adamw: Plan | None, engine: EngineLayout, setting: Setti
     rows = memory_rows(plan, engine, setting)
     theirs = [] if adamw is None else memory_rows(adamw, engine, setting)
     sizes = {row.name: row.size for row in theirs}
-    total, totals = together(rows), [together(rows), *([together(theirs)] if theirs else [])]
+    total, totals = total_bytes(rows), [total_bytes(rows), *([total_bytes(theirs)] if theirs else [])]
     lines = _table(
         ["rank with the most state", "MiB", *(["AdamW"] if theirs else [])],
         [
@@ -275,7 +277,7 @@ def _memory(plan: Plan, adamw: Plan | None, engine: EngineLayout, setting: Setti
         lines += wrap(setting.advice, WIDTH) if setting.advice else []
         if _lacks_bf16(gpu, setting):
             lines.append(f"{gpu} does not compute in bf16: set precision fp16 with DeepSpeed, or fp32")
-    if on_host := together(rows, host=True):
+    if on_host := total_bytes(rows, host=True):
         lines.append(f"On the host {on_host / 1e9:,.2f} GB for every rank of it")
     return lines
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import frugal_dist.projection
-from frugal_dist.projection.definition import Projection, Settings
+from frugal_dist.projection.definition import Projection, ProjectionSettings
 from frugal_dist.projection.shapes import round_of
 
 
-def active_count(config: Settings, matrices: int) -> int:
+def active_count(config: ProjectionSettings, matrices: int) -> int:
     """C = round(density * matrices). ValueError for 0 at density > 0, and for an odd count with order "mirror"."""
     count = round_of(config.density, matrices)
     if count == 0 and config.density > 0:
@@ -24,25 +24,25 @@ def active_count(config: Settings, matrices: int) -> int:
     return count
 
 
-def active_blocks(config: Settings, matrices: int, refresh: int, count: int) -> frozenset[int]:
+def active_blocks(config: ProjectionSettings, matrices: int, refresh: int, count: int) -> frozenset[int]:
     """The ``count`` positions (0 to ``matrices`` - 1, in the group's order) state-full after refresh ``refresh``."""
     return frozenset(ORDERS[config.block_order](config, matrices, count, refresh))
 
 
-def _random(config: Settings, matrices: int, count: int, refresh: int) -> list[int]:
+def _random(config: ProjectionSettings, matrices: int, count: int, refresh: int) -> list[int]:
     select = frugal_dist.projection.select_indices
     return [int(i) for i in select(matrices, count, seed=config.seed, name="blocks", refresh=refresh)]
 
 
-def _ascending(config: Settings, matrices: int, count: int, refresh: int) -> list[int]:
+def _ascending(config: ProjectionSettings, matrices: int, count: int, refresh: int) -> list[int]:
     return [(refresh * count + a) % matrices for a in range(count)]
 
 
-def _descending(config: Settings, matrices: int, count: int, refresh: int) -> list[int]:
+def _descending(config: ProjectionSettings, matrices: int, count: int, refresh: int) -> list[int]:
     return [(matrices - 1 - refresh * count - a) % matrices for a in range(count)]
 
 
-def _mirror(config: Settings, matrices: int, count: int, refresh: int) -> list[int]:
+def _mirror(config: ProjectionSettings, matrices: int, count: int, refresh: int) -> list[int]:
     half = matrices // 2
     lower = [(refresh * (count // 2) + a) % half for a in range(count // 2)]
     return lower + [matrices - 1 - i for i in lower]

@@ -18,7 +18,7 @@ from frugal_dist.projection.coordinates import Selection
 from frugal_dist.projection.shapes import floor_of, round_of, sided_dim, sided_entries, sided_lines
 
 
-class Settings(Protocol):
+class ProjectionSettings(Protocol):
     """What projections read of a ``FrugalConfig``, which stands above them and asks the registry for its choices."""
 
     @property
@@ -53,7 +53,7 @@ class Drawing:
     ``side``: right, left or full. ``size``: r, or how many columns, rows or entries are selected.
     """
 
-    config: Settings
+    config: ProjectionSettings
     name: str
     rows: int
     cols: int
@@ -121,10 +121,10 @@ class Projection:
     index_bytes: int = 0
     compute: Callable[[Tensor, Drawing, Basis | None], Basis] = _no_basis
     from_gradient: bool = True
-    starts_warm: Callable[[Settings], bool] = lambda config: False
+    starts_warm: Callable[[ProjectionSettings], bool] = lambda config: False
     dictionary: Dictionary | None = None
     orthonormal: bool = True
-    scratch: Callable[[Settings, int, int, str, int], int] = lambda config, rows, cols, side, r: 0
+    scratch: Callable[[ProjectionSettings, int, int, str, int], int] = lambda config, rows, cols, side, r: 0
 
     def kept_shapes(self, side: str, rows: int, cols: int, r: int) -> dict[str, tuple[int, ...]]:
         """Shapes of what is kept of a basis between refreshes, by part: its columns, or their numbers."""

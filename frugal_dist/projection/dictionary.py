@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from frugal_dist.projection.basis import Basis, basis_of, basis_shapes
-from frugal_dist.projection.definition import Drawing, Settings, sided
+from frugal_dist.projection.definition import Drawing, ProjectionSettings, sided
 from frugal_dist.projection.numerics import FP32
 
 _PIECE = 1 << 18
@@ -81,7 +81,7 @@ def _compute(grad: Tensor, drawing: Drawing, warm: Basis | None) -> Basis:
     return numbers.shown(drawing.rows, drawing.cols, grad.dtype)
 
 
-def _scratch(config: Settings, rows: int, cols: int, side: str, r: int) -> int:
+def _scratch(config: ProjectionSettings, rows: int, cols: int, side: str, r: int) -> int:
     """The fixed matrix, and a piece of the gradient in order, and transformed."""
     length = max(size for size, _ in basis_shapes(side, rows, cols, r).values())
     return FP32 * length * length + 2 * FP32 * min(rows * cols, _PIECE)

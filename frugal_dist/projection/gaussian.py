@@ -9,7 +9,7 @@ from torch import Tensor
 
 import frugal_dist.projection.coordinates as coordinates
 from frugal_dist.projection.basis import Basis, basis_of, basis_shapes, dense
-from frugal_dist.projection.definition import Drawing, Settings, sided
+from frugal_dist.projection.definition import Drawing, ProjectionSettings, sided
 from frugal_dist.projection.numerics import FP32, FP64
 from frugal_dist.projection.shapes import round_of
 
@@ -52,7 +52,7 @@ def _drawn(draw: Callable[..., Basis], grad: Tensor, drawing: Drawing) -> Basis:
     )
 
 
-def _scratch(config: Settings, rows: int, cols: int, side: str, r: int) -> int:
+def _scratch(config: ProjectionSettings, rows: int, cols: int, side: str, r: int) -> int:
     """Gaussian columns and what they are orthonormalised to, in fp64, and the result."""
     return max(
         FP64 * (2 * length * width + width * width) + FP32 * length * width

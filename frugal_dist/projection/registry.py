@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from frugal_dist.projection.blocks import BLOCKWISE
 from frugal_dist.projection.coordinates import NOTHING, Selection, whole_block
-from frugal_dist.projection.definition import Drawing, Projection, Settings
+from frugal_dist.projection.definition import Drawing, Projection, ProjectionSettings
 from frugal_dist.projection.dictionary import DCT
 from frugal_dist.projection.entries import RANDK
 from frugal_dist.projection.gaussian import GAUSSIAN, RANDOM
@@ -28,7 +28,7 @@ PROJECTIONS: dict[str, Projection] = {
 }
 
 
-def family(config: Settings) -> str:
+def family(config: ProjectionSettings) -> str:
     """One of "basis", "coordinates" or "blocks"; density 0 selects no coordinates, whatever the projection.
 
     Rules that need whole lines compute as bases do, where these are whole: also with a basis of no columns (density 0),
@@ -40,20 +40,20 @@ def family(config: Settings) -> str:
     return chosen if config.density > 0 else "coordinates"
 
 
-def undivided(config: Settings) -> bool:
+def undivided(config: ProjectionSettings) -> bool:
     """Whether a rule gets whole gradients: lines of coordinates, and all of them."""
     lines = PROJECTIONS[config.projection].whole_when_complete
     return config.by_lines and lines and config.density == 1.0
 
 
-def side_of(config: Settings, rows: int, cols: int) -> str:
+def side_of(config: ProjectionSettings, rows: int, cols: int) -> str:
     """Of a basis: one of "right", "left" and "full" for a matrix."""
     if undivided(config):
         return "right"
     return config.free_side if config.by_lines and config.density == 0 else resolve_side(config.side, rows, cols)
 
 
-def depends_on(config: Settings) -> tuple[str, ...]:
+def depends_on(config: ProjectionSettings) -> tuple[str, ...]:
     """The hyperparameters without which state means something else, beside projection, density and rule."""
     chosen = PROJECTIONS[config.projection]
     return chosen.depends_on if chosen.family == family(config) else ("seed",)
@@ -64,7 +64,7 @@ def options_of_others(projection: str) -> list[tuple[str, Projection]]:
     return [(key, one) for one in PROJECTIONS.values() if one.name != projection for key in one.own]
 
 
-def selection_size(config: Settings, name: str, rows: int, cols: int) -> int:
+def selection_size(config: ProjectionSettings, name: str, rows: int, cols: int) -> int:
     """R of a basis, or the number of selected columns, rows or entries; 0 for an empty matrix.
 
     ValueError for 0 at a density above 0, and for more than a gradient has.
@@ -92,7 +92,7 @@ def selection_size(config: Settings, name: str, rows: int, cols: int) -> int:
     return size
 
 
-def takes_everything(config: Settings, rows: int, cols: int, size: int) -> bool:
+def takes_everything(config: ProjectionSettings, rows: int, cols: int, size: int) -> bool:
     """Whether a coordinate selection of this size leaves nothing of a matrix out.
 
     Not what density says: randperm on both sides selects a square of min(rows, cols).
@@ -101,7 +101,7 @@ def takes_everything(config: Settings, rows: int, cols: int, size: int) -> bool:
     return entries == rows * cols
 
 
-def dim_left_free(config: Settings, rows: int, cols: int, size: int) -> int | None:
+def dim_left_free(config: ProjectionSettings, rows: int, cols: int, size: int) -> int | None:
     """The dim along which replicas share a coordinate selection of this size; None: along the list of its entries."""
     chosen = PROJECTIONS[config.projection]
     if chosen.whole_when_complete and takes_everything(config, rows, cols, size):
@@ -110,7 +110,7 @@ def dim_left_free(config: Settings, rows: int, cols: int, size: int) -> int | No
     return 1 - lines[0] if len(lines) == 1 else None
 
 
-def draw_selection(config: Settings, name: str, rows: int, cols: int, refresh: int, count: int) -> Selection:
+def draw_selection(config: ProjectionSettings, name: str, rows: int, cols: int, refresh: int, count: int) -> Selection:
     """The ``count`` state-full columns, rows or entries of a rows x cols matrix after refresh number ``refresh``.
 
     ``count`` is what ``selection_size`` gave at that refresh.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from frugal_dist.projection.basis import carry_first, carry_second
-from frugal_dist.update.definition import Moment, Settings, StateFull, Tensors, decay_
+from frugal_dist.update.definition import Moment, RuleSettings, StateFull, Tensors, decay_
 
 
 def adamw(
@@ -18,7 +18,7 @@ def adamw(
     step: int,
     lr: float,
     decay: float,
-    config: Settings,
+    config: RuleSettings,
 ) -> None:
     """torch.optim.AdamW's update (Loshchilov & Hutter 2019) with bias correction at ``step``, fused where torch can."""
     if not params:
@@ -41,7 +41,7 @@ def _fused_adamw(
     step: int,
     lr: float,
     decay: float,
-    config: Settings,
+    config: RuleSettings,
 ) -> None:
     beta1, beta2 = config.beta_pair
     steps = torch.full((), float(step), dtype=torch.float32, device=params[0].device)
@@ -70,7 +70,7 @@ def _foreach_adamw(
     step: int,
     lr: float,
     decay: float,
-    config: Settings,
+    config: RuleSettings,
 ) -> None:
     beta1, beta2 = config.beta_pair
     decay_(params, lr, decay)

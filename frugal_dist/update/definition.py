@@ -18,7 +18,7 @@ from frugal_dist.projection.basis import Basis, carry_first
 Tensors = Sequence[Tensor]
 
 
-class Settings(Protocol):
+class RuleSettings(Protocol):
     """What rules read of a ``FrugalConfig``, which stands above them and asks the registry for its choices."""
 
     @property
@@ -31,7 +31,7 @@ class Settings(Protocol):
     def momentum(self) -> float: ...
 
 
-Update = Callable[[Tensors, Tensors, Sequence[Tensors], int, float, float, Settings], None]
+Update = Callable[[Tensors, Tensors, Sequence[Tensors], int, float, float, RuleSettings], None]
 """``update(params, grads, moments, step, lr, weight_decay, config)``, in place, on lists of equally typed tensors.
 
 It moves ``params`` by ``-lr * U``; give it zeros to get the update itself. ``moments`` holds one list for each moment,
@@ -77,7 +77,7 @@ class StateFull:
     elementwise: bool = True
     regular: str = ""
     has_kernel: bool = False
-    correction: Callable[[int, Settings], float] = lambda step, config: 1.0
+    correction: Callable[[int, RuleSettings], float] = lambda step, config: 1.0
     names: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -104,7 +104,7 @@ class StateFree:
     lines: Callable[..., Generator[Tensor, Tensor, Tensor]] | None = None
     free_side: str = "right"
     scaled: bool = False
-    averages: Callable[[Tensor, Sequence[Tensor], Settings], Tensor] | None = None
+    averages: Callable[[Tensor, Sequence[Tensor], RuleSettings], Tensor] | None = None
     keeps: tuple[str, ...] = ()
     has_kernel: bool = False
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from frugal_dist.update.definition import Settings, StateFree
+from frugal_dist.update.definition import RuleSettings, StateFree
 
 Sums = Generator[Tensor, Tensor, Tensor]
 """Yields sums over a tile, is sent those over its matrix, returns a direction."""
@@ -99,7 +99,7 @@ SCALED = StateFree(name="scaled", direction=None, lines=unchanged, scaled=True)
 """As large beside the residual as the update is beside R (Fira, arXiv 2410.01623)."""
 
 
-def _averaged(rest: Tensor, kept: Sequence[Tensor], config: Settings) -> Tensor:
+def _averaged(rest: Tensor, kept: Sequence[Tensor], config: RuleSettings) -> Tensor:
     """Divided by the roots of moving averages of the mean squares of its rows and columns."""
     rows, cols = kept
     squares = rest.square()
@@ -140,7 +140,7 @@ class Treatment(NamedTuple):
         return self.combine == "add" and (self.rule.lines is None or square)
 
     def directed(self, rest: Tensor, low: Tensor, update: Tensor, part: Part, free: Mapping[str, Tensor],
-                 config: Settings, unit: float) -> Sums:  # fmt: skip
+                 config: RuleSettings, unit: float) -> Sums:  # fmt: skip
         """The direction of the rest of a tile, in its memory. ``unit``: of norms whose growth is limited."""
         if self.combine != "add":
             dims = (0, 1) if self.combine == "scale_matrix" else _LINES_OF_R[part.side]
@@ -171,7 +171,7 @@ def _limit_growth_(direction: Tensor, now: Tensor, before: Tensor, most: float) 
     before.copy_(now / excess)
 
 
-def without_tile(treatment: Treatment, part: Part, r: int, like: Tensor, config: Settings) -> Sums:
+def without_tile(treatment: Treatment, part: Part, r: int, like: Tensor, config: RuleSettings) -> Sums:
     """What a rank asks, and adds, that has no tile of a matrix: the sums over nothing."""
     rows, cols = part.shape
     empty = {"right": ((0, cols), (0, r)), "left": ((rows, 0), (r, 0))}[part.side]

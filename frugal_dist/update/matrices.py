@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from frugal_dist.update.definition import Moment, Settings, StateFull, Tensors
+from frugal_dist.update.definition import Moment, RuleSettings, StateFull, Tensors
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ROUNDS = 5
@@ -34,7 +34,7 @@ def muon(
     step: int,
     lr: float,
     decay: float,
-    config: Settings,
+    config: RuleSettings,
 ) -> None:
     """torch.optim.Muon's step: Nesterov's momentum as an average, orthogonalised, larger for tall matrices."""
     for param, grad, average in zip(params, grads, *moments, strict=True):
@@ -51,7 +51,7 @@ def normalized(
     step: int,
     lr: float,
     decay: float,
-    config: Settings,
+    config: RuleSettings,
 ) -> None:
     """The average of gradients, each row divided by its root mean square (SCALE's head, arXiv 2506.16659)."""
     for param, grad, average in zip(params, grads, *moments, strict=True):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from frugal_dist.update.definition import Moment, Settings, StateFull, Tensors, decay_
+from frugal_dist.update.definition import Moment, RuleSettings, StateFull, Tensors, decay_
 
 
 def lion(
@@ -16,7 +16,7 @@ def lion(
     step: int,
     lr: float,
     decay: float,
-    config: Settings,
+    config: RuleSettings,
 ) -> None:
     """Lion (Chen et al. 2023): U = sign(b1 m + (1-b1) g), then m <- b2 m + (1-b2) g."""
     if not params:
@@ -37,7 +37,7 @@ def sgdm(
     step: int,
     lr: float,
     decay: float,
-    config: Settings,
+    config: RuleSettings,
 ) -> None:
     """SGD with momentum, torch.optim.SGD's rule: buf <- mu buf + g, U = buf. A zero buffer starts at g."""
     if not params:

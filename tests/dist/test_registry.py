@@ -20,7 +20,7 @@ from frugal_dist.projection.basis import Basis, basis_shapes
 from frugal_dist.projection.coordinates import Rows
 from frugal_dist.projection.definition import Drawing, Projection, sided
 from frugal_dist.projection.registry import PROJECTIONS
-from frugal_dist.update.definition import Moment, Settings, StateFree, StateFull, Tensors
+from frugal_dist.update.definition import Moment, RuleSettings, StateFree, StateFull, Tensors
 from frugal_dist.update.rules import STATE_FREE, STATE_FULL
 
 # --- what a file of its own would have --------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ SOFT = StateFree(name="soft", direction=torch.tanh)
 
 
 def slow(params: Tensors, grads: Tensors, moments: Sequence[Tensors], step: int, lr: float, decay: float,
-         config: Settings) -> None:  # fmt: skip
+         config: RuleSettings) -> None:  # fmt: skip
     """A fast and a slow average."""
     for param, grad, fast, slow in zip(params, grads, *moments, strict=True):
         fast.lerp_(grad, 1.0 - config.beta_pair[0])
@@ -62,7 +62,7 @@ SLOW = StateFull(name="slow", moments=(Moment("exp_avg"), Moment("slow_avg")), u
 
 
 def unit(params: Tensors, grads: Tensors, moments: Sequence[Tensors], step: int, lr: float, decay: float,
-         config: Settings) -> None:  # fmt: skip
+         config: RuleSettings) -> None:  # fmt: skip
     """Momentum, as long as the matrix has rows: no rank can do it with a part of R."""
     for param, grad, buffer in zip(params, grads, *moments, strict=True):
         buffer.mul_(config.momentum).add_(grad)

@@ -13,7 +13,7 @@ from frugal_dist.optimizer import Frugal
 from frugal_dist.parameters.names import check_patterns, matches
 from frugal_dist.presets import LORA, WITHOUT_RANK
 from frugal_dist.training.data.local_or_hub import OFFLINE, settle_source
-from frugal_dist.training.finetune.recipe import Encoder, FinetuneRecipe, Lora
+from frugal_dist.training.finetune.recipe import EncoderModel, FinetuneRecipe, Lora
 from frugal_dist.training.optimizers import frugal_options, groups_of
 
 PACKAGE = "package:"
@@ -54,7 +54,7 @@ def read_tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def read_config(recipe: Encoder, classes: tuple[str, ...]) -> Any:
+def read_config(recipe: EncoderModel, classes: tuple[str, ...]) -> Any:
     """The configuration of the pretrained model with these classes; none for a regression."""
     from transformers import AutoConfig
 

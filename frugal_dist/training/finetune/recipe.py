@@ -1,4 +1,7 @@
-"""Recipes of fine-tuning: a pretrained encoder, texts with labels, an optimizer. Read as ``recipe.py`` reads others."""
+"""Recipes of fine-tuning: a pretrained encoder, texts with labels, an optimizer.
+
+Read by ``training/recipe``, as those of pre-training are.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ _WIDE = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoder(AnyModel):
+class EncoderModel(AnyModel):
     """The model.
 
     Args:
@@ -124,7 +127,7 @@ class FinetuneRecipe(Run):
 
     SHIPPED = "recipes/finetune"
 
-    model: Encoder = field(default_factory=Encoder)
+    model: EncoderModel = field(default_factory=EncoderModel)
     data: LabelledData = field(default_factory=LabelledData)
     optimizer: Tuning = field(default_factory=Tuning)
     lora: Lora = field(default_factory=Lora)

@@ -33,7 +33,7 @@ _AS_WRITTEN = {"enable_fp_fusion": False}
 """No products and sums are joined but those that ``fused`` names, whatever a release of Triton does by itself."""
 
 
-class Kind(NamedTuple):
+class TritonKind(NamedTuple):
     """A kernel, with what it needs to know of a tile beyond weight and gradient.
 
     ``lookup(job)``: addresses of INDEX and BEFORE, and COUNT. ``by_line``: rows and columns are told apart, in blocks
@@ -93,15 +93,15 @@ def packed(index: Tensor, numel: int) -> tuple[Tensor, Tensor]:
 
 # With eight warps a thread of the mixed kernels has four entries, and an H100 has registers for 4 to 6 thousand entries
 # of a multiprocessor at a time; with four warps and eight entries each it would have them for half as many threads.
-_SIGN = Kind(fused.sign, {}, _nothing, warps=4)
+_SIGN = TritonKind(fused.sign, {}, _nothing, warps=4)
 _KINDS = {
-    Columns: Kind(fused.lines, {"BY_ROW": False}, _column_slots, by_line=True),
-    Rows: Kind(fused.lines, {"BY_ROW": True}, _row_slots, by_line=True),
-    Flat: Kind(fused.flat, {}, _bits),
+    Columns: TritonKind(fused.lines, {"BY_ROW": False}, _column_slots, by_line=True),
+    Rows: TritonKind(fused.lines, {"BY_ROW": True}, _row_slots, by_line=True),
+    Flat: TritonKind(fused.flat, {}, _bits),
 }
 
 
-def kind_of(job: TileUpdate) -> Kind | None:
+def kind_of(job: TileUpdate) -> TritonKind | None:
     """The kernel for a tile, None for one that is left to torch.
 
     They do AdamW with sign, where the tile has selected entries, and the signed step; on contiguous tensors.
@@ -135,7 +135,7 @@ def _changed(*weights: Tensor) -> None:
 class _Group:
     """Tiles that start together. The jobs keep their tensors alive until then."""
 
-    kind: Kind
+    kind: TritonKind
     aligned: bool
     jobs: list[TileUpdate] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
@@ -187,7 +187,7 @@ class Launches:
             _start(self._groups.popitem()[1])
 
 
-def _entry(kind: Kind, job: TileUpdate) -> Entry:
+def _entry(kind: TritonKind, job: TileUpdate) -> Entry:
     weight = job.weight
     first, second = (0, 0) if kind is _SIGN else (job.moments[0].data_ptr(), job.moments[1].data_ptr())
     lookup, (rows, cols) = kind.lookup(job), weight.shape
@@ -198,7 +198,7 @@ def _entry(kind: Kind, job: TileUpdate) -> Entry:
     return *addresses, rows, cols, lookup[2], start, stride, key0, key1
 
 
-def _aligned(kind: Kind, entry: Entry) -> bool:
+def _aligned(kind: TritonKind, entry: Entry) -> bool:
     weight, grad, first, second, _, _, rows, cols, *_ = entry
     return (weight | grad | (first | second | cols if kind.by_line else rows)) % 16 == 0
 
@@ -222,7 +222,7 @@ def _start(group: _Group) -> None:
     _changed(*(job.weight for job in group.jobs))
 
 
-def _scalars(kind: Kind, step: int, decay: float, config: FrugalConfig) -> Sequence[float]:
+def _scalars(kind: TritonKind, step: int, decay: float, config: FrugalConfig) -> Sequence[float]:
     rate = float(config.lr * config.projected_lr_scale)
     free = (1.0 - config.lr * decay, rate * config.state_free_lr_scale)
     if kind is _SIGN:

@@ -39,7 +39,7 @@ LINE = 1024
 """Entries that the kernel steps at a time where there are no rows."""
 
 
-class Kind(NamedTuple):
+class NativeKind(NamedTuple):
     """What the kernel does with a tile: its number there. ``lookup(job)``: addresses of what tells which entries are
     selected, and how many before each line; and how many lines are selected.
     """
@@ -86,9 +86,9 @@ def bits_of(index: Tensor, length: int) -> Tensor:
     return (marks.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
 
 
-_SIGN = Kind(0, lambda job: (0, 0, 0))
-_SINGLE = Kind(3, _entries)
-_KINDS = {Columns: Kind(1, _columns), Rows: Kind(2, _rows), Flat: _SINGLE}
+_SIGN = NativeKind(0, lambda job: (0, 0, 0))
+_SINGLE = NativeKind(3, _entries)
+_KINDS = {Columns: NativeKind(1, _columns), Rows: NativeKind(2, _rows), Flat: _SINGLE}
 
 
 # --- building --------------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ ROW = struct.Struct("13q")
 """What the kernel is told of a tile."""
 
 
-def described(job: TileUpdate) -> tuple[Kind, bytes] | None:
+def described(job: TileUpdate) -> tuple[NativeKind, bytes] | None:
     """The kind of a tile and its row in the table, None for one that is left to torch.
 
     The kernel does AdamW with sign, where the tile has selected entries, and the signed step; on contiguous tensors
@@ -190,7 +190,7 @@ def described(job: TileUpdate) -> tuple[Kind, bytes] | None:
     return kind, ROW.pack(address, gradient, *moved, selected, before, rows, cols, count, start, stride, *keys)
 
 
-def kind_of(job: TileUpdate) -> Kind | None:
+def kind_of(job: TileUpdate) -> NativeKind | None:
     """The kind of a tile, None for one that is left to torch."""
     row = described(job)
     return None if row is None else row[0]
@@ -200,7 +200,7 @@ class Launches:
     """Tiles that wait for their call. ``take`` them all, then ``finish``."""
 
     def __init__(self) -> None:
-        self._groups: dict[tuple[object, ...], tuple[Kind, list[bytes], list[TileUpdate]]] = {}
+        self._groups: dict[tuple[object, ...], tuple[NativeKind, list[bytes], list[TileUpdate]]] = {}
 
     def take(self, job: TileUpdate) -> bool:
         """Whether the kernel will do this tile. Its tensors must not change until ``finish``."""
@@ -230,7 +230,7 @@ class Launches:
 
 def _run(
     rows: Sequence[bytes],
-    kind: Kind,
+    kind: NativeKind,
     weight: torch.dtype,
     grad: torch.dtype,
     scalars: array[float],
@@ -242,7 +242,7 @@ def _run(
     )  # fmt: skip
 
 
-def _scalars(kind: Kind, step: int, decay: float, config: FrugalConfig) -> array[float]:
+def _scalars(kind: NativeKind, step: int, decay: float, config: FrugalConfig) -> array[float]:
     rate = float(config.lr * config.projected_lr_scale)
     free = (1.0 - config.lr * decay, rate * config.state_free_lr_scale)
     if kind is _SIGN:
