@@ -125,8 +125,8 @@ def cut_or_padded(document: Sequence[int] | Row, length: int) -> Row:
 
 def count_targets(rows: npt.NDArray[np.signedinteger]) -> Row:
     """How many tokens of each row are predicted."""
-    found: Row = (rows[:, 1:] != IGNORED).sum(axis=1)
-    return found
+    counts: Row = (rows[:, 1:] != IGNORED).sum(axis=1)
+    return counts
 
 
 def _enough(targets: Row, tokens: int) -> int:

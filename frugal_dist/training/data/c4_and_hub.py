@@ -129,12 +129,12 @@ def _lines_of(data: Data, path: str | None, key: str) -> Opened | None:
 def _first(dataset: Any, label: str, files: Sequence[Path], column: str) -> dict[str, Any]:
     """The first example: whether the data can be read at all shows now, not at the first step."""
     try:
-        found: dict[str, Any] | None = next(iter(dataset), None)
+        example: dict[str, Any] | None = next(iter(dataset), None)
     except Exception as error:  # of datasets, pyarrow, the unpacker, the network
         raise ValueError(_unreadable(error, label, files, column)) from error
-    if found is None:
+    if example is None:
         raise ValueError(f"{label} is empty.")
-    return found
+    return example
 
 
 def _unreadable(error: Exception, label: str, files: Sequence[Path], column: str, further: str = "") -> str:

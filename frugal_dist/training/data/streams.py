@@ -139,12 +139,12 @@ class Stream:
         mine, cut = self._mine(rank, world)
         if not self._ahead:
             self._read_ahead(mine)
-        found = {number: self._ahead.pop(number).result() for number in mine}
-        for number, (_, position) in found.items():
+        by_lane = {number: self._ahead.pop(number).result() for number in mine}
+        for number, (_, position) in by_lane.items():
             self._positions[number] = position
         self._index += 1
         self._read_ahead(mine)
-        return np.stack([row for rows, _ in found.values() for row in rows][cut])
+        return np.stack([row for rows, _ in by_lane.values() for row in rows][cut])
 
     def _mine(self, rank: int, world: int) -> tuple[range, slice]:
         """The lanes of a rank, and its part of their rows."""
@@ -249,26 +249,26 @@ def _check_shares(batch: int, world: int, lanes: int) -> None:
 def check_enough(reading: Reading, lanes: int, needed: int) -> None:
     """ValueError if a lane has too little text for ``needed`` rows. Reads and encodes all of it, once."""
     for number in range(lanes):
-        found = sum(1 for _ in islice(Lane(reading, number, lanes).rows(Position(), passes=1), needed))
-        if found * reading.passes < needed:
+        sequences = sum(1 for _ in islice(Lane(reading, number, lanes).rows(Position(), passes=1), needed))
+        if sequences * reading.passes < needed:
             raise ValueError(
                 f"{reading.documents.label}: the steps need {needed:,} sequences of each of {lanes} streams, but "
-                f"stream {number} has {found:,}: {needed / max(found, 1):.2f} passes, but data.epochs is "
+                f"stream {number} has {sequences:,}: {needed / max(sequences, 1):.2f} passes, but data.epochs is "
                 f"{reading.passes:g}. Raise it, or lower steps or data.streams."
             )
 
 
 def first_rows(reading: Reading, tokens: int) -> MemoryRows:
     """Rows from the beginning of a text, in memory, until they have so many targets or the text is over."""
-    found: list[Row] = []
+    rows: list[Row] = []
     seen = 0
     for row, _ in Lane(reading, 0, 1).rows(Position(), passes=1):
-        found.append(row)
+        rows.append(row)
         seen += int((row[1:] != IGNORED).sum())
         if seen >= tokens:
             break
-    if not found:
+    if not rows:
         raise ValueError(
             f"{reading.documents.label} is too short for one sequence of {reading.length} tokens; lower length."
         )
-    return MemoryRows(np.stack(found).astype(np.int32), reading.length, reading.packed)
+    return MemoryRows(np.stack(rows).astype(np.int32), reading.length, reading.packed)

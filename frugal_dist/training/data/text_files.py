@@ -27,12 +27,12 @@ def find_files(pattern: str, key: str) -> list[Path]:
     """The files of a name, folder or pattern, sorted. ValueError, naming the recipe's key, if there are none."""
     path = Path(pattern)
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.is_file() and kind_of(file)]
+        files = [file for file in path.rglob("*") if file.is_file() and kind_of(file)]
     else:
-        found = [Path(name) for name in glob(pattern, recursive=True) if Path(name).is_file()]
-    if not found:
+        files = [Path(name) for name in glob(pattern, recursive=True) if Path(name).is_file()]
+    if not files:
         raise ValueError(f"{key} is {pattern!r}, where there are no files ({', '.join(KINDS)}, also packed).")
-    return sorted(found)
+    return sorted(files)
 
 
 def common_kind(files: Sequence[Path], key: str) -> str:

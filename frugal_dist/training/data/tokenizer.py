@@ -43,8 +43,8 @@ class Encoder:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, followed by the separator."""
-        found = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [[*encoding.ids, self.separator] for encoding in found]
+        encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [[*encoding.ids, self.separator] for encoding in encodings]
 
 
 def ids_in_text(tokenizer: Tokenizer, separator: int | None) -> int:
@@ -60,11 +60,11 @@ def special_tokens(tokenizer: Tokenizer, separator: int | None = None) -> dict[s
     The rest goes by the names that such tokens usually have.
     """
     end = None if separator is None else tokenizer.id_to_token(separator)
-    found = {} if end is None else {"eos_token": end}
-    for key, names in _NAMES.items() if found else {"eos_token": _SEPARATORS, **_NAMES}.items():
+    tokens = {} if end is None else {"eos_token": end}
+    for key, names in _NAMES.items() if tokens else {"eos_token": _SEPARATORS, **_NAMES}.items():
         known = [name for name in names if tokenizer.token_to_id(name) is not None]
-        found |= {key: known[0]} if known else {}
-    return found
+        tokens |= {key: known[0]} if known else {}
+    return tokens
 
 
 def read_encoder(name: str | None) -> Encoder:
@@ -89,8 +89,8 @@ def _from_file(file: Path) -> Tokenizer:
 
 
 def _separator_of_file(tokenizer: Tokenizer, file: Path) -> int:
-    found = [tokenizer.token_to_id(token) for token in _SEPARATORS]
-    known = [number for number in found if number is not None]
+    ids = [tokenizer.token_to_id(token) for token in _SEPARATORS]
+    known = [number for number in ids if number is not None]
     if not known:
         raise ValueError(
             f"data.tokenizer: {file} has none of {', '.join(_SEPARATORS)} to end documents with. Give a folder whose "
@@ -145,10 +145,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 def separator_id(tokenizer: Tokenizer) -> int:
     """The token that ends a document."""
-    found = tokenizer.token_to_id(SEPARATOR)
-    if found is None:
+    separator = tokenizer.token_to_id(SEPARATOR)
+    if separator is None:
         raise ValueError(f"the tokenizer has no {SEPARATOR!r}; it was not made by `frugal-dist demo prepare`.")
-    return int(found)
+    return int(separator)
 
 
 def _limited(documents: Iterable[str], characters: int) -> Iterator[str]:
