@@ -435,17 +435,17 @@ def _names(text: str) -> list[str]:
 
 def _joined(words: Sequence[str]) -> list[str]:
     """Lists with a blank after the comma, which a shell takes apart: ``--optimizers adamw, badam`` is one list."""
-    found: list[str] = []
+    joined: list[str] = []
     for word in words:
         if (
-            found
-            and found[-1].endswith(",")
-            and {"--optimizers", "--seeds"} & {found[-2:][0], *found[-1].split("=")[:1]}
+            joined
+            and joined[-1].endswith(",")
+            and {"--optimizers", "--seeds"} & {joined[-2:][0], *joined[-1].split("=")[:1]}
         ):
-            found[-1] += word
+            joined[-1] += word
         else:
-            found.append(word)
-    return found
+            joined.append(word)
+    return joined
 
 
 def _seeds(text: str) -> list[int]:

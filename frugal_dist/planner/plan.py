@@ -149,7 +149,7 @@ def make_plan(
         int, Redistribution
     ] = {}  # of basis matrices, which are the same for all ranks and take long to find
 
-    def begun(rank: int) -> tuple[Runtime, StepInputs]:
+    def runtime_of(rank: int) -> tuple[Runtime, StepInputs]:
         storage = _Storage(
             originals, groups, parts[rank], _tensors(originals, groups, parts[rank], narrow), engine.shares
         )
@@ -170,13 +170,13 @@ def make_plan(
         return runtime, inputs
 
     plan = Plan(engine.name, ranks, released=bool(units))
-    runtime, inputs = begun(0)
+    runtime, inputs = runtime_of(0)
     _plan_all(plan, runtime, inputs, parts)
     calls = _calls(runtime, inputs, units)
     buckets, common = step_buckets(runtime, calls), common_refresh(runtime, calls)
     most = plan.states.index(max(plan.states))
     for rank in sorted({*shown, most}) if shown else range(ranks):
-        runtime, inputs = begun(rank)
+        runtime, inputs = runtime_of(rank)
         rank_plan = _rank_plan(runtime, inputs, units)
         rank_plan.step_calls, rank_plan.step_sent = plan_step(runtime, inputs.mats, buckets)
         rank_plan.refresh = plan_refresh(runtime, inputs.mats, common)

@@ -20,11 +20,11 @@ METHOD = "https://arxiv.org/abs/2411.07837"
 Records = list[dict[str, Any]]
 
 
-def told(found: Restored, name: str) -> dict[str, str]:
+def told(restored: Restored, name: str) -> dict[str, str]:
     """Texts of files beside a model, by their names; no recipe if no run lies around the checkpoint."""
-    records = _records(found.source)
+    records = _records(restored.source)
     recipe = recipe_in(records)
-    card = _card(found, name, recipe, records)
+    card = _card(restored, name, recipe, records)
     return {CARD: card} if recipe is None else {CARD: card, RECIPE: as_yaml(recipe)}
 
 
@@ -46,14 +46,16 @@ def _records(checkpoint: Path) -> Records:
         return []
 
 
-def _card(found: Restored, name: str, recipe: Run | None, records: Records) -> str:
-    kind = type(found.model).__name__
+def _card(restored: Restored, name: str, recipe: Run | None, records: Records) -> str:
+    kind = type(restored.model).__name__
     causal = kind.endswith("ForCausalLM")
     task = "text-generation" if causal else "text-classification"
     lines = ["---", "library_name: transformers", f"pipeline_tag: {task}", "tags: [frugal_dist]", "---", ""]
-    lines += [f"# {name}", "", f"{kind}, {found.parameters:,} parameters, {found.dtype}, trained with frugal_dist", ""]
+    lines += [f"# {name}", ""]
+    lines += [f"{kind}, {restored.parameters:,} parameters, {restored.dtype}, trained with frugal_dist", ""]
     if recipe is not None:
-        lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in _facts(found, recipe, records))]
+        rows = [f"| {key} | {value} |" for key, value in _facts(restored, recipe, records)]
+        lines += ["| | |", "| --- | --- |", *rows]
         lines += ["", f"All settings: `{RECIPE}`. The optimizer's method is [FRUGAL]({METHOD}).", ""]
     lines += ["```python", "from transformers import pipeline", "", f'run = pipeline("{task}", "PATH OF THIS FOLDER")']
     lines += ['print(run("Once upon a time"))', "```", ""]
@@ -64,15 +66,15 @@ def _card(found: Restored, name: str, recipe: Run | None, records: Records) -> s
     return "\n".join(lines) + "\n"
 
 
-def _facts(found: Restored, recipe: Run, records: Records) -> list[tuple[str, str]]:
+def _facts(restored: Restored, recipe: Run, records: Records) -> list[tuple[str, str]]:
     """What was trained on what, for how long, and how good it became."""
-    named = re.fullmatch(r"step_(\d+)", found.source.name)
+    named = re.fullmatch(r"step_(\d+)", restored.source.name)
     step = int(named.group(1)) if named else recipe.steps
     run, data = of_kind(records, "run")[-1], vars(recipe)["data"]
     model, validations = vars(recipe)["model"], of_kind(records, "validation")
-    begun = model.path if getattr(model, "pretrained", True) else "fresh weights"
+    origin = model.path if getattr(model, "pretrained", True) else "fresh weights"
     source = next((getattr(data, key) for key in ("path", "task", "train") if getattr(data, key, None)), "")
-    facts = [("began with", begun), ("data", source), ("steps", f"{step:,} of {run.get('steps', recipe.steps):,}")]
+    facts = [("began with", origin), ("data", source), ("steps", f"{step:,} of {run.get('steps', recipe.steps):,}")]
     facts += [("sequences a step", f"{recipe.batch:,} of {recipe.length:,} tokens at most")]
     facts += [("optimizer", f"{described(recipe.optimizer)}, lr {recipe.optimizer.lr:g}")]
     facts += [("precision of training", recipe.precision)]

@@ -92,13 +92,13 @@ def contender(text: str, recipe: R) -> R:
 
 
 def _settings(text: str, words: Sequence[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals or not key or not value or key in found:
+        if not equals or not key or not value or key in settings:
             raise ValueError(f"--optimizers {text}: {word!r} is no KEY=VALUE such as density=0.5, or stands twice.")
-        found[key] = value_of(value)
-    return found
+        settings[key] = value_of(value)
+    return settings
 
 
 def compare(read: Callable[[], Recipe], optimizers: Sequence[str], seeds: Sequence[int]) -> int:
@@ -123,14 +123,14 @@ def compare_runs(kind: Comparison[R], read: Callable[[], R], optimizers: Sequenc
             ended = _agreed_ends(kind, runs, place)
     except PeerFailed as error:
         return 2 if is_mistake(error) else 1  # what is to be said, another rank says
-    codes, begun, trained = [], monotonic(), 0
+    codes, started, trained = [], monotonic(), 0
     wanted = sum(one.folder not in ended for one in runs)
     for number, one in enumerate(runs, start=1):
         if one.folder in ended:
             codes.append(ended[one.folder])
             continue
         if place.rank == 0:
-            print(f"Run {number} of {len(runs)}{_remaining(monotonic() - begun, trained, wanted)}", flush=True)
+            print(f"Run {number} of {len(runs)}{_remaining(monotonic() - started, trained, wanted)}", flush=True)
         codes.append(kind.train(one))
         trained += 1
         if codes[-1] not in (0, DIVERGED):
@@ -180,8 +180,8 @@ def _agreed_ends(kind: Comparison[R], runs: Sequence[R], place: DistEnv) -> dict
                 check_existing_run(Path(one.folder), one.record(), kind.free)
         return {folder: 0 if end["kind"] == "summary" else DIVERGED for folder, end in ends.items() if end is not None}
 
-    found = together(lambda: look() if place.rank == 0 else {})
-    ends: dict[str, int] = gathered(found)[0]
+    own_ends = together(lambda: look() if place.rank == 0 else {})
+    ends: dict[str, int] = gathered(own_ends)[0]
     return ends
 
 
@@ -239,7 +239,7 @@ def _rows(runs: Mapping[str, list[Records]]) -> tuple[list[str], dict[str, list[
 
 def _asked(records: Records) -> list[str]:
     """What a run was told: rate, scale of the projected matrices' rate, steps, tokens of an evaluation."""
-    begun = of_kind(records, "run")[-1]
-    optimizer = begun["optimizer"]
+    record = of_kind(records, "run")[-1]
+    optimizer = record["optimizer"]
     scale = config_from(preset(optimizer["name"], **optimizer["options"])).projected_lr_scale
-    return [f"{optimizer['lr']:g}", f"{scale:g}", f"{begun['steps']:,}", f"{begun.get('validation_tokens', 0):,}"]
+    return [f"{optimizer['lr']:g}", f"{scale:g}", f"{record['steps']:,}", f"{record.get('validation_tokens', 0):,}"]

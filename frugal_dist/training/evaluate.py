@@ -33,20 +33,20 @@ def evaluate(model: Path, changes: Sequence[str] = (), recipe: str | None = None
     ``model``: a run, a checkpoint of one, or a model folder. Data, length and precision are those of ``recipe``; None:
     of the run, or of the recipe that an export has beside it. ``changes``: its keys, such as ``--data.path DIR``.
     """
-    found = open_model(model)
-    asked = _recipe(model, found, changes, recipe)
+    restored = open_model(model)
+    asked = _recipe(model, restored, changes, recipe)
     KINDS[type(asked)][0](asked)
     result, amount, more = (
-        _classifier(asked, found) if isinstance(asked, FinetuneRecipe) else _writer(cast("Recipe", asked), found)
+        _classifier(asked, restored) if isinstance(asked, FinetuneRecipe) else _writer(cast("Recipe", asked), restored)
     )
-    figures = {"loss": result.loss, **result.figures, **more}
+    stats = {"loss": result.loss, **result.metrics, **more}
     if as_json:
-        return json.dumps({"model": str(found.source), "amount": amount, **figures}, indent=1)
-    told = ", ".join(f"{name} {value:,.4f}" for name, value in figures.items())
-    return f"{found.source}: {told}; over {amount}"
+        return json.dumps({"model": str(restored.source), "amount": amount, **stats}, indent=1)
+    told = ", ".join(f"{name} {value:,.4f}" for name, value in stats.items())
+    return f"{restored.source}: {told}; over {amount}"
 
 
-def _recipe(model: Path, found: Restored, changes: Sequence[str], named: str | None) -> Run:
+def _recipe(model: Path, restored: Restored, changes: Sequence[str], named: str | None) -> Run:
     """What to evaluate on. ValueError if nothing says that, or it is for another kind of model."""
     if named is None and (model / RECIPE).is_file():
         named = str(model / RECIPE)
@@ -57,42 +57,42 @@ def _recipe(model: Path, found: Restored, changes: Sequence[str], named: str | N
         asked = None if run is None else recipe_in(records_of(run), changes)
     if asked is None:
         raise ValueError(f"{model} says nothing of its data; name a recipe that does, with --recipe.")
-    if isinstance(asked, FinetuneRecipe) == found.model.can_generate():
+    if isinstance(asked, FinetuneRecipe) == restored.model.can_generate():
         kind = "fine-tuning" if isinstance(asked, FinetuneRecipe) else "pre-training"
-        raise ValueError(f"{model} is a {type(found.model).__name__}, but the recipe is one of {kind}.")
+        raise ValueError(f"{model} is a {type(restored.model).__name__}, but the recipe is one of {kind}.")
     return asked
 
 
-def _writer(recipe: Recipe, found: Restored) -> tuple[EvalResult, str, dict[str, float]]:
+def _writer(recipe: Recipe, restored: Restored) -> tuple[EvalResult, str, dict[str, float]]:
     """The finding, over how much, and the loss of guessing every token by its frequency."""
     from frugal_dist.training.data.sources import open_data
     from frugal_dist.training.models import check_positions, token_losses
 
     data = open_data(replace(recipe, steps=1), 1)  # which asks for enough text to train on
     data.batches.close()
-    size = found.model.config.vocab_size
+    size = restored.model.config.vocab_size
     if size < data.vocab_size:
         raise ValueError(f"the model has {size} tokens, the data {data.vocab_size}: they do not fit.")
-    check_positions(found.model, recipe.length - (recipe.data.rows == "truncated"))
-    result = _measured(data.validation, found.model, recipe, token_losses)
+    check_positions(restored.model, recipe.length - (recipe.data.rows == "truncated"))
+    result = _measured(data.validation, restored.model, recipe, token_losses)
     return result, f"{data.validation.tokens:,} tokens", {"unigram_loss": data.validation.unigram_loss(data.vocab_size)}
 
 
-def _classifier(recipe: FinetuneRecipe, found: Restored) -> tuple[EvalResult, str, dict[str, float]]:
+def _classifier(recipe: FinetuneRecipe, restored: Restored) -> tuple[EvalResult, str, dict[str, float]]:
     from frugal_dist.training.finetune.classification import Classifier, encode
     from frugal_dist.training.finetune.examples import read_examples
     from frugal_dist.training.finetune.scoring import Scoring
 
-    tokenizer, data = found.tokenizer, read_examples(recipe.data)
+    tokenizer, data = restored.tokenizer, read_examples(recipe.data)
     if tokenizer is None:
-        raise ValueError(f"{found.source} has no tokenizer beside it; evaluate the run or the export that has one.")
-    known = tuple((found.model.config.id2label or {}).values())
+        raise ValueError(f"{restored.source} has no tokenizer beside it; evaluate the run or the export that has one.")
+    known = tuple((restored.model.config.id2label or {}).values())
     if data.classes and known != data.classes:
         raise ValueError(f"the model knows the classes {', '.join(known)}, the data has {', '.join(data.classes)}.")
     rows = encode(tokenizer, data.validation, recipe.length)
     classifier = Classifier(tokenizer.pad_token_id, "token_type_ids" in tokenizer.model_input_names, not data.classes)
-    run = recipe.as_run(rows.count, found.model.config.hidden_size)
-    result = _measured(Scoring(rows, classifier, data.metrics), found.model, run, classifier.losses)
+    run = recipe.as_run(rows.count, restored.model.config.hidden_size)
+    result = _measured(Scoring(rows, classifier, data.metrics), restored.model, run, classifier.losses)
     return result, f"{rows.count:,} examples", {}
 
 

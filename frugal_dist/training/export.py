@@ -19,17 +19,17 @@ class Exported:
     """What was written."""
 
     folder: Path
-    found: Restored
+    restored: Restored
 
     def report(self) -> str:
         """For the terminal: what was written, with which tokenizer, or why without."""
-        found = self.found
-        what = f"{type(found.model).__name__}, {found.parameters:,} parameters, {found.dtype}"
-        lines = [f"{found.source} -> {self.folder}: {what}"]
-        if found.tokenizer_source is not None:
-            lines.append(f"Tokenizer: {found.tokenizer_source}")
+        restored = self.restored
+        what = f"{type(restored.model).__name__}, {restored.parameters:,} parameters, {restored.dtype}"
+        lines = [f"{restored.source} -> {self.folder}: {what}"]
+        if restored.tokenizer_source is not None:
+            lines.append(f"Tokenizer: {restored.tokenizer_source}")
         else:
-            why = f": {found.trouble}" if found.trouble else ""
+            why = f": {restored.trouble}" if restored.trouble else ""
             lines.append(f"Without a tokenizer{why or ';'} {'Add' if why else 'add'} one with --tokenizer DIR.")
         return "\n".join(lines)
 
@@ -53,21 +53,21 @@ def export(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already; choose another name.")
-    found = restore(checkpoint, config, tokenizer, dtype, verify)
+    restored = restore(checkpoint, config, tokenizer, dtype, verify)
     with without_deepspeeds_search(), _told_of_disks(out):
-        _write(Path(os.path.realpath(out)), found, told(found, out.name))
-    return Exported(out, found)
+        _write(Path(os.path.realpath(out)), restored, told(restored, out.name))
+    return Exported(out, restored)
 
 
-def _write(out: Path, found: Restored, more: Mapping[str, str]) -> None:
+def _write(out: Path, restored: Restored, more: Mapping[str, str]) -> None:
     """Under another name until all is there. ``out`` does not exist, or is empty. ``more``: texts by name."""
     working = out.with_name(f".{out.name}.partial")
     shutil.rmtree(working, ignore_errors=True)
     try:
         working.mkdir(parents=True)
-        found.model.save_pretrained(working)
-        if found.tokenizer is not None:
-            found.tokenizer.save_pretrained(working)
+        restored.model.save_pretrained(working)
+        if restored.tokenizer is not None:
+            restored.tokenizer.save_pretrained(working)
         for name, text in more.items():
             (working / name).write_text(text, encoding="utf-8")
         give_ordinary_permissions(working)

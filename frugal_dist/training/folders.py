@@ -20,11 +20,11 @@ def checkpoint_in(path: Path) -> Path:
         path = path.parent  # whose file it is
     if (path / INDEX).exists():
         return path
-    found = checkpoint.latest(path) or checkpoint.latest(path / CHECKPOINTS) or path
-    runs = [] if found != path else [run.name for run in _runs_within(path)]
+    folder = checkpoint.latest(path) or checkpoint.latest(path / CHECKPOINTS) or path
+    runs = [] if folder != path else [run.name for run in _runs_within(path)]
     if runs:
         raise ValueError(f"{path} holds the runs {', '.join(runs[:5])}{', ...' if runs[5:] else ''}; name one of them.")
-    return found
+    return folder
 
 
 def run_of(path: Path) -> Path | None:
@@ -65,8 +65,8 @@ def _tokenizer(record: dict[str, Any]) -> str | None:
         return None
     if "kind" not in data:  # a classifier's is its model's
         return model.get("path") if isinstance(model, dict) else None
-    found = data.get("path") if data["kind"] == "tokens" else data.get("tokenizer")
-    return found if isinstance(found, str) else None
+    source = data.get("path") if data["kind"] == "tokens" else data.get("tokenizer")
+    return source if isinstance(source, str) else None
 
 
 def give_ordinary_permissions(folder: Path) -> None:

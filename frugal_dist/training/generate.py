@@ -58,14 +58,14 @@ def generate(model: Path, prompt: str, sampling: Sampling, tokenizer: Path | Non
     ValueError for a model that writes no text, has no tokenizer, or no positions for so many tokens.
     """
     sampling.check()
-    found = open_model(model, tokenizer)
-    writer: Any = found.model
+    restored = open_model(model, tokenizer)
+    writer: Any = restored.model
     if not writer.can_generate():
         raise ValueError(f"{model} is a {type(writer).__name__}, which writes no text.")
-    words = found.tokenizer
+    words = restored.tokenizer
     if words is None:
-        why = f": {found.trouble}" if found.trouble else "."
-        raise ValueError(f"{found.source} has no tokenizer; name one with --tokenizer DIR{why}")
+        why = f": {restored.trouble}" if restored.trouble else "."
+        raise ValueError(f"{restored.source} has no tokenizer; name one with --tokenizer DIR{why}")
     end = words.eos_token_id
     ids = words(prompt, add_special_tokens=False)["input_ids"] or ([] if end is None else [end])
     if not ids:

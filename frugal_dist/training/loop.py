@@ -230,29 +230,29 @@ class Training:
 
     def _log_refreshes(self, done: int, sums: list[float]) -> None:
         """What the projectors that were refreshed since the last record caught; nothing if there were none."""
-        found = RefreshReport.of(sums)
-        if found.matrices:
+        report = RefreshReport.of(sums)
+        if report.matrices:
             self.metrics.write(
                 "refresh",
                 step=done,
                 tokens=self._tokens(done),
-                matrices=found.matrices,
-                residual_energy=_or_none(found.residual_energy),
-                overlap=_or_none(found.overlap),
+                matrices=report.matrices,
+                residual_energy=_or_none(report.residual_energy),
+                overlap=_or_none(report.overlap),
             )
 
     def _evaluate(self, done: int) -> bool:
         """False if it was told to stop before the end."""
-        found = self.validation.evaluate(self.engine, self._must_stop)
-        if found is None:
+        evaluation = self.validation.evaluate(self.engine, self._must_stop)
+        if evaluation is None:
             return False
-        figures = {"tokens": self._tokens(done), "seconds": self._seconds(), "loss": found.loss, **found.figures}
-        self.metrics.write("validation", step=done, **figures)
-        self.progress.say(f"step {done:>5}/{self.steps}: {found.text}")
+        stats = {"loss": evaluation.loss, **evaluation.metrics}
+        self.metrics.write("validation", step=done, tokens=self._tokens(done), seconds=self._seconds(), **stats)
+        self.progress.say(f"step {done:>5}/{self.steps}: {evaluation.text}")
         if self.evaluated is not None:
-            self.evaluated(done, found)
-        first = found.loss if done == self.start else self._losses[0]
-        self._losses = (first, found.loss)
+            self.evaluated(done, evaluation)
+        first = evaluation.loss if done == self.start else self._losses[0]
+        self._losses = (first, evaluation.loss)
         return True
 
     def _seconds(self) -> float:

@@ -57,8 +57,8 @@ def build_model(recipe: Model, vocab_size: int, length: int, separator: int | No
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.compile:
         model.compile()
-    found: nn.Module = model
-    return found
+    built: nn.Module = model
+    return built
 
 
 def _no_causal_model(recipe: Model, config: Any, error: Exception) -> str:

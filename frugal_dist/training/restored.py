@@ -58,10 +58,10 @@ def restore(
         model = _empty_model(_config(weights, config), "cpu" if runs else "meta")
         _check_names(weights, model)
         _fill(weights, model, None if dtype is None else DTYPES[dtype])
-        found = _dtype_name(model)
-        model.config.dtype = found
+        dtype_name = _dtype_name(model)
+        model.config.dtype = dtype_name
         words, source, trouble = _tokenizer(tokenizer, weights.folder, model)
-    return Restored(model, weights.folder, found, words, source, trouble)
+    return Restored(model, weights.folder, dtype_name, words, source, trouble)
 
 
 def check_dtype(dtype: str | None) -> None:
@@ -96,10 +96,10 @@ def _config(weights: SavedWeights, path: Path | None) -> PreTrainedConfig:
         plain, source = _json(file), str(file)
     kind = plain.get("model_type")
     try:
-        found = AutoConfig.for_model(**plain)
-        if path is None and not _classifies(found) and hasattr(found, "use_cache"):
-            found.use_cache = True  # which training switches off
-        return found
+        config = AutoConfig.for_model(**plain)
+        if path is None and not _classifies(config) and hasattr(config, "use_cache"):
+            config.use_cache = True  # which training switches off
+        return config
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"the configuration of {source} (model_type {kind!r}) is of no known model: {error}"
@@ -135,10 +135,10 @@ def _classifies(config: PreTrainedConfig) -> bool:
 
 def _aliases(model: nn.Module) -> dict[int, list[str]]:
     """All names of every distinct parameter: tied weights have several."""
-    found: dict[int, list[str]] = {}
+    aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        found.setdefault(id(parameter), []).append(name)
-    return found
+        aliases.setdefault(id(parameter), []).append(name)
+    return aliases
 
 
 def _check_names(weights: SavedWeights, model: nn.Module) -> None:
@@ -218,17 +218,17 @@ def _read_tokenizer(source: str, model: PreTrainedModel) -> Any:
         raise ValueError(f"the tokenizer {source} does not exist.")
     try:
         whole = not path.exists() or (path / "tokenizer_config.json").exists()
-        found: Any = _by_transformers(source) if whole else _of_a_file(path)
+        tokenizer: Any = _by_transformers(source) if whole else _of_a_file(path)
     except Exception as error:  # the tokenizers library raises plain Exception
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise ValueError(f"cannot read the tokenizer {source}: {reason}.") from error
     embeddings: Any = model.get_input_embeddings()
     rows = embeddings.weight.shape[0]
-    fast = getattr(found, "backend_tokenizer", None)
-    size = len(found) if fast is None else ids_in_text(fast, found.eos_token_id)
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    size = len(tokenizer) if fast is None else ids_in_text(fast, tokenizer.eos_token_id)
     if size > rows:
         raise ValueError(f"the tokenizer {source} has {size} tokens, the model's vocabulary {rows}.")
-    return found
+    return tokenizer
 
 
 def _by_transformers(source: str) -> Any:

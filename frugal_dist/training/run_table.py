@@ -21,10 +21,10 @@ def list_runs(folders: Sequence[Path], as_json: bool = False) -> str:
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}; name one in which runs are.")
-    found = sorted({file.parent for folder in folders for file in folder.rglob(METRICS_FILE)})
-    if not found:
+    paths = sorted({file.parent for folder in folders for file in folder.rglob(METRICS_FILE)})
+    if not paths:
         raise ValueError(f"there are no runs in {', '.join(map(str, folders))}: no {METRICS_FILE} lies below it.")
-    runs = [look(run) for run in found]
+    runs = [look(run) for run in paths]
     if as_json:
         return json.dumps(runs, indent=1)
     rows = [HEAD, *(_cells(run) for run in runs)]
@@ -41,8 +41,8 @@ def look(run: Path) -> dict[str, Any]:
     or interrupted (killed).
     """
     records = read_metrics(run)
-    begun, train, validation = (of_kind(records, kind)[-1:] for kind in ("run", "train", "validation"))
-    asked = begun[0].get("steps") if begun else None  # of fine-tuning 0: as many as its epochs need
+    run_records, train, validation = (of_kind(records, kind)[-1:] for kind in ("run", "train", "validation"))
+    asked = run_records[0].get("steps") if run_records else None  # of fine-tuning 0: as many as its epochs need
     return {
         "run": str(run),
         "state": _state(run, records),

@@ -19,10 +19,10 @@ _COUNTED_ROWS = 4096
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What an evaluation found: the mean loss, figures for the metrics file, and words for the terminal."""
+    """What an evaluation found: the mean loss, metrics by name, and words for the terminal."""
 
     loss: float
-    figures: dict[str, float]
+    metrics: dict[str, float]
     text: str
 
 

@@ -79,13 +79,13 @@ def mpi_meeting_point(world: int) -> tuple[str, int]:
 def _address() -> str:
     """Of this host as others reach it. Names often mean 127.0.1.1 at home: then the first address of its interfaces."""
     try:
-        found = socket.gethostbyname(socket.gethostname())
+        address = socket.gethostbyname(socket.gethostname())
     except OSError:
-        found = "127.0.0.1"
-    if not found.startswith("127."):
-        return found
+        address = "127.0.0.1"
+    if not address.startswith("127."):
+        return address
     listed = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout.split()
-    return listed[0] if listed else found
+    return listed[0] if listed else address
 
 
 LAUNCHERS = {
@@ -178,8 +178,8 @@ def _number(environ: Mapping[str, str], key: str, launcher: str, default: int | 
     if text is None and default is not None:
         return default
     if text is None or not re.fullmatch(r"\d+", text):
-        found = "not set" if text is None else f"{text!r}, which is no number"
-        raise ValueError(f"{key} is {found}, although other variables of {launcher} are there; set it.")
+        problem = "not set" if text is None else f"{text!r}, which is no number"
+        raise ValueError(f"{key} is {problem}, although other variables of {launcher} are there; set it.")
     return int(text)
 
 
@@ -210,8 +210,8 @@ def first_host(nodes: str) -> str:
     >>> first_host("gpu[07-09,12],login1")
     'gpu07'
     """
-    found = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?", nodes)
-    return found.group(1) + (found.group(2) or "") if found else ""
+    match = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?", nodes)
+    return match.group(1) + (match.group(2) or "") if match else ""
 
 
 def _checked(place: DistEnv, launcher: Launcher) -> DistEnv:

@@ -190,10 +190,10 @@ def _agreed_gpu(place: DistEnv, count: int, store: Any) -> int | None:
     except ValueError as error:
         trouble = str(error)
     store.set(f"gpu/{place.rank}", json.dumps([count, trouble]))
-    found = [json.loads(store.get(f"gpu/{rank}")) for rank in range(place.world)]
-    if not any(seen for seen, _ in found):
+    reports = [json.loads(store.get(f"gpu/{rank}")) for rank in range(place.world)]
+    if not any(seen for seen, _ in reports):
         return None
-    told = [text for _, text in found]
+    told = [text for _, text in reports]
     if trouble and told.index(trouble) == place.rank:
         raise ValueError(trouble)
     failed = [f"rank {rank} failed: {text}" for rank, text in enumerate(told) if text]

@@ -58,17 +58,17 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 def _doctor(folder: Path, quick: bool, as_json: bool) -> int:
     checks: list[Check] = [versions, untouched_devices if quick else devices, disk, deepspeed_ops]
-    found: list[dict[str, Any]] = []
+    findings: list[dict[str, Any]] = []
     for check in checks if quick else [*checks, kernels, ranks, engines]:
-        begun = monotonic()
+        started = monotonic()
         for finding in check(folder):
-            seconds, begun = monotonic() - begun, monotonic()
-            found.append({**asdict(finding), "seconds": round(seconds, 1)})
+            seconds, started = monotonic() - started, monotonic()
+            findings.append({**asdict(finding), "seconds": round(seconds, 1)})
             if not as_json:
                 print(finding.line() + (f" ({seconds:.0f} s)" if seconds >= _TOLD else ""), flush=True)
-    failed = sum(one["verdict"] == FAIL for one in found)
+    failed = sum(one["verdict"] == FAIL for one in findings)
     if as_json:
-        print(json.dumps({"quick": quick, "failed": failed, "findings": found}, indent=1))
+        print(json.dumps({"quick": quick, "failed": failed, "findings": findings}, indent=1))
         return int(failed > 0)
     if quick:
         print(f"{NOTE:<5} not tried with --quick: processes that talk to each other, a training on each engine")

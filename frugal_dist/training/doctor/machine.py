@@ -57,13 +57,13 @@ def _extra(text: str) -> str:
 
 def _version(name: str, tested: str, extra: str, contains: Callable[..., bool]) -> Finding:
     try:
-        found = metadata.version(name)
+        installed = metadata.version(name)
     except metadata.PackageNotFoundError:
         return Finding(NOTE, name, f"not installed; what needs it: pip install 'frugal_dist[{extra}]'")
-    if contains(found, prereleases=True):
-        return Finding(OK, name, found)
+    if contains(installed, prereleases=True):
+        return Finding(OK, name, installed)
     # Only the core's range is a condition: applications may work with others.
-    return Finding(NOTE if extra else FAIL, name, f"{found}, tested is {tested}")
+    return Finding(NOTE if extra else FAIL, name, f"{installed}, tested is {tested}")
 
 
 # --- the machine ----------------------------------------------------------------------------------------------------

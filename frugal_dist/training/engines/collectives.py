@@ -20,9 +20,9 @@ def gathered(value: Any) -> list[Any]:
     """A small plain value of each rank, on all ranks."""
     if not distributed.is_initialized():
         return [value]
-    found: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(found, value)
-    return found
+    by_rank: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(by_rank, value)
+    return by_rank
 
 
 def leave() -> None:

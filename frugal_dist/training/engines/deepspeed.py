@@ -111,8 +111,8 @@ class DeepSpeedEngine:
 
     def refresh_figures(self) -> list[float]:
         """This rank's sums of the refreshes since the last call."""
-        figures: list[float] = self._engine.basic_optimizer.take_refresh_figures()
-        return figures
+        sums: list[float] = self._engine.basic_optimizer.take_refresh_figures()
+        return sums
 
     def learning_rate(self) -> float:
         """The rate of the next step."""
@@ -133,10 +133,10 @@ class DeepSpeedEngine:
 
     def resume(self, root: Path) -> tuple[int, dict[str, Any]] | None:
         """Load the latest portable checkpoint, whichever engine wrote it."""
-        found = checkpoint.load_latest(root, self._engine, self._engine.optimizer, on_damaged="previous")
-        if found is not None:
-            jump(self._schedule, found[0] - self.skipped_steps())  # DeepSpeed's schedules stand still then
-        return found
+        resumed = checkpoint.load_latest(root, self._engine, self._engine.optimizer, on_damaged="previous")
+        if resumed is not None:
+            jump(self._schedule, resumed[0] - self.skipped_steps())  # DeepSpeed's schedules stand still then
+        return resumed
 
 
 def _can_partition(zero: dict[str, Any]) -> bool:
@@ -224,5 +224,5 @@ def data_types(config: dict[str, Any], precision: str) -> dict[str, Any]:
     own, zero = config.get("data_types", {}), config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     fits = precision == "bf16" and (stage == 3 or (stage == 2 and not offloads(zero, "optimizer")))
-    found = {**({"grad_accum_dtype": "fp32"} if fits else {}), **own}
-    return {"data_types": found} if found else {}
+    section = {**({"grad_accum_dtype": "fp32"} if fits else {}), **own}
+    return {"data_types": section} if section else {}

@@ -191,10 +191,10 @@ class PlainEngine:
 
     def resume(self, root: Path) -> tuple[int, dict[str, Any]] | None:
         """Load the latest portable checkpoint, whichever engine wrote it."""
-        found = checkpoint.load_latest(root, self._model, self._optimizer, on_damaged="previous")
-        if found is None:
+        resumed = checkpoint.load_latest(root, self._model, self._optimizer, on_damaged="previous")
+        if resumed is None:
             return None
-        step, extra = found
+        step, extra = resumed
         jump(self._schedule, step)
         self._skipped = extra.get("skipped", 0)
         self._guard.load_state_dict(extra.get("norms", {}))
@@ -255,9 +255,9 @@ def _fsdp2(model: nn.Module, device: torch.device, bf16: bool, tp: int) -> nn.Mo
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The units of FSDP2, beside the rest: what transformers keeps together, or the longest list of modules."""
     names = set(getattr(model, "_no_split_modules", None) or ())
-    found = [module for module in model.modules() if type(module).__name__ in names]
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
     lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return found or max(lists, key=len, default=[])
+    return blocks or max(lists, key=len, default=[])
 
 
 def _as_it_is(model: nn.Module, last: bool) -> AbstractContextManager[None]:

@@ -77,13 +77,13 @@ def count_adamw_bytes(parameters: Iterable[torch.Tensor]) -> int:
 def count_state_kinds(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes of the tensors in ``optimizer.state`` on this rank by kind; other: counters."""
     parts = dict.fromkeys(every_moment(), "moments") | {"basis": "bases", REMAINDER: "remainders"}
-    found = {"moments": 0, "bases": 0, "other": 0}
+    kind_bytes = {"moments": 0, "bases": 0, "other": 0}
     for state in optimizer.state.values():
         for name, value in state.items():
             if torch.is_tensor(value):
                 kind = next((kind for part, kind in parts.items() if part in name), "other")
-                found[kind] = found.get(kind, 0) + _local(value).numel() * value.element_size()
-    return found
+                kind_bytes[kind] = kind_bytes.get(kind, 0) + _local(value).numel() * value.element_size()
+    return kind_bytes
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -68,9 +68,9 @@ def encode(tokenizer: Any, examples: Examples, length: int) -> ExampleRows:
     for first in range(0, len(examples.texts), _TOGETHER):
         part = slice(first, first + _TOGETHER)
         pairs = None if examples.pairs is None else examples.pairs[part]
-        found = tokenizer(examples.texts[part], pairs, truncation=True, max_length=length)
-        ids += found["input_ids"]
-        types += found.get("token_type_ids") or [[0] * len(tokens) for tokens in found["input_ids"]]
+        encoded = tokenizer(examples.texts[part], pairs, truncation=True, max_length=length)
+        ids += encoded["input_ids"]
+        types += encoded.get("token_type_ids") or [[0] * len(tokens) for tokens in encoded["input_ids"]]
     return ExampleRows(ids, types, examples.labels)
 
 
@@ -88,8 +88,8 @@ class Classifier:
         ids, types = rows[:, 0, 1:longest], rows[:, 1, 1:longest]
         real = ids != IGNORED
         more = {"token_type_ids": types} if self.typed else {}
-        found: Tensor = model(input_ids=ids.where(real, self.pad), attention_mask=real.long(), **more).logits
-        return found.float()
+        logits: Tensor = model(input_ids=ids.where(real, self.pad), attention_mask=real.long(), **more).logits
+        return logits.float()
 
     def losses(self, model: nn.Module, rows: Tensor) -> Tensor:
         """The loss of every row: cross entropy, or the squared error of a regression."""
@@ -108,5 +108,5 @@ class Classifier:
 
     def predictions(self, logits: Tensor) -> npt.NDArray[Any]:
         """Class numbers, or the numbers of a regression."""
-        found: npt.NDArray[Any] = (logits[:, 0] if self.regression else logits.argmax(dim=1)).numpy()
-        return found
+        predictions: npt.NDArray[Any] = (logits[:, 0] if self.regression else logits.argmax(dim=1)).numpy()
+        return predictions

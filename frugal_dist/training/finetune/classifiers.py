@@ -107,8 +107,8 @@ def build_classifier(recipe: FinetuneRecipe, config: Any) -> nn.Module:
         model = with_adapters(model, recipe.lora)
     if recipe.model.compile:
         model.compile()
-    found: nn.Module = model
-    return found
+    classifier: nn.Module = model
+    return classifier
 
 
 def with_adapters(model: nn.Module, lora: Lora) -> nn.Module:
@@ -124,10 +124,10 @@ def with_adapters(model: nn.Module, lora: Lora) -> nn.Module:
     )
     wrap: Any = get_peft_model
     try:
-        found: nn.Module = wrap(model, config)
+        adapted: nn.Module = wrap(model, config)
     except ValueError as error:
         raise ValueError(f"lora.targets is {lora.targets}: {error}") from error
-    return found
+    return adapted
 
 
 @dataclass(frozen=True)

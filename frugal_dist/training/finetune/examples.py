@@ -166,8 +166,8 @@ def _examples(rows: Sequence[dict[str, Any]], where: str, text: str, pair: str |
     wanted = {text: "data.text", label: "data.label"} | ({} if pair is None else {pair: "data.text_pair"})
     for column, key in wanted.items():
         if column not in rows[0]:
-            found = ", ".join(str(name) for name in rows[0])
-            raise ValueError(f"{where} has no column {column!r}: its columns are {found}. Set {key} to one.")
+            columns = ", ".join(str(name) for name in rows[0])
+            raise ValueError(f"{where} has no column {column!r}: its columns are {columns}. Set {key} to one.")
     for number, row in enumerate(rows, start=1):
         for column in (text, *(() if pair is None else (pair,))):
             if not isinstance(row.get(column), str):
@@ -181,27 +181,27 @@ def _examples(rows: Sequence[dict[str, Any]], where: str, text: str, pair: str |
 
 def _numbers(examples: Examples) -> Examples:
     """With the labels of a regression."""
-    found = []
+    numbers = []
     for number, label in enumerate(examples.labels, start=1):
         try:
-            found.append(float(label))
+            numbers.append(float(label))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{examples.where}, example {number}: the label {label!r} is no number.") from error
-    return Examples(examples.where, examples.texts, examples.pairs, found)
+    return Examples(examples.where, examples.texts, examples.pairs, numbers)
 
 
 def _classes(train: Examples) -> tuple[str, ...]:
     """In the order of numbers if they are whole numbers, otherwise of the alphabet."""
-    found = {str(label) for label in train.labels}
-    if len(found) < 2:
-        raise ValueError(f"{train.where}: all labels are {next(iter(found))!r}; there is nothing to learn.")
-    if len(found) > max(100, len(train.labels) // 2):
+    classes = {str(label) for label in train.labels}
+    if len(classes) < 2:
+        raise ValueError(f"{train.where}: all labels are {next(iter(classes))!r}; there is nothing to learn.")
+    if len(classes) > max(100, len(train.labels) // 2):
         raise ValueError(
-            f"{train.where} has {len(found)} different labels among {len(train.labels)} examples, such as "
-            f"{_some(found)}: set data.label to the column with the classes, or data.regression for numbers."
+            f"{train.where} has {len(classes)} different labels among {len(train.labels)} examples, such as "
+            f"{_some(classes)}: set data.label to the column with the classes, or data.regression for numbers."
         )
-    whole = all(label.lstrip("-").isdigit() for label in found)
-    return tuple(sorted(found, key=int) if whole else sorted(found))
+    whole = all(label.lstrip("-").isdigit() for label in classes)
+    return tuple(sorted(classes, key=int) if whole else sorted(classes))
 
 
 def _numbered(examples: Examples, classes: Sequence[str]) -> Examples:

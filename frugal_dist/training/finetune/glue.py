@@ -91,5 +91,5 @@ def measure(names: Sequence[str], labels: Values, predictions: Values) -> dict[s
     """Each metric by name; those that are not defined, such as the correlation with a constant, are 0."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a constant: it shows
-        found = {name: METRICS[name].compute(labels, predictions) for name in names}
-    return {name: value if np.isfinite(value) else 0.0 for name, value in found.items()}
+        scores = {name: METRICS[name].compute(labels, predictions) for name in names}
+    return {name: value if np.isfinite(value) else 0.0 for name, value in scores.items()}

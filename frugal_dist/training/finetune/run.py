@@ -97,11 +97,11 @@ def _prepare(recipe: FinetuneRecipe, place: DistEnv, stack: ExitStack) -> Traini
     best = Best(Path(recipe.folder), engine, build, made.tokenizer, recipe.saving.on_error)
 
     def summary(outcome: Outcome) -> tuple[dict[str, Any], str]:
-        figures: dict[str, Any] = {**best.last, "best": {"step": best.step, **best.figures}}
-        figures |= {"parameters": parameters, "trained": trained, "epochs": recipe.epochs, "asked": recipe.steps}
-        score = best.figures.get("score", nan)  # none if no checkpoint could be saved
+        stats: dict[str, Any] = {**best.last, "best": {"step": best.step, **best.metrics}}
+        stats |= {"parameters": parameters, "trained": trained, "epochs": recipe.epochs, "asked": recipe.steps}
+        score = best.metrics.get("score", nan)  # none if no checkpoint could be saved
         lost = f"; {best.lost} better model(s) could not be saved, see {LOG_FILE}" if best.lost else ""
-        return figures, f"score {best.last['score']:.4f}, best {score:.4f} after step {best.step}{lost}"
+        return stats, f"score {best.last['score']:.4f}, best {score:.4f} after step {best.step}{lost}"
 
     record = replace(recipe, optimizer=settled(recipe.optimizer)).record()
     return TrainingJob(

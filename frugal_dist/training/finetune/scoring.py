@@ -51,17 +51,17 @@ class Scoring:
                 return None
             number = turn * engine.world + engine.rank
             rows = torch.from_numpy(self.rows.take(batches[min(number, len(batches) - 1)]))
-            found = engine.outputs(self.classifier.logits, rows)
+            logits = engine.outputs(self.classifier.logits, rows)
             if number < len(batches):
-                mine.append((number, self.classifier.labels(rows), found.cpu()))
+                mine.append((number, self.classifier.labels(rows), logits.cpu()))
         of_all = sorted((part for parts in gathered(mine) for part in parts), key=lambda part: part[0])
         return self._finding(torch.cat([part[1] for part in of_all]), torch.cat([part[2] for part in of_all]))
 
     def _finding(self, labels: Tensor, logits: Tensor) -> EvalResult:
         loss = float(self.classifier.losses_of(logits.double(), labels).mean())
-        figures = measure(self.metrics, labels.numpy(), self.classifier.predictions(logits))
-        text = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        return EvalResult(loss, {**figures, "score": mean(figures.values())}, f"validation {text}")
+        scores = measure(self.metrics, labels.numpy(), self.classifier.predictions(logits))
+        text = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        return EvalResult(loss, {**scores, "score": mean(scores.values())}, f"validation {text}")
 
 
 @dataclass
@@ -79,28 +79,28 @@ class Best:
     on_error: str
     step: int = 0
     lost: int = 0
-    figures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
 
-    def evaluated(self, step: int, found: EvalResult) -> None:
+    def evaluated(self, step: int, evaluation: EvalResult) -> None:
         """Hear of an evaluation. All ranks hear the same and write together."""
-        self.last = found.figures
-        if self.figures and not found.figures["score"] > self.figures["score"]:
+        self.last = evaluation.metrics
+        if self.metrics and not evaluation.metrics["score"] > self.metrics["score"]:
             return
         # By way of a checkpoint, which every engine can write.
         saved = self.engine.save(self.folder / f".{BEST}", step, {}, keep_last=1, on_error=self.on_error)
-        if saved and self._published({"step": step, **found.figures}):
-            self.step, self.figures = step, found.figures
+        if saved and self._published({"step": step, **evaluation.metrics}):
+            self.step, self.metrics = step, evaluation.metrics
         else:
             self.lost += 1
 
     def remember(self) -> dict[str, Any]:
         """For checkpoints."""
-        return {"best": {"step": self.step, "figures": self.figures}}
+        return {"best": {"step": self.step, "figures": self.metrics}}
 
     def recall(self, extra: dict[str, Any]) -> None:
         """Go on with what a checkpoint holds. A model that was kept after it will be kept again."""
-        self.step, self.figures = extra["best"]["step"], extra["best"]["figures"]
+        self.step, self.metrics = extra["best"]["step"], extra["best"]["figures"]
 
     def _published(self, record: dict[str, Any]) -> bool:
         """Whether the checkpoint is now in ``best``. If rank 0 fails to convert it, all ranks raise; with ``on_error``

@@ -160,8 +160,8 @@ def known_flops(name: str) -> float | None:
     """What is known of a GPU with this name; an A10 is no A100, an RTX A1000 neither, a part (MIG) is not the whole."""
     if re.search(r"\bMIG\b", name):
         return None
-    found = (rate for known, rate in PEAK_TFLOPS.items() if re.search(rf"\b{re.escape(known)}\b", name))
-    return next((rate * 1e12 for rate in found), None)
+    rates = (rate for known, rate in PEAK_TFLOPS.items() if re.search(rf"\b{re.escape(known)}\b", name))
+    return next((rate * 1e12 for rate in rates), None)
 
 
 def forget_peak() -> None:

@@ -58,11 +58,11 @@ def plot_runs(runs: Sequence[Path], out: Path) -> list[Path]:
     runs of different kinds, and if ``out`` cannot be written.
     """
     paths = _paths(out)
-    found = _read([run for given in runs for run in runs_in(given)])
-    measures = {_measure(records) for records in found.values()}
+    records_by_name = _read([run for given in runs for run in runs_in(given)])
+    measures = {_measure(records) for records in records_by_name.values()}
     if len(measures) > 1:
         raise ValueError("these are runs of pre-training and of fine-tuning; draw them apart.")
-    figure = _drawn(grouped(found), measures.pop())
+    figure = _drawn(grouped(records_by_name), measures.pop())
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,13 +91,13 @@ def _paths(out: Path) -> list[Path]:
 def _read(runs: Sequence[Path]) -> Runs:
     places = list(dict.fromkeys(run.absolute() for run in runs))
     names = [run.name for run in places]
-    found = {
+    records_by_name = {
         run.name if names.count(run.name) == 1 else f"{run.parent.name}/{run.name}": read_metrics(run) for run in places
     }
-    for name, records in found.items():
+    for name, records in records_by_name.items():
         if not of_kind(records, "train"):
             raise ValueError(f"{name} has no training records yet; run it for a few more steps.")
-    return found
+    return records_by_name
 
 
 def _measure(records: list[Record]) -> str:
@@ -210,21 +210,21 @@ class Group:
 
 def grouped(runs: Runs) -> list[Group]:
     """In the order in which they were given."""
-    found: dict[str, dict[str, list[Record]]] = {}
+    by_setting: dict[str, dict[str, list[Record]]] = {}
     for name, records in runs.items():
-        found.setdefault(_setting(name, records), {})[name] = records
+        by_setting.setdefault(_setting(name, records), {})[name] = records
     return [
         Group(_common_name(list(members)), Look(number), list(members.values()))
-        for number, members in enumerate(found.values())
+        for number, members in enumerate(by_setting.values())
     ]
 
 
 def _setting(name: str, records: list[Record]) -> str:
     """What seeds of one run have in common; a run that does not say its seed is alone."""
-    begun = of_kind(records, "run")
-    if not begun or "seed" not in begun[-1] or "folder" not in begun[-1]:
+    run_records = of_kind(records, "run")
+    if not run_records or "seed" not in run_records[-1] or "folder" not in run_records[-1]:
         return name
-    kept = {key: value for key, value in begun[-1].items() if key not in _OF_ITSELF}
+    kept = {key: value for key, value in run_records[-1].items() if key not in _OF_ITSELF}
     return json.dumps([_without_seed(name), kept], sort_keys=True)
 
 
@@ -304,8 +304,8 @@ Points = list[tuple[float, float]]
 
 def _points(rows: list[Record], axis: Axis, key: str) -> Points:
     """Values that are null, such as a NaN loss, are left out."""
-    found = [(axis[1](row), row.get(key)) for row in rows]
-    return [(x, y) for x, y in found if x is not None and y is not None]
+    points = [(axis[1](row), row.get(key)) for row in rows]
+    return [(x, y) for x, y in points if x is not None and y is not None]
 
 
 def _draw(panel: Any, group: Group, kind: str, axis: Axis, key: str, label: str | None = None) -> None:
@@ -425,8 +425,8 @@ def _state_of_most(end: Record | None) -> dict[str, float]:
     if end is None:
         return {}
     sizes, kinds = end["state_bytes"], end.get("state_kinds")
-    found: dict[str, float] = {"state": max(sizes)} if kinds is None else kinds[sizes.index(max(sizes))]
-    return {kind: size for kind, size in found.items() if size > SMALL * sum(found.values())}
+    by_kind: dict[str, float] = {"state": max(sizes)} if kinds is None else kinds[sizes.index(max(sizes))]
+    return {kind: size for kind, size in by_kind.items() if size > SMALL * sum(by_kind.values())}
 
 
 def _peaks(group: Group) -> list[float]:

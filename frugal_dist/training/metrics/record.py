@@ -41,11 +41,11 @@ class MetricsLog:
         self, path: Path | None, after: int | None = None, also: Callable[[str, dict[str, Any]], None] | None = None
     ) -> None:
         self._also = also
-        goes_on = path is not None and after is not None and path.is_file()
+        resumes = path is not None and after is not None and path.is_file()
         self._known: set[tuple[str, int]] = set()
-        if path and after is not None and goes_on:
+        if path and after is not None and resumes:
             self._known = {(record["kind"], record.get("step", 0)) for record in _cut(path, after)}
-        self._file = path.open("a" if goes_on else "w", encoding="utf-8") if path else None
+        self._file = path.open("a" if resumes else "w", encoding="utf-8") if path else None
 
     def write(self, kind: str, **values: Any) -> None:
         """Write one record at once, so that a killed run keeps all it has reached. NaN and infinity become null.
@@ -130,7 +130,7 @@ def end_of(records: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 @dataclass
 class Tracker:
-    """``add(step, figures)`` and ``close()`` of a library; ``None`` once it failed."""
+    """``add(step, stats)`` and ``close()`` of a library; ``None`` once it failed."""
 
     name: str
     add: Callable[[int, dict[str, float]], None] | None
@@ -167,12 +167,12 @@ class Trackers:
     def __call__(self, kind: str, values: dict[str, Any]) -> None:
         """One record of metrics: its numbers, under kind/name."""
         step = values.get("step", values.get("steps"))
-        figures = {f"{kind}/{key}": float(value) for key, value in values.items() if _is_figure(key, value)}
-        if step is None or not figures or kind == "run":  # settings are no curves; each library has a way for them
+        stats = {f"{kind}/{key}": float(value) for key, value in values.items() if _is_stat(key, value)}
+        if step is None or not stats or kind == "run":  # settings are no curves; each library has a way for them
             return
         for tracker in self._all:
             if tracker.add is not None:
-                self._try(tracker, lambda tracker=tracker: tracker.add(step, figures))  # type: ignore[misc]
+                self._try(tracker, lambda tracker=tracker: tracker.add(step, stats))  # type: ignore[misc]
 
     def close(self) -> None:
         """Write out what is left."""
@@ -187,7 +187,7 @@ class Trackers:
             self._tell(f"{tracker.name} failed, the run goes on without it: {type(error).__name__}: {error}")
 
 
-def _is_figure(key: str, value: Any) -> bool:
+def _is_stat(key: str, value: Any) -> bool:
     return key not in ("step", "steps") and isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -201,8 +201,8 @@ def _tensorboard(folder: Path, record: dict[str, Any], start: int) -> Tracker:
     for part in hparams(_flat(record), {"validation/loss": 0.0}):
         writer.file_writer.add_summary(part)
 
-    def add(step: int, figures: dict[str, float]) -> None:
-        for name, value in figures.items():
+    def add(step: int, stats: dict[str, float]) -> None:
+        for name, value in stats.items():
             writer.add_scalar(name, value, step)
 
     return Tracker("tensorboard", add, writer.close)
@@ -243,7 +243,7 @@ def _wandb(folder: Path, record: dict[str, Any], start: int) -> Tracker:
         config=record,
         settings=wandb.Settings(silent=True),
     )
-    return Tracker("wandb", lambda step, figures: run.log(figures, step=step), run.finish)
+    return Tracker("wandb", lambda step, stats: run.log(stats, step=step), run.finish)
 
 
 def _prometheus(folder: Path, record: dict[str, Any], start: int) -> Tracker:
@@ -251,8 +251,8 @@ def _prometheus(folder: Path, record: dict[str, Any], start: int) -> Tracker:
     path, latest = folder / PROMETHEUS_FILE, {"steps_asked": float(record.get("steps", 0))}
     label = json.dumps(str(folder), ensure_ascii=False)
 
-    def add(step: int, figures: dict[str, float]) -> None:
-        latest.update({**figures, "step": step, "heartbeat_seconds": time.time()})
+    def add(step: int, stats: dict[str, float]) -> None:
+        latest.update({**stats, "step": step, "heartbeat_seconds": time.time()})
         lines = []
         for name, value in latest.items():
             whole = "frugal_" + re.sub(r"\W", "_", name, flags=re.ASCII)

@@ -183,12 +183,12 @@ def copy_recipe(name: str, out: Path | None = None) -> tuple[list[Path], str]:
     """
     from frugal_dist.training.recipe.yaml_file import read_yaml
 
-    found = {one: (path, folder) for folder in COMMANDS for one, path in _shipped(folder).items()}
-    if name not in found:
-        close = difflib.get_close_matches(name, found, n=1)
+    shipped = {one: (path, folder) for folder in COMMANDS for one, path in _shipped(folder).items()}
+    if name not in shipped:
+        close = difflib.get_close_matches(name, shipped, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"there is no shipped recipe {name!r}; choose one of {', '.join(found)}.{hint}")
-    source, folder = found[name]
+        raise ValueError(f"there is no shipped recipe {name!r}; choose one of {', '.join(shipped)}.{hint}")
+    source, folder = shipped[name]
     out = Path(f"{name}.yaml") if out is None else out / f"{name}.yaml" if out.is_dir() else out
     json_file = read_yaml(source).get("deepspeed")
     files = {out: source} | ({out.parent / json_file: source.parent / json_file} if json_file else {})
@@ -243,11 +243,11 @@ def _staged(named: str | None, stage: int | None) -> str | None:
 
 
 def _flat(values: dict[str, Any], keys: Keys, above: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         section = isinstance(value, dict) and is_dataclass(keys.get(f"{above}{name}"))
-        found |= _flat(value, keys, f"{above}{name}.") if section else {f"{above}{name}": value}
-    return found
+        flat |= _flat(value, keys, f"{above}{name}.") if section else {f"{above}{name}": value}
+    return flat
 
 
 def _beside(recipe: Path, values: dict[str, Any]) -> dict[str, Any]:

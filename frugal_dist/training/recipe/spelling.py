@@ -44,14 +44,14 @@ _NO_KEYS = {
 
 def keys_of(kind: type[Any], above: str = "") -> dict[str, Any]:
     """The keys of a kind of recipe."""
-    found: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
     hints = get_type_hints(kind)
     for one in fields(kind):
         name = f"{above}{one.name}"
-        found[name] = hints[one.name]
+        keys[name] = hints[one.name]
         if is_dataclass(hints[one.name]):
-            found |= keys_of(hints[one.name], f"{name}.")
-    return found
+            keys |= keys_of(hints[one.name], f"{name}.")
+    return keys
 
 
 def is_key(name: str, keys: Keys) -> bool:
