@@ -256,11 +256,11 @@ OLD_NAMES = {"lr_scale": "projected_lr_scale"}
 
 def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
     """``options`` of a constructor under their present names. ValueError for one that is given under both."""
-    found = {OLD_NAMES.get(key, key): value for key, value in options.items()}
+    present = {OLD_NAMES.get(key, key): value for key, value in options.items()}
     for old, new in OLD_NAMES.items():
         if old in options and new in options:
             raise ValueError(f"{old} is the old name of {new}: give one of them.")
-    return found
+    return present
 
 
 def saved_group(group: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:

@@ -174,20 +174,20 @@ def bind(request: Request) -> Runtime:
     owners = [] if request.before is None else [matrix.owner for matrix in request.before.table.matrices]
     table = build_table(ranks, originals, request.whole or request.originals, storage, settings, problem, owners)
     share = _shares(request, storage) and not ranks.alone
-    found = Runtime(ranks, storage, originals, table, share, request.bucket_bytes)
+    runtime = Runtime(ranks, storage, originals, table, share, request.bucket_bytes)
     if request.before is not None:
-        found.routes.update(request.before.routes)
-    return found
+        runtime.routes.update(request.before.routes)
+    return runtime
 
 
 def _settings(request: Request) -> dict[str, object]:
     """What must be equal on all ranks, by the name under which a difference is reported."""
     one = len(request.groups) == 1
-    found: dict[str, object] = {"shard_state": request.shard_state}
+    settings: dict[str, object] = {"shard_state": request.shard_state}
     for number, group in enumerate(request.groups):
         where = "" if one else f" of group {number}"
-        found.update({key + where: python_value(group.get(key)) for key in HYPERPARAMETERS})
-    return found
+        settings.update({key + where: python_value(group.get(key)) for key in HYPERPARAMETERS})
+    return settings
 
 
 def _shares(request: Request, storage: Storage) -> bool:
@@ -206,11 +206,11 @@ def _kernels(originals: Sequence[ParamSpec], storage: Storage) -> dict[str, obje
 
 def _choose(request: Request, ranks: Ranks) -> tuple[Ranks, Sequence[ParamSpec], Storage]:
     held = [tensor for group in request.groups for tensor in group["params"]]
-    found = zero.storage_under_deepspeed(
+    under_zero = zero.storage_under_deepspeed(
         request.originals, request.sources, request.groups, request.active, request.optimizer
     )
-    if found is not None:
-        process_group, originals, storage = found
+    if under_zero is not None:
+        process_group, originals, storage = under_zero
         auto = isinstance(request.process_group, str)
         if (
             request.process_group is None

@@ -54,8 +54,8 @@ def json_options() -> dict[str, Any] | None:
     engine = deepspeed_engine_in_construction()
     if engine is None or engine.client_optimizer is not None or not engine.optimizer_name():
         return None
-    found: dict[str, Any] = engine.optimizer_params() or {}
-    return found
+    options: dict[str, Any] = engine.optimizer_params() or {}
+    return options
 
 
 PLAIN_OFFLOAD = 'use "offload_optimizer": {"device": "cpu"} alone'

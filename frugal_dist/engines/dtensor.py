@@ -186,14 +186,14 @@ def _part(name: str, tensor: DTensor) -> LocalShard:
 
 def _ranges(tensor: DTensor, placements: Sequence[Placement], nested: bool = True) -> tuple[tuple[Span, ...], ...]:
     """Of each dim the half-open ranges that this rank holds, in the order in which they lie here."""
-    found = []
+    ranges = []
     for dim, length in enumerate(tensor.shape):
         where = torch.arange(length, device="cpu")
         for cut in _cuts(tensor, placements, dim, nested):
             groups = [group.chunk(cut.parts) for group in where.chunk(cut.groups)]
             where = torch.cat([parts[cut.place] for parts in groups if cut.place < len(parts)] or [where[:0]])
-        found.append(tuple(_runs(where)))
-    return tuple(found)
+        ranges.append(tuple(_runs(where)))
+    return tuple(ranges)
 
 
 def _runs(where: Tensor) -> Iterator[Span]:

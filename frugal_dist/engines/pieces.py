@@ -49,7 +49,7 @@ class Pieces(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return copy.deepcopy(self.local, memo)
 
-    def __create_write_items__(self, fqn: str, found: Any) -> list[Any]:
+    def __create_write_items__(self, fqn: str, pieces: Any) -> list[Any]:
         from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
         from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 

@@ -90,8 +90,8 @@ class FrugalForModel:
         **options: Any,
     ) -> Frugal:
         """Build the optimizer with what ``args`` say now."""
-        found = {**_from_arguments(args, options.get("state_full", FrugalConfig.state_full)), **options}
-        optimizer = Frugal(split_parameters(model, project, skip, no_decay), **found)
+        arguments = {**_from_arguments(args, options.get("state_full", FrugalConfig.state_full)), **options}
+        optimizer = Frugal(split_parameters(model, project, skip, no_decay), **arguments)
         optimizer.saved_elsewhere = not _saves_state(args)
         return optimizer
 
@@ -104,10 +104,10 @@ def _saves_state(args: Any) -> bool:
 def _from_arguments(args: Any, state_full: str) -> dict[str, Any]:
     if args is None:
         return {}
-    found = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    options = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     if state_full in STATE_FULL and STATE_FULL[state_full].is_adamw:
-        found |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    return found
+        options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    return options
 
 
 # --- watching over it -------------------------------------------------------------------------------------------------

@@ -30,14 +30,14 @@ def depends_on(config: FrugalConfig) -> tuple[str, ...]:
 
 def matrix_options(mat: LocalMatrix) -> dict[str, Any]:
     """What must not change if the state of a matrix is to be kept."""
-    found = {key: getattr(mat.config, key) for key in depends_on(mat.config)}
-    if "side" in found:
-        found["side"] = mat.side
+    options = {key: getattr(mat.config, key) for key in depends_on(mat.config)}
+    if "side" in options:
+        options["side"] = mat.side
     if mat.config.keeps:
-        found["keeps"] = ", ".join(mat.config.keeps)
+        options["keeps"] = ", ".join(mat.config.keeps)
     if mat.family == "blocks":
-        found["position"] = f"{mat.matrix.block} of {mat.matrix.blocks} blocks"
-    return found
+        options["position"] = f"{mat.matrix.block} of {mat.matrix.blocks} blocks"
+    return options
 
 
 def regular_options(one: LocalParameter) -> dict[str, Any]:

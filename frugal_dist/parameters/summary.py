@@ -35,12 +35,12 @@ def state_bytes(runtime: Runtime, state: State) -> StateBytes:
 
 def bytes_by_name(runtime: Runtime, state: State) -> dict[str, int]:
     """What the state of each parameter takes on this rank."""
-    found = {}
+    sizes = {}
     for i, original in enumerate(runtime.originals):
         store, prefixes = state.get(runtime.storage.param(i), {}), tuple(runtime.site(i).prefixes)
         mine = [value for key, value in store.items() if key.startswith(prefixes)]
-        found[original.name] = _bytes(mine)
-    return found
+        sizes[original.name] = _bytes(mine)
+    return sizes
 
 
 def summary(

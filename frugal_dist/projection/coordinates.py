@@ -59,11 +59,11 @@ def _sample(allowed: Tensor, number: int, generator: torch.Generator) -> Tensor:
     if 2 * int(torch.count_nonzero(allowed)) <= allowed.numel():
         pool = torch.nonzero(allowed).view(-1)
         return pool[torch.randperm(pool.numel(), generator=generator, device="cpu")[:number]]
-    found: dict[int, None] = {}
-    while len(found) < number:
+    positions: dict[int, None] = {}
+    while len(positions) < number:
         drawn = torch.randint(allowed.numel(), (2 * number,), generator=generator, device="cpu")
-        found.update(dict.fromkeys(drawn[allowed[drawn]].tolist()))
-    return torch.tensor(list(found)[:number], dtype=torch.int64, device="cpu")
+        positions.update(dict.fromkeys(drawn[allowed[drawn]].tolist()))
+    return torch.tensor(list(positions)[:number], dtype=torch.int64, device="cpu")
 
 
 _CHUNK = 1 << 22

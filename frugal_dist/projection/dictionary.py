@@ -27,13 +27,13 @@ _LEAST = 1e-30
 def dct_columns(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The orthonormal DCT-II: cos(pi (2 j + 1) k / (2 n)) in row j and column k, scaled. Made once, for all."""
     with torch.inference_mode(False):
-        found = torch.empty(length, length, dtype=dtype, device=device)
+        columns = torch.empty(length, length, dtype=dtype, device=device)
         numbers = torch.arange(length, dtype=torch.int64, device="cpu")
         for rows in numbers.split(max(1, _PIECE // max(length, 1))):
             turns = (2 * rows.view(-1, 1) + 1) * numbers % (4 * length)  # exact, where the product may be large
-            found[rows[0] : rows[-1] + 1] = torch.cos(turns.double() * (math.pi / (2 * length))).to(device, dtype)
-        found.mul_(math.sqrt(2.0 / length))[:, :1].mul_(math.sqrt(0.5))
-    return found
+            columns[rows[0] : rows[-1] + 1] = torch.cos(turns.double() * (math.pi / (2 * length))).to(device, dtype)
+        columns.mul_(math.sqrt(2.0 / length))[:, :1].mul_(math.sqrt(0.5))
+    return columns
 
 
 def column_energies(grad: Tensor, side: str) -> dict[str, Tensor]:

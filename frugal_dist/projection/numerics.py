@@ -24,8 +24,8 @@ def full_precision() -> Iterator[None]:
     """
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     general = torch.backends.fp32_precision  # type: ignore[attr-defined]
-    found = [backend.fp32_precision for backend in backends]
-    before = ["none" if value == general else value for value in found]  # what was inherited stays so
+    settings = [backend.fp32_precision for backend in backends]
+    before = ["none" if value == general else value for value in settings]  # what was inherited stays so
     for backend in backends:
         backend.fp32_precision = "ieee"
     try:

@@ -79,9 +79,9 @@ def gram_svd(grad: Tensor, side: str, r: int) -> Basis:
     tall = wide.shape[0] >= wide.shape[1]
     matrix = wide if tall else wide.T
     inner, captured = _leading(matrix, r)
-    found = {"right" if tall else "left": inner}
+    bases = {"right" if tall else "left": inner}
     other = "left" if tall else "right"
     if side in (other, "full"):
-        found[other] = torch.linalg.qr(matrix @ inner).Q
+        bases[other] = torch.linalg.qr(matrix @ inner).Q
     wanted = ("left", "right") if side == "full" else (side,)
-    return basis_of({part: dense(found[part].to(grad.dtype)) for part in wanted}, captured)
+    return basis_of({part: dense(bases[part].to(grad.dtype)) for part in wanted}, captured)

@@ -78,9 +78,9 @@ def gather_objects(ranks: Ranks, value: object) -> list[Any]:
     """``value`` of every rank; set-up only."""
     if ranks.alone:
         return [value]
-    found: list[Any] = [None] * ranks.size
-    dist.all_gather_object(found, value, group=ranks.group)
-    return found
+    by_rank: list[Any] = [None] * ranks.size
+    dist.all_gather_object(by_rank, value, group=ranks.group)
+    return by_rank
 
 
 def _as_value_error(error: Exception) -> tuple[type[ValueError], str]:
@@ -129,9 +129,9 @@ def add_up(ranks: Ranks, pieces: Sequence[Tensor], like: Tensor) -> list[Tensor]
         return list(pieces)
     packed = _pack(pieces, like.dtype, ranks.device(like.device))
     dist.all_reduce(packed, group=ranks.group)
-    found = [torch.empty_like(piece, dtype=like.dtype) for piece in pieces]
-    _unpack(packed, found)
-    return found
+    sums = [torch.empty_like(piece, dtype=like.dtype) for piece in pieces]
+    _unpack(packed, sums)
+    return sums
 
 
 def all_to_all(ranks: Ranks, send: Sequence[Sequence[Tensor]], recv: Sequence[Sequence[Tensor]], like: Tensor) -> None:

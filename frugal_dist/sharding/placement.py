@@ -204,7 +204,7 @@ def transfers_for(held: Holders, target: Layout, rank: int, index: int) -> list[
     spread over the holders). Both layouts' tiles are exact copies of each other or disjoint within a layout.
     """
     mine = [(piece, ranks) for piece, ranks in held.items() if rank in ranks]
-    found: list[Transfer] = []
+    transfers: list[Transfer] = []
     for other, tiles in enumerate(target):
         for tile in tiles:
             for piece, ranks in held.items() if other == rank else mine:
@@ -213,5 +213,5 @@ def transfers_for(held: Holders, target: Layout, rank: int, index: int) -> list[
                     continue
                 sender = other if other in ranks else ranks[(other + index) % len(ranks)]
                 if rank in (sender, other):
-                    found.append(Transfer(sender, other, piece, tile, area))
-    return found
+                    transfers.append(Transfer(sender, other, piece, tile, area))
+    return transfers

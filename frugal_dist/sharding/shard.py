@@ -115,12 +115,12 @@ class Grid:
 
     def rows(self, start: int, stop: int) -> Grid:
         """Some entries of the first dim, counted from the first one here."""
-        found = []
+        spans = []
         for (first, last), where in zip(self.ranges[0], _consecutive(self.ranges[0]), strict=True):
             top, bottom = max(start, where.start), min(stop, where.stop)
             if top < bottom:
-                found.append((first + top - where.start, last - (where.stop - bottom)))
-        return Grid((tuple(found), *self.ranges[1:]))
+                spans.append((first + top - where.start, last - (where.stop - bottom)))
+        return Grid((tuple(spans), *self.ranges[1:]))
 
 
 def _consecutive(ranges: Sequence[Span]) -> list[slice]:

@@ -103,7 +103,7 @@ def _copies(tiles: Sequence[Tile], rows: int, cols: int) -> set[int]:
     """How often elements are covered: all counts that occur. Goes down the rows, past few tiles at a time."""
     waiting = sorted(tiles, key=lambda tile: tile.rows, reverse=True)
     active: list[Tile] = []
-    found = set()
+    counts = set()
     for y in cuts((tile.rows for tile in tiles), rows)[:-1]:
         active = [tile for tile in active if tile.rows[1] > y]
         while waiting and waiting[-1].rows[0] <= y:
@@ -113,17 +113,17 @@ def _copies(tiles: Sequence[Tile], rows: int, cols: int) -> set[int]:
             changes[tile.cols[0]] += 1
             if tile.cols[1] < cols:
                 changes[tile.cols[1]] -= 1
-        found |= set(accumulate(changes.values()))
-    return found
+        counts |= set(accumulate(changes.values()))
+    return counts
 
 
 def holders(layout: Layout) -> Holders:
     """Every distinct tile with the ranks that hold it. ValueError if tiles of different ranks overlap in part."""
-    found: dict[Tile, list[int]] = {}
+    by_tile: dict[Tile, list[int]] = {}
     for rank, tiles in enumerate(layout):
         for tile in tiles:
-            found.setdefault(tile, []).append(rank)
-    return {tile: tuple(ranks) for tile, ranks in found.items()}
+            by_tile.setdefault(tile, []).append(rank)
+    return {tile: tuple(ranks) for tile, ranks in by_tile.items()}
 
 
 def is_replicated(layout: Layout) -> bool:
