@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from frugal_dist._first_word import hear_again
+from frugal_dist.notices import hear_again
 from frugal_dist.training.distributed.process import end_process
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import weakref
 from collections import defaultdict
@@ -15,7 +14,6 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from frugal_dist import engines
-from frugal_dist import state_dict as saved_state
 from frugal_dist.config import (
     HYPERPARAMETERS,
     OLD_NAMES,
@@ -52,7 +50,9 @@ from frugal_dist.parameters.split import (
 )
 from frugal_dist.parameters.summary import StateBytes, bytes_by_name, state_bytes, summary
 from frugal_dist.projection.numerics import full_precision
-from frugal_dist.sharding.collectives import agree_max, outlives_its_process, ranks_of, speaks, together
+from frugal_dist.saving import copying
+from frugal_dist.saving import state_dict as saved_state
+from frugal_dist.sharding.collectives import agree_max, ranks_of, speaks, together
 from frugal_dist.sharding.shard import ParamSpec
 from frugal_dist.step.decide import decide, stepping
 from frugal_dist.step.inputs import StepInputs, ensure_state, step_inputs, step_regular
@@ -728,56 +728,21 @@ class Frugal(Optimizer):
             self._runtime.failures.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: everything but what is found out again at the next step; state as it is saved."""
+        """For pickle and copies: everything but what is found out again at the next step."""
         if innermost(self) is not self:  # a wrapper is copied as what it is
             return dict(self.__dict__)
-        kept = (
-            "_originals",
-            "_shard_state",
-            "_no_decay",
-            "_choice",
-            "_loaded",
-            "_settled",
-            "_saved_elsewhere",
-            "_whole",
-        )
-        state = {**super().__getstate__(), **{key: self.__dict__[key] for key in (*kept, "_process_group")}}
-        runtime = self._runtime or self._before
-        if runtime is not None:
-            with as_made(self._groups, self._settled):
-                packed = saved_state.pack_all(runtime, self.state)
-            stores = {tensor: packed[id(tensor)] for tensor in self.state if id(tensor) in packed}
-            state.update(state=defaultdict(dict, stores), _loaded=saved_state.Loaded())
-        return state
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Frugal:
-        """The copy belongs to the same ranks: a process group cannot be copied, and is never guessed."""
-        twin = memo[id(self)] = type(self).__new__(type(self))
-        state = self.__getstate__()
-        group = state.get("_process_group")
-        memo[id(group)] = group
-        twin.__setstate__(copy.deepcopy(state, memo))
-        return twin
+        return copying.contents(self, super().__getstate__())
 
     def __copy__(self) -> Frugal:
-        twin = type(self).__new__(type(self))
-        twin.__setstate__(self.__getstate__())
-        return twin
+        return copying.shallow(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Frugal:
+        return copying.deep(self, memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """For pickle, in which a process group has no place."""
         reduced = super().__reduce_ex__(protocol)
         assert isinstance(reduced, tuple)
-        state = reduced[2]
-        if "_process_group" not in state:  # a wrapper
-            return reduced
-        if not outlives_its_process(self._process_group):
-            raise ValueError(
-                "An optimizer with a process_group of its own cannot be pickled: another process would not find those "
-                "ranks again. Save its state_dict() and give process_group= to the new optimizer."
-            )
-        group = None if self._process_group is None else "auto"
-        return (*reduced[:2], {**state, "_process_group": group}, *reduced[3:])
+        return copying.without_ranks(reduced)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "param_groups" not in state:  # a wrapper
@@ -785,15 +750,4 @@ class Frugal(Optimizer):
             return
         own(self)
         super().__setstate__(state)
-        self.__dict__.setdefault("_settled", {})
-        self.__dict__.setdefault("_choice", Choice())
-        self.__dict__.setdefault("_saved_elsewhere", False)
-        self.__dict__.setdefault("_whole", [])
-        was = self.__dict__.get("_loaded")  # True or False in older pickles
-        self._loaded = saved_state.Loaded() if was is True else was or None
-        if "_originals" in state:  # unpickled or copied: the sources of a DeepSpeed engine do not come along
-            self._groups = list(self.param_groups)
-            self._sources = [lambda: None for _ in self._originals]
-        self.__dict__.update(_runtime=None, _before=None, _started=False, _checked=set(), _release=None)
-        engines.announce(self, self._process_group)
-        self.__dict__.update(_saving_checked=False, _told=False, _parts_told=False, _summarised=True)
+        copying.wake(self, copied="_originals" in state)

@@ -1,1 +1,1 @@
-"""Glue to other libraries, thin."""
+"""Glue to other libraries and to backward passes, thin."""

@@ -28,9 +28,9 @@ from frugal_dist.checkpoint.extra import load_schedule
 from frugal_dist.checkpoint.portable_copy import FOLDER, is_beside, load_beside, save_beside, stands_in
 from frugal_dist.config import FrugalConfig
 from frugal_dist.engines import hooks
+from frugal_dist.integrations.step_in_backward import step_in_backward
 from frugal_dist.optimizer import Frugal
 from frugal_dist.parameters.split import split_parameters
-from frugal_dist.release import step_in_backward
 from frugal_dist.sharding.collectives import gather_objects, ranks_of
 from frugal_dist.update.rules import STATE_FULL
 

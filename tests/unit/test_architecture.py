@@ -23,7 +23,7 @@ from frugal_dist.update.rules import STATE_FREE, STATE_FULL
 # From low to high. A module may import from lower lines only; modules of one package that share a line may import each
 # other as long as no circle arises. "" is the package itself: the public interface, on which the applications stand.
 LAYERS: list[tuple[str, ...]] = [
-    ("_first_word", "notices", "parameters", "parameters.names"),
+    ("notices", "parameters", "parameters.names"),
     ("projection", "projection.*"),
     (
         "update",
@@ -63,10 +63,11 @@ LAYERS: list[tuple[str, ...]] = [
         "engines.zero",
     ),
     ("parameters.groups", "parameters.changes", "parameters.summary"),
-    ("state_dict",),
+    ("saving", "saving.dcp_pieces"),
+    ("saving.state_dict",),
+    ("saving.copying",),
     ("optimizer",),
     ("checkpoint", "checkpoint.*"),
-    ("release",),
     ("planner", "planner.*"),
     ("integrations", "integrations.*"),
     ("",),
@@ -160,6 +161,14 @@ def test_the_core_needs_torch_only() -> None:
                 {name.partition(".")[0] for name in module.others} - sys.stdlib_module_names - allowed
             )
     assert not {name: libraries for name, libraries in foreign.items() if libraries}
+
+
+def test_the_first_word_is_said_before_torch_is_loaded() -> None:
+    first = ast.parse((ROOT / "__init__.py").read_text("utf-8")).body[1]
+    assert ast.unparse(first).startswith(f"from {PACKAGE} import notices")
+    (notices,) = (module for module in MODULES if module.name == "notices")
+    assert not notices.ours
+    assert {name.partition(".")[0] for name in notices.others} <= sys.stdlib_module_names
 
 
 def test_walks_of_stacks_and_objects_stand_in_one_file() -> None:

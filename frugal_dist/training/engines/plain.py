@@ -14,8 +14,8 @@ from torch import Tensor, distributed, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from frugal_dist import checkpoint
+from frugal_dist.integrations.step_in_backward import step_in_backward
 from frugal_dist.optimizer import Frugal
-from frugal_dist.release import step_in_backward
 from frugal_dist.training.distributed.place import DistEnv
 from frugal_dist.training.engines import collectives
 from frugal_dist.training.engines.protocol import (

@@ -1,10 +1,7 @@
 """The state as it goes into ``state_dict`` and comes back: same engine, same ranks, bit for bit.
 
-Two things differ from the live state. Keys of tensors of which a rank holds only its part name the rank. And
-torch.distributed.checkpoint, which takes equal keys for copies, gets them as rectangles of the whole (``Pieces``), and
-loads these on another number of ranks, too. Where the number of selected entries changes from refresh to refresh, its
-moments have the shape of the matrix: its template, made before loading, must fit. For everyone else this would only be
-several times the bytes.
+Only keys differ from the live state: where a rank holds a part of a tensor, its key names the rank. What
+torch.distributed.checkpoint gets is in ``dcp_pieces.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +10,7 @@ import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,28 +21,32 @@ from frugal_dist.engines.plain import PlainStorage
 from frugal_dist.notices import notice
 from frugal_dist.projection.numerics import compute_dtype
 from frugal_dist.projection.registry import PROJECTIONS
+from frugal_dist.saving.dcp_pieces import (
+    decoded_moments,
+    decoded_regular,
+    for_dcp,
+    from_dense,
+    regular_pieces,
+    remainder_pieces,
+    sizes_change,
+)
 from frugal_dist.sharding.collectives import gather_objects, together
 from frugal_dist.sharding.placement import owner_layout
-from frugal_dist.sharding.shard import Box, Interval
-from frugal_dist.sharding.tile import is_replicated, split_evenly
+from frugal_dist.sharding.shard import Interval
+from frugal_dist.sharding.tile import is_replicated
 from frugal_dist.step.inputs import StepInputs, check_density, create_state, step_inputs
 from frugal_dist.step.runtime import (
-    CoordinatePiece,
     LocalMatrix,
     LocalParameter,
     Runtime,
-    basis_extents,
     basis_layout,
     basis_route,
-    cut_selection,
     extents_of,
-    free_dim_of,
     local_selection,
     moment_names,
     regular_extents,
     route_to,
     tile_extents,
-    whole_selection,
 )
 from frugal_dist.step.state import BESIDE_MOMENTS, COUNTERS, FREE, MatrixState
 from frugal_dist.update.moment_storage import Shape
@@ -54,7 +55,6 @@ from frugal_dist.update.rules import every_key
 
 _PART = re.compile(r"^(?P<key>.*)@rank(?P<rank>\d+)of(?P<size>\d+)$")
 Store = dict[str, Tensor]
-T = TypeVar("T")
 
 ONLY_RANK_ZERO = (
     "Every rank holds a part of the optimizer's state, but checkpoints of Accelerate, Lightning and the HF Trainer "
@@ -87,117 +87,33 @@ def pack_all(runtime: Runtime, state: MutableMapping[Tensor, Store]) -> dict[int
     for mat in inputs.mats:
         if mat.state.has_moments():
             saved = MatrixState(packed[owner[id(mat.state.store)]], mat.state.prefix)
-            present = _numbers(runtime, mat) if template and mat.state.coded else mat.state.kept()
+            present = decoded_moments(runtime, mat) if template and mat.state.coded else mat.state.kept()
             for name in mat.state.kept():
                 saved.put(name, None)
             for name, value in present.items():
                 part = _is_part(runtime, mat)
                 if template:
-                    value, part = _for_dcp(runtime, mat, name, value, part)
+                    value, part = for_dcp(runtime, mat, name, value, part)
                 saved.put(_key(runtime, name, part), value)
             rest = mat.state.get(REMAINDER)
             if rest is not None and not (runtime.ranks.alone or is_replicated(mat.matrix.storage)):
                 saved.put(REMAINDER, None)
-                saved.put(_key(runtime, REMAINDER, not template), _tiles(mat, rest) if template else rest)
+                saved.put(_key(runtime, REMAINDER, not template), remainder_pieces(mat, rest) if template else rest)
     for one in inputs.regular:
         part, coded = _is_regular_part(runtime, one), template and one.state.coded
         if one.state.has_moments() and (part or coded):
             saved = MatrixState(packed[owner[id(one.state.store)]], one.state.prefix)
-            present = _regular_numbers(one) if coded else one.state.kept()
+            present = decoded_regular(one) if coded else one.state.kept()
             rest = saved.get(REMAINDER)
             present |= {} if rest is None else {REMAINDER: rest}
             for name in (*one.state.kept(), REMAINDER):
                 saved.put(name, None)
             for name, value in present.items():
                 as_pieces = part and template and not isinstance(one.part, Interval)
-                saved.put(_key(runtime, name, part and not as_pieces), _boxes(one, value) if as_pieces else value)
+                saved.put(
+                    _key(runtime, name, part and not as_pieces), regular_pieces(one, value) if as_pieces else value
+                )
     return packed
-
-
-def _numbers(runtime: Runtime, mat: LocalMatrix) -> Store:
-    """Coded moments as numbers, by which torch.distributed.checkpoint can load them on other ranks."""
-    state, names = mat.state, moment_names(mat.config)
-    if state.counter("refreshes") == 0:  # zeros, in whatever size the first density made them
-        return {name: state.store[state.prefix + name].to(mat.dtype) for name in names}
-    values = state.flat(mat.config, extents_of(runtime, mat))
-    return {name: values[name].view(state.store[state.prefix + name].shape) for name in names}
-
-
-def _regular_numbers(one: LocalParameter) -> Store:
-    values = one.state.flat(one.config, regular_extents(one))
-    return {name: value.view(one.weight.shape) for name, value in values.items()}
-
-
-def _for_dcp(runtime: Runtime, mat: LocalMatrix, name: str, value: Tensor, part: bool) -> tuple[Tensor, bool]:
-    """A moment as torch.distributed.checkpoint can load it on other ranks; (itself, whether it is a part) if there are
-    no rectangles of it.
-    """
-    if mat.family == "basis" and not mat.empty:
-        return (_basis_pieces(runtime, mat, value), False) if part else (value, part)
-    if not isinstance(runtime.storage.part(mat.matrix.original), Box) or mat.empty:
-        return value, part
-    if not _sizes_change(runtime, mat):
-        return (_line_pieces(runtime, mat, value), False) if part else (value, part)
-    dense, along = _to_dense(runtime, mat, name), free_dim_of(mat)
-    if not part:
-        return dense, part
-    shared = runtime.shard_replicas and mat.matrix.copies > 1
-    if shared and along is None:
-        return dense, part
-    shape, rectangles = (mat.matrix.rows, mat.matrix.cols), []
-    for tile in mat.tiles:  # one, or none
-        begin, view = [tile.rows[0], tile.cols[0]], dense
-        if shared and along is not None:
-            ranks = mat.matrix.held[tile]
-            start, stop = split_evenly(dense.shape[along], len(ranks), mat.matrix.index)[
-                ranks.index(runtime.ranks.rank)
-            ]
-            begin[along] += start
-            view = dense.narrow(along, start, stop - start)
-        rectangles.append((tuple(begin), view))
-    return Pieces(shape, dense, rectangles), False
-
-
-def _basis_pieces(runtime: Runtime, mat: LocalMatrix, value: Tensor) -> Pieces:
-    plan, r = basis_route(runtime, mat), mat.state.counter("size")
-    shape = {"right": (mat.matrix.rows, r), "left": (r, mat.matrix.cols), "full": (r, r)}[mat.side]
-    rectangles, start = [], 0
-    for tile, (size, _) in zip(plan.tiles, basis_extents(mat, plan, r), strict=True):
-        view = value.view(-1)[start : start + prod(size)].view(size)
-        begin = {"right": (tile.rows[0], 0), "left": (0, tile.cols[0]), "full": (0, 0)}[mat.side]
-        rectangles.append((begin, view))
-        start += prod(size)
-    return Pieces(shape, value, rectangles)
-
-
-def _line_pieces(runtime: Runtime, mat: LocalMatrix, value: Tensor) -> Pieces:
-    """Whole rows of the selected columns. Before the first refresh zeros, as many as the density asks for now."""
-    size = mat.state.counter("size") or mat.size
-    pieces = cut_selection(runtime, mat, whole_selection(mat, 0, size), runtime.ranks.rank)
-    heights = [piece.my_bounds[1] - piece.my_bounds[0] for piece in pieces]
-    if mat.state.counter("refreshes") == 0 and value.numel() != sum(heights) * size:
-        value = value.new_zeros((heights[0], size) if len(heights) == 1 else (sum(heights) * size,))
-    rectangles, start = [], 0
-    for piece, height in zip(pieces, heights, strict=True):
-        view = value.view(-1)[start : start + height * size].view(height, size)
-        rectangles.append(((piece.tile.rows[0] + piece.my_bounds[0], 0), view))
-        start += view.numel()
-    return Pieces((mat.matrix.rows, size), value, rectangles)
-
-
-def _tiles(mat: LocalMatrix, value: Tensor) -> Pieces:
-    """What is cut as the weights are."""
-    rectangles = [
-        ((tile.rows[0], tile.cols[0]), view)
-        for tile, view in zip(mat.tiles, mat.state.pieces(REMAINDER, mat.shapes), strict=True)
-    ]
-    return Pieces((mat.matrix.rows, mat.matrix.cols), value, rectangles)
-
-
-def _boxes(one: LocalParameter, value: Tensor) -> Pieces:
-    assert not isinstance(one.part, Interval)
-    boxes = one.part.boxes(value.view(one.weight.shape))
-    return Pieces(one.shape, value, [(tuple(start for start, _ in box.spans), view) for box, view in boxes])
 
 
 def has_parts(packed: Mapping[int, Store]) -> bool:
@@ -452,44 +368,6 @@ def _is_regular_part(runtime: Runtime, one: LocalParameter) -> bool:
     return not runtime.ranks.alone and tuple(one.weight.shape) != one.shape
 
 
-def _sizes_change(runtime: Runtime, mat: LocalMatrix) -> bool:
-    """Of columns it does not, where rows are stored whole."""
-    boxed = isinstance(runtime.storage.part(mat.matrix.original), Box)
-    coordinates = mat.family != "basis" and not mat.empty
-    whole_rows = all(tile.width == mat.matrix.cols for tiles in mat.matrix.storage for tile in tiles)
-    return boxed and coordinates and not (free_dim_of(mat) == 0 and mat.family == "coordinates" and whole_rows)
-
-
-def _to_dense(runtime: Runtime, mat: LocalMatrix, name: str) -> Tensor:
-    """On the CPU: as large as AdamW's moments, it may not fit beside the model."""
-    if len(mat.tiles) != 1:
-        return torch.zeros(0, dtype=mat.dtype, device="cpu")
-    dense = torch.zeros(mat.tiles[0].height, mat.tiles[0].width, dtype=mat.dtype, device="cpu")
-    if mat.state.counter("refreshes"):  # otherwise they are zeros, in whatever size the first density made them
-        (piece,) = local_selection(runtime, mat).pieces
-        values = torch.zeros(piece.shape, dtype=mat.dtype, device="cpu")
-        (own,) = mat.state.numbers(mat.config, [piece.share(piece.rank)], only=name)[name]
-        _share(piece, values).copy_(own)
-        piece.selection.to(dense.device).put_(dense, values)
-    return dense
-
-
-def _from_dense(mat: LocalMatrix, piece: CoordinatePiece, saved: Tensor) -> Tensor:
-    dense = saved.view(piece.size)
-    kept = _share(piece, piece.selection.take(dense)).contiguous().clone()
-    if int(torch.count_nonzero(kept)) != int(torch.count_nonzero(dense)):
-        raise ValueError(
-            f"{mat.matrix.name}: the loaded moments are of other entries than this run's selection. They were saved "
-            "with another seed, or layers stood in another order."
-        )
-    return kept
-
-
-def _share(piece: CoordinatePiece, values: Tensor) -> Tensor:
-    start, stop = piece.my_bounds
-    return values.narrow(piece.selection.free_dim, start, stop - start)
-
-
 def _strip_parts(runtime: Runtime, store: Store) -> None:
     for key in list(store):
         match = _PART.match(key)
@@ -534,11 +412,11 @@ def _adopt(runtime: Runtime, mat: LocalMatrix) -> None:
 def _adopt_coordinates(runtime: Runtime, mat: LocalMatrix) -> None:
     """Also from the shape of the stored tile, which torch.distributed.checkpoint brings."""
     pieces = local_selection(runtime, mat).pieces
-    for piece in pieces if _sizes_change(runtime, mat) else ():  # one: shards are boxes
+    for piece in pieces if sizes_change(runtime, mat) else ():  # one: shards are boxes
         for name in moment_names(mat.config):
             value = mat.state.get(name)
             if value is not None and value.shape == piece.size != piece.mine:
-                mat.state.put(name, _from_dense(mat, piece, value))
+                mat.state.put(name, from_dense(mat, piece, value))
     _check_moments(runtime, mat)
 
 

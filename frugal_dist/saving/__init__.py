@@ -1,0 +1,1 @@
+"""How the optimizer is saved torch's way: its state_dict, torch.distributed.checkpoint, copies and pickles."""
