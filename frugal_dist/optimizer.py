@@ -515,7 +515,7 @@ class Frugal(Optimizer):
 
         Zeros where nothing was refreshed. No collective.
         """
-        return RefreshStats().take() if self._runtime is None else self._runtime.figures.take()
+        return RefreshStats().take() if self._runtime is None else self._runtime.refresh_stats.take()
 
     def _bind(self) -> Runtime:
         """Find out, once, how the engine stores the parameters. Collective on more than one rank."""

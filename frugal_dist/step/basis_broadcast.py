@@ -24,12 +24,12 @@ def used_by_others(runtime: Runtime, mat: LocalMatrix) -> bool:
     return any(tiles for rank, tiles in enumerate(basis_route(runtime, mat).layout) if rank != mat.matrix.owner)
 
 
-def broadcast_bases(runtime: Runtime, mats: Sequence[LocalMatrix], found: Sequence[Basis | None], owner: int) -> None:
+def broadcast_bases(runtime: Runtime, mats: Sequence[LocalMatrix], fresh: Sequence[Basis | None], owner: int) -> None:
     """Owner's statuses and bases to everyone, then the state follows. All ranks use the same contiguous bytes."""
     like = torch.empty(0, dtype=mats[0].dtype, device=mats[0].device)
-    status = torch.tensor([FAILED if basis is None else NEW for basis in found], dtype=like.dtype, device=like.device)
+    status = torch.tensor([FAILED if basis is None else NEW for basis in fresh], dtype=like.dtype, device=like.device)
     pieces, bases = [status], []
-    for mat, basis in zip(mats, found, strict=True):
+    for mat, basis in zip(mats, fresh, strict=True):
         shapes = basis_shapes(mat.side, mat.matrix.rows, mat.matrix.cols, mat.size)
         travels = used_by_others(runtime, mat)
         if basis is None:  # where it does not travel, nobody here computes with it
@@ -50,7 +50,7 @@ def adopt(runtime: Runtime, mat: LocalMatrix, kept: Basis) -> None:
     carry_basis_moments(mat, plan, basis)
     if plan.tiles and kept.parts:
         if runtime.ranks.rank == next(rank for rank, tiles in enumerate(plan.layout) if tiles):
-            runtime.figures.add_turn(mat.basis(), basis)
+            runtime.refresh_stats.add_turn(mat.basis(), basis)
         mat.state.set_basis(mat.side, kept)
     mat.state.count_refresh(mat.size)
 

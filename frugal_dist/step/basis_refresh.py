@@ -28,13 +28,13 @@ def refresh_bases(runtime: Runtime, mats: Sequence[LocalMatrix]) -> None:
 
 def buckets_of(runtime: Runtime, mats: Sequence[LocalMatrix]) -> list[list[LocalMatrix]]:
     """The matrices that are gathered and published together."""
-    found = []
+    buckets = []
     for dtype in sorted({mat.dtype for mat in mats}, key=str):
         same = [mat for mat in mats if mat.dtype == dtype]
         numels = [refresh_numel(runtime, mat) for mat in same]
         limit = limit_for_owners(numels, runtime.bucket_bytes // dtype.itemsize)
-        found += [[same[i] for i in bucket] for bucket in fill_buckets(numels, limit)]
-    return found
+        buckets += [[same[i] for i in bucket] for bucket in fill_buckets(numels, limit)]
+    return buckets
 
 
 def refresh_numel(runtime: Runtime, mat: LocalMatrix) -> tuple[int, ...]:
@@ -49,15 +49,15 @@ def refresh_numel(runtime: Runtime, mat: LocalMatrix) -> tuple[int, ...]:
 def _refresh_bucket(runtime: Runtime, mats: Sequence[LocalMatrix]) -> None:
     """All owners compute at the same time; only then the first of them publishes."""
     gathered, warm = _gather(runtime, mats)
-    found = {
-        mat.matrix.index: _compute(mat, gathered[mat.matrix.index], warm.get(mat.matrix.index), runtime.figures)
+    computed = {
+        mat.matrix.index: _compute(mat, gathered[mat.matrix.index], warm.get(mat.matrix.index), runtime.refresh_stats)
         for mat in mats
         if mat.matrix.owner == runtime.ranks.rank
     }
     for owner in range(runtime.ranks.size):
         mine = [mat for mat in mats if mat.matrix.owner == owner]
         if mine:
-            broadcast_bases(runtime, mine, [found.get(mat.matrix.index) for mat in mine], owner)
+            broadcast_bases(runtime, mine, [computed.get(mat.matrix.index) for mat in mine], owner)
 
 
 def warm_source(runtime: Runtime, mat: LocalMatrix) -> int | None:
@@ -92,7 +92,7 @@ def _gather(runtime: Runtime, mats: Sequence[LocalMatrix]) -> tuple[dict[int, Te
     ranks = runtime.ranks
     send: list[list[Tensor]] = [[] for _ in range(ranks.size)]
     recv: list[list[Tensor]] = [[] for _ in range(ranks.size)]
-    found, landing = {}, []
+    gradients, landing = {}, []
     warm: dict[int, Basis | None] = {}
     travels = False
     for mat in mats:
@@ -103,31 +103,31 @@ def _gather(runtime: Runtime, mats: Sequence[LocalMatrix]) -> tuple[dict[int, Te
         home = owned(matrix.storage[matrix.owner], everything)
         if home is not None:
             if matrix.owner == ranks.rank:
-                found[matrix.index] = mat.local_grad(home)
+                gradients[matrix.index] = mat.local_grad(home)
             continue
         travels = True
         if matrix.owner == ranks.rank:
-            found[matrix.index] = torch.empty(matrix.rows, matrix.cols, dtype=mat.dtype, device=mat.device)
+            gradients[matrix.index] = torch.empty(matrix.rows, matrix.cols, dtype=mat.dtype, device=mat.device)
         target = owner_layout(ranks.size, matrix.owner, matrix.rows, matrix.cols)
         for move in transfers_for(matrix.held, target, ranks.rank, matrix.index):
             if move.source == ranks.rank:
                 piece = mat.local_grad(move.source_tile)[move.area.within(move.source_tile)]
                 if move.target == ranks.rank:
-                    found[matrix.index][move.area.within(everything)] = piece
+                    gradients[matrix.index][move.area.within(everything)] = piece
                 else:
                     send[move.target].append(piece)
             else:
-                landing.append(found[matrix.index][move.area.within(everything)])
+                landing.append(gradients[matrix.index][move.area.within(everything)])
                 recv[move.source].append(landing[-1])
     if travels:
         all_to_all(ranks, send, recv, torch.empty(0, dtype=mats[0].dtype, device=mats[0].device))
-    return found, warm
+    return gradients, warm
 
 
 # --- on the owner alone: wherever and in whatever precision that works -----------------------------
 
 
-def _compute(mat: LocalMatrix, grad: Tensor, warm: Basis | None, figures: RefreshStats) -> Basis | None:
+def _compute(mat: LocalMatrix, grad: Tensor, warm: Basis | None, stats: RefreshStats) -> Basis | None:
     """The new basis, or None. Never raises: the other ranks are waiting for the outcome."""
     number, matrix = mat.state.counter("refreshes"), mat.matrix
     drawing = Drawing(mat.config, matrix.name, matrix.rows, matrix.cols, number, mat.side, mat.size)
@@ -135,10 +135,10 @@ def _compute(mat: LocalMatrix, grad: Tensor, warm: Basis | None, figures: Refres
     troubles = []
     for place, dtype in ((_fastest, mat.dtype), (_cpu, mat.dtype), (_cpu, torch.float64)):
         try:
-            found = compute(grad.to(place(grad), dtype), drawing, warm)
-            basis = found.moved(mat.device, mat.dtype)
+            computed = compute(grad.to(place(grad), dtype), drawing, warm)
+            basis = computed.moved(mat.device, mat.dtype)
             if all(bool(torch.isfinite(part).all()) for part in basis.parts):
-                _count(figures, grad, basis, found.captured)
+                _count(stats, grad, basis, computed.captured)
                 return basis
             troubles.append("the result is not finite")
         except Exception as error:  # whatever went wrong becomes a status; a traceback here would hang the others
@@ -160,9 +160,9 @@ def _cpu(grad: Tensor) -> torch.device:
     return torch.device("cpu")
 
 
-def _count(figures: RefreshStats, grad: Tensor, basis: Basis, captured: Tensor | None) -> None:
+def _count(stats: RefreshStats, grad: Tensor, basis: Basis, captured: Tensor | None) -> None:
     """Figures are not worth a basis that was found, nor the ranks that wait for it."""
     try:
-        figures.add_basis(grad.to(basis.parts[0].dtype), basis, captured)
+        stats.add_basis(grad.to(basis.parts[0].dtype), basis, captured)
     except Exception as error:  # no memory left, say
         notice(f"the figures of a refresh could not be computed: {type(error).__name__}: {error}")

@@ -68,7 +68,7 @@ def _count_whole(runtime: Runtime, mat: LocalMatrix, basis: Basis, grads: Sequen
     try:
         for grad in grads:
             caught = down(grad, mat.usable(basis).shown(mat.matrix.rows, mat.matrix.cols, mat.dtype))
-            runtime.figures.add_part([grad], [caught])
+            runtime.refresh_stats.add_part([grad], [caught])
     except Exception as error:  # no memory left, say
         notice(f"the figures of a refresh could not be computed: {type(error).__name__}: {error}")
 
@@ -119,13 +119,13 @@ def _added(runtime: Runtime, mats: Sequence[LocalMatrix], mine: Sequence[Tensor]
                 send[owner].append(own)
     if travels:
         all_to_all(ranks, send, recv, torch.empty(0, dtype=torch.float64, device=mats[0].device))
-    found = []
+    totals = []
     for own, parts in zip(mine, arrivals, strict=True):
         total = parts[0].clone() if parts else own
         for part in parts[1:]:
             total += part
-        found.append(total)
-    return found
+        totals.append(total)
+    return totals
 
 
 def _choose(runtime: Runtime, mat: LocalMatrix, energies: Tensor) -> Basis:
@@ -137,7 +137,7 @@ def _choose(runtime: Runtime, mat: LocalMatrix, energies: Tensor) -> Basis:
             parts = dict(zip(parts_of(mat), energies.split(lengths_of(mat)), strict=True))
             chosen = largest(parts, mat.size)
             if mat.side != "full":
-                runtime.figures.add_energies(energies.sum(), energies[chosen.parts[0]].sum())
+                runtime.refresh_stats.add_energies(energies.sum(), energies[chosen.parts[0]].sum())
             return chosen
     except Exception as error:  # no memory left, say
         notice(f"{mat.matrix.name}: the refresh failed on its owner: {type(error).__name__}: {error}")

@@ -98,7 +98,7 @@ def _suspects(runtime: Runtime, mats: Sequence[LocalMatrix]) -> list[LocalMatrix
     """
     if runtime.ranks.alone:  # coordinates never take part
         return [mat for mat in mats if mat.family == "basis" and mat.grads is not None and mat.is_due()]
-    found = []
+    suspects = []
     for mat in mats:
         known = runtime.agreed.get(mat.matrix.index)
         if known is not None and known.asleep and mat.frozen:
@@ -106,10 +106,10 @@ def _suspects(runtime: Runtime, mats: Sequence[LocalMatrix]) -> list[LocalMatrix
         else:
             suspect = known is None or mat.is_due(known.updates + known.calls, known.refreshed_at)
         if suspect and _takes_part(runtime, mat):
-            found.append(mat)
+            suspects.append(mat)
         elif known is not None:
             known.calls += 1
-    return found
+    return suspects
 
 
 def _agree(runtime: Runtime, suspects: Sequence[LocalMatrix], regular: Sequence[LocalParameter]) -> dict[int, Report]:
@@ -153,8 +153,8 @@ Settings = list[tuple[str, FrugalConfig, float]]
 
 def _settings(suspects: Sequence[LocalMatrix], regular: Sequence[LocalParameter]) -> Settings:
     """By name what all ranks step with: replicas that are stepped otherwise on one of them drift apart."""
-    found = [(mat.matrix.name, mat.config, mat.decay) for mat in suspects]
-    return found + [(one.name, one.config, one.decay) for one in regular]
+    settings = [(mat.matrix.name, mat.config, mat.decay) for mat in suspects]
+    return settings + [(one.name, one.config, one.decay) for one in regular]
 
 
 def _difference(runtime: Runtime, settings: Settings) -> str:
@@ -177,9 +177,9 @@ def _gradient_health(mats: Sequence[LocalMatrix]) -> list[tuple[bool, bool]]:
         checked = mat.grads if mat.family == "basis" and mat.grads is not None else []
         # On one device: a process may have a model on several GPUs.
         ends = (torch.stack(torch.aminmax(grad)).to(mats[0].device) for grad in checked if grad.numel())
-        found = [torch.stack([torch.isfinite(both).all(), (both != 0).any()]) for both in ends]
-        spans.append((len(flags), len(flags) + len(found)))
-        flags += found
+        checks = [torch.stack([torch.isfinite(both).all(), (both != 0).any()]) for both in ends]
+        spans.append((len(flags), len(flags) + len(checks)))
+        flags += checks
     host = torch.stack(flags).cpu() if flags else torch.empty(0, 2, dtype=torch.bool, device="cpu")
     return [(bool(host[a:b, 0].all()), bool(host[a:b, 1].any())) for a, b in spans]
 

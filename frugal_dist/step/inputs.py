@@ -213,11 +213,11 @@ def ensure_state(runtime: Runtime, inputs: StepInputs) -> None:
     for mat in strange:
         mat.state.follow(mat.device)
         mat.state.ensure_counters()
-        found = mat.state.moments_dtype()
+        moments_dtype = mat.state.moments_dtype()
         later = mat.frozen and not mat.empty  # then the first refresh creates them, if there ever is one
-        if found is None and not later:
+        if moments_dtype is None and not later:
             create_state(runtime, mat)
-        elif found not in (None, mat.dtype):  # loaded, or the model was cast
+        elif moments_dtype not in (None, mat.dtype):  # loaded, or the model was cast
             mat.state.convert(mat.dtype, mat.numbered)
         _settle_remainder(mat, mat.state.has_moments())
         mat.state.remember(mat.dtype)
@@ -225,10 +225,10 @@ def ensure_state(runtime: Runtime, inputs: StepInputs) -> None:
         one.state.follow(one.weight.device)
         if one.state.get("step") is None:
             one.state.put("step", torch.tensor(0, device="cpu"))
-        found, dtype = one.state.moments_dtype(), compute_dtype(one.weight.dtype)
-        if found is None and not (one.frozen and one.grad is None):
+        moments_dtype, dtype = one.state.moments_dtype(), compute_dtype(one.weight.dtype)
+        if moments_dtype is None and not (one.frozen and one.grad is None):
             create_moments(one)
-        elif found not in (None, dtype):
+        elif moments_dtype not in (None, dtype):
             one.state.convert(dtype)
         _settle_remainder(one, one.state.has_moments())
         one.state.remember(dtype, ("step",))
@@ -328,7 +328,7 @@ def _slices(one: LocalParameter, most: int) -> list[_Slice]:
 def _lines(one: LocalParameter, moments: Sequence[tuple[Packed, ...]], most: int) -> list[_Slice]:
     """The same by whole lines of what is kept in blocks, of which there may be several pieces in a flat interval."""
     assert one.grad is not None
-    tensors, found, begin = (one.weight, one.grad, *(remainders_of(one) or [])), [], 0
+    tensors, slices, begin = (one.weight, one.grad, *(remainders_of(one) or [])), [], 0
     for own in moments:
         lines, width = own[0].codes.shape
         # Of the first dim: a line is one entry of it, all of it (a vector), or some of it (an interval).
@@ -339,9 +339,9 @@ def _lines(one: LocalParameter, moments: Sequence[tuple[Packed, ...]], most: int
             here = slice(begin + top * each, begin + bottom * each)
             few = tuple(view.rows(top, bottom) for view in own)
             weight, grad, *rest = (tensor[here] for tensor in tensors)
-            found.append(_Slice(one, here.start, weight, grad, few, *rest))
+            slices.append(_Slice(one, here.start, weight, grad, few, *rest))
         begin += lines * each
-    return found
+    return slices
 
 
 def _step_group(members: Sequence[LocalParameter]) -> None:

@@ -137,11 +137,11 @@ def _step_here(runtime: Runtime, mats: Sequence[LocalMatrix]) -> None:
 
 def _updates(runtime: Runtime, mats: Sequence[LocalMatrix]) -> list[TileUpdate]:
     """What there is to do. Nearly always one tile for a matrix: nothing is called for it here."""
-    found: list[TileUpdate] = []
+    updates: list[TileUpdate] = []
     cuts = runtime.cuts
     for mat in mats:
         if mat.family == "basis":
-            found += _basis_updates(runtime, mat, mat.decay)
+            updates += _basis_updates(runtime, mat, mat.decay)
             continue
         counts, config, decay, grads = mat.state.counts, mat.config, mat.decay, mat.grads
         assert grads is not None
@@ -153,8 +153,8 @@ def _updates(runtime: Runtime, mats: Sequence[LocalMatrix]) -> list[TileUpdate]:
         moments = [()] * len(grads) if cut.nothing else mat.state.moments(config, cut.extents)
         for k, grad in enumerate(grads):
             selection, noise = None if cut.nothing else cut.pieces[k].selection, None if noises is None else noises[k]
-            found.append(TileUpdate(mat.weights[k], grad, selection, moments[k], step, decay, config, noise))
-    return found
+            updates.append(TileUpdate(mat.weights[k], grad, selection, moments[k], step, decay, config, noise))
+    return updates
 
 
 def _noises(mat: LocalMatrix) -> list[Noise | None]:
@@ -168,7 +168,7 @@ def _noises(mat: LocalMatrix) -> list[Noise | None]:
 
 def _basis_updates(runtime: Runtime, mat: LocalMatrix, decay: float) -> list[TileUpdate]:
     """The compute tiles of a basis projection whose weights are here and nowhere else."""
-    plan, basis, grads, found = basis_route(runtime, mat), mat.basis(), mat.grads, []
+    plan, basis, grads, updates = basis_route(runtime, mat), mat.basis(), mat.grads, []
     assert grads is not None
     moments = basis_moments(runtime, mat, plan)
     for tile, home, here, moment in zip(plan.tiles, plan.home, plan.in_place, moments, strict=True):
@@ -181,8 +181,8 @@ def _basis_updates(runtime: Runtime, mat: LocalMatrix, decay: float) -> list[Til
                 weight, grad = weight[area], grad[area]
             step = mat.state.counts["step"]
             kind = None, basis, mat.side, (mat.matrix.rows, mat.matrix.cols), mat.free()
-            found.append(TileUpdate(weight, grad, None, moment, step, decay, mat.config, *kind))
-    return found
+            updates.append(TileUpdate(weight, grad, None, moment, step, decay, mat.config, *kind))
+    return updates
 
 
 # --- matrices that need an exchange ----------------------------------------------------------------
@@ -296,27 +296,27 @@ def fetch_gradients(runtime: Runtime, mats: Sequence[LocalMatrix], like: Tensor)
     ranks = runtime.ranks
     send: Lists = [[] for _ in range(ranks.size)]
     recv: Lists = [[] for _ in range(ranks.size)]
-    found: dict[tuple[int, Tile], Tensor] = {}
+    gradients: dict[tuple[int, Tile], Tensor] = {}
     plans = [(mat, basis_route(runtime, mat)) for mat in mats if mat.family == "basis"]
     for mat, plan in plans:
         for tile, home in zip(plan.tiles, plan.home, strict=True):
             if home is None:
-                found[mat.matrix.index, tile] = torch.empty(
+                gradients[mat.matrix.index, tile] = torch.empty(
                     tile.height, tile.width, dtype=like.dtype, device=like.device
                 )
         for move in plan.gradient_in:
             if move.source == ranks.rank:
                 piece = mat.local_grad(move.source_tile)[move.area.within(move.source_tile)]
                 if move.target == ranks.rank:
-                    found[mat.matrix.index, move.target_tile][move.area.within(move.target_tile)] = piece
+                    gradients[mat.matrix.index, move.target_tile][move.area.within(move.target_tile)] = piece
                 else:
                     send[move.target].append(piece)
             else:
-                target = found[mat.matrix.index, move.target_tile]
+                target = gradients[mat.matrix.index, move.target_tile]
                 recv[move.source].append(target[move.area.within(move.target_tile)])
     if any(plan.travels_in for _, plan in plans):
         all_to_all(ranks, send, recv, like)
-    return found
+    return gradients
 
 
 def _directed(
@@ -342,7 +342,7 @@ def _directed(
         if not jobs:
             empty = without_tile(mat.config.treatment, part, mat.state.counter("size"), like, mat.config)
             asking[index] = [empty]
-    found: dict[int, list[Tensor]] = {index: [] for index in asking}
+    directions: dict[int, list[Tensor]] = {index: [] for index in asking}
     answers: dict[int, Tensor | None] = dict.fromkeys(asking)
     while answers:
         sums: dict[int, Tensor] = {}
@@ -352,10 +352,10 @@ def _directed(
                     asked = next(rule) if answer is None else rule.send(answer)
                     sums[index] = sums[index] + asked if index in sums else asked
                 except StopIteration as done:
-                    found[index].append(done.value)
+                    directions[index].append(done.value)
         totals = add_up(runtime.ranks, list(sums.values()), like)
         answers = dict(zip(sums, totals, strict=True))
-    return {index: dict(zip(tiles[index], found[index], strict=False)) for index in found}
+    return {index: dict(zip(tiles[index], directions[index], strict=False)) for index in directions}
 
 
 def _basis_parcel(
@@ -439,7 +439,7 @@ def _jobs(
     runtime: Runtime, mat: LocalMatrix, plan: RedistributionPlan, gradients: dict[tuple[int, Tile], Tensor]
 ) -> dict[Tile, TileUpdate]:
     """The compute tiles of a matrix that is stepped; their weights may be elsewhere."""
-    found: dict[Tile, TileUpdate] = {}
+    jobs: dict[Tile, TileUpdate] = {}
     basis: Basis | None = mat.basis()
     moments = basis_moments(runtime, mat, plan) if plan.tiles else []
     for tile, home, moment in zip(plan.tiles, plan.home, moments, strict=True):
@@ -447,10 +447,10 @@ def _jobs(
         key = (mat.matrix.index, tile)
         grad = gradients[key] if home is None else mat.local_grad(home)[tile.within(home)]
         # One tile writes what the rule keeps; the others read it as it was.
-        free = {name: value.clone() for name, value in mat.free().items()} if found else mat.free()
+        free = {name: value.clone() for name, value in mat.free().items()} if jobs else mat.free()
         kind = None, basis, mat.side, (mat.matrix.rows, mat.matrix.cols), free
-        found[tile] = TileUpdate(grad, grad, None, moment, mat.state.counts["step"], 0.0, mat.config, *kind)
-    return found
+        jobs[tile] = TileUpdate(grad, grad, None, moment, mat.state.counts["step"], 0.0, mat.config, *kind)
+    return jobs
 
 
 def _coordinate_parcel(runtime: Runtime, mat: LocalMatrix, active: bool) -> PendingUpdate:

@@ -33,4 +33,4 @@ def _count_coordinates(runtime: Runtime, mat: LocalMatrix, cut: LocalSelection) 
     for piece in cut.pieces if mat.grads is not None else ():
         if held[piece.tile][0] == runtime.ranks.rank:
             grad = mat.local_grad(piece.tile)
-            runtime.figures.add_part([grad], [] if cut.nothing else [piece.selection.take(grad)])
+            runtime.refresh_stats.add_part([grad], [] if cut.nothing else [piece.selection.take(grad)])

@@ -86,7 +86,7 @@ class Runtime:
     extents: dict[int, tuple[int, RedistributionPlan, list[Extent]]] = field(default_factory=dict)
     sites: dict[int, Site] = field(default_factory=dict)
     settings: dict[int, tuple[list[Any], FrugalConfig]] = field(default_factory=dict)
-    figures: RefreshStats = field(default_factory=RefreshStats)
+    refresh_stats: RefreshStats = field(default_factory=RefreshStats)
 
     def give_to(self, index: int, owner: int) -> None:
         """Matrix ``index`` is computed and refreshed by ``owner``, whoever the table says."""
@@ -129,10 +129,10 @@ class Runtime:
     @cached_property
     def by_original(self) -> dict[int, list[Matrix]]:
         """The matrices of every projected parameter."""
-        found: dict[int, list[Matrix]] = {i: [] for i, one in enumerate(self.originals) if one.projected}
+        by_original: dict[int, list[Matrix]] = {i: [] for i, one in enumerate(self.originals) if one.projected}
         for matrix in self.table.matrices:  # an empty stack has none
-            found[matrix.original].append(matrix)
-        return found
+            by_original[matrix.original].append(matrix)
+        return by_original
 
 
 @dataclass

@@ -322,11 +322,11 @@ def bring_counters_home(states: Sequence[MatrixState]) -> None:
     takes them along; they return in one transfer. None is left a part of others: who swaps states swaps rows.
     """
     entries = [(state, name, state.get(name)) for state in states for name in COUNTERS]
-    found = [(state, name, counter) for state, name, counter in entries if counter is not None]
-    astray = [entry for entry in found if not entry[2].is_cpu]
+    counters = [(state, name, counter) for state, name, counter in entries if counter is not None]
+    astray = [entry for entry in counters if not entry[2].is_cpu]
     if astray:
         values = torch.stack([counter.to(astray[0][2].device) for _, _, counter in astray]).cpu()
-        found = [entry for entry in found if entry[2].is_cpu]
-        found += [(state, name, value) for (state, name, _), value in zip(astray, values, strict=True)]
-    for state, name, counter in found:
+        counters = [entry for entry in counters if entry[2].is_cpu]
+        counters += [(state, name, value) for (state, name, _), value in zip(astray, values, strict=True)]
+    for state, name, counter in counters:
         state.put(name, counter.clone())

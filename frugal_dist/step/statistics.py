@@ -60,9 +60,9 @@ class RefreshStats:
 
     def take(self) -> list[float]:
         """The sums as numbers, in the order of the fields; counting begins anew. Waits for the device."""
-        found = [float(getattr(self, entry.name)) for entry in fields(self)]
+        sums = [float(getattr(self, entry.name)) for entry in fields(self)]
         self.__init__()  # type: ignore[misc]
-        return found
+        return sums
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ _PIECE = 1 << 22
 def _energy(tensors: Sequence[Tensor]) -> Number:
     """In pieces: torch squares and widens in copies, which should not be as large as the matrix."""
     pieces = [piece for tensor in tensors if tensor.numel() for piece in tensor.reshape(-1).split(_PIECE)]
-    found = [piece.float().square().sum(dtype=torch.float64) for piece in pieces]
-    return torch.stack(found).sum() if found else 0.0
+    energies = [piece.float().square().sum(dtype=torch.float64) for piece in pieces]
+    return torch.stack(energies).sum() if energies else 0.0
 
 
 def _common(old: Tensor, new: Tensor) -> Tensor:

@@ -166,24 +166,24 @@ def _fits(key: str, patterns: Collection[str]) -> bool:
 
 def _flat(record: dict[str, Any]) -> dict[str, Any]:
     """Every key with a meaning for the result, nested ones by their whole name; options of the optimizer in full."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in record.items():
         inner = _optimizer(value) if key == "optimizer" else value
         if isinstance(inner, dict):
-            found |= {f"{key}.{name}": one for name, one in inner.items()}
+            flat |= {f"{key}.{name}": one for name, one in inner.items()}
         else:
-            found[key] = inner
-    if found.get("optimizer.name") != LORA:
-        found = {key: value for key, value in found.items() if not key.startswith("lora.")}
-    return found
+            flat[key] = inner
+    if flat.get("optimizer.name") != LORA:
+        flat = {key: value for key, value in flat.items() if not key.startswith("lora.")}
+    return flat
 
 
 def _optimizer(record: dict[str, Any]) -> dict[str, Any]:
     """The optimizer with every hyperparameter, also those that the recipe left to the optimizer's name."""
-    found = {key: value for key, value in record.items() if key != "options"}
-    if found["name"] in WITHOUT_RANK:
-        found = {key: value for key, value in found.items() if key not in ("rank", "stateful")}
-    plain = BEHIND.get(found["name"], found["name"])
+    settings = {key: value for key, value in record.items() if key != "options"}
+    if settings["name"] in WITHOUT_RANK:
+        settings = {key: value for key, value in settings.items() if key not in ("rank", "stateful")}
+    plain = BEHIND.get(settings["name"], settings["name"])
     config = asdict(config_from(preset(plain, **record["options"])))
-    options = {f"options.{key}": value for key, value in config.items() if key not in found}
-    return {**found, **json.loads(json.dumps(options))}
+    options = {f"options.{key}": value for key, value in config.items() if key not in settings}
+    return {**settings, **json.loads(json.dumps(options))}

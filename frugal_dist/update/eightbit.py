@@ -26,13 +26,13 @@ def dynamic_values(signed: bool) -> tuple[float, ...]:
 
     Decade i has 2**i centres of equal parts of its range, or 2**(i + 1) where there are no negative ones.
     """
-    found = [0.0, 1.0]
+    levels = [0.0, 1.0]
     for decade in range(_DECADES):
         parts = 2**decade if signed else 2 ** (decade + 1)
         unit = 10.0 ** (decade - _DECADES + 1)
         centres = [unit * (0.1 + 0.9 * (k + 0.5) / parts) for k in range(parts)]
-        found += centres + [-centre for centre in centres if signed]
-    return tuple(sorted(found))
+        levels += centres + [-centre for centre in centres if signed]
+    return tuple(sorted(levels))
 
 
 class Values(NamedTuple):
@@ -85,15 +85,15 @@ def dequantize(codes: Tensor, scales: Tensor, phase: int, signed: bool) -> Tenso
     """The values, in the scales' dtype."""
     rows, width = codes.shape
     table = values_of(signed, scales.dtype, scales.device).table
-    found = table.index_select(0, codes.reshape(-1).int()).view(rows, width)
+    decoded = table.index_select(0, codes.reshape(-1).int()).view(rows, width)
     if codes.numel() == 0:
-        return found
+        return decoded
     if phase == 0 and width % BLOCK == 0:
-        found.view(rows, -1, BLOCK).mul_(scales.unsqueeze(2))
+        decoded.view(rows, -1, BLOCK).mul_(scales.unsqueeze(2))
     else:
         block = torch.arange(phase, phase + width, device=codes.device).floor_divide_(BLOCK)
-        found.mul_(scales.index_select(1, block))
-    return found
+        decoded.mul_(scales.index_select(1, block))
+    return decoded
 
 
 class Packed(NamedTuple):

@@ -38,10 +38,10 @@ class Part(NamedTuple):
 
     def total(self, here: Tensor, dims: tuple[int, ...]) -> Sums:
         """A tile's sums along ``dims``, with those of other tiles."""
-        found = here
+        total = here
         if self.cut in dims:
-            found = yield here
-        return found
+            total = yield here
+        return total
 
 
 def _normalized(dim: int) -> StateFree:
@@ -186,14 +186,14 @@ def sums_asked(treatment: Treatment, part: Part, r: int) -> tuple[int, ...]:
     """How many numbers the ranks add up, one time after the other, for a matrix that is cut."""
     if part.cut is None or treatment.rule.averages is not None:
         return ()
-    asking, found = without_tile(treatment, part, r, torch.empty(0, device="cpu"), _NO_SETTINGS), []
+    asking, counts = without_tile(treatment, part, r, torch.empty(0, device="cpu"), _NO_SETTINGS), []
     try:
         asked = next(asking)
         while True:
-            found.append(asked.numel())
+            counts.append(asked.numel())
             asked = asking.send(asked)
     except StopIteration:
-        return tuple(found)
+        return tuple(counts)
 
 
 class _NoSettings(NamedTuple):
@@ -214,5 +214,5 @@ def alone(asking: Sums) -> Tensor:
         while True:
             asked = asking.send(asked)
     except StopIteration as done:
-        found: Tensor = done.value
-        return found
+        direction: Tensor = done.value
+        return direction

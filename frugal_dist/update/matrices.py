@@ -19,12 +19,12 @@ def orthogonal(matrix: Tensor) -> Tensor:
     """All singular values brought near 1 by five Newton-Schulz rounds in bf16 (Jordan 2024; torch.optim.Muon)."""
     a, b, c = _COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
-    found = matrix.bfloat16().T if tall else matrix.bfloat16()
-    found = found / found.norm().clamp(min=_LEAST_NORM)
+    iterate = matrix.bfloat16().T if tall else matrix.bfloat16()
+    iterate = iterate / iterate.norm().clamp(min=_LEAST_NORM)
     for _ in range(_ROUNDS):
-        gram = found @ found.T
-        found = torch.addmm(found, torch.addmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
-    return found.T if tall else found
+        gram = iterate @ iterate.T
+        iterate = torch.addmm(iterate, torch.addmm(gram, gram, gram, beta=b, alpha=c), iterate, beta=a)
+    return iterate.T if tall else iterate
 
 
 def muon(

@@ -138,16 +138,16 @@ class EightBit:
 
     def _views(self, moment: Moment, extents: Sequence[Extent], kept: Read) -> list[Packed]:
         codes, scales = kept(moment.name).view(-1), kept(moment.name + SCALE)
-        found, entry, scale = [], 0, 0
+        views, entry, scale = [], 0, 0
         for extent in extents:
             (rows, width), phase = extent.table, extent.phase
             blocks = blocks_of(width, phase)
             mine = codes[entry : entry + rows * width].view(rows, width)
             theirs = scales[scale : scale + rows * blocks].view(rows, blocks)
-            found.append(Packed(mine, theirs, phase, bool(moment.signed)))
+            views.append(Packed(mine, theirs, phase, bool(moment.signed)))
             entry, scale = entry + mine.numel(), scale + theirs.numel()
         assert (entry, scale) == (codes.numel(), scales.numel()), f"{moment.name}: pieces need {entry}, {scale}"
-        return found
+        return views
 
     def numbers(self, view: Packed, shape: Shape) -> Tensor:
         return view.wide().view(shape)

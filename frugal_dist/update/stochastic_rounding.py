@@ -61,8 +61,8 @@ def round_stochastically_(target: Tensor, wide: Tensor, starts: Tensor, *, seed:
 
 def _rounded(values: Tensor, bits: Tensor) -> Tensor:
     """Add 16 random bits below bf16's last place and cut off the rest: exact, since fp32 is bf16 and 16 more bits."""
-    found = ((values.contiguous().view(torch.int32) + bits) & -65536).view(torch.float32)
-    return torch.where(torch.isfinite(values), found, values).to(torch.bfloat16)
+    truncated = ((values.contiguous().view(torch.int32) + bits) & -65536).view(torch.float32)
+    return torch.where(torch.isfinite(values), truncated, values).to(torch.bfloat16)
 
 
 def random_bits(index: Tensor, keys: tuple[int, int]) -> Tensor:

@@ -30,11 +30,11 @@ KEY0, KEY1 = tl.constexpr(tables.KEY0), tl.constexpr(tables.KEY1)
 
 
 @triton.jit
-def _found(table: tl.tensor) -> tl.tensor:
+def _matrix_and_block(table: tl.tensor) -> tl.tensor:
     """Which matrix this program works on, and on which block of it."""
     program = tl.program_id(0)
-    begun = tl.load(table + tl.arange(0, MOST)) <= program
-    matrix = tl.sum(begun.to(tl.int32), 0) - 1
+    reached = tl.load(table + tl.arange(0, MOST)) <= program
+    matrix = tl.sum(reached.to(tl.int32), 0) - 1
     return matrix, program - tl.load(table + matrix).to(tl.int32)
 
 
@@ -178,7 +178,7 @@ def sign(
     NOISE: tl.constexpr,
 ) -> None:
     """Signed steps; ROWS counts all entries."""
-    matrix, block = _found(table)
+    matrix, block = _matrix_and_block(table)
     at = block * BLOCK + tl.arange(0, BLOCK)
     inside = at < _number(table, ROWS, matrix, ALIGNED)
     w_ptr = _address(table, WEIGHT, matrix, W, ALIGNED) + at
@@ -240,7 +240,7 @@ def lines(
     NOISE: tl.constexpr,
 ) -> None:
     """Columns or rows, in blocks of HIGH x WIDE; INDEX: for each line its place among COUNT selected ones, or -1."""
-    matrix, block = _found(table)
+    matrix, block = _matrix_and_block(table)
     cols = _number(table, COLS, matrix, ALIGNED)
     across = tl.cdiv(cols, WIDE)
     row = block // across * HIGH + tl.arange(0, HIGH)
@@ -286,7 +286,7 @@ def flat(
     NOISE: tl.constexpr,
 ) -> None:
     """Single entries; INDEX: a bit for each tells which, BEFORE: how many are selected before each block."""
-    matrix, block = _found(table)
+    matrix, block = _matrix_and_block(table)
     at = block * BLOCK + tl.arange(0, BLOCK)
     inside = at < _number(table, ROWS, matrix, ALIGNED)
     bits = _address(table, INDEX, matrix, tl.int32, False)

@@ -204,11 +204,11 @@ class Launches:
 
     def take(self, job: TileUpdate) -> bool:
         """Whether the kernel will do this tile. Its tensors must not change until ``finish``."""
-        found = described(job)
-        if found is None:
+        description = described(job)
+        if description is None:
             return False
         weight, grad, _, _, step, decay, config, noise, *_ = job
-        kind, row = found
+        kind, row = description
         step = 0 if kind is _SIGN else step
         key = (kind.number, id(config), decay, step, weight.dtype, grad.dtype, noise is None)
         group = self._groups.get(key)

@@ -45,16 +45,16 @@ class Tables:
         # Another stream would neither wait for the copy nor keep the memory from being used again.
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         key = (device, stream, numbers.tobytes())
-        found = self._kept.get(key)
-        if found is None:
+        table = self._kept.get(key)
+        if table is None:
             host = torch.frombuffer(numbers, dtype=torch.int64)
-            found = host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
-            self._kept[key] = found
+            table = host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+            self._kept[key] = table
             if len(self._kept) > self._most:
                 self._kept.popitem(last=False)
         else:
             self._kept.move_to_end(key)
-        return found
+        return table
 
 
 def _numbers(begins: Sequence[int], entries: Sequence[Entry]) -> array[int]:
