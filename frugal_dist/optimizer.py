@@ -253,8 +253,8 @@ class Frugal(Optimizer):
         given = innermost(self).__dict__
         if "defaults" not in given:  # being built, or in a wrapper, which then answers with those of what it wraps
             raise AttributeError("defaults")
-        found: dict[str, Any] = given["defaults"]
-        return found
+        defaults: dict[str, Any] = given["defaults"]
+        return defaults
 
     @defaults.setter
     def defaults(self, value: dict[str, Any]) -> None:

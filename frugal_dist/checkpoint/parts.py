@@ -102,14 +102,14 @@ class Numbers:
 
     def __init__(self) -> None:
         self._key: object = None
-        self._found: list[Tensor] = []
+        self._parts: list[Tensor] = []
 
     def part(self, key: object, number: int, make: Callable[[], list[Tensor]]) -> Tensor:
         """Part ``number`` of what ``make`` gives for ``key``."""
         if self._key is not key:
-            self._found = []
-            self._key, self._found = key, make()
-        return self._found[number]
+            self._parts = []
+            self._key, self._parts = key, make()
+        return self._parts[number]
 
 
 def weight_chunks(runtime: Runtime, inputs: StepInputs) -> Iterator[Chunk]:
