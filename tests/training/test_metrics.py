@@ -19,8 +19,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("jsonargparse")
 
 from frugal_dist.cli import main
+from frugal_dist.training.engines.protocol import count_state_kinds
 from frugal_dist.training.metrics.device import flops_per_token, forget_peak, known_flops, memory, peak_flops
-from frugal_dist.training.metrics.plot import Look, _drawn, grouped, plot_runs
+from frugal_dist.training.metrics.plot import PLOT_FILE, Look, _drawn, grouped, plot_runs
 from frugal_dist.training.metrics.record import (
     OPEN,
     MetricsLog,
@@ -333,3 +334,44 @@ def test_a_missing_package_is_an_error_before_the_start(monkeypatch: pytest.Monk
     monkeypatch.setattr("frugal_dist.training.metrics.record.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"trackers has 'wandb'.*frugal_dist\[tracking\]"):
         check_trackers(["wandb"])
+
+
+def test_a_disk_without_room_for_metrics_does_not_end_rank_0(capsys):
+    metrics = MetricsLog(Path("/dev/full"))
+    metrics.write("train", step=1)
+    metrics.write("train", step=2)
+    assert capsys.readouterr().err.count("metrics.jsonl cannot be written any more") == 1
+
+
+def test_a_record_that_was_cut_off_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "run"}\n{"kind": "tra')
+    assert read_metrics(tmp_path) == [{"kind": "run"}]
+
+
+def test_state_bytes_are_those_of_the_tensors():
+    weight = torch.nn.Parameter(torch.zeros(10, 3))
+    weight.grad = torch.ones(10, 3)
+    optimizer = torch.optim.AdamW([weight])
+    assert sum(count_state_kinds(optimizer).values()) == 0
+    optimizer.step()
+    assert count_state_kinds(optimizer) == {"moments": 2 * 30 * 4, "bases": 0, "other": 4}  # the step is a tensor
+
+
+def test_metrics_survive_and_plot(tmp_path):
+    with MetricsLog(tmp_path / "metrics.jsonl") as metrics:
+        metrics.write("run", model="quick", parameters=5_000_000, optimizer="Frugal", unigram_loss=6.8)
+        metrics.write("validation", step=0, tokens=0, loss=8.3, perplexity=4000.0)
+        metrics.write("train", step=10, tokens=1000, loss=7.0)
+        assert len(read_metrics(tmp_path)) == 3  # readable before the run ends
+    assert of_kind(read_metrics(tmp_path), "train")[0]["loss"] == 7.0
+    pictures = plot_runs([tmp_path], tmp_path / PLOT_FILE)
+    assert [picture.name for picture in pictures] == ["loss_curve.png", "loss_curve.svg"]
+    assert pictures[0].read_bytes().startswith(b"\x89PNG")
+    other = tmp_path / "b"
+    other.mkdir()
+    (other / "metrics.jsonl").write_bytes((tmp_path / "metrics.jsonl").read_bytes())
+    png, svg = plot_runs([tmp_path, other], tmp_path / "pictures" / "both.png")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in svg.read_text()
+    with pytest.raises(ValueError, match=r"holds no metrics.jsonl"):
+        plot_runs([tmp_path / "nothing"], tmp_path / "nothing.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ pytest.importorskip("transformers")
 from frugal_dist.cli import main
 from frugal_dist.training.data.demo_texts import prepare_demo
 from frugal_dist.training.metrics.record import of_kind, read_metrics
-from frugal_dist.training.models import build_model, check_positions
+from frugal_dist.training.models import build_llama, build_model, check_positions, token_losses
 from frugal_dist.training.pretrain import pretrain
 from frugal_dist.training.recipe import Model, read_recipe
 
@@ -211,3 +212,14 @@ def test_models_that_cannot_be_built_are_told_why(config: dict[str, Any], said: 
     (tmp_path / "config.json").write_text(json.dumps({**small, **config}))
     with pytest.raises(ValueError, match=re.escape(said)):
         build_model(Model(path=str(tmp_path)), 64, 16)
+
+
+def test_model_has_the_promised_size_and_starts_by_guessing():
+    model = build_llama("quick", 4096, 128)
+    assert 5e6 < sum(parameter.numel() for parameter in model.parameters()) < 10e6
+    rows = torch.randint(0, 4096, (2, 9))
+    losses = token_losses(model, rows).detach()
+    assert losses.shape == (16,)
+    assert float(losses.mean()) == pytest.approx(math.log(4096), abs=0.3)
+    with pytest.raises(ValueError, match="model is 'huge'; choose one of quick, 9M"):
+        build_llama("huge", 4096, 128)

@@ -742,3 +742,8 @@ def test_the_signature_is_the_configuration_field_by_field() -> None:
         assert (ours.default, ours.annotation) == (field.default, field.type), field.name
     lists = inspect.cleandoc(FrugalConfig.__doc__ or "")
     assert re.findall(r"^(\w+) {2,}\S", lists, flags=re.M) == list(HYPERPARAMETERS)
+
+
+def test_a_wrong_switch_is_told_what_there_is() -> None:
+    with pytest.raises(ValueError, match=r"shard_state='flase' is not known. Use one of auto, true, false"):
+        Frugal([torch.nn.Parameter(torch.ones(2, 2))], shard_state="flase")

@@ -1,4 +1,4 @@
-"""How a rank's process ends."""
+"""How a rank's process speaks and ends: its console, signals, its exit."""
 
 from __future__ import annotations
 
@@ -113,3 +113,17 @@ def test_ctrl_c_while_torch_is_loaded_ends_in_a_sentence(tmp_path: Path) -> None
         if "before it began" in said:
             break
     assert (process.returncode, said.strip()) == (130, "Stopped before it began (SIGINT); the same command starts it.")
+
+
+def test_console_keeps_noise_out_of_the_terminal(tmp_path):
+    script = (
+        "import os, sys; from pathlib import Path; from frugal_dist.training.distributed.process import quiet_console\n"
+        "with quiet_console(Path(sys.argv[1])) as terminal:\n"
+        "    print('noise'); os.write(1, b'from C\\n'); print('warning', file=sys.stderr)\n"
+        "    print('shown', file=terminal)\n"
+        "print('after')\n"
+    )
+    log = tmp_path / "output.txt"
+    done = subprocess.run([sys.executable, "-c", script, log], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("after\n", "shown\n")
+    assert sorted(log.read_text().split("\n")) == ["", "from C", "noise", "warning"]
