@@ -16,7 +16,7 @@ from graphlib import CycleError, TopologicalSorter
 import pytest
 from imports import PACKAGE, ROOT, read_modules
 
-from frugal_dist.presets import PRESETS
+from frugal_dist.presets import BEHIND, NAMED, PRESETS
 from frugal_dist.projection.registry import PROJECTIONS
 from frugal_dist.update.rules import STATE_FREE, STATE_FULL
 
@@ -108,6 +108,12 @@ NOT_NEEDED = (
     "yaml",
 )
 
+BOTH_KINDS = ("training.card", "training.check", "training.evaluate", "training.finetune", "training.finetune.*", "cli")
+"""Who knows fine-tuning: itself, and what serves both kinds of training."""
+
+MOST_FILES = {"": 6, "training": 20}
+"""How many a folder may hold, without those in folders below: what is more belongs into one of its own."""
+
 MODULES = read_modules()
 
 
@@ -171,6 +177,24 @@ def test_the_first_word_is_said_before_torch_is_loaded() -> None:
     assert {name.partition(".")[0] for name in notices.others} <= sys.stdlib_module_names
 
 
+def test_pretraining_does_not_know_fine_tuning() -> None:
+    others = [module for module in MODULES if not fits(module.name, BOTH_KINDS)]
+    knowing = [m.name for m in others if any(is_within(other, "training.finetune") for other in m.ours)]
+    assert not knowing
+
+
+def test_every_package_says_what_it_is_for() -> None:
+    files = {module.path.parent / "__init__.py" for module in MODULES}
+    texts = {str(file): file.read_text("utf-8") if file.exists() else "" for file in files}
+    assert not [file for file, text in texts.items() if not ast.get_docstring(ast.parse(text))]
+
+
+@pytest.mark.parametrize("folder", MOST_FILES)
+def test_a_folder_does_not_overflow(folder: str) -> None:
+    files = sorted(file.name for file in (ROOT / folder).glob("*.py"))
+    assert len(files) <= MOST_FILES[folder], files
+
+
 def test_walks_of_stacks_and_objects_stand_in_one_file() -> None:
     walks = re.compile(r"_getframe|\bf_back\b|gc\.get_\w+|inspect\.stack")
     assert [module.name for module in MODULES if walks.search(module.path.read_text("utf-8"))] == ["engines.hooks"]
@@ -202,12 +226,13 @@ def test_importing_the_package_loads_no_engine() -> None:
 
 
 WORDS = {"random", "rows", "columns", "none", "sign"}
-"""Names that mean other things as well."""
+"""Names of projections and rules that mean other things as well."""
+PRESET_WORDS = {"scale"}
+"""Names of presets that do."""
 
 
-def names_compared(tree: ast.AST) -> Iterator[str]:
-    """Where code decides by the name of a projection or rule: comparisons, cases, tables with names as keys."""
-    known = PROJECTIONS.keys() | STATE_FULL.keys() | STATE_FREE.keys()
+def texts_compared(tree: ast.AST) -> Iterator[tuple[ast.Compare | ast.MatchValue | ast.Dict, set[str]]]:
+    """Where code may decide by a name, with the texts there: comparisons, cases, tables with texts as keys."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare | ast.MatchValue):
             parts: list[ast.AST] = [node]
@@ -216,11 +241,26 @@ def names_compared(tree: ast.AST) -> Iterator[str]:
         else:
             continue
         inside = [one for part in parts for one in ast.walk(part)]
-        said = {one.value for one in inside if isinstance(one, ast.Constant) and isinstance(one.value, str)} & known
+        yield node, {one.value for one in inside if isinstance(one, ast.Constant) and isinstance(one.value, str)}
+
+
+def names_compared(tree: ast.AST) -> Iterator[str]:
+    """Where code decides by the name of a projection or rule."""
+    known = PROJECTIONS.keys() | STATE_FULL.keys() | STATE_FREE.keys()
+    for node, texts in texts_compared(tree):
+        said = texts & known
         asks = not isinstance(node, ast.Dict) and any(word in ast.unparse(node) for word in ("projection", "state_f"))
         sure = said - WORDS and not isinstance(node, ast.Dict)
         named = said - PRESETS.keys() if isinstance(node, ast.Dict) else said  # some are called as their rules are
         if sure or (said and asks) or len(named) > 1:
+            yield f"line {node.lineno}: {ast.unparse(node)}"  # type: ignore[attr-defined]
+
+
+def optimizers_compared(tree: ast.AST) -> Iterator[str]:
+    """Where code decides by the name of an optimizer."""
+    known = (PRESETS.keys() | NAMED.keys() | BEHIND.keys()) - PRESET_WORDS
+    for node, texts in texts_compared(tree):
+        if texts & known:
             yield f"line {node.lineno}: {ast.unparse(node)}"  # type: ignore[attr-defined]
 
 
@@ -229,6 +269,12 @@ def test_nobody_asks_for_the_name_of_a_projection_or_a_rule() -> None:
     trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in ROOT.rglob("*.py")}
     compared = {str(file.relative_to(ROOT)): list(names_compared(tree)) for file, tree in trees.items()}
     assert not {file: lines for file, lines in compared.items() if lines}
+
+
+def test_nobody_but_presets_asks_for_the_name_of_an_optimizer() -> None:
+    others = {module.name: ast.parse(module.path.read_text("utf-8")) for module in MODULES if module.name != "presets"}
+    compared = {name: list(optimizers_compared(tree)) for name, tree in others.items()}
+    assert not {name: lines for name, lines in compared.items() if lines}
 
 
 def test_the_map_for_contributors_names_what_is_there() -> None:
@@ -243,5 +289,6 @@ def test_the_map_for_contributors_names_what_is_there() -> None:
 def test_no_folder_of_tests_is_passed_over(pytestconfig: pytest.Config) -> None:
     """pytest's own list of folders to leave out has "dist" and "build"."""
     passed_over = pytestconfig.getini("norecursedirs")
-    folders = {file.parent.name for file in (ROOT / "tests").rglob("test_*.py")}
+    folders = {file.parent.name for file in (ROOT.parent / "tests").rglob("test_*.py")}
+    assert "dist" in folders
     assert [name for name in folders for pattern in passed_over if fnmatchcase(name, pattern)] == []
