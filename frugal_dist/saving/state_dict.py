@@ -257,13 +257,13 @@ class StateSummary:
 def _summaries(inputs: StepInputs) -> dict[str, StateSummary]:
     entries = [(mat.matrix.name, mat.state, mat.config) for mat in inputs.mats]
     entries += [(one.name, one.state, one.config) for one in inputs.regular]
-    found = {}
+    summaries = {}
     for name, state, config in entries:
         counters = [state.get(counter) for counter in COUNTERS]
         moment = state.get(moment_names(config)[0])
         counts = tuple(None if counter is None else int(counter) for counter in counters)
-        found[name] = StateSummary(counts, 0 if moment is None else moment.numel())
-    return found
+        summaries[name] = StateSummary(counts, 0 if moment is None else moment.numel())
+    return summaries
 
 
 def _compare_counters(everyone: Sequence[dict[str, StateSummary]]) -> None:
@@ -342,13 +342,13 @@ def _is_exact(counter: Tensor) -> bool:
 
 def placed(store: Mapping[str, Tensor], device: torch.device) -> Store:
     """A copy for live use: counts on the CPU, the rest with the parameter, in its dtype, contiguous."""
-    found = {}
+    copies = {}
     with torch.inference_mode(False):  # what is made in it can be changed in it only
         for key, value in store.items():
             held = value.local if isinstance(value, Pieces) else value.detach()
             copied = held.clone(memory_format=torch.contiguous_format)
-            found[key] = copied.to("cpu", torch.int64).view(()) if _is_counter(key) else copied.to(device)
-    return found
+            copies[key] = copied.to("cpu", torch.int64).view(()) if _is_counter(key) else copied.to(device)
+    return copies
 
 
 def _key(runtime: Runtime, name: str, part: bool) -> str:
