@@ -28,6 +28,8 @@ from frugal_dist.sharding.tile import Layout, holders
 from frugal_dist.step.inputs import SLICE, StepInputs, ensure_state, step_inputs
 from frugal_dist.step.runtime import LocalMatrix, Runtime, basis_route
 from frugal_dist.step.state import BASES, FREE, MatrixState
+from frugal_dist.update.eightbit import CODE
+from frugal_dist.update.moment_storage import CUDA_SLICE
 from frugal_dist.update.remainder import REMAINDER, keeps_remainders
 from frugal_dist.update.rules import every_key
 
@@ -200,7 +202,7 @@ def _plan_all(plan: Plan, runtime: Runtime, inputs: StepInputs, parts: Sequence[
 
 def _working_bytes(inputs: StepInputs) -> int:
     """Low-precision weights and their gradients have fp32 copies, a few at a time; a basis leaves a rest, which becomes
-    a step.
+    a step. 8-bit moments become numbers, and codes again, a slice at a time.
     """
     low = sum(one.weight.numel() for one in inputs.regular if one.weight.dtype != compute_dtype(one.weight.dtype))
     most = 2 * ITEM * min(SLICE, low)
@@ -209,7 +211,14 @@ def _working_bytes(inputs: StepInputs) -> int:
         copied = mat.weight_dtype != mat.dtype and (based or keeps_remainders(mat.config))
         largest = max(map(prod, mat.shapes), default=0)
         most = max(most, 2 * ITEM * (copied + based) * largest)
-    return most
+    return most + _as_numbers(inputs)
+
+
+def _as_numbers(inputs: StepInputs) -> int:
+    """Two moments of a slice on a GPU, and as many entries four times while they are quantized."""
+    states = [*(mat.state for mat in inputs.mats), *(one.state for one in inputs.regular)]
+    coded = (value.numel() for state in states for value in state.store.values() if value.dtype == CODE)
+    return 6 * ITEM * min(CUDA_SLICE, max(coded, default=0))
 
 
 def _note_solver(plan: Plan, mat: LocalMatrix) -> None:

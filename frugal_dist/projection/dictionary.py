@@ -18,8 +18,8 @@ from frugal_dist.projection.basis import Basis, basis_of, basis_shapes
 from frugal_dist.projection.definition import Drawing, ProjectionSettings, sided
 from frugal_dist.projection.numerics import FP32
 
-_PIECE = 1 << 18
-"""Entries that are transformed at one time: they stay in the cache."""
+_PIECE, _CUDA_PIECE = 1 << 18, 1 << 24
+"""Entries that are transformed at one time: they stay in the cache, or are worth the launches."""
 _LEAST = 1e-30
 
 
@@ -58,7 +58,8 @@ def _energies(lines: Tensor) -> Tensor:
     largest = torch.stack(torch.aminmax(lines)).abs().max().clamp_(min=_LEAST)  # squares of less would be lost in fp32
     turn = torch.complex(angles.cos().to(lines.dtype), angles.sin().to(lines.dtype)).div_(largest)
     squares = torch.zeros(len(angles), 2, dtype=torch.float64, device=device)
-    for part in lines.split(max(1, _PIECE // length)):
+    piece = _CUDA_PIECE if lines.is_cuda else _PIECE
+    for part in lines.split(max(1, piece // length)):
         squares += torch.view_as_real(torch.fft.rfft(part.index_select(1, order)).mul_(turn)).square_().sum(0)
     upper = squares[1 : (length + 1) // 2, 1].flip(0)
     total = torch.cat((squares[: length - len(upper), 0], upper)).mul_(largest.double().square() * (2.0 / length))
@@ -84,7 +85,7 @@ def _compute(grad: Tensor, drawing: Drawing, warm: Basis | None) -> Basis:
 def _scratch(config: ProjectionSettings, rows: int, cols: int, side: str, r: int) -> int:
     """The fixed matrix, and a piece of the gradient in order, and transformed."""
     length = max(size for size, _ in basis_shapes(side, rows, cols, r).values())
-    return FP32 * length * length + 2 * FP32 * min(rows * cols, _PIECE)
+    return FP32 * length * length + 2 * FP32 * min(rows * cols, _CUDA_PIECE)
 
 
 DCT = sided(

@@ -16,8 +16,9 @@ from frugal_dist.update.eightbit import BLOCK, CODE, Packed, blocks_of
 
 SCALE = "_scale"
 """Behind the name of a moment: the scales of its codes."""
-SLICE = 1 << 20
-"""Entries that are numbers at the same time during a step, where a rule takes each entry by itself."""
+SLICE, CUDA_SLICE = 1 << 20, 1 << 22
+"""Entries that are numbers at the same time during a step, where a rule takes each entry by itself: temporaries, 24
+bytes for each, stay near the cache, or are worth about 14 launches."""
 SMALL = 4096
 """Regular parameters of fewer entries are kept in full, as by bitsandbytes and torchao: they weigh nothing."""
 
@@ -166,7 +167,8 @@ class EightBit:
             if not param.numel():
                 continue
             rows, width = own[0].codes.shape
-            height = max(1, SLICE // width) if elementwise else rows
+            most = CUDA_SLICE if param.is_cuda else SLICE
+            height = max(1, most // width) if elementwise else rows
             for top in range(0, rows, height):
                 views = [view.rows(top, top + height) for view in own]
                 shape = views[0].codes.shape if elementwise else param.shape

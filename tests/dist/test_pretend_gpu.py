@@ -20,7 +20,10 @@ from storages import Held
 from threads import run_ranks
 
 from frugal_dist.engines import hooks
+from frugal_dist.projection.dictionary import column_energies
 from frugal_dist.projection.svd import exact_svd
+from frugal_dist.update.eightbit import CODE, Packed
+from frugal_dist.update.moment_storage import FORMS
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build device_guard.cpp"),
@@ -107,6 +110,32 @@ def test_on_two_ranks(layout: str) -> None:
     for case in CASES:
         for found, waits in run_ranks(2, lambda rank, case=case: train(layout, case)):
             check(case, found, waits)
+
+
+def test_eight_bit_moments_are_numbers_in_larger_slices_than_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice is about 14 launches."""
+    monkeypatch.setattr("frugal_dist.update.moment_storage.SLICE", 256)
+    monkeypatch.setattr("frugal_dist.update.moment_storage.CUDA_SLICE", 1024)
+    found = {}
+    with gpu():
+        for device in ("cpu", "cuda"):
+            param, codes = torch.zeros(8, 256, device=device), torch.zeros(8, 256, dtype=CODE, device=device)
+            packed = Packed(codes, torch.ones(8, 1, device=device), 0, True)
+            found[device] = len(list(FORMS["8bit"].turns([param], [param], [[packed]], elementwise=True)))
+    assert found == {"cpu": 8, "cuda": 2}
+
+
+def test_columns_of_the_dct_are_weighed_in_larger_pieces_than_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("frugal_dist.projection.dictionary._PIECE", 16)
+    monkeypatch.setattr("frugal_dist.projection.dictionary._CUDA_PIECE", 64)
+    pieces: list[int] = []
+    transform = torch.fft.rfft
+    monkeypatch.setattr(torch.fft, "rfft", lambda part: pieces.append(len(part)) or transform(part))
+    with gpu():
+        grad = torch.randn(10, 8)
+        here, there = (column_energies(grad.to(device), "right")["right"] for device in ("cpu", "cuda"))
+        assert pieces == [2] * 5 + [8, 2]
+        torch.testing.assert_close(on_cpu(there), on_cpu(here))
 
 
 def one_step(held: Held, start: Named, step: int) -> None:
