@@ -16,8 +16,10 @@ from torch.distributed.tensor import DTensor, Placement
 from frugal_dist.sharding.collectives import Ranks, agree_max, gather_objects
 from frugal_dist.sharding.shard import Box, Grid, LocalShard, ParamSpec, Span
 
-_ABSENT, _PLACED, _ELSEWHERE = 0, 1, 2
-"""What a rank says of a gradient: it has none, or one that is placed as its parameter, or otherwise."""
+_FROZEN, _ABSENT, _PLACED, _ELSEWHERE = 0, 1, 2, 3
+"""What a rank says of a gradient: it has none, and the parameter is frozen or not; or one that is placed as its
+parameter, or otherwise.
+"""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class DTensorStorage:
 
     ``unseen``: parameters that are replicated along some mesh axis and never had a gradient on any rank: it may come as
     addends (Partial), as sequence parallelism leaves it. ``addends``: those of which it does, with its placements.
-    ``sums``: their gradients of this step, added up.
+    ``asleep``: of both those that were frozen and had no gradient on any rank when it was asked for: nobody asks again
+    while they are frozen, which is a decision of the program, the same on all ranks. ``sums``: the gradients of this
+    step that came as addends.
     """
 
     groups: Sequence[dict[str, Any]]
@@ -35,6 +39,7 @@ class DTensorStorage:
     parts: dict[int, LocalShard] = field(default_factory=dict)
     unseen: list[int] = field(default_factory=list)
     addends: dict[int, tuple[Placement, ...]] = field(default_factory=dict)
+    asleep: set[int] = field(default_factory=set)
     sums: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -45,23 +50,39 @@ class DTensorStorage:
 
     def complete_gradients(self, ranks: Ranks) -> None:
         self.sums.clear()
-        if self.unseen:
-            self._look(ranks)
-        known = sorted(self.addends)
-        present = agree_max(ranks, [int(self.param(i).grad is not None) for i in known], torch.device("cpu"))
-        for i in (i for i, somewhere in zip(known, present, strict=True) if somewhere):
-            self.sums[i] = _summed(self.originals[i].name, self.param(i), self.addends[i])
+        self.asleep.intersection_update([i for i in self.asleep if self.frozen(i)])
+        self._look(ranks, [i for i in self.unseen if i not in self.asleep])
+        self._add_up(ranks, [i for i in sorted(self.addends) if i not in self.asleep])
 
-    def _look(self, ranks: Ranks) -> None:
+    def _add_up(self, ranks: Ranks, known: Sequence[int]) -> None:
+        """Sum what comes as addends, where any rank has some. A rank that has its own knows, and waits for nothing."""
+        if not known:
+            return
+        mine = [_arrival(self.param(i)) for i in known]
+        device = ranks.device(_local(self.param(known[0])).device)
+        lacks = min(mine) < _PLACED
+        everyone = torch.tensor(mine, device=device) if lacks else torch.full((len(mine),), _ELSEWHERE, device=device)
+        dist.all_reduce(everyone, op=dist.ReduceOp.MAX, group=ranks.group)
+        for i, how in zip(known, everyone.tolist() if lacks else mine, strict=True):
+            if how >= _PLACED:
+                self.sums[i] = _summed(self.originals[i].name, self.param(i), self.addends[i])
+            elif how == _FROZEN:
+                self.asleep.add(i)
+
+    def _look(self, ranks: Ranks, about: Sequence[int]) -> None:
         """Find out together whose gradients have come, and which of them are addends."""
-        seen = agree_max(ranks, [_arrival(self.param(i)) for i in self.unseen], torch.device("cpu"))
-        elsewhere = [i for i, how in zip(self.unseen, seen, strict=True) if how == _ELSEWHERE]
+        if not about:
+            return
+        seen = agree_max(ranks, [_arrival(self.param(i)) for i in about], _local(self.param(about[0])).device)
+        self.asleep.update(i for i, how in zip(about, seen, strict=True) if how == _FROZEN)
+        elsewhere = [i for i, how in zip(about, seen, strict=True) if how == _ELSEWHERE]
         if elsewhere:
             grads = {i: self.param(i).grad for i in elsewhere}
             mine = {i: grad.placements for i, grad in grads.items() if isinstance(grad, DTensor)}
             everyone = gather_objects(ranks, mine)
             self.addends.update({i: next(other[i] for other in everyone if i in other) for i in elsewhere})
-        self.unseen[:] = [i for i, how in zip(self.unseen, seen, strict=True) if how == _ABSENT]
+        come = {i for i, how in zip(about, seen, strict=True) if how >= _PLACED}
+        self.unseen[:] = [i for i in self.unseen if i not in come]
 
     def moves_elsewhere(self) -> bool:
         return False
@@ -86,7 +107,8 @@ class DTensorStorage:
 
     def tensors(self, i: int) -> tuple[Tensor, Tensor, Tensor | None, bool]:
         param = self.param(i)
-        grad = self.sums.get(i) if i in self.addends or i in self.unseen else param.grad
+        summed = (i in self.addends or i in self.unseen) and i not in self.asleep
+        grad = self.sums.get(i) if summed else param.grad
         if isinstance(grad, DTensor) and isinstance(param, DTensor):
             _check_gradient(self.originals[i].name, param, grad)
         return param, _local(param), None if grad is None else _local(grad), not param.requires_grad
@@ -118,7 +140,7 @@ def _is_replicated(param: Tensor) -> bool:
 def _arrival(param: Tensor) -> int:
     grad = param.grad
     if grad is None:
-        return _ABSENT
+        return _ABSENT if param.requires_grad else _FROZEN
     elsewhere = isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.placements != param.placements
     return _ELSEWHERE if elsewhere else _PLACED
 

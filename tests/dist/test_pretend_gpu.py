@@ -18,7 +18,11 @@ from cases import GAP, LAYOUTS, Case, Named, gradients, reference, weights
 from pretend_gpu import gpu, installed, on_cpu
 from storages import Held
 from threads import run_ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from frugal_dist import Frugal
 from frugal_dist.engines import hooks
 from frugal_dist.projection.dictionary import column_energies
 from frugal_dist.projection.svd import exact_svd
@@ -136,6 +140,37 @@ def test_columns_of_the_dct_are_weighed_in_larger_pieces_than_on_a_cpu(monkeypat
         here, there = (column_energies(grad.to(device), "right")["right"] for device in ("cpu", "cuda"))
         assert pieces == [2] * 5 + [8, 2]
         torch.testing.assert_close(on_cpu(there), on_cpu(here))
+
+
+@pytest.mark.parametrize("wakes", [False, True])
+def test_what_a_mesh_leaves_whole_is_asked_for_without_waiting(wakes: bool) -> None:
+    """As HSDP and TP do: a frozen weight that never had a gradient, and gradients that come as addends."""
+
+    def body(rank: int) -> tuple[list[int], list[list[float]]]:
+        with gpu() as device:
+            axis, waits = init_device_mesh("cuda", (2,)), []
+
+            def put(tensor: torch.Tensor, place: Placement) -> DTensor:
+                return DTensor.from_local(tensor.to("cuda"), axis, [place], run_check=False)
+
+            frozen, norm = (nn.Parameter(put(torch.ones(4), Replicate())) for _ in range(2))
+            cut = nn.Parameter(put(torch.ones(2, 4), Shard(0)))
+            frozen.requires_grad_(False)
+            groups = [{"params": [("cut", cut)], "projected": True}, {"params": [("frozen", frozen), ("norm", norm)]}]
+            optimizer = Frugal(groups, projection="columns", update_gap=100, lr=0.1)
+            for step in range(5):
+                if step == 3 and wakes:
+                    frozen.requires_grad_(True)
+                    frozen.grad = put(torch.ones(4), Replicate())
+                cut.grad, norm.grad = put(torch.ones(2, 4), Shard(0)), put(torch.ones(4), Partial())
+                device.syncs.clear()
+                optimizer.step()
+                waits.append(len(device.syncs))
+            return waits, [on_cpu(one.detach().to_local()).tolist() for one in (frozen, norm)]
+
+    for waits, (frozen, norm) in run_ranks(2, body):
+        assert waits[0] and [bool(one) for one in waits[1:]] == [False, False, wakes, False]
+        assert norm == pytest.approx([0.5] * 4, abs=1e-5) and frozen == pytest.approx([0.8 if wakes else 1.0] * 4)
 
 
 def one_step(held: Held, start: Named, step: int) -> None:
