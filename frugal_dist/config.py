@@ -43,47 +43,62 @@ def _integer(default: int, taken_up: str, low: int) -> Any:
 class FrugalConfig:
     """The hyperparameters of one parameter group (FRUGAL, arXiv 2411.07837, Algorithms 1-5).
 
-    lr                   step size of the regular parameters; projected ones use ``lr * projected_lr_scale``.
-    betas                AdamW's or Lion's; None means the rule's own: (0.9, 0.999), Lion (0.9, 0.99).
-    eps                  AdamW's epsilon.
-    weight_decay         decoupled, applied first, with the unscaled ``lr``.
-    density              rho, the share of a matrix that is updated with state, 0 to 1.
-    update_gap           T, updates between two projector refreshes.
-    projection           how the state-full part is chosen, see ``frugal_dist.projection``.
-    side                 of the basis projections; "std": right if rows >= columns, else left.
-    block_order          the order in which ``blockwise`` makes whole matrices state-full.
-    state_full           the rule of the state-full part: AdamW, Lion, SGD with momentum, or, of whole matrices, Muon or
-                         the normalized average of SCALE's head.
-    state_free           the rule of the rest: sign, plain SGD, none, or one that needs whole rows, columns or matrices:
-                         softsign, normalized, normalized_columns, sinkhorn, scaled, racs (``update.lines``).
-    combine              how the two parts make a step: "add", or as APOLLO has it: the whole gradient, "scale"d line by
-                         line, or "scale_matrix" with one factor, by how the state-full rule changes the norms of its
-                         part. There is no rest then.
-    growth_limit         by how much the norm of what whole lines are stepped with may grow from step to step (Fira and
-                         APOLLO: 1.01); 0 turns it off.
-    momentum             of ``sgdm``, torch.optim.SGD's rule, of the averages of muon, normalized_momentum and racs.
-    moments              how the state-full rule's moments are kept, of regular parameters too: "full" (fp32, fp64 for
-                         fp64 weights), or "8bit": codes of a byte, a scale for each 256 entries of a row
-                         (``update.eightbit``). Regular parameters of fewer than 4096 entries stay full.
-    projected_lr_scale   s, scales both parts of a projected matrix. ``lr_scale`` is its old name, known to constructors
-                         and JSON. In parameter groups that is a key of timm and BEiT, whose schedules put it into lr.
-    state_free_lr_scale  s_free, scales the state-free part once more.
-    on_refresh           what becomes of the state at a refresh: reset, keep, or project into the new basis.
-    svd_method           how the projector of "svd" is found. "exact": a full SVD in fp32 (fp64 for fp64 gradients);
-                         "subspace": a few rounds of subspace iteration from the old projector, several times
-                         faster, nearly the same; "gram64": eigenvectors of the Gram matrix in fp64.
-    basis_dtype          how projectors are kept between refreshes: "full" (fp32, fp64 for fp64 weights) or "bf16", half
-                         the bytes, but several percent of the residual's signs come out otherwise.
-    matmul               of the step's products with a basis: "fp32", or "bf16x3": three of bf16 parts on tensor cores,
-                         faster on GPUs, with fp32's signs but for about one in ten thousand. fp64 stays fp64.
-    rounding             of updated bf16 weights that have no fp32 master: "nearest"; "stochastic", which is right on
-                         average also where a step is smaller than what bf16 resolves; or "remainder": 16 more bits of
-                         each weight in the state make it exact fp32.
-    refresh_schedule     "together" (the paper), or "staggered": matrices take turns within update_gap.
-    compute_layout       where basis projections compute when storage is sharded: "auto" picks by cost.
-    residual_threshold   relative size below which a residual row (column for a left basis) counts as
-                         rounding noise and is not stepped; 0 turns it off.
-    seed                 of the random selections.
+    Args:
+        lr: step size of the regular parameters; projected ones use ``lr * projected_lr_scale``. At least 0.
+        betas: AdamW's or Lion's, each at least 0 and below 1; None means the rule's own: (0.9, 0.999), Lion
+            (0.9, 0.99).
+        eps: AdamW's epsilon, added to the root of the second moment.
+        weight_decay: decoupled, applied first, with the unscaled ``lr`` (arXiv 1711.05101).
+        density: rho, the share of a matrix that is updated with state, 0 to 1; of ``blockwise`` the share of the
+            matrices.
+        update_gap: T, updates between two projector refreshes, at least 1.
+        projection: how the state-full part is chosen: "svd" (GaLore, arXiv 2403.03507), "dct" (arXiv 2505.17967),
+            "random" (orthonormal), "gaussian" (APOLLO, arXiv 2412.05270), "randperm" (one-hot columns),
+            "columns", "rows", "randk" (entries), or "blockwise" (whole matrices: BAdam, arXiv 2404.02827).
+        side: of the basis projections: "std" (right if rows >= columns, else left), "reverse_std", "right", "left",
+            "full".
+        block_order: the order in which ``blockwise`` makes whole matrices state-full: "random", "ascending",
+            "descending", "mirror".
+        state_full: the rule of the state-full part: "adamw", "lion" (arXiv 2302.06675), "sgdm", or, of whole matrices,
+            "muon" (K. Jordan 2024, kellerjordan.github.io/posts/muon) or "normalized_momentum", the average of SCALE's
+            head (arXiv 2506.16659).
+        state_free: the rule of the rest: "sign", "sgd", "none", or one that needs whole rows, columns or matrices:
+            "softsign" (arXiv 2605.31371), "normalized" and "normalized_columns" (SCALE, arXiv 2506.16659), "sinkhorn"
+            (SinkGD, arXiv 2502.06742), "scaled" (Fira, arXiv 2410.01623), "racs" (arXiv 2502.07752).
+        combine: how the two parts make a step: "add", or as APOLLO (arXiv 2412.05270) has it: the whole gradient,
+            "scale"d line by line, or "scale_matrix" with one factor, by how the state-full rule changes the norms of
+            its part. There is no rest then.
+        growth_limit: by how much the norm of what whole lines are stepped with may grow from step to step (Fira and
+            APOLLO: 1.01), at least 1; 0 turns it off.
+        momentum: of "sgdm", torch.optim.SGD's rule, and of the averages of "muon", "normalized_momentum" and "racs".
+        moments: how the state-full rule's moments are kept, of regular parameters too: "full" (fp32, fp64 for fp64
+            weights), or "8bit" (arXiv 2110.02861): codes of a byte, a scale for each 256 entries of a row. Regular
+            parameters of fewer than 4096 entries stay full.
+        projected_lr_scale: s, scales both parts of a projected matrix.
+        state_free_lr_scale: s_free, scales the state-free part once more.
+        on_refresh: what becomes of the state at a refresh: "reset", "keep", or "project" into the new basis.
+        svd_method: how the projector of "svd" is found. "exact": a full SVD in fp32 (fp64 for fp64 gradients);
+            "subspace": a few rounds of subspace iteration from the old projector, several times faster, nearly the
+            same; "gram64": eigenvectors of the Gram matrix in fp64.
+        basis_dtype: how projectors are kept between refreshes: "full" (fp32, fp64 for fp64 weights) or "bf16", half
+            the bytes, but several percent of the residual's signs come out otherwise.
+        matmul: of the step's products with a basis: "fp32", or "bf16x3": three of bf16 parts on tensor cores, faster on
+            GPUs, with fp32's signs but for about one in ten thousand. fp64 stays fp64.
+        rounding: of updated bf16 weights that have no fp32 master: "nearest"; "stochastic", which is right on average
+            also where a step is smaller than what bf16 resolves; or "remainder": 16 more bits of each weight in the
+            state make it exact fp32.
+        refresh_schedule: "together" (the paper), or "staggered": matrices take turns within update_gap.
+        compute_layout: where basis projections compute when storage is sharded: "auto" picks by cost, "cut" and
+            "owner" say it.
+        residual_threshold: relative size below which a residual row (column for a left basis) counts as rounding
+            noise and is not stepped; 0 turns it off.
+        seed: of the random selections, a whole number, at least 0.
+        lr_scale: the old name of ``projected_lr_scale``, known to constructors and JSON. In parameter groups that is a
+            key of timm and BEiT, whose schedules put it into lr.
+
+    Raises:
+        ValueError: naming the key, for a value of the wrong type, out of its limits or not among the choices, and for
+            options that do not go together.
     """
 
     lr: float = _number(1e-3, NOW)

@@ -273,7 +273,15 @@ class Frugal(Optimizer):
 
     @on_innermost
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its members may be tensors or (name, tensor) tuples."""
+        """Add a group, on all ranks alike; its parameters are stepped from the next step on.
+
+        Args:
+            param_group: "params", tensors or (name, tensor) tuples, and whatever a group of the constructor may have:
+                "projected", "param_names", hyperparameters; those that it leaves out are the constructor's.
+
+        Raises:
+            ValueError: as the constructor, naming the parameter or key; the group is not added then.
+        """
         group = dict(param_group)
         check_group_keys(group)
         named = members_of(group)
@@ -442,8 +450,16 @@ class Frugal(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update. Collective: every rank calls it equally often, with or without gradients.
 
-        Raises ValueError (on all ranks alike) if the ranks disagree about the model, the engine is not supported or its
-        checkpoints would be incomplete, RuntimeError if a projector refresh keeps failing or in a CUDA graph.
+        Args:
+            closure: computes the loss and gradients again, with gradients enabled; called once, before the update.
+
+        Returns:
+            What ``closure`` returned, None without one.
+
+        Raises:
+            ValueError: on all ranks alike, if the ranks disagree about the model, the engine is not supported or its
+                checkpoints would be incomplete.
+            RuntimeError: if a projector refresh keeps failing, or in a CUDA graph.
         """
         loss = None
         if closure is not None:
@@ -566,7 +582,9 @@ class Frugal(Optimizer):
         """Torch's form. Keys of tensors of which this rank holds a part end in "@rank1of4": save one file per rank, use
         torch.distributed.checkpoint, or ``frugal_dist.checkpoint``.
 
-        Raises ValueError where the engine would keep one rank's part of shared state and lose the others'.
+        Raises:
+            ValueError: where the engine would keep one rank's part of shared state and lose the others', or half of a
+                step is taken.
         """
         self._refuse_half()
         follow_replaced(self._groups, self.param_groups)
@@ -622,8 +640,12 @@ class Frugal(Optimizer):
         Parameters are matched by name. Hyperparameters are those of ``state_dict``, as with torch's optimizers; rank 0
         says which differ from this program's, learning rates apart. Moments take the precision this run computes in.
 
-        What does not fit raises ValueError: here, with nothing changed, on a process without a process group, on all
-        ranks alike at the next step otherwise.
+        Args:
+            state_dict: what ``state_dict()`` gave on this rank. Its tensors may lie on any device, and are copied.
+
+        Raises:
+            ValueError: for what does not fit: here, with nothing changed, on a process without a process group, on all
+                ranks alike at the next step otherwise.
         """
         self._refuse_half()
         follow_replaced(self._groups, self.param_groups)

@@ -91,6 +91,15 @@ NAMED: dict[str, tuple[str, dict[str, str]]] = {
 def preset(name: str, **changes: Any) -> dict[str, Any]:
     """Keyword arguments for ``Frugal`` that make it one of ``PRESETS``: GaLore, Fira, APOLLO, AdamW, ...
 
+    ``FrugalConfig`` has the sources.
+
+    Args:
+        name: a key of ``PRESETS``.
+        **changes: arguments of ``Frugal`` that take the place of the preset's, or are added to them.
+
+    Raises:
+        ValueError: for a name that is not in ``PRESETS``. ``Frugal`` judges the changes.
+
     >>> preset("galore", density=0.5)["state_free"]
     'none'
     """

@@ -116,6 +116,10 @@ def save_step(
         keep_last: how many of the newest stay (None: all).
         keep_every: steps divisible by it stay as well.
         on_error: as for ``save``.
+
+    Raises:
+        ValueError: for a ``keep_last`` or ``keep_every`` below 1.
+        CheckpointError: as ``save``.
     """
     for key, value in (("keep_last", keep_last), ("keep_every", keep_every)):
         if value is not None and value < 1:
@@ -146,6 +150,9 @@ def load_latest(
         on_damaged: "error", or "previous": warn and take the one before if files are missing, cut off or changed.
         verify: as for ``load``.
         rng: as for ``load``.
+
+    Raises:
+        CheckpointError: as ``load``; with ``on_damaged="previous"`` a DamagedError only if no checkpoint is whole.
     """
     check_choice("on_mismatch", on_mismatch, ("error", "refresh"))
     check_choice("on_damaged", on_damaged, ("error", "previous"))
@@ -153,7 +160,14 @@ def load_latest(
 
 
 def latest(root: str | os.PathLike[str]) -> Path | None:
-    """The folder of the newest checkpoint under ``root``, None if there is none. For ``load`` and the export."""
+    """The folder of the newest checkpoint under ``root``, None if there is none. For ``load`` and the export.
+
+    Args:
+        root: the folder of all checkpoints of a run, as given to ``save_step``.
+
+    Raises:
+        CheckpointError: (a ValueError) if ``root`` is a file.
+    """
     step = latest_step(Path(root))
     return None if step is None else step_folder(Path(root), step)
 

@@ -122,7 +122,12 @@ def _has_cuda() -> bool:
 def load_schedule(scheduler: Any, state: dict[str, Any]) -> None:
     """``scheduler.load_state_dict(state)``, where ``state`` may be of another number of parameter groups.
 
-    MismatchError if the groups had different values then: which group gets which cannot be told.
+    Args:
+        scheduler: of ``torch.optim.lr_scheduler``, or one with its ``state_dict`` and ``load_state_dict``.
+        state: what ``scheduler.state_dict()`` gave when it was saved.
+
+    Raises:
+        MismatchError: (a ValueError) if the groups had different values then: which group gets which cannot be told.
     """
     scheduler.load_state_dict(fitted(state, scheduler.state_dict()))
 

@@ -10,7 +10,15 @@ from frugal_dist.optimizer import Frugal
 
 
 def unwrap(optimizer: Any) -> Frugal:
-    """The one Frugal in ``optimizer``. ValueError if there is none, or another optimizer beside it."""
+    """The one Frugal in ``optimizer``.
+
+    Args:
+        optimizer: a Frugal, or what holds one, at any depth: DeepSpeed's, Accelerate's or Lightning's wrapper, or an
+            object with optimizers in its attributes, lists or dicts.
+
+    Raises:
+        ValueError: if there is none, or another optimizer beside it.
+    """
     inner = optimizer
     while inner is not None and not isinstance(inner, Frugal):  # what DeepSpeed, Accelerate and Fabric call it
         inner = getattr(inner, "optimizer", None)

@@ -17,9 +17,19 @@ from frugal_dist.checkpoint.reader import Reader
 class SavedWeights:
     """``weights["model.norm.weight"]``: one tensor of a checkpoint at a time, put together from the ranks' files.
 
-    ``path``: a checkpoint, or a folder of them, of which the latest is taken. ``shapes``, ``buffer_shapes``: all there
-    are. ``model_config``: the configuration of a Hugging Face model, None if the model had none. Raises CheckpointError
-    if the checkpoint is damaged; ``verify`` compares checksums, which reads everything once.
+    Args:
+        path: a checkpoint, or a folder of them, of which the latest is taken.
+        verify: compare the checksums of all files first, which reads everything once.
+
+    Attributes:
+        folder: the checkpoint that was taken.
+        shapes: of all parameters, by name.
+        buffer_shapes: of all persistent buffers, by name.
+        model_config: the configuration of a Hugging Face model, None if the model had none.
+
+    Raises:
+        CheckpointError: (a ValueError) if the checkpoint is missing or damaged; MismatchError for a name that it does
+            not have.
     """
 
     def __init__(self, path: str | os.PathLike[str], verify: bool = True) -> None:
@@ -40,7 +50,14 @@ class SavedWeights:
         return self._reader.whole(WEIGHT + name).view(self.shapes[name])
 
     def buffer(self, name: str) -> Tensor:
-        """One persistent buffer of the model."""
+        """One persistent buffer of the model, whole, on the CPU, in the dtype in which it was saved.
+
+        Args:
+            name: a key of ``buffer_shapes``.
+
+        Raises:
+            MismatchError: (a ValueError) for another.
+        """
         if name not in self.buffer_shapes:
             raise MismatchError(f"{self.folder} has no buffer {name!r}.")
         return self._reader.whole(BUFFER + name).view(self.buffer_shapes[name])

@@ -51,13 +51,19 @@ else:
 def optimizer_cls_and_kwargs(
     args: Any = None, *, project: Sequence[str] | None = None, skip: Sequence[str] | None = None, **options: Any
 ) -> tuple[type[FrugalForModel], dict[str, Any]]:
-    """The Trainer's argument of the same name. ``options`` are Frugal's; what is missing comes from TrainingArguments.
+    """The Trainer's argument of the same name.
 
-    Those give lr, weight_decay and, for AdamW, betas and eps, read when the Trainer builds the optimizer: a search or a
-    script may change them until then. ``project`` and ``skip`` are those of split_parameters.
-    Weight decay applies to all parameters, as in torch, unless ``no_decay`` lists patterns.
+    Args:
+        args: TrainingArguments, which give lr, weight_decay and, for AdamW, betas and eps where ``options`` do not.
+            They are read when the Trainer builds the optimizer: a search or a script may change them until then.
+            None: Frugal's defaults.
+        project: name patterns as in ``split_parameters``.
+        skip: the same for what is not projected.
+        **options: other arguments of ``Frugal``, and ``no_decay``: without it weight decay applies to all parameters,
+            as in torch.
 
-    Raises ValueError if the DeepSpeed config of ``args`` has an optimizer: the Trainer would use that one.
+    Raises:
+        ValueError: if the DeepSpeed config of ``args`` has an optimizer: the Trainer would use that one.
     """
     deepspeed = getattr(args, "hf_deepspeed_config", None)
     if deepspeed is not None and "optimizer" in deepspeed.config:

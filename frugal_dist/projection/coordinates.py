@@ -17,10 +17,23 @@ from frugal_dist.projection.shapes import Rect, longer_dim
 
 
 def select_indices(length: int, count: int, *, seed: int, name: str, refresh: int) -> Tensor:
-    """``count`` distinct numbers below ``length``, sorted, int64, the same on every machine with the same torch.
+    """``count`` distinct numbers below ``length``, sorted, the same on every machine with the same torch.
 
-    The one source of randomness of columns, rows, randk (flat, row-major), randperm and blocks (name "blocks").
+    The one source of randomness of columns, rows, randk (flat, row-major), randperm and blocks.
     Exact: every subset is equally likely. Takes time and memory of about one pass over ``length`` floats.
+
+    Args:
+        length: how many things there are: columns, rows, entries or matrices.
+        count: how many are chosen, 0 to ``length``.
+        seed: the hyperparameter.
+        name: of the parameter, "blocks" for whole matrices: each has a selection of its own.
+        refresh: the number of the refresh.
+
+    Returns:
+        int64 of shape (count,), on the CPU, ascending.
+
+    Raises:
+        ValueError: if ``count`` is below 0 or above ``length``.
     """
     if not 0 <= count <= length:
         raise ValueError(f"cannot select {count} of {length} indices for {name!r}")

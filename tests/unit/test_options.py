@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import math
 import pickle
+import pkgutil
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict_saver import _stateful_to_state_dict
 
 from frugal_dist import Frugal, FrugalConfig, checkpoint, preset, split_parameters
-from frugal_dist.config import HYPERPARAMETERS, TAKEN_UP
+from frugal_dist.config import HYPERPARAMETERS, OLD_NAMES, TAKEN_UP
 
 # refusals
 
@@ -723,16 +724,54 @@ def test_wrappers_do_not_change_names() -> None:
     assert [row.name for row in rows] == ["layers.0.q_proj.weight", "layers.1.q_proj.weight"]
 
 
-@pytest.mark.parametrize(
-    "function",
-    [Frugal, split_parameters, checkpoint.save, checkpoint.load, checkpoint.save_step, checkpoint.load_latest],
-)
-def test_every_argument_is_documented(function: Callable[..., Any]) -> None:
+def listed_in_the_reference() -> dict[str, Callable[..., Any]]:
+    """What can be called among all that docs/api.md shows, by name: entries, their members and the methods of these."""
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    found: dict[str, Any] = {}
+    for path, options in re.findall(r"^::: (\S+)\n((?: {4}.*\n)*)", text, flags=re.M):
+        members = re.findall(r"[\w.]+", options.partition("members:")[2])
+        entry = pkgutil.resolve_name(path)
+        names = [f"{path}.{member}" for member in members] if inspect.ismodule(entry) else [path]
+        for name in names:
+            found[name] = pkgutil.resolve_name(name)
+            if inspect.isclass(found[name]) and name != path:
+                own = inspect.getmembers(found[name], inspect.isfunction)
+                inherited = {key for base in found[name].__mro__[1:] for key in vars(base)}
+                found |= {f"{name}.{key}": it for key, it in own if key[0] != "_" and key not in inherited}
+        if inspect.isclass(entry):
+            found |= {f"{path}.{member}": getattr(entry, member) for member in members}
+    errors = [name for name, one in found.items() if inspect.isclass(one) and issubclass(one, Exception)]
+    return {name: one for name, one in found.items() if name not in errors and callable(one)}
+
+
+REFERENCE = listed_in_the_reference()
+
+
+def test_the_reference_is_read() -> None:
+    wanted = {
+        Frugal,
+        Frugal.step,
+        FrugalConfig,
+        split_parameters,
+        preset,
+        checkpoint.load,
+        checkpoint.SavedWeights.buffer,
+    }
+    assert wanted <= set(REFERENCE.values())
+
+
+def arguments_in(docstring: str | None) -> list[str]:
+    """What a docstring of Google's style lists under Args."""
+    sections = re.split(r"^(\w+):$", inspect.cleandoc(docstring or ""), flags=re.M)
+    return re.findall(r"^ {4}\**(\w+): ", dict(zip(sections[1::2], sections[2::2], strict=True)).get("Args", ""), re.M)
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_every_argument_is_documented(name: str) -> None:
     """Who hovers over a public name sees what each argument means."""
-    arguments = [name for name in inspect.signature(function).parameters if name != "unknown"]
-    sections = re.split(r"^(\w+):$", inspect.cleandoc(function.__doc__ or ""), flags=re.M)
-    documented = re.findall(r"^ {4}(\w+): ", sections[sections.index("Args") + 1], flags=re.M)
-    assert set(arguments) <= set(documented), set(arguments) - set(documented)
+    given = inspect.signature(REFERENCE[name]).parameters
+    documented = arguments_in(REFERENCE[name].__doc__)
+    assert sorted(documented) == sorted(key for key in given if key != "self")
 
 
 def test_the_signature_is_the_configuration_field_by_field() -> None:
@@ -740,8 +779,7 @@ def test_the_signature_is_the_configuration_field_by_field() -> None:
     for field in dataclasses.fields(FrugalConfig):
         ours = parameters[field.name]
         assert (ours.default, ours.annotation) == (field.default, field.type), field.name
-    lists = inspect.cleandoc(FrugalConfig.__doc__ or "")
-    assert re.findall(r"^(\w+) {2,}\S", lists, flags=re.M) == list(HYPERPARAMETERS)
+    assert arguments_in(FrugalConfig.__doc__) == [*HYPERPARAMETERS, *OLD_NAMES]
 
 
 def test_a_wrong_switch_is_told_what_there_is() -> None:
