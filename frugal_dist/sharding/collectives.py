@@ -75,12 +75,23 @@ def outlives_its_process(process_group: Any) -> bool:
 
 
 def gather_objects(ranks: Ranks, value: object) -> list[Any]:
-    """``value`` of every rank; set-up only."""
+    """A small ``value`` of every rank, on all of them; for set-up, saving and loading."""
     if ranks.alone:
         return [value]
     by_rank: list[Any] = [None] * ranks.size
     dist.all_gather_object(by_rank, value, group=ranks.group)
     return by_rank
+
+
+def attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What ``action`` returns or raises, whatever it is: a rank that raises alone leaves the others hanging.
+
+    Whoever calls this tells the other ranks of the error, and decides what each of them raises.
+    """
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error
 
 
 def _as_value_error(error: Exception) -> tuple[type[ValueError], str]:
@@ -99,18 +110,14 @@ def together(
         action: Must not communicate: a rank whose action fails does not wait for the others.
         describe: As what an error is raised on all ranks.
     """
-    result, trouble, cause = None, None, None
+    result, error = attempt(action)
     try:
-        result = action()
-    except Exception as error:  # whatever it is: a rank that raises alone leaves the others hanging
-        trouble, cause = describe(error), error
-    try:
-        for rank, told in enumerate(gather_objects(ranks, trouble)):
+        for rank, told in enumerate(gather_objects(ranks, None if error is None else describe(error))):
             if told is not None:
                 kind, text = told
-                raise kind(text if ranks.alone else f"rank {rank}: {text}") from cause
+                raise kind(text if ranks.alone else f"rank {rank}: {text}") from error
     finally:
-        del cause  # its traceback holds this frame, and the tensors of the action's
+        del error  # its traceback leads to this frame, and to the tensors of the action's
     return cast("T", result)
 
 

@@ -283,14 +283,11 @@ def together(action: Callable[[], T]) -> T:
     """``action()``, which communicates with nobody; if it fails on any rank, no rank goes on.
 
     Called by all ranks. Raises what the action raised, or PeerFailed where it worked, or where a rank before this one
-    failed with the same words.
+    failed with the same words; ``sharding.collectives.together`` raises the first rank's error on all.
     """
-    result: T | None = None
-    trouble: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:  # the others must hear of it, whatever it is
-        trouble = error
+    from frugal_dist.sharding.collectives import attempt
+
+    result, trouble = attempt(action)
     agree(trouble)
     return cast(T, result)
 

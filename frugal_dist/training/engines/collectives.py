@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import distributed
 
+from frugal_dist.sharding.collectives import gather_objects, ranks_of
+
 
 def total(values: list[float], device: torch.device) -> list[float]:
     """Each value summed over the ranks, in double precision."""
@@ -18,11 +20,7 @@ def total(values: list[float], device: torch.device) -> list[float]:
 
 def gathered(value: Any) -> list[Any]:
     """A small plain value of each rank, on all ranks."""
-    if not distributed.is_initialized():
-        return [value]
-    by_rank: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(by_rank, value)
-    return by_rank
+    return gather_objects(ranks_of("auto"), value)
 
 
 def leave() -> None:
