@@ -1,4 +1,4 @@
-"""What patches other libraries or walks their objects: all of it, and what upstream would make it unnecessary.
+"""What patches other libraries or walks their objects, and what upstream would make it unnecessary.
 
 An optimizer is told little: not who builds it, nor who drives it or saves it. Where nobody can be asked, the answer
 stands further up the call stack or among the objects that refer to a class. Nothing here imports those libraries: what
@@ -11,14 +11,24 @@ is not loaded is not used.
     DeepSpeedEngine.load_checkpoint                     an error that says what to do (deepspeedai/DeepSpeed#3810)
     DeepSpeedEngine._configure_{zero,bf16}_optimizer    groups without trainable parameters (deepspeedai/DeepSpeed#7869)
     DeepSpeedEngine.offload_states, reload_states       other optimizers than FusedAdam (deepspeedai/DeepSpeed#6596)
-    the engine that builds or drives an optimizer       a link from one to the other
+    the engine that builds or drives an optimizer       a link from one to the other (no issue known)
     Frugal.defaults, which raises; DummyOptim           no replacing in silence (huggingface/accelerate#2169)
-    how the Trainer and Accelerate save and load        callbacks around that, for those who do it otherwise
     the Trainer's own arguments                         the same (huggingface/transformers#38753)
+    how the Trainer loads (1)                           a callback in place of loading (no issue known)
+    how Accelerate saves and loads (2)                  hooks for optimizers, too (huggingface/accelerate#991: models)
     Lightning's wrappers and strategies                 a link between them (Lightning-AI/pytorch-lightning#18516)
-    a trainer's clipping; DDP around a model            the same, and a link from parameters to DDP
+    a trainer's clipping                                a way for an optimizer to refuse it (no issue known)
+    DDP around a model, by its parameters               any optimizer in DDP's backward (pytorch/pytorch#78157)
     torch's join context, ZeroRedundancyOptimizer       join hooks for any optimizer (pytorch/pytorch#54318)
     options of torch.distributed.checkpoint             state that is not like a parameter (pytorch/pytorch#192224)
+    offline mode of the hub, once imported (3)          a function for it (huggingface/transformers#42308)
+
+Three bodies lie elsewhere. They stand above the engines, which import neither checkpoints nor the application; what
+the first two put around a function goes through ``wrap`` here.
+
+    (1) integrations/transformers.py       what was saved beside the Trainer's checkpoint is loaded in its place
+    (2) integrations/accelerate.py         save_state and load_state of one Accelerator, with our checkpoint beside
+    (3) training/data/local_or_hub.py      sets constants of huggingface_hub and datasets, which only training reads
 """
 
 from __future__ import annotations
