@@ -30,10 +30,11 @@ class AnyOptimizer:
         no_decay: name patterns of parameters without weight decay.
         options: any other hyperparameter of FrugalConfig, each as --optimizer.options.NAME: density, update_gap,
             projection (svd, dct, random, gaussian, randperm, columns, rows, randk, blockwise), side, block_order,
-            state_full (adamw, lion, sgdm, muon), state_free (sign, sgd, none, softsign, normalized, normalized_columns,
-            sinkhorn, scaled, racs), combine (add, scale, scale_matrix), growth_limit, betas, eps, momentum, moments
-            (full, 8bit), projected_lr_scale, state_free_lr_scale, on_refresh (reset, keep, project), svd_method,
-            basis_dtype, matmul, rounding, refresh_schedule, compute_layout, residual_threshold, seed, shard_state.
+            state_full (adamw, lion, sgdm, muon, normalized_momentum), state_free (sign, sgd, none, softsign,
+            normalized, normalized_columns, sinkhorn, scaled, racs), combine (add, scale, scale_matrix), growth_limit,
+            betas, eps, momentum, moments (full, 8bit), projected_lr_scale, state_free_lr_scale, on_refresh (reset,
+            keep, project), svd_method, basis_dtype, matmul, rounding, refresh_schedule, compute_layout,
+            residual_threshold, seed, shard_state.
     """
 
     name: str = "frugal"

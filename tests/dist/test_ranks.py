@@ -15,8 +15,9 @@ from processes import Fleet
 from torch import distributed
 from torch.distributed import HashStore
 
+from frugal_dist.notices import RANKS
 from frugal_dist.training.distributed import ranks as group
-from frugal_dist.training.distributed.place import DistEnv, find_dist_env
+from frugal_dist.training.distributed.place import LAUNCHERS, DistEnv, find_dist_env
 from frugal_dist.training.distributed.ranks import _agreed_gpu, gpu_index, process_group
 
 
@@ -120,6 +121,11 @@ def test_without_mpi4py_or_an_address_the_error_says_what_to_export(monkeypatch:
     monkeypatch.setitem(__import__("sys").modules, "mpi4py", None)
     with pytest.raises(ValueError, match="export MASTER_ADDR"):
         find_dist_env({"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"})
+
+
+def test_the_first_word_is_the_first_ranks_with_every_launcher() -> None:
+    """It is said before torch is loaded, by a list of its own."""
+    assert tuple(launcher.rank for launcher in LAUNCHERS.values()) == RANKS
 
 
 def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

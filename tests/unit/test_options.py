@@ -21,7 +21,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict_saver import _stateful_to_state_dict
 
 from frugal_dist import Frugal, FrugalConfig, checkpoint, preset, split_parameters
-from frugal_dist.config import HYPERPARAMETERS, OLD_NAMES, TAKEN_UP
+from frugal_dist.config import CHOICES, HYPERPARAMETERS, OLD_NAMES, TAKEN_UP
+from frugal_dist.training.optimizers import AnyOptimizer
 
 # refusals
 
@@ -772,6 +773,22 @@ def test_every_argument_is_documented(name: str) -> None:
     given = inspect.signature(REFERENCE[name]).parameters
     documented = arguments_in(REFERENCE[name].__doc__)
     assert sorted(documented) == sorted(key for key in given if key != "self")
+
+
+@pytest.mark.parametrize("documented", [Frugal, FrugalConfig])
+@pytest.mark.parametrize("key", CHOICES)
+def test_every_choice_is_named_where_its_argument_is_described(key: str, documented: type) -> None:
+    """Projections, rules and forms of moments come from registries; what is new there is named here, too."""
+    entry = re.search(rf"^    {key}: (.*?)^    \w+: ", inspect.cleandoc(documented.__doc__ or ""), flags=re.M | re.S)
+    assert entry is not None
+    assert set(CHOICES[key]) <= set(re.findall(r'"(\w+)"', entry[1]))
+
+
+@pytest.mark.parametrize("key", ["projection", "state_full", "state_free", "combine", "moments", "on_refresh"])
+def test_every_choice_is_named_in_the_help_of_recipes(key: str) -> None:
+    listed = re.search(rf"\b{key}\s+\(([^)]*)\)", AnyOptimizer.__doc__ or "")
+    assert listed is not None
+    assert re.split(r",\s+", listed[1]) == list(CHOICES[key])
 
 
 def test_the_signature_is_the_configuration_field_by_field() -> None:
