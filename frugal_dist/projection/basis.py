@@ -18,9 +18,9 @@ Dictionary = Callable[[int, torch.dtype, torch.device], Tensor]
 """(length, dtype, device): the square orthonormal matrix whose columns are chosen from."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: every matrix makes one at every step, which would take three times as long
 class Basis:
-    """Orthonormal columns: ``left`` (P, rows x r) and/or ``right`` (Q, cols x r), contiguous.
+    """Orthonormal columns: ``left`` (P, rows x r) and/or ``right`` (Q, cols x r), contiguous. Never changed.
 
     Contiguous down to the strides of dims of length 1, which BLAS looks at: the last bits depend on them, and are to be
     the same on the rank that computed a basis, on those that received it, and on all after a resume. They compute in
@@ -106,12 +106,12 @@ def add_up_(out: Tensor, low: Tensor, basis: Basis, alpha: float = 1.0, matmul: 
 
 def residual(grad: Tensor, low: Tensor, basis: Basis, matmul: str = "fp32") -> Tensor:
     """Grad - up(low), in a new tensor."""
-    products, rest = MATMULS[matmul], grad.clone(memory_format=torch.contiguous_format)
+    products = MATMULS[matmul]
     if basis.right is None:
         assert basis.left is not None
-        return products.add_(rest, basis.left, low, alpha=-1.0)
+        return products.add(grad, basis.left, low, alpha=-1.0)
     low = low if basis.left is None else products.multiply(basis.left, low)
-    return products.add_(rest, low, basis.right.T, alpha=-1.0)
+    return products.add(grad, low, basis.right.T, alpha=-1.0)
 
 
 def spans_everything(basis: Basis) -> bool:

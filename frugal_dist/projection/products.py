@@ -21,10 +21,14 @@ class Adds(Protocol):
 
 
 class Products(NamedTuple):
-    """``multiply(a, b)`` and ``add_(out, a, b, alpha=)``. In fp32 they are torch's own: a step has three per matrix."""
+    """``multiply(a, b)``, ``add_(out, a, b, alpha=)``, and ``add``, the same in a new tensor, which is contiguous.
+
+    In fp32 they are torch's own: a step has three per matrix.
+    """
 
     multiply: Callable[[Tensor, Tensor], Tensor]
     add_: Adds
+    add: Adds
 
 
 def split(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +61,14 @@ def _add_split_(out: Tensor, a: Tensor, b: Tensor, /, *, alpha: float) -> Tensor
     return out.add_(_in_fp32(left, right), alpha=alpha)
 
 
-MATMULS = {"fp32": Products(torch.mm, Tensor.addmm_), "bf16x3": Products(_multiply_split, _add_split_)}
+def _add_split(out: Tensor, a: Tensor, b: Tensor, /, *, alpha: float) -> Tensor:
+    return _add_split_(out.clone(memory_format=torch.contiguous_format), a, b, alpha=alpha)
+
+
+MATMULS = {
+    "fp32": Products(torch.mm, Tensor.addmm_, torch.addmm),
+    "bf16x3": Products(_multiply_split, _add_split_, _add_split),
+}
 
 
 def _in_fp32(a: Tensor, b: Tensor) -> Tensor:

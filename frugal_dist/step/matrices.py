@@ -122,11 +122,19 @@ def _step_here(runtime: Runtime, mats: Sequence[LocalMatrix]) -> None:
     """All together; a few at a time what needs fp32 weights for its step, as no kernel rounds it by itself."""
     alone: list[LocalMatrix] = []
     together: list[LocalMatrix] = []
+    updates: list[TileUpdate] = []
     for mat in mats:
-        narrow = mat.weight_dtype is not mat.dtype and _widens(mat)
-        by_itself = narrow and (keeps_remainders(mat.config) or not all(map(rounds_once, _updates(runtime, [mat]))))
-        (alone if by_itself else together).append(mat)
-    step_tiles(_updates(runtime, together))
+        if mat.weight_dtype is mat.dtype or not _widens(mat):
+            together.append(mat)
+            continue
+        own = [] if keeps_remainders(mat.config) else _updates(runtime, [mat])
+        if own and all(map(rounds_once, own)):
+            updates += own
+        else:
+            alone.append(mat)
+    step_tiles([*_updates(runtime, together), *updates])
+    if not alone:
+        return
     for bucket in fill_buckets([(sum(weight.numel() for weight in mat.weights),) for mat in alone], WIDE):
         mats = [alone[i] for i in bucket]
         wides = [_widened(mat) for mat in mats]

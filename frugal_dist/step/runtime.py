@@ -233,13 +233,13 @@ class LocalMatrix:
 
     def usable(self, kept: Basis) -> Basis:
         """What is kept, to compute with: in ``dtype``, or with what its numbers choose from."""
-        if not kept.parts:
+        if kept.left is None and kept.right is None:
             return self._no_choice()
-        dictionary = PROJECTIONS[self.config.projection].dictionary
-        if dictionary is not None:
-            return Basis(kept.left, kept.right, dictionary=dictionary)
         part = kept.right if kept.left is None else kept.left
-        return kept if part is not None and part.dtype == self.dtype else kept.to(self.dtype)
+        if part is not None and part.dtype is self.dtype:  # nearly always; numbers of columns are integers
+            return kept
+        dictionary = PROJECTIONS[self.config.projection].dictionary
+        return kept.to(self.dtype) if dictionary is None else Basis(kept.left, kept.right, dictionary=dictionary)
 
     @property
     def size(self) -> int:

@@ -192,25 +192,35 @@ def _step_bases(jobs: Sequence[TileUpdate]) -> None:
     pairs = [(job, _columns(cast("Basis", job.basis), job.grad)) for job in jobs]
     grads = [job.grad if job.grad.dtype is job.weight.dtype else _wide(job.grad) for job in jobs]
     lows = [down(grad, basis, config.matmul) for (_, basis), grad in zip(pairs, grads, strict=True)]
-    rests: list[TileUpdate] = []
+    free = STATE_FREE[config.state_free].direction is not None
+    weights: list[Tensor] = []
+    rests: list[Tensor] = []
     for (job, basis), grad, low in zip(pairs, grads, lows, strict=True):
-        if STATE_FREE[config.state_free].direction is None or spans_everything(basis):
+        if not free or spans_everything(basis):
             decay_(job.weight, config.lr, decay)
             continue
         rest = residual(grad, low, basis, config.matmul)
         if config.residual_threshold == 0.0:
-            rests.append(TileUpdate(job.weight, rest, None, (), job.step, decay, config))
+            weights.append(job.weight)
+            rests.append(rest)
         elif not _free_rows_(job.weight, rest, grad, job.side, config, decay):
             state_free_(job.weight, silence_noise_(rest, grad, job.side, config.residual_threshold), config, decay)
-    if len(rests) == 1:  # a kernel that needs no table
-        state_free_(rests[0].weight, rests[0].grad, config, decay)
-    elif rests:
-        step_tiles(rests)
+    _free_all_(weights, rests, config, decay)
     del rests
     rate = config.lr * config.projected_lr_scale
     moved = _from_zero(lows, [job.moments for job in jobs], first.step, config, rate)
     for (job, basis), update in zip(pairs, moved, strict=True):
         add_up_(job.weight, update, basis, matmul=config.matmul)
+
+
+def _free_all_(weights: Sequence[Tensor], grads: Sequence[Tensor], config: FrugalConfig, decay: float) -> None:
+    """``state_free_`` of all of them, in one call of a kernel that takes them all."""
+    if len(weights) > 1 and STATE_FREE[config.state_free].has_kernel:
+        fused = fused_for(weights[0])
+        if fused is not None and fused.sign_steps_(weights, grads, config, decay):
+            return
+    for weight, grad in zip(weights, grads, strict=True):
+        state_free_(weight, grad, config, decay)
 
 
 def _free_rows_(weight: Tensor, rest: Tensor, grad: Tensor, side: str, config: FrugalConfig, decay: float) -> bool:
@@ -267,9 +277,13 @@ def lines_delta(job: TileUpdate, cut: int | None = None) -> Sums:
 def _from_zero(lows: Sequence[Tensor], moments: Sequence[Moments], step: int, config: FrugalConfig,
                rate: float) -> Sequence[Tensor]:  # fmt: skip
     """-rate U(low), by moving zeros: the fused rules only know how to move parameters."""
-    flat = torch.zeros(sum(low.numel() for low in lows), dtype=lows[0].dtype, device=lows[0].device)
-    parts = flat.split([low.numel() for low in lows])
-    moved = [part.view(low.shape) for part, low in zip(parts, lows, strict=True)]
+    shape, count = lows[0].shape, len(lows)
+    if all(low.shape == shape for low in lows):
+        moved: Sequence[Tensor] = lows[0].new_zeros((count, *shape)).unbind()
+    else:
+        sizes = [low.numel() for low in lows]
+        parts = lows[0].new_zeros(sum(sizes)).split(sizes)
+        moved = [part.view(low.shape) for part, low in zip(parts, lows, strict=True)]
     state_full_(moved, lows, moments, step, rate, 0.0, config)
     return moved
 

@@ -147,6 +147,19 @@ def test_what_it_is_not_made_for_is_left_to_torch(options: dict[str, Any], weigh
     assert not native.Launches().take(job)
 
 
+def test_several_signed_steps_in_one_call_are_those_of_one_each() -> None:
+    torch.manual_seed(0)
+    grads = [torch.randn(height, 24) for height in (8, 16, 1)]
+    weights, others = ([torch.full_like(grad, 0.5) for grad in grads] for _ in range(2))
+    assert native.sign_steps_(weights, grads, CONFIG, 0.1)
+    size = CONFIG.lr * CONFIG.projected_lr_scale * CONFIG.state_free_lr_scale
+    for weight, other, grad in zip(weights, others, grads, strict=True):
+        assert native.sign_step_(other, grad, size, 1.0 - CONFIG.lr * 0.1)
+        assert torch.equal(weight, other)
+    assert not native.sign_steps_([weights[0], weights[1].T], [grads[0], grads[1].T], CONFIG, 0.1)
+    assert all(map(torch.equal, weights, others)), "nothing is done if one of them is left to torch"
+
+
 def test_a_backward_that_needs_the_old_weights_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(kernels.VARIABLE, "native")
     layers = [torch.nn.Parameter(torch.randn(8, 8)) for _ in range(2)]

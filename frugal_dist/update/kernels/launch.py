@@ -262,6 +262,18 @@ def sign_step_(weight: Tensor, grad: Tensor, size: float, keep: float = 1.0) -> 
     return True
 
 
+def sign_steps_(weights: Sequence[Tensor], grads: Sequence[Tensor], config: FrugalConfig, decay: float) -> bool:
+    """The state-free step of several matrices. False, and nothing done, if the tensors are not made for it."""
+    jobs = [TileUpdate(*pair, None, (), 0, decay, config) for pair in zip(weights, grads, strict=True)]
+    if any(kind_of(job) is None for job in jobs):
+        return False
+    launches = Launches()
+    for job in jobs:
+        launches.take(job)
+    launches.finish()
+    return True
+
+
 def sign_step_above_(weight: Tensor, rest: Tensor, grad: Tensor, size: float, keep: float, threshold: float) -> bool:
     """The same by those rows of the residual whose norm is above ``threshold`` times the gradient's; all in fp32."""
     tensors = (weight, rest, grad)

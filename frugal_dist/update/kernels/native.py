@@ -159,14 +159,19 @@ ROW = struct.Struct("13q")
 """What the kernel is told of a tile."""
 
 
-def described(job: TileUpdate) -> tuple[NativeKind, bytes] | None:
-    """The kind of a tile and its row in the table, None for one that is left to torch.
+Key = tuple[int, int, float, int, torch.dtype, torch.dtype, bool]
+"""What tiles of one call share: kind, settings, decay, step, dtypes, whether they are rounded to the nearest."""
+
+
+def described(job: TileUpdate) -> tuple[Key, bytes] | None:
+    """What a tile shares with others, and its row in the table; None for one that is left to torch.
 
     The kernel does AdamW with sign, where the tile has selected entries, and the signed step; on contiguous tensors
     with memory of their own (a wrapper of other tensors, such as torchao's float8 weights, has the address 0).
     """
-    weight, grad, selection, moments, _, _, config, noise, *_ = job
-    if not STATE_FREE[config.state_free].has_kernel or weight.dtype not in DTYPES or grad.dtype not in DTYPES:
+    weight, grad, selection, moments, step, decay, config, noise, *_ = job
+    dtype, narrow = weight.dtype, grad.dtype
+    if not STATE_FREE[config.state_free].has_kernel or dtype not in DTYPES or narrow not in DTYPES:
         return None
     if not (weight.is_cpu and grad.is_cpu and weight.is_contiguous() and grad.is_contiguous()):
         return None
@@ -176,7 +181,8 @@ def described(job: TileUpdate) -> tuple[NativeKind, bytes] | None:
     rows, cols = weight.shape
     keys, start, stride = noise or ((0, 0), 0, cols)
     if selection is None or moments[0].numel() == 0:
-        return _SIGN, ROW.pack(address, gradient, 0, 0, 0, 0, rows, cols, 0, start, stride, *keys)
+        row = ROW.pack(address, gradient, 0, 0, 0, 0, rows, cols, 0, start, stride, *keys)
+        return (_SIGN.number, id(config), decay, 0, dtype, narrow, noise is None), row
     kind = _KINDS.get(type(selection))
     if kind is None or not STATE_FULL[config.state_full].has_kernel or config.form.blocky:  # it knows no codes
         return None
@@ -187,65 +193,60 @@ def described(job: TileUpdate) -> tuple[NativeKind, bytes] | None:
         return None
     selected, before, count = kind.lookup(job)
     moved = first.data_ptr(), second.data_ptr()
-    return kind, ROW.pack(address, gradient, *moved, selected, before, rows, cols, count, start, stride, *keys)
+    row = ROW.pack(address, gradient, *moved, selected, before, rows, cols, count, start, stride, *keys)
+    return (kind.number, id(config), decay, step, dtype, narrow, noise is None), row
 
 
-def kind_of(job: TileUpdate) -> NativeKind | None:
+def kind_of(job: TileUpdate) -> int | None:
     """The kind of a tile, None for one that is left to torch."""
-    row = described(job)
-    return None if row is None else row[0]
+    description = described(job)
+    return None if description is None else description[0][0]
 
 
 class Launches:
     """Tiles that wait for their call. ``take`` them all, then ``finish``."""
 
     def __init__(self) -> None:
-        self._groups: dict[tuple[object, ...], tuple[NativeKind, list[bytes], list[TileUpdate]]] = {}
+        self._groups: dict[Key, tuple[list[bytes], list[TileUpdate]]] = {}
 
     def take(self, job: TileUpdate) -> bool:
         """Whether the kernel will do this tile. Its tensors must not change until ``finish``."""
         description = described(job)
         if description is None:
             return False
-        weight, grad, _, _, step, decay, config, noise, *_ = job
-        kind, row = description
-        step = 0 if kind is _SIGN else step
-        key = (kind.number, id(config), decay, step, weight.dtype, grad.dtype, noise is None)
-        group = self._groups.get(key)
+        group = self._groups.get(description[0])
         if group is None:
-            group = self._groups[key] = (kind, [], [])
-        group[1].append(row)
-        group[2].append(job)  # keeps its tensors alive until then
+            group = self._groups[description[0]] = ([], [])
+        group[0].append(description[1])
+        group[1].append(job)  # keeps its tensors alive until then
         return True
 
     def finish(self) -> None:
         """Step what waits."""
         groups, self._groups = self._groups, {}
-        for kind, rows, jobs in groups.values():
-            job = jobs[0]
-            scalars = _scalars(kind, job.step, job.decay, job.config)
-            _run(rows, kind, job.weight.dtype, job.grad.dtype, scalars, job.noise is not None)
+        for (number, _, decay, step, dtype, narrow, nearest), (rows, jobs) in groups.items():
+            _run(rows, number, dtype, narrow, _scalars(number, step, decay, jobs[0].config), not nearest)
             torch.autograd.graph.increment_version([job.weight for job in jobs])
 
 
 def _run(
     rows: Sequence[bytes],
-    kind: NativeKind,
+    kind: int,
     weight: torch.dtype,
     grad: torch.dtype,
     scalars: array[float],
     noise: bool = False,
 ) -> None:
     library()(
-        b"".join(rows), len(rows), kind.number, DTYPES[weight], DTYPES[grad], noise,
+        b"".join(rows), len(rows), kind, DTYPES[weight], DTYPES[grad], noise,
         scalars.buffer_info()[0], torch.get_num_threads(),
     )  # fmt: skip
 
 
-def _scalars(kind: NativeKind, step: int, decay: float, config: FrugalConfig) -> array[float]:
+def _scalars(kind: int, step: int, decay: float, config: FrugalConfig) -> array[float]:
     rate = float(config.lr * config.projected_lr_scale)
     free = (1.0 - config.lr * decay, rate * config.state_free_lr_scale)
-    if kind is _SIGN:
+    if kind == _SIGN.number:
         return array("f", (*free, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0))
     beta1, beta2 = config.beta_pair
     inverse = (1.0 - beta2**step) ** -0.5
@@ -261,7 +262,7 @@ def sign_step_(weight: Tensor, grad: Tensor, size: float, keep: float = 1.0) -> 
         return False
     numel = weight.numel()
     row = ROW.pack(*addresses, 0, 0, 0, 0, 1, numel, 0, 0, numel, 0, 0)
-    _run([row], _SIGN, weight.dtype, grad.dtype, array("f", (keep, size, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0)))
+    _run([row], _SIGN.number, weight.dtype, grad.dtype, array("f", (keep, size, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0)))
     torch.autograd.graph.increment_version([weight])
     return True
 
@@ -269,6 +270,27 @@ def sign_step_(weight: Tensor, grad: Tensor, size: float, keep: float = 1.0) -> 
 def round_(target: Tensor, wide: Tensor, starts: Tensor, keys: tuple[int, int]) -> bool:
     """Not here: torch's operations do it."""
     return False
+
+
+def sign_steps_(weights: Sequence[Tensor], grads: Sequence[Tensor], config: FrugalConfig, decay: float) -> bool:
+    """The state-free step of several matrices of one dtype, whose gradients share one, in one call.
+
+    False, and nothing done, if the tensors are not made for it.
+    """
+    dtype, kind = weights[0].dtype, grads[0].dtype
+    if dtype not in DTYPES or kind not in DTYPES:
+        return False
+    rows = []
+    for weight, grad in zip(weights, grads, strict=True):
+        address, gradient = weight.data_ptr(), grad.data_ptr()
+        whole = weight.is_contiguous() and grad.is_contiguous() and weight.dtype is dtype and grad.dtype is kind
+        if not (whole and address and gradient and weight.is_cpu and grad.is_cpu):
+            return False
+        height, width = weight.shape
+        rows.append(ROW.pack(address, gradient, 0, 0, 0, 0, height, width, 0, 0, width, 0, 0))
+    _run(rows, _SIGN.number, dtype, kind, _scalars(_SIGN.number, 0, decay, config))
+    torch.autograd.graph.increment_version(weights)
+    return True
 
 
 def sign_step_above_(weight: Tensor, rest: Tensor, grad: Tensor, size: float, keep: float, threshold: float) -> bool:
