@@ -480,6 +480,7 @@ class Frugal(Optimizer):
         with full_precision():
             runtime = self._bind()
             runtime.storage.complete_gradients(runtime.ranks)
+            replaces = not self._checked.issuperset(() if about is None else about)
             inputs = self._inputs(runtime, about)
             try:
                 if self._starts(runtime, inputs):
@@ -488,12 +489,15 @@ class Frugal(Optimizer):
                     inputs = self._inputs(runtime, about)
                 decision = decide(runtime, inputs.mats, inputs.regular)
                 if decision.coordinates or decision.bases:
+                    replaces = True
                     refresh(runtime, decision)
                 step_matrices(runtime, inputs.mats, stepping(runtime, inputs.mats, decision))
                 step_regular(runtime, inputs)
                 self._summarise(runtime)
             finally:
                 inputs.release()
+                if replaces and self._release is not None:
+                    self._release.catch_up()
         return True
 
     def _inputs(self, runtime: Runtime, about: Sequence[int] | None) -> StepInputs:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from threading import RLock
 from typing import Any
 
+import torch
 from torch import Tensor
 
 TWICE = (
@@ -34,7 +35,7 @@ class Release:
     none, and what had no gradient, is left for ``close``. ``update(positions)``: False if nothing has ever moved and
     all these gradients are zero; then they wait for more. None means all positions. ``check`` raises ValueError where
     something else needs the gradients; it is asked at the first gradient and at the first ``close``. ``alone``: one
-    process, no collectives.
+    process, no collectives. ``stream``: on a GPU, where backward computes and ``close`` steps.
 
     Which units are stepped, and when, follows from the order of arrival: that has to be the same on all ranks.
     """
@@ -51,6 +52,7 @@ class Release:
     stepped: set[int] = field(default_factory=set)
     held: list[int] = field(default_factory=list)
     current: int | None = None
+    stream: Any = None
     _lock: Any = field(default_factory=RLock)  # autograd has a thread for each device
 
     def __post_init__(self) -> None:
@@ -59,7 +61,7 @@ class Release:
 
     def watch(self) -> None:
         """Hear of the gradients of whoever is trained now. Hooks do not keep this alive: the optimizer does."""
-        me = weakref.ref(self)
+        me, self.stream = weakref.ref(self), _current_stream()
         for i in self._unit.keys() - self.handles.keys():
             if self.params[i].requires_grad:
                 self.handles[i] = self.params[i].register_post_accumulate_grad_hook(_hook(me, i))
@@ -120,6 +122,16 @@ class Release:
         rest = [i for i in range(len(self.params)) if i not in self._unit]
         return [*units, rest] if rest else units
 
+    def catch_up(self) -> None:
+        """Let backward wait for what was queued here, after tensors of the state were replaced.
+
+        FSDP2 calls hooks on the stream of its reduce-scatter, which follows backward's. Nobody follows that one before
+        the end of backward, so memory of ``stream`` that is freed here would be used again while kernels still read it.
+        """
+        here = _current_stream()
+        if here is not None and self.stream is not None and here != self.stream:
+            self.stream.wait_stream(here)
+
     def _step_current(self) -> None:
         if self.current is None:
             return
@@ -141,6 +153,10 @@ class Release:
         for handle in self.handles.values():
             handle.remove()
         self.handles.clear()
+
+
+def _current_stream() -> Any:
+    return torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
 
 def _hook(release: weakref.ref[Release], i: int) -> Callable[[Tensor], None]:

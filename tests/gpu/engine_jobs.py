@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from frugal_dist import Frugal, split_parameters
+from frugal_dist import Frugal, split_parameters, step_in_backward
 
 STEPS, ROWS, WIDTH = 8, 8, 48
 OPTIONS: dict[str, Any] = {
@@ -73,15 +73,20 @@ def alone(device: torch.device, projection: str) -> Tensor:
     return whole(model)
 
 
-def as_one_process(wrap: Callable[[Model], nn.Module]) -> Callable[[torch.device], dict[str, Any]]:
-    """The largest difference of any weight to one process, by projection."""
+def as_one_process(
+    wrap: Callable[[Model], nn.Module], released: bool = False
+) -> Callable[[torch.device], dict[str, Any]]:
+    """The largest difference of any weight to one process, by projection. ``released``: backward steps."""
 
     def job(device: torch.device) -> dict[str, Any]:
         found = {}
         for projection in PROJECTIONS:
             model = wrap(fresh(device))
             named = getattr(model, "module", model)
-            loop(model, Frugal(split_parameters(named), projection=projection, **OPTIONS), device)
+            optimizer = Frugal(split_parameters(named), projection=projection, **OPTIONS)
+            if released:
+                step_in_backward(named, optimizer)
+            loop(model, optimizer, device)
             found[projection] = float((whole(named) - alone(device, projection)).abs().max())
         return {"difference": found}
 
@@ -169,6 +174,7 @@ def trainer(device: torch.device) -> dict[str, Any]:
 JOBS: dict[str, Callable[[torch.device], dict[str, Any]]] = {
     "DDP": as_one_process(ddp),
     "FSDP2": as_one_process(sharded),
+    "FSDP2 released": as_one_process(sharded, released=True),
     **{f"ZeRO-{stage} {kind}": zero(stage, kind) for stage in (1, 2, 3) for kind in ("bf16", "fp16")},
     "ZeRO-2 fp32": zero(2, "fp32"),
     "ZeRO-2 offload": zero(2, "bf16", offload_optimizer={"device": "cpu"}),

@@ -53,6 +53,34 @@ def assert_same_bits(one: Frugal, other: Frugal) -> None:
     assert [key for key in left if not torch.equal(left[key], right[key])] == []
 
 
+def test_backward_waits_for_steps_on_another_stream_where_they_replace_the_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """FSDP2 calls hooks on the stream of its reduce-scatter: the first step and refreshes free memory there."""
+
+    class Stream:
+        def wait_stream(self, other: Stream) -> None:
+            waits.append((self, other))
+
+    waits: list[tuple[Stream, Stream]] = []
+    main, side = Stream(), Stream()
+    current = main
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    model, optimizer = built(True, {"projection": "columns", "update_gap": 2})
+    found = []
+    for step in range(4):
+        current = side
+        loss_of(model, step).backward()
+        current = main
+        optimizer.step()
+        found.append(len(waits))
+        assert set(waits) <= {(main, side)}
+        waits.clear()
+    assert found[0] > found[2] > 0 and found[1] == found[3] == 0
+
+
 @pytest.mark.parametrize("name", settings())
 def test_released_steps_have_the_bits_of_ordinary_ones(name: str) -> None:
     runs = [built(released, settings()[name]) for released in (False, True)]
