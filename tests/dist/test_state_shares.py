@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from math import prod
 
 import pytest
@@ -11,8 +10,6 @@ import torch
 from cases import GAP, LAYOUTS, MATRICES, PROJECTIONS, Case, gradients, label, weights
 from storages import replicas
 from threads import run_ranks
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
 
 from frugal_dist import Frugal
 
@@ -119,35 +116,3 @@ def test_a_moment_is_stored_once() -> None:
         return sum(v.untyped_storage().nbytes() - v.numel() * v.element_size() for v in tensors)
 
     assert run_ranks(RANKS, excess) == [0] * RANKS
-
-
-def test_who_saves_one_rank_of_ddp_is_told() -> None:
-    """The idiom of torch's tutorials would lose the other ranks' parts."""
-
-    def save(rank: int) -> None:
-        held = replicas(weights(), Case("columns", "std", "reset").groups(), {"lr": 1e-2, "projection": "columns"})
-        held.step(gradients()[0])
-        for _ in range(2):
-            held.optimizer.state_dict()
-
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        run_ranks(2, save)
-    assert sum("only rank 0's part" in str(one.message) for one in found) == 1
-
-
-def test_parameters_that_are_wrapped_after_loading() -> None:
-    """Accelerate loads the optimizer's own state before it shards the model, on one rank as on many."""
-
-    def run(rank: int) -> torch.Tensor:
-        plain = torch.nn.Parameter(weights()["high"].clone())
-        optimizer = Frugal([{"params": [("w", plain)], "projected": True}], lr=1e-2, projection="columns")
-        optimizer.load_state_dict(optimizer.state_dict())
-        mesh = init_device_mesh("cpu", (1,))
-        param = torch.nn.Parameter(DTensor.from_local(weights()["high"].clone(), mesh, [Shard(0)]))
-        optimizer.param_groups[0]["params"] = [param]
-        param.grad = DTensor.from_local(gradients()[0]["high"].clone(), mesh, [Shard(0)])
-        optimizer.step()
-        return param.detach().to_local()
-
-    assert not torch.equal(run_ranks(1, run)[0], weights()["high"])

@@ -1,4 +1,4 @@
-"""The plan: pure functions of the storage layout, the same on every rank."""
+"""Who holds which tile, who computes it, what travels: pure functions of the layout, the same on every rank."""
 
 from __future__ import annotations
 

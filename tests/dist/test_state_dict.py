@@ -1,4 +1,4 @@
-"""Stopped, saved, built anew, loaded and continued on the same setup: the same bits as without the stop.
+"""state_dict, copies and pickles on several ranks: loaded anew, a run ends in the bits of one without a stop.
 
 What does not fit is refused on all ranks alike at the next step.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,11 +17,12 @@ import pytest
 import resuming
 import torch
 import torch.distributed as dist
-from cases import ON_REFRESH, PROJECTIONS, Case, gradients
+from cases import ON_REFRESH, PROJECTIONS, Case, gradients, weights
 from resuming import Saved, from_bytes
-from storages import Held, cut_like
+from storages import Held, cut_like, replicas
 from threads import run_ranks
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from frugal_dist import Frugal
 
@@ -412,3 +414,35 @@ def test_what_cannot_be_loaded_is_told_at_the_next_step_of_all_ranks() -> None:
             return state_dict
 
         assert said in refused("Shard(0)", case, files)
+
+
+def test_who_saves_one_rank_of_ddp_is_told() -> None:
+    """The idiom of torch's tutorials would lose the other ranks' parts."""
+
+    def save(rank: int) -> None:
+        held = replicas(weights(), Case("columns", "std", "reset").groups(), {"lr": 1e-2, "projection": "columns"})
+        held.step(gradients()[0])
+        for _ in range(2):
+            held.optimizer.state_dict()
+
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        run_ranks(2, save)
+    assert sum("only rank 0's part" in str(one.message) for one in found) == 1
+
+
+def test_parameters_that_are_wrapped_after_loading() -> None:
+    """Accelerate loads the optimizer's own state before it shards the model, on one rank as on many."""
+
+    def run(rank: int) -> torch.Tensor:
+        plain = torch.nn.Parameter(weights()["high"].clone())
+        optimizer = Frugal([{"params": [("w", plain)], "projected": True}], lr=1e-2, projection="columns")
+        optimizer.load_state_dict(optimizer.state_dict())
+        mesh = init_device_mesh("cpu", (1,))
+        param = torch.nn.Parameter(DTensor.from_local(weights()["high"].clone(), mesh, [Shard(0)]))
+        optimizer.param_groups[0]["params"] = [param]
+        param.grad = DTensor.from_local(gradients()[0]["high"].clone(), mesh, [Shard(0)])
+        optimizer.step()
+        return param.detach().to_local()
+
+    assert not torch.equal(run_ranks(1, run)[0], weights()["high"])

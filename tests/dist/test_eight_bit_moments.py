@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import test_plan_agrees
-import test_resume
+import test_state_dict
 import torch
 from cases import LAYOUTS
 from storages import Held, Named
@@ -111,11 +111,11 @@ def test_planned_regular_parameters() -> None:
         assert [rank.state for rank in found.ranked] == measured == found.states, layout
 
 
-@pytest.mark.parametrize("layout", test_resume.RANKS)
+@pytest.mark.parametrize("layout", test_state_dict.RANKS)
 def test_bit_for_bit(layout: str) -> None:
-    turn = list(test_resume.RANKS).index(layout)
-    for case in test_resume.SOME[turn % 3 :: 3]:
-        test_resume.check(layout, replace(case, more=tuple(EIGHT.items())), (2 + turn % 2,))
+    turn = list(test_state_dict.RANKS).index(layout)
+    for case in test_state_dict.SOME[turn % 3 :: 3]:
+        test_state_dict.check(layout, replace(case, more=tuple(EIGHT.items())), (2 + turn % 2,))
 
 
 TRIPS = [("Shard(0)", 4, "replicas", 1), ("replicas", 1, "ZeRO-3", 3), ("ZeRO-1/2", 3, "Shard(0)", 2)]

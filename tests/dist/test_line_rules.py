@@ -1,4 +1,4 @@
-"""The family's rules that need whole lines: right on one process, the same on every layout, planned, resumed."""
+"""Rules that need whole lines: right on one process, the same on every layout, planned, resumed."""
 
 from __future__ import annotations
 
