@@ -7,8 +7,6 @@ together: starting one costs more than most of them.
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -22,19 +20,18 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if "--gpu" in sys.argv else "1")
 import pytest
 import torch
 
-# The other tests are about numbers and processes, more of these than most machines have GPUs: they run on the CPU.
-# CUDA_VISIBLE_DEVICES=0 in the environment overrides it.
-ON_GPU = "--gpu" in sys.argv
-SMI = shutil.which("nvidia-smi")
-GPUS = SMI is not None and "GPU" in subprocess.run([SMI, "-L"], capture_output=True, text=True, check=False).stdout
-if GPUS and not ON_GPU:
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-
 # Tests are imported in importlib mode, which leaves their folder out of the path.
 sys.path.insert(0, str(Path(__file__).parent))
 
-import tables  # noqa: E402
-from fuzzing import Fuzz  # noqa: E402
+import tables
+from devices import GPUS
+from fuzzing import Fuzz
+
+# The other tests are about numbers and processes, more of these than most machines have GPUs: they run on the CPU.
+# CUDA_VISIBLE_DEVICES=0 in the environment overrides it.
+ON_GPU = "--gpu" in sys.argv
+if GPUS and not ON_GPU:
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 FLEETS = ("fleet", "processes")
 """Fixtures that hold living ranks."""
@@ -64,7 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if why := _not_on_this_device(item):
             item.add_marker(pytest.mark.skip(reason=why))
         if item.get_closest_marker("shows_gpus") and GPUS:
-            item.add_marker(pytest.mark.skip(reason="DeepSpeed's launcher would use this machine's GPUs"))
+            item.add_marker(pytest.mark.skip(reason="its launcher would show this machine's GPUs to the ranks"))
 
 
 def _not_on_this_device(item: pytest.Item) -> str:

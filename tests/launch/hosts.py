@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from devices import GPUS
 
 ROOT = Path(__file__).resolve().parents[2]
 SETUP = """
@@ -79,6 +80,7 @@ def environment(more: Mapping[str, str] = {}) -> dict[str, str]:
     own = {key: value for key, value in os.environ.items() if not key.startswith(OTHER_LAUNCHES)}
     return {
         **own,
+        **({"CUDA_VISIBLE_DEVICES": ""} if GPUS else {}),
         "PATH": path(),
         "PYTHONPATH": str(ROOT),
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache/torch_extensions")),

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 from functools import partial
 from pathlib import Path
 
+import hosts
 import pytest
 import torch
+from devices import GPUS
 from hosts import ROOT, environment
 from runs import Workshop
 
@@ -19,8 +20,7 @@ from frugal_dist.cli import main
 from frugal_dist.training.distributed.place import settle_accelerator
 
 SCRIPTS = sorted(file.name for file in (ROOT / "launch").iterdir() if file.suffix in (".sh", ".sbatch"))
-NO_GPU = shutil.which("nvidia-smi") is None
-HIDDEN = "--num_gpus 2 / unset" if NO_GPU else "hides this machine's GPUs"
+HIDDEN = "hides this machine's GPUs" if GPUS else "--num_gpus 2 / unset"
 SOURCED = {"common.sh", "gpus.sh", "environment.sh"}
 
 
@@ -49,9 +49,11 @@ def test_the_recipe_is_checked_before_anything_is_started(
     """--dry-run ends there, and shows the command."""
     run = workshop.run("checked")
 
+    given = {"RANKS": "2", "CUDA_VISIBLE_DEVICES": "0,1"}  # nothing is started on them
+
     def launch(script: str, *words: str) -> tuple[int, str, str]:
         command = ["bash", str(ROOT / "launch" / script), *words]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment({"RANKS": "2"}), timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(given), timeout=120)
         return done.returncode, done.stdout, done.stderr
 
     recipe, *changes = run.arguments()
@@ -139,8 +141,18 @@ def test_a_lost_terminal_becomes_sigterm_and_does_not_end_the_script_alone() -> 
 )
 def test_deepspeed_gets_the_gpus_that_are_shown_to_us(shown: str | None, ranks: int, expected: str) -> None:
     script = 'pick_gpus "$1"; echo "${PICKED[*]} / ${CUDA_VISIBLE_DEVICES-unset}"'
-    done = bash(script, str(ranks), **({} if shown is None else {"CUDA_VISIBLE_DEVICES": shown}))
+    if shown is None:
+        done = bash(f"unset CUDA_VISIBLE_DEVICES; {script}", str(ranks))
+    else:
+        done = bash(script, str(ranks), CUDA_VISIBLE_DEVICES=shown)
     assert expected in done.stdout + done.stderr
+
+
+def test_what_runs_on_a_host_is_shown_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "GPUS", True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert environment()["CUDA_VISIBLE_DEVICES"] == ""
+    assert environment({"CUDA_VISIBLE_DEVICES": "4,5"})["CUDA_VISIBLE_DEVICES"] == "4,5"
 
 
 def test_what_is_sent_to_other_hosts() -> None:

@@ -12,7 +12,7 @@ from cluster import Cluster, script
 from hosts import need
 from runs import LONG, Run, Workshop, difference, wait_until
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("launch slurm")]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("launch slurm"), pytest.mark.shows_gpus]
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")
 DDP = ("--engine", "ddp")
 

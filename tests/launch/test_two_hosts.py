@@ -16,7 +16,7 @@ pytest.importorskip("psutil")
 from hosts import Host, connect, need, path
 from runs import LONG, Run, Workshop, difference
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("launch two hosts")]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("launch two hosts"), pytest.mark.shows_gpus]
 CLOSE = 2e-4
 NAMES = {"node1": "10.77.0.1", "node2": "10.77.0.2"}
 INTERFACES = "--mca btl_tcp_if_include 10.77.0.0/24 --mca oob_tcp_if_include 10.77.0.0/24"
