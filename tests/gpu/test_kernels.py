@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from frugal_dist.config import FrugalConfig
+from frugal_dist.projection.basis import silence_noise_
 from frugal_dist.projection.coordinates import Columns, Flat, Rows, Selection
+from frugal_dist.update.kernels import fused_for
 from frugal_dist.update.kernels.jobs import TileUpdate
 from frugal_dist.update.local import state_free_, step_tiles
 
@@ -30,12 +32,22 @@ KINDS: dict[str, Callable[[int, int], Selection | None]] = {
     "randk": lambda rows, cols: Flat(some(rows * cols, 4), cols),
 }
 ROUNDING = {torch.float32: (2e-6, 1e-7), torch.bfloat16: (8e-3, 1e-5), torch.float16: (2e-3, 1e-5)}
+DTYPES = [
+    *((dtype, dtype) for dtype in ROUNDING),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.bfloat16),
+]
+"""Of weights, and of gradients."""
 
 
-def stepped(device: torch.device, kind: str, dtype: torch.dtype, offset: int, wide: bool) -> list[Tensor]:
+def stepped(
+    device: torch.device, kind: str, dtypes: tuple[torch.dtype, torch.dtype], offset: int, wide: bool
+) -> list[Tensor]:
     """Weights and moments after two steps. The weights of all shapes are slices of one buffer, which begin ``offset``
     entries in. ``wide``: computed in fp32 from the same numbers.
     """
+    dtype, of_grads = dtypes
     generator = torch.Generator().manual_seed(0)
     total, kept = offset + sum(map(prod, SHAPES)), torch.float32 if wide else dtype
     buffer = torch.randn(total, generator=generator).to(device, dtype).to(kept)
@@ -50,7 +62,7 @@ def stepped(device: torch.device, kind: str, dtype: torch.dtype, offset: int, wi
         jobs, start = [], offset
         for shape, selection, own in zip(SHAPES, selections, moments, strict=True):
             part = slice(start, start + prod(shape))
-            grad = grads.to(dtype).to(kept)[part].view(shape)
+            grad = grads.to(of_grads).to(kept if wide else of_grads)[part].view(shape)
             jobs.append(TileUpdate(buffer[part].view(shape), grad, selection, own, step, 0.1, CONFIG))
             start += prod(shape)
         step_tiles(jobs)
@@ -60,18 +72,65 @@ def stepped(device: torch.device, kind: str, dtype: torch.dtype, offset: int, wi
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kernel_does_what_torch_does(
-    device: torch.device, kernels: None, kind: str, dtype: torch.dtype, offset: int, monkeypatch: pytest.MonkeyPatch
+    device: torch.device,
+    kernels: None,
+    kind: str,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    offset: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if device.type == "cpu" and dtype != torch.float32:
-        pytest.skip("Triton's interpreter cuts numbers off where a GPU, and torch, round them")
-    found = stepped(device, kind, dtype, offset, wide=False)
+    rehearse_in_fp32(device, dtypes)
+    fused = stepped(device, kind, dtypes, offset, wide=False)
     monkeypatch.setenv("FRUGAL_KERNELS", "torch")
-    rtol, atol = ROUNDING[dtype]
-    for one, other in zip(found, stepped(device, kind, dtype, offset, wide=True), strict=True):
+    rtol, atol = ROUNDING[dtypes[0]]
+    for one, other in zip(fused, stepped(device, kind, dtypes, offset, wide=True), strict=True):
         torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
+
+
+def rehearse_in_fp32(device: torch.device, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    if device.type == "cpu" and set(dtypes) != {torch.float32}:
+        pytest.skip("Triton's interpreter is slow, and cuts numbers off where a GPU, and torch, round them")
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_the_signed_step_of_one_matrix(
+    device: torch.device, kernels: None, dtypes: tuple[torch.dtype, torch.dtype], offset: int
+) -> None:
+    """The kernel that needs no table."""
+    dtype, of_grads = dtypes
+    rehearse_in_fp32(device, dtypes)
+    for rows, cols in SHAPES:
+        weight, grad = (torch.randn(offset + rows * cols, device=device) for _ in "wg")
+        grad *= torch.rand_like(grad).gt(0.1)
+        weight, grad = (one.to(to)[offset:].view(rows, cols) for one, to in ((weight, dtype), (grad, of_grads)))
+        fused = fused_for(weight)
+        assert fused is not None
+        want = torch.add(weight.float() * 0.75, grad.float().sign(), alpha=-0.01)
+        assert fused.sign_step_(weight, grad, 0.01, 0.75)
+        rtol, atol = ROUNDING[dtype]
+        torch.testing.assert_close(weight.float(), want, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_the_signed_step_without_rows_of_noise(device: torch.device, kernels: None, offset: int) -> None:
+    """Every other row has hardly any residual, and one has none at all."""
+    for rows, cols in SHAPES:
+        weight, rest, grad = (torch.randn(offset + rows * cols, device=device)[offset:].view(rows, cols) for _ in "wrg")
+        for one in (rest, grad):
+            one += one.sign()  # none is near 0
+        rest[::2] *= 1e-3
+        rest[-1:] *= rows == 1
+        fused = fused_for(weight)
+        assert fused is not None
+        kept = silence_noise_(rest.clone(), grad, "right", 0.05)
+        assert not kept[::2].any() and not kept[-1].any() and (rows < 3 or kept[1].any())
+        want = torch.add(weight * 0.75, kept.sign(), alpha=-0.01)
+        assert fused.sign_step_above_(weight, rest, grad, 0.01, 0.75, 0.05)
+        torch.testing.assert_close(weight, want, rtol=2e-6, atol=1e-7)
 
 
 def test_more_matrices_than_a_table_has_room_for(device: torch.device, kernels: None) -> None:
@@ -95,6 +154,6 @@ def test_more_than_2_to_the_31_entries(gpu: torch.device) -> None:
     state_free_(weight, torch.ones((), dtype=torch.bfloat16, device=gpu).expand(weight.shape), CONFIG)
     assert bool((weight[[0, 1000, -1]] == weight[0, 0]).all()) and float(weight[-1, -1]) < 0
     del weight
-    half = torch.zeros((1 << 30) + 1, dtype=torch.bfloat16, device=gpu)  # the most that a kernel takes, nearly
+    half = torch.zeros((1 << 30) + 1, dtype=torch.bfloat16, device=gpu)  # a kernel's, though of more than 2^31 bytes
     state_free_(half.view(1, -1), torch.ones_like(half).view(1, -1), CONFIG)
     assert float(half[-1]) < 0 and float(half[0]) < 0

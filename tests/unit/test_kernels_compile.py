@@ -21,9 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from frugal_dist.update.kernels import fused, launch, tables
 
-def compiled(kernel, told, constants, warps=4):
-    kinds = {"table": "*i64", "w_ptr": told, "g_ptr": told, "rest_ptr": told, "wide_ptr": "*fp32", "starts_ptr": "*i64",
-             **dict.fromkeys(("numel", "rows", "cols", "key0", "key1"), "i32")}
+def compiled(kernel, constants, warps=4, weight="*fp32", grad="*fp32"):
+    kinds = {"table": "*i64", "w_ptr": weight, "g_ptr": grad, "rest_ptr": grad, "wide_ptr": "*fp32",
+             "starts_ptr": "*i64", **dict.fromkeys(("numel", "rows", "cols", "key0", "key1"), "i32")}
     signature = {name: "constexpr" if name in constants else kinds.get(name, "fp32") for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     options = {"num_warps": warps, **launch._AS_WRITTEN}
@@ -32,16 +32,19 @@ def compiled(kernel, told, constants, warps=4):
     print(kernel.__name__)
     return found["ptx"]
 
-compiled(fused.sign_one, "*fp32", {})
-compiled(fused.sign_above, "*fp32", {})
+compiled(fused.sign_above, {})
 for tall in (1, tables.HIGH):
-    compiled(fused.round_rows, "*bf16", {"TALL": tall})
-for told, dtype in {"*fp32": torch.float32, "*bf16": torch.bfloat16, "*fp16": torch.float16}.items():
+    compiled(fused.round_rows, {"TALL": tall}, weight="*bf16")
+names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+same, mixed = [(dtype, dtype) for dtype in names], [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
+for weight, grad in same + mixed:
+    compiled(fused.sign_one, {}, weight=names[weight], grad=names[grad])
+    ways = [(aligned, False) for aligned in ((False, True) if weight is grad else (True,))]
+    ways += [(True, True)] if weight is torch.bfloat16 else []
     for kind in (launch._SIGN, *launch._KINDS.values()):
-        ways = [(aligned, False) for aligned in ((False, True) if told == "*fp32" else (True,))]
-        for aligned, noise in [*ways, (True, True)] if told == "*bf16" else ways:
-            kinds = {"W": fused.DTYPES[dtype], "G": fused.DTYPES[dtype], "ALIGNED": aligned, "NOISE": noise}
-            ptx = compiled(kind.kernel, told, {**kinds, **kind.options}, kind.warps)
+        for aligned, noise in ways:
+            kinds = {"W": fused.DTYPES[weight], "G": fused.DTYPES[grad], "ALIGNED": aligned, "NOISE": noise}
+            ptx = compiled(kind.kernel, {**kinds, **kind.options}, kind.warps)
             assert set(re.findall(r"(ld|st)\\.global\\.v[248]", ptx)) == ({"ld", "st"} if aligned else set()), kind
 """
 
@@ -111,9 +114,12 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_every_kernel_compiles_for_cuda(capability: str) -> None:
     """And reads and writes several numbers at a time where it is promised that it may."""
     assert run(COMPILE, capability).stdout.split() == [
-        *("sign_one", "sign_above", "round_rows", "round_rows", *["sign"] * 2, *["lines"] * 4, *["flat"] * 2),
-        *("sign", "sign", *["lines"] * 4, "flat", "flat"),
-        *("sign", "lines", "lines", "flat"),
+        *("sign_above", "round_rows", "round_rows"),
+        *("sign_one", *["sign"] * 2, *["lines"] * 4, *["flat"] * 2),
+        *("sign_one", *["sign"] * 3, *["lines"] * 6, *["flat"] * 3),
+        *("sign_one", *["sign"] * 2, *["lines"] * 4, *["flat"] * 2),
+        *("sign_one", *["sign"] * 2, *["lines"] * 4, *["flat"] * 2),
+        *("sign_one", "sign", "lines", "lines", "flat"),
     ]
 
 
