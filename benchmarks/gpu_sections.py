@@ -34,6 +34,7 @@ from frugal_dist.planner.layouts import engine_layout
 from frugal_dist.planner.plan import make_plan
 from frugal_dist.projection import exact_svd, gaussian, svd
 from frugal_dist.projection.basis import Basis, add_up_, basis_shapes, down, residual
+from frugal_dist.projection.dictionary import column_energies, largest
 from frugal_dist.projection.numerics import full_precision
 from frugal_dist.projection.subspace import gram_svd, subspace_svd
 from frugal_dist.training.metrics.device import surroundings
@@ -53,7 +54,11 @@ class Writes(Protocol):
 
 
 class Sample(NamedTuple):
-    """Milliseconds of one call: on the device, with everything queued before it begins, and of the host."""
+    """Milliseconds of two calls: of one on the device, and of one on the host until it returns, the device idle before.
+
+    A stream takes about a thousand launches that wait; then the host waits too: of a call with more of them, on a
+    device that is slower than the host, the host's time is about the device's.
+    """
 
     device: float
     host: float
@@ -97,6 +102,10 @@ def has_events(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_available()
 
 
+LONGEST_SLEEP = 100.0
+"""Milliseconds."""
+
+
 class Bench:
     """The device, how calls are timed on it, and until when."""
 
@@ -105,7 +114,6 @@ class Bench:
         self.until = math.inf
         self.rates = {"copy": 1e9, "fp32": 1e10, "bf16": 1e11}  # per ms; guesses until "card" has measured them
         self.events = has_events(device)
-        self.ahead = 1.0  # ms that the device sleeps, so that the host is done with a call before the device begins
 
     def enough(self) -> bool:
         """Whether the time of this section, or of this part of it, has passed."""
@@ -131,19 +139,18 @@ class Bench:
             step()
             took = 1e3 * (time.perf_counter() - start)
             return Sample(took, took)
-        for _ in range(3):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self.wait()
-            torch.cuda._sleep(int(2e6 * self.ahead))  # cycles, at most about 2e6 in a millisecond
-            begin.record()
-            start = time.perf_counter()
-            step()
-            host = 1e3 * (time.perf_counter() - start)
-            end.record()
-            self.wait()
-            if host < 0.7 * self.ahead or self.ahead >= 100:
-                break
-            self.ahead = min(100.0, 2 * host)
+        self.wait()
+        start = time.perf_counter()
+        step()
+        host = 1e3 * (time.perf_counter() - start)
+        self.wait()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        ahead = min(LONGEST_SLEEP, max(1.0, 2 * host))  # the device sleeps until the host is done, or has queued enough
+        torch.cuda._sleep(int(2e6 * ahead))  # cycles, at most about 2e6 in a millisecond
+        begin.record()
+        step()
+        end.record()
+        self.wait()
         return Sample(begin.elapsed_time(end), host)
 
     def median(self, call: Callable[[], object], rounds: int = 7) -> float:
@@ -284,12 +291,16 @@ def any_basis() -> Iterator[None]:
 
 
 class Contender(NamedTuple):
-    """Options of Frugal, bytes moved per entry beside weight and gradient, products of the step, and the goal."""
+    """Options of Frugal, bytes moved per entry beside weight and gradient, products of the step, and the goal.
+
+    ``low``: only with bf16 weights.
+    """
 
     options: dict[str, Any]
     state: float
     products: str = ""
     goal: float | None = None
+    low: bool = False
 
 
 KEPT = 16 * DENSITY  # two moments in fp32, read and written
@@ -304,11 +315,21 @@ CONTENDERS = {
     "svd, bf16x3": Contender({"projection": "svd", "matmul": "bf16x3"}, KEPT, "bf16"),
     "random": Contender({"projection": "random"}, KEPT, "fp32"),
     "svd, Lion": Contender({"projection": "svd", "state_full": "lion"}, KEPT, "fp32"),
+    "dct": Contender({"projection": "dct"}, KEPT, "fp32"),
+    "columns, 8bit": Contender({"projection": "columns", "moments": "8bit"}, KEPT / 4, low=True),
+    "columns, stochastic": Contender({"projection": "columns", "rounding": "stochastic"}, KEPT, low=True),
+    "columns, remainder": Contender({"projection": "columns", "rounding": "remainder"}, KEPT + 4, low=True),
 }
 DRAWN = 2 * 10**8
 """Entries of a model up to which randk is measured: a CPU draws a hundred million in a few seconds."""
+TOO_LONG = "the host would draw its entries for half a minute"
 OVER_PRODUCTS = 1.3
 """How many times its products' time a step of svd may take."""
+
+
+def drawn_too_long(name: str, params: Params) -> bool:
+    """Whether the host would draw what this contender selects for half a minute."""
+    return name == "randk" and sum(param.numel() for param in params) > DRAWN
 
 
 def frugal(params: Params, gap: int = NEVER, **options: Any) -> Frugal:
@@ -328,7 +349,9 @@ def fitting(bench: Bench, size: str, layers: int, dtype: torch.dtype, contenders
 def step(bench: Bench, report: Writes) -> None:
     """All projections between two refreshes, in turns with torch's fused AdamW."""
     report.note(
-        "Device: milliseconds of the GPU, everything queued beforehand. Host: until step() returns. Floor: bytes over "
+        "Device: milliseconds of the GPU, everything queued beforehand. Host: until step() returns, the device idle "
+        "before; once about a thousand launches are queued it waits, and of a step with more this may be the device's "
+        "time. Floor: bytes over "
         "the copy's bandwidth, for svd and random products over their rate. Medians, in turns, density "
         f"{DENSITY}. The goal of svd is {OVER_PRODUCTS} × its floor, that of others × AdamW."
     )
@@ -338,7 +361,8 @@ def step(bench: Bench, report: Writes) -> None:
             continue
         dtype = getattr(torch, kind)
         with bench.within(1 / (len(bench.sizes.steps) - place)), any_basis():
-            _steps_of(bench, report, size, fitting(bench, size, layers, dtype, len(CONTENDERS)), dtype)
+            count = sum(dtype == torch.bfloat16 or not one.low for one in CONTENDERS.values())
+            _steps_of(bench, report, size, fitting(bench, size, layers, dtype, count), dtype)
         bench.cleared()
 
 
@@ -350,8 +374,10 @@ def _steps_of(bench: Bench, report: Writes, size: str, layers: int, dtype: torch
     failed = {}
     entries = sum(map(math.prod, shapes))
     for name, one in CONTENDERS.items():
-        if name == "randk" and entries > DRAWN:
-            failed[name] = "the host would draw its entries for half a minute"
+        if one.low and dtype != torch.bfloat16:
+            continue
+        if drawn_too_long(name, params):
+            failed[name] = TOO_LONG
             continue
         try:
             optimizer = frugal(params, **one.options)
@@ -457,6 +483,7 @@ def gradient(bench: Bench, rows: int, cols: int) -> Tensor:
 def refresh(bench: Bench, report: Writes) -> None:
     """The basis of one matrix by each method. The host waits in most of them: wall time."""
     methods: dict[str, Callable[[Tensor, str, int, Basis], Basis]] = {
+        "dct": lambda g, side, r, warm: largest(column_energies(g, side), r),
         "subspace": lambda g, side, r, warm: subspace_svd(g, side, r, warm, seed=0, name="w", refresh=1),
         "gram64": lambda g, side, r, warm: gram_svd(g, side, r),
         "exact": lambda g, side, r, warm: exact_svd(g, side, r),
@@ -472,8 +499,8 @@ def refresh(bench: Bench, report: Writes) -> None:
             side, r = "right" if height >= width else "left", round(DENSITY * min(height, width))
             with full_precision():
                 warm = gram_svd(grad, side, r)
-                found = [bench.waiting(partial(method, grad, side, r, warm)) for method in methods.values()]
-        rows.append([f"{height} x {width}", *found, found[-1] / found[0]])
+                times = {name: bench.waiting(partial(method, grad, side, r, warm)) for name, method in methods.items()}
+        rows.append([f"{height} x {width}", *times.values(), times["exact"] / times["subspace"]])
         report.table("One matrix, r a quarter of the smaller dim, subspace from a basis", columns, rows)
 
 
@@ -500,6 +527,9 @@ def memory(bench: Bench, report: Writes) -> None:
             if bench.enough():
                 report.note(f"No time was left for {name} and what follows.")
                 break
+            if drawn_too_long(name, params):
+                report.note(f"{name} is left out: {TOO_LONG}")
+                continue
             before = bench.allocated()
             optimizer = frugal(params, **CONTENDERS[name].options)
             optimizer.step()
@@ -598,29 +628,36 @@ def _tokens_of(bench: Bench, size: str) -> list[list[Any]]:
     ]
 
 
+COMPILE = ("AdamW 8-bit (torchao)", "FlashAdamW (flashoptim)", "FusedAdam (DeepSpeed)")
+"""By torch.compile, Triton and nvcc: minutes, where it does not hang."""
+
+
 def others(bench: Bench, report: Writes) -> None:
-    """Other optimizers, as far as they are installed. Those that build something first come last, alone."""
-    left_out = {"Frugal svd", "Frugal svd, gram64", "Fira (pytorch_optimizer)"}  # a first step of exact SVDs each
-    building = [name for name in peers.CONTENDERS if "DeepSpeed" in name]
-    _peers(bench, report, [name for name in peers.CONTENDERS if name not in left_out and name not in building])
-    if not bench.enough():
-        _peers(bench, report, building)
+    """Other optimizers, as far as they are installed, each in turns with fused AdamW; those that compile come last.
 
-
-def _peers(bench: Bench, report: Writes, names: Sequence[str]) -> None:
+    Each has its row before the next begins: a compiler that hangs, or takes the process along, costs one row.
+    """
+    left_out = {peers.BASE, "Frugal svd", "Frugal svd, gram64", "Fira (pytorch_optimizer)"}  # the SVDs are exact ones
+    names = sorted(
+        peers.CONTENDERS.keys() - left_out, key=lambda name: (name in COMPILE, list(peers.CONTENDERS).index(name))
+    )
     size, layers = bench.sizes.peers
-    options = ["--size", size, "--layers", str(layers), "--device", bench.device.type, "--refresh-rounds", "0"]
-    options += ["--rounds", str(min(15, bench.sizes.rounds)), "--warmup", "2", "--contenders", *names]
-    found = peers.measure(peers.parse(options), bench.device)
-    for name, why in found.missing.items():
-        report.note(f"Not measured: {name} ({why}).")
-    if len(found.rows) > 1:
-        report.table(
-            f"LLaMA-{size} Linear weights, fp32, wall time with the host's: to {found.rows[-1].name}",
-            ("optimizer", "step, ms", "× fused AdamW", "state, MB", "peak beyond, MB"),
-            [[r.name, r.step, r.ratio, r.state / 1e6, None if r.peak is None else r.peak / 1e6] for r in found.rows],
-        )
-    bench.cleared()
+    rows: list[list[Any]] = []
+    for name in names:
+        if bench.enough():
+            report.note(f"No time was left for {name} and what follows.")
+            break
+        options = ["--size", size, "--layers", str(layers), "--device", bench.device.type, "--refresh-rounds", "0"]
+        options += ["--rounds", str(min(15, bench.sizes.rounds)), "--warmup", "2", "--contenders", peers.BASE, name]
+        measured = peers.measure(peers.parse(options), bench.device)
+        for missing, why in measured.missing.items():
+            report.note(f"Not measured: {missing} ({why}).")
+        for row in measured.rows[1 if rows else 0 :]:
+            peak = None if row.peak is None else row.peak / 1e6
+            rows.append([row.name, row.step, row.ratio, row.state / 1e6, peak])
+        columns = "optimizer", "step, ms", "× fused AdamW", "state, MB", "peak beyond, MB"
+        report.table(f"LLaMA-{size} Linear weights, fp32, wall time with the host's", columns, rows)
+        bench.cleared()
 
 
 # --- learning --------------------------------------------------------------------------------------

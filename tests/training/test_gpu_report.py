@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,6 +92,92 @@ def test_it_learns_from_a_token_pack(script: ModuleType, tmp_path: Path) -> None
     assert all(row[4] < row[1] for row in table["rows"]), "the loss falls"
 
 
+class Stream:
+    """A device on which everything takes its time, beside a host on which it does; both in seconds."""
+
+    ROOM = 1024
+    """Launches that wait for the device; the next one makes the host wait."""
+
+    def __init__(self) -> None:
+        self.host = 0.0
+        self.ends = [0.0]
+
+    def launch(self, takes: float) -> None:
+        self.host += 1e-6
+        if len(self.ends) > self.ROOM:
+            self.host = max(self.host, self.ends[-self.ROOM])
+        self.ends.append(max(self.host, self.ends[-1]) + takes)
+
+    def wait(self, device: object = None) -> None:
+        self.host = max(self.host, self.ends[-1])
+
+    def event(self, enable_timing: bool) -> SimpleNamespace:
+        one = SimpleNamespace()
+        one.record = lambda: (self.launch(0.0), setattr(one, "at", self.ends[-1]))
+        one.elapsed_time = lambda end: 1e3 * (end.at - one.at)
+        return one
+
+
+@pytest.mark.parametrize(
+    ("launches", "each", "host"),
+    [(100, 1e-5, 0.1), (100, 1e-7, 0.1), (5000, 1e-7, 5.0), (5000, 1e-5, 10 * (5000 - Stream.ROOM) / 1000)],
+)
+def test_the_hosts_time_has_no_sleep_of_the_device_in_it(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launches: int, each: float, host: float
+) -> None:
+    """Neither where more is launched than a stream takes: there the host waits for the device's own work."""
+    sections, stream = importlib.import_module("gpu_sections"), Stream()
+    monkeypatch.setattr(sections.time, "perf_counter", lambda: stream.host)
+    calls = {"_sleep": lambda cycles: stream.launch(cycles / 2e9), "synchronize": stream.wait, "Event": stream.event}
+    for name, call in calls.items():
+        monkeypatch.setattr(torch.cuda, name, call)
+    bench = sections.Bench(torch.device("cpu"), True, None, tmp_path)
+    bench.events = True
+    sample = bench.timed(lambda: [stream.launch(each) for _ in range(launches)])
+    assert sample.host == pytest.approx(host, rel=0.02)
+    assert sample.device == pytest.approx(1e3 * launches * max(each, 1e-6 if launches > Stream.ROOM else 0), rel=0.3)
+
+
+def test_randk_is_left_out_where_the_host_would_draw_too_long(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("gpu_sections"), "DRAWN", 1000)
+    assert script.measure(parsed(script, tmp_path), ["step", "memory"], time.time() + 300) == 0
+    for name, section in found_in(tmp_path)["sections"].items():
+        assert section["state"] == "done", section.get("error")
+        assert "randk" not in {row[0] for table in section["tables"] for row in table["rows"]}
+        assert any(note.startswith("randk") for note in section["notes"]), name
+
+
+def test_the_roundings_are_measured_where_weights_are_bf16(script: ModuleType, tmp_path: Path) -> None:
+    script.measure(parsed(script, tmp_path), ["step"], time.time() + 300)
+    for table in found_in(tmp_path)["sections"]["step"]["tables"]:
+        names = {row[0] for row in table["rows"]}
+        low = {"columns, 8bit", "columns, stochastic", "columns, remainder"}
+        assert names & low == (low if "bfloat16" in table["title"] else set()) and "dct" in names
+
+
+def test_a_peer_that_takes_the_process_along_costs_its_own_row(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peers = importlib.import_module("peers")
+    asked: list[str] = []
+
+    def measure(arguments: argparse.Namespace, device: torch.device) -> Any:
+        base, name = arguments.contenders
+        asked.append(name)
+        if name == "AdamW 8-bit (torchao)":
+            raise SystemExit("killed")
+        return peers.Report([peers.Row(one, 1.0, 1.0, 1.0, 1.0, 1000) for one in (base, name)])
+
+    monkeypatch.setattr(peers, "measure", measure)
+    script.measure(parsed(script, tmp_path), ["peers"], time.time() + 300)
+    section = found_in(tmp_path)["sections"]["peers"]
+    assert section["state"] == "failed"
+    assert [row[0] for row in section["tables"][0]["rows"]] == [peers.BASE, *asked[:-1]]
+    assert "AdamW 8-bit (bitsandbytes)" in asked and not {"FlashAdamW (flashoptim)", "FusedAdam (DeepSpeed)"} & {*asked}
+
+
 def checkout(folder: Path) -> Path:
     """What is in a packed checkout, without .git, read-only."""
     for name in ("benchmarks", "frugal_dist", "docs", "tests/dist"):
@@ -107,10 +193,9 @@ def files_of(folder: Path) -> set[Path]:
 
 
 def environment(home: Path) -> dict[str, str]:
-    kept = {
-        key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "CUDA", "FRUGAL", "TRITON"))
-    }
-    return {**kept, "HOME": str(home), "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    """No GPU: the report would take its eight minutes on it."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "FRUGAL", "TRITON"))}
+    return {**kept, "HOME": str(home), "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def run(*command: object, home: Path) -> subprocess.CompletedProcess[str]:
@@ -143,7 +228,6 @@ def test_a_packed_read_only_checkout_on_the_cpu(tmp_path: Path) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build device_guard.cpp")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
 def test_a_packed_read_only_checkout_on_a_pretended_gpu(tmp_path: Path) -> None:
     folder, out = checkout(tmp_path / "packed"), tmp_path / "out"
     done = run(folder / "tests" / "dist" / "pretend_report.py", folder, out, *ON_A_PRETENDED_GPU, home=tmp_path)
@@ -182,7 +266,5 @@ def test_a_section_that_dies_or_hangs_costs_itself_only(tmp_path: Path, break_it
 
 
 def test_without_a_gpu_it_says_so_at_once(tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
     done = run(ROOT / "benchmarks" / "gpu_report.py", "--out", tmp_path / "out", home=tmp_path)
     assert done.returncode == 1 and "torch finds no GPU here" in done.stderr
