@@ -429,6 +429,13 @@ def test_project_of_a_vector_names_it() -> None:
         split_parameters(Toy(), project=["norm.weight"])
 
 
+def test_the_report_shows_which_groups_do_not_decay() -> None:
+    rows = Frugal(split_parameters(Toy(), no_decay=["*bias", "*norm*"]), weight_decay=0.1).parameter_report_rows()
+    spared = {row.name for row in rows if not row.decay}
+    assert spared and all("norm" in name or name.endswith("bias") for name in spared)
+    assert spared == {name for name, _ in Toy().named_parameters() if "norm" in name or name.endswith("bias")}
+
+
 @pytest.mark.parametrize("key", ["project", "skip", "no_decay"])
 def test_a_pattern_that_matches_nothing_is_an_error(key: str) -> None:
     with pytest.raises(
