@@ -122,9 +122,9 @@ class Training:
         return Outcome(done, self._tokens(done), self._seconds(), *self._losses, saved, finished)
 
     def _timed_step(self, index: int) -> bool:
-        """Whether any rank was told to stop: all must stop after the same step.
+        """Whether any rank was told to stop: all must stop after the same step, on a GPU the one after the signal's.
 
-        On a GPU asking this is what waits for the step, the optimizer's part included.
+        There this does not wait for the optimizer's part of the step: the next rows are read meanwhile.
         """
         begin = time.monotonic()
         self._train_step(index)
@@ -183,7 +183,7 @@ class Training:
         return True
 
     def _must_stop(self) -> bool:
-        return self.stop is not None and self.engine.total([float(self.stop())])[0] > 0
+        return self.stop is not None and self.engine.any_told(self.stop())
 
     def _save(self, done: int) -> bool:
         """Whether there is a checkpoint of this step, or none is wanted; tried once."""

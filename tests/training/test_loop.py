@@ -11,6 +11,7 @@ import torch
 from fake_engine import FakeEngine, counting_rows
 
 from frugal_dist.training.data.batches import Batches
+from frugal_dist.training.engines import collectives
 from frugal_dist.training.loop import Training
 from frugal_dist.training.metrics.progress import Progress
 from frugal_dist.training.metrics.record import MetricsLog, of_kind, read_metrics
@@ -174,3 +175,21 @@ def test_a_run_that_goes_on_counts_all_its_seconds(tmp_path):
     with training.metrics:
         assert 1000.0 <= training.run().seconds < 1100.0
     assert 1000.0 <= saved[0] < 1100.0
+
+
+@pytest.mark.parametrize(("device", "answers"), [("cpu", [False, True, False]), ("cuda", [False, False, True])])
+def test_on_a_gpu_a_stop_is_known_a_step_later_without_waiting(device, answers, monkeypatch):
+    """For the answer to the call before nothing waits that was queued since."""
+    waits = []
+
+    def begin_total(values, where):
+        return lambda: waits.append(values) or values
+
+    monkeypatch.setattr(collectives, "begin_total", begin_total)
+    told = collectives.Told(torch.device(device))
+    assert [told.anyone(one) for one in (False, True, False)] == answers
+    assert waits == [[0.0], [1.0], [0.0]][: 3 if device == "cpu" else 2]
+
+
+def test_a_total_that_is_begun_is_the_total():
+    assert collectives.begin_total([1.5, 2.0], torch.device("cpu"))() == [1.5, 2.0]

@@ -69,15 +69,15 @@ class DeepSpeedEngine:
             self._engine, _, _, self._schedule = deepspeed.initialize(
                 model=model, model_parameters=parameters, config=config, lr_scheduler=ours, **built
             )
-        self._function = losses
+        self._function, self._told = losses, collectives.Told(self._engine.device)
 
     def train_step(self, rows: Tensor, targets: float | None = None) -> Tensor:
         """One optimizer step, in as many micro-batches as the JSON asks for."""
         self._engine.train()
-        parts = rows.split(self._engine.train_micro_batch_size_per_gpu())
+        parts = collectives.sendable(rows, self._engine.device).split(self._engine.train_micro_batch_size_per_gpu())
         mean = torch.zeros((), device=self._engine.device)
         for part in parts:
-            losses = self._function(self._engine, part.to(self._engine.device))
+            losses = self._function(self._engine, part.to(self._engine.device, non_blocking=True))
             # DeepSpeed divides by the number of micro-batches.
             loss = losses.mean() if targets is None else losses.sum() * (len(parts) / targets)
             self._engine.backward(loss)
@@ -98,6 +98,10 @@ class DeepSpeedEngine:
     def total(self, values: list[float]) -> list[float]:
         """Each value summed over the ranks, in double precision."""
         return collectives.total(values, self._engine.device)
+
+    def any_told(self, me: bool) -> bool:
+        """Whether any rank was told so; on a GPU by the call before."""
+        return self._told.anyone(me)
 
     def state_kinds(self) -> dict[str, int]:
         """This rank's bytes by kind."""

@@ -88,6 +88,7 @@ class PlainEngine:
         self.rank, self.world = place.rank, place.world
         self.share, self.shares = place.rank // recipe.tp, place.world // recipe.tp
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
+        self._told = collectives.Told(self.device)
         self._clip, self._micro = recipe.clip, recipe.micro_batch
         wrap, self._sync = WRAPPERS[recipe.engine]
         self._bf16 = recipe.precision == "bf16"
@@ -106,7 +107,7 @@ class PlainEngine:
         """One optimizer step, in micro-batches whose gradients add up to the batch's."""
         self._model.train()
         self._optimizer.zero_grad(set_to_none=True)
-        parts = rows.split(self._micro or len(rows))
+        parts = collectives.sendable(rows, self.device).split(self._micro or len(rows))
         mean = torch.zeros((), device=self.device)
         for number, part in enumerate(parts):
             with self._sync(self._model, number == len(parts) - 1):
@@ -153,11 +154,15 @@ class PlainEngine:
     def outputs(self, function: Losses, rows: Tensor) -> Tensor:
         """What a function makes of the model and these rows, without gradient."""
         self._model.eval()
-        return self._outputs(function, rows)
+        return self._outputs(function, collectives.sendable(rows, self.device))
 
     def total(self, values: list[float]) -> list[float]:
         """Each value summed over the ranks, in double precision."""
         return collectives.total(values, self.device)
+
+    def any_told(self, me: bool) -> bool:
+        """Whether any rank was told so; on a GPU by the call before."""
+        return self._told.anyone(me)
 
     def state_kinds(self) -> dict[str, int]:
         """This rank's bytes by kind."""

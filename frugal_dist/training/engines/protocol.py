@@ -44,6 +44,9 @@ class Engine(Protocol):
     def total(self, values: list[float]) -> list[float]:
         """Each value summed over the ranks."""
 
+    def any_told(self, me: bool) -> bool:
+        """Whether any rank was told so; on a GPU by the call before, so that nothing waits for the step."""
+
     def state_kinds(self) -> dict[str, int]:
         """This rank's bytes by kind: moments, bases, other."""
 
