@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,9 @@ from frugal_dist.step.runtime import (
 from frugal_dist.step.state import MatrixState, bring_counters_home
 from frugal_dist.update.eightbit import Packed
 from frugal_dist.update.local import update_regular
-from frugal_dist.update.remainder import REMAINDER, joined, keeps_remainders, split_
-from frugal_dist.update.stochastic_rounding import round_stochastically_, rounds_stochastically, row_starts
+from frugal_dist.update.precision import Rounded, Spans, narrow_, widened
+from frugal_dist.update.remainder import REMAINDER, keeps_remainders
+from frugal_dist.update.stochastic_rounding import rounds_stochastically
 
 State = MutableMapping[Tensor, dict[str, Tensor]]
 SLICE = 1 << 24
@@ -357,22 +358,17 @@ def _step_group(members: Sequence[LocalParameter]) -> None:
 
 def _step_slices(slices: Sequence[_Slice], step: int, decay: float, config: FrugalConfig, narrow: bool) -> None:
     weights = [part.weight for part in slices]
-    rounds = narrow and rounds_stochastically(config, weights[0].dtype)
-    updated = [weight.float() for weight in weights] if rounds else weights
-    if keeps_remainders(config):
-        updated = [joined(part.weight, part.remainder) for part in slices if part.remainder is not None]
+    copied = narrow and (keeps_remainders(config) or rounds_stochastically(config, weights[0].dtype))
+    updated = [widened(part.weight, part.remainder) for part in slices] if copied else weights
     update_regular(updated, [part.grad for part in slices], [part.moments for part in slices], step, decay, config)
-    if rounds:
+    if copied:
         for part, wide in zip(slices, updated, strict=True):
-            _round(part, wide, step)
-    for part, wide in zip(slices, updated, strict=True):
-        if part.remainder is not None:
-            split_(part.weight, part.remainder, wide)
+            whose = Rounded(config, part.one.name, part.one.shape, step)
+            narrow_(part.weight, wide, part.remainder, whose, _boxes(part, wide))
 
 
-def _round(part: _Slice, wide: Tensor, step: int) -> None:
-    one, height = part.one, len(part.weight) if part.weight.dim() else 1
-    here = one.part.rows(part.row, part.row + height)
+def _boxes(part: _Slice, wide: Tensor) -> Iterator[tuple[Spans, Tensor, Tensor]]:
+    """The boxes of the whole parameter that a slice is made of."""
+    here = part.one.part.rows(part.row, part.row + (len(part.weight) if part.weight.dim() else 1))
     for (box, target), (_, source) in zip(here.boxes(part.weight), here.boxes(wide), strict=True):
-        starts = row_starts(box.spans, one.shape, target.device)
-        round_stochastically_(target, source, starts, seed=one.config.seed, name=one.name, step=step)
+        yield box.spans, target, source

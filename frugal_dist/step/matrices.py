@@ -38,8 +38,9 @@ from frugal_dist.update.local import (
     rounds_once,
     step_tiles,
 )
-from frugal_dist.update.remainder import joined, keeps_remainders, split_
-from frugal_dist.update.stochastic_rounding import keys_of, round_stochastically_, rounds_stochastically, row_starts
+from frugal_dist.update.precision import Rounded, narrow_, widened
+from frugal_dist.update.remainder import keeps_remainders
+from frugal_dist.update.stochastic_rounding import keys_of, rounds_stochastically
 
 Lists = list[list[Tensor]]
 WIDE = 1 << 21
@@ -85,29 +86,19 @@ def _widened(mat: LocalMatrix) -> LocalMatrix:
     if not _widens(mat):
         return mat
     remainders = remainders_of(mat)
-    if remainders is not None:  # all in fp32, as it would be with masters
-        weights = [joined(*pair) for pair in zip(mat.weights, remainders, strict=True)]
-        grads = None if mat.grads is None else [grad.to(mat.dtype) for grad in mat.grads]
-        return replace(mat, weights=weights, grads=grads, weight_dtype=mat.dtype)
-    return replace(mat, weights=[weight.float() for weight in mat.weights])
+    if remainders is None:
+        return replace(mat, weights=[widened(weight, None) for weight in mat.weights])
+    grads = None if mat.grads is None else [grad.to(mat.dtype) for grad in mat.grads]  # in fp32, as with masters
+    return replace(mat, weights=list(map(widened, mat.weights, remainders)), grads=grads, weight_dtype=mat.dtype)
 
 
 def _round_back(mat: LocalMatrix, wide: LocalMatrix) -> None:
     if wide is mat:
         return
-    remainders = remainders_of(mat)
-    if remainders is not None:
-        for weight, rest, exact in zip(mat.weights, remainders, wide.weights, strict=True):
-            split_(weight, rest, exact)
-        return
-    matrix, updates = mat.matrix, mat.state.counts["updates"]
-    stochastic = _rounds(mat)
-    for tile, weight, value in zip(mat.tiles, mat.weights, wide.weights, strict=True):
-        if not stochastic:
-            weight.copy_(value)
-            continue
-        starts = row_starts((tile.rows, tile.cols), (matrix.rows, matrix.cols), weight.device)
-        round_stochastically_(weight, value, starts, seed=mat.config.seed, name=matrix.name, step=updates)
+    matrix, remainders = mat.matrix, remainders_of(mat) or [None] * len(mat.weights)
+    whose = Rounded(mat.config, matrix.name, (matrix.rows, matrix.cols), mat.state.counts["updates"])
+    for tile, weight, value, rest in zip(mat.tiles, mat.weights, wide.weights, remainders, strict=True):
+        narrow_(weight, value, rest, whose, [((tile.rows, tile.cols), weight, value)])
 
 
 def _decay(mat: LocalMatrix) -> None:

@@ -41,6 +41,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("presets", "update.remainder"),
     ("update.kernels", "update.kernels.*"),
     ("update.local", "update.stochastic_rounding"),
+    ("update.precision",),
     ("sharding", "sharding.tile"),
     ("sharding.placement",),
     ("sharding.redistribution", "sharding.shard", "sharding.collectives"),
