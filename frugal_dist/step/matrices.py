@@ -95,7 +95,8 @@ def _widened(mat: LocalMatrix) -> LocalMatrix:
 def _round_back(mat: LocalMatrix, wide: LocalMatrix) -> None:
     if wide is mat:
         return
-    matrix, remainders = mat.matrix, remainders_of(mat) or [None] * len(mat.weights)
+    matrix = mat.matrix
+    remainders: Sequence[Tensor | None] = remainders_of(mat) or [None] * len(mat.weights)
     whose = Rounded(mat.config, matrix.name, (matrix.rows, matrix.cols), mat.state.counts["updates"])
     for tile, weight, value, rest in zip(mat.tiles, mat.weights, wide.weights, remainders, strict=True):
         narrow_(weight, value, rest, whose, [((tile.rows, tile.cols), weight, value)])
