@@ -36,6 +36,8 @@ STEPS = 3
 MIB = 2**20
 BF16 = ("--weights", "bf16", "--optimizer.options.rounding")
 COLUMNS = ("--optimizer.options.projection", "columns")
+RELEASED = ("--release_gradients", "true")
+CODED = ("--optimizer.options.moments", "8bit")
 ROWS: dict[str, tuple[str, ...]] = {
     "AdamW": ("--optimizer.name", "adamw"),
     "AdamW, bf16, remainders": ("--optimizer.name", "adamw", *BF16, "remainder"),
@@ -46,6 +48,9 @@ ROWS: dict[str, tuple[str, ...]] = {
     "Frugal columns, bf16, stochastic": (*COLUMNS, *BF16, "stochastic"),
     "Frugal svd, bf16, remainders": (*BF16, "remainder"),
     "Frugal svd, bf16, stochastic": (*BF16, "stochastic"),
+    "Frugal columns, released": (*COLUMNS, *RELEASED),
+    "Frugal columns, 8-bit": (*COLUMNS, *CODED),
+    "Frugal columns, bf16, stochastic, 8-bit, released": (*COLUMNS, *BF16, "stochastic", *CODED, *RELEASED),
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frugal_dist.config import FrugalConfig
 from frugal_dist.optimizer import BUCKET_BYTES, Frugal
 from frugal_dist.planner.layouts import EngineLayout
 from frugal_dist.planner.totals import ITEM, papers_bytes, state_of_ranks
@@ -31,7 +32,8 @@ from frugal_dist.step.state import BASES, FREE, MatrixState
 from frugal_dist.update.eightbit import CODE
 from frugal_dist.update.moment_storage import CUDA_SLICE
 from frugal_dist.update.remainder import REMAINDER, keeps_remainders
-from frugal_dist.update.rules import every_key
+from frugal_dist.update.rules import STATE_FREE, STATE_FULL, every_key
+from frugal_dist.update.stochastic_rounding import rounds_stochastically
 
 
 @dataclass
@@ -202,16 +204,30 @@ def _plan_all(plan: Plan, runtime: Runtime, inputs: StepInputs, parts: Sequence[
 
 def _working_bytes(inputs: StepInputs) -> int:
     """Low-precision weights and their gradients have fp32 copies, a few at a time; a basis leaves a rest, which becomes
-    a step. 8-bit moments become numbers, and codes again, a slice at a time.
+    a step, as does what torch's operations make of a gradient. 8-bit moments become numbers, and codes again, a slice
+    at a time.
     """
     low = sum(one.weight.numel() for one in inputs.regular if one.weight.dtype != compute_dtype(one.weight.dtype))
     most = 2 * ITEM * min(SLICE, low)
     for mat in inputs.mats:
-        based = mat.family == "basis" and not mat.empty
-        copied = mat.weight_dtype != mat.dtype and (based or keeps_remainders(mat.config))
-        largest = max(map(prod, mat.shapes), default=0)
-        most = max(most, 2 * ITEM * (copied + based) * largest)
+        based, config = mat.family == "basis" and not mat.empty, mat.config
+        copied = mat.weight_dtype != mat.dtype and (based or _rounds_after(mat))
+        directed = copied and not based and not _has_kernel(config)  # the direction is a tensor of its own
+        copies = 2 * based + 2 * copied + directed
+        most = max(most, ITEM * copies * max(map(prod, mat.shapes), default=0))
     return most + _as_numbers(inputs)
+
+
+def _rounds_after(mat: LocalMatrix) -> bool:
+    """Whether low-precision weights are stepped as fp32 copies: by no kernel, or exactly."""
+    more_than_once = mat.decay != 0.0 or rounds_stochastically(mat.config, mat.weight_dtype)
+    return keeps_remainders(mat.config) or (more_than_once and not _has_kernel(mat.config))
+
+
+def _has_kernel(config: FrugalConfig) -> bool:
+    """Whether kernels step coordinates and round by themselves; they know no codes."""
+    rules = STATE_FULL[config.state_full], STATE_FREE[config.state_free]
+    return all(rule.has_kernel for rule in rules) and not config.form.blocky
 
 
 def _as_numbers(inputs: StepInputs) -> int:
