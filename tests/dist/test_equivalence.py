@@ -9,6 +9,7 @@ The largest difference of any weight on any rank is printed for every layout.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,7 +68,6 @@ VARIANTS = [
     with_options("svd", "project", side="full", svd_method="subspace"),
     with_options("svd", "keep", svd_method="gram64"),
     with_options("svd", "project", basis_dtype="bf16"),
-    with_options("svd", "keep", matmul="bf16x3"),
     with_options("svd", "reset", state_full="lion"),
     with_options("svd", "project", state_full="sgdm", side="left"),
     with_options("randk", "project", state_full="lion"),
@@ -164,6 +164,24 @@ def test_variants(layout: str) -> None:
     found = compare(layout, 4, VARIANTS)
     assert len({case for case, _ in found}) == len(VARIANTS)
     assert not {key: value for key, value in found.items() if not value <= key[0].tolerance}
+
+
+SPLIT = [
+    Case("svd", "std", "keep", free="sgd", names=LARGE),
+    Case("svd", "left", "project", free="sgd", names=LARGE, more=(("compute_layout", "cut"),)),
+    Case("svd", "std", "reset", free="sgd", names=LARGE, more=(("compute_layout", "owner"),)),
+]
+
+
+@pytest.mark.parametrize("layout", [one for one in LAYOUTS if "sub-groups" not in one])
+def test_split_products_are_those_of_one_process(layout: str) -> None:
+    """In fp32, where the option does something: products that forget it are a hundred times as far."""
+    for case in SPLIT:
+        split = replace(case, more=(*case.more, ("matmul", "bf16x3")))
+        want, without = (reference(one, torch.float32) for one in (split, case))
+        for full in run_ranks(4, lambda rank, split=split: train(LAYOUTS[layout], split, torch.float32)):
+            assert max(float((full[name] - want[name]).abs().max()) for name in want) <= 1e-6
+            assert max(float((full[name] - without[name]).abs().max()) for name in want) > 3e-6
 
 
 @pytest.mark.timeout(1800)

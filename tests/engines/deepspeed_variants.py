@@ -192,6 +192,7 @@ VARIANTS = {
     "frozen for a while, clipping, offload": Variant(
         before=freeze_for_a_while, clip=0.1, more={"gradient_clipping": 0.1}, zero=cases.CPU
     ),
+    "split products": Variant(options={"matmul": "bf16x3"}),
     "accumulation": Variant(accumulate=3),
     "accumulation, overlap": Variant(accumulate=3, zero={"overlap_comm": True}),
     "clipping": Variant(clip=0.1, more={"gradient_clipping": 0.1}),

@@ -19,6 +19,7 @@ STAGES = {
     "small buckets": (1, 2),
     "several groups, offload": (1, 2, 3),
     "frozen at first": (0,),
+    "split products": (2, 3),
     "frozen for a while, clipping, offload": (1, 2, 3),
 }
 """Where not 0 to 3."""
