@@ -351,9 +351,8 @@ def step(bench: Bench, report: Writes) -> None:
     report.note(
         "Device: milliseconds of the GPU, everything queued beforehand. Host: until step() returns, the device idle "
         "before; once about a thousand launches are queued it waits, and of a step with more this may be the device's "
-        "time. Floor: bytes over "
-        "the copy's bandwidth, for svd and random products over their rate. Medians, in turns, density "
-        f"{DENSITY}. The goal of svd is {OVER_PRODUCTS} × its floor, that of others × AdamW."
+        "time. Floor: bytes over the copy's bandwidth, with a basis products over their rate. Medians, in turns, "
+        f"density {DENSITY}. The goal of svd is {OVER_PRODUCTS} × its floor, that of others × AdamW."
     )
     for place, (size, layers, kind) in enumerate(bench.sizes.steps):
         if bench.enough():

@@ -118,6 +118,8 @@ def test_the_signed_step_of_one_matrix(
 @pytest.mark.parametrize("offset", [0, 1])
 def test_the_signed_step_without_rows_of_noise(device: torch.device, kernels: None, offset: int) -> None:
     """Every other row has hardly any residual, and one has none at all."""
+    if device.type == "cpu":
+        pytest.importorskip("triton", minversion="3.7", reason="3.6's interpreter runs no loop up to an argument")
     for rows, cols in SHAPES:
         weight, rest, grad = (torch.randn(offset + rows * cols, device=device)[offset:].view(rows, cols) for _ in "wrg")
         for one in (rest, grad):

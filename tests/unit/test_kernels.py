@@ -219,6 +219,7 @@ def test_the_signed_step_alone_gives_the_same_bits(
 @needs_triton
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_rows_of_noise_are_left_out(side: str, interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", minversion="3.7", reason="3.6's interpreter runs no loop up to an argument")
     torch.manual_seed(0)
     grad = torch.randn(5, 1500) @ torch.diag(torch.linspace(0.1, 2, 1500))
     basis = Basis(**{side: torch.eye(1500 if side == "right" else 5)[:, -2:].contiguous()})
