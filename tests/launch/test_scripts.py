@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from functools import partial
@@ -146,6 +147,69 @@ def test_deepspeed_gets_the_gpus_that_are_shown_to_us(shown: str | None, ranks: 
     else:
         done = bash(script, str(ranks), CUDA_VISIBLE_DEVICES=shown)
     assert expected in done.stdout + done.stderr
+
+
+QUICKSTART = ("quickstart.sh", "common.sh", "gpus.sh")
+
+
+def with_gpus(folder: Path, number: int, **more: str) -> dict[str, str]:
+    """The environment on a machine of which nvidia-smi lists so many GPUs, all shown."""
+    folder.mkdir(exist_ok=True)
+    lines = "".join(f"GPU {gpu}: NVIDIA H100 (UUID: GPU-{gpu})\n" for gpu in range(number))
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'END'\n{lines}END\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    own = {key: value for key, value in environment().items() if key != "CUDA_VISIBLE_DEVICES"}
+    return {**own, "PATH": f"{folder}:{own['PATH']}", **more}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "more", "ranks"),
+    [
+        (0, {}, 2),
+        (1, {}, 1),
+        (3, {}, 2),
+        (8, {}, 8),
+        (10, {}, 8),
+        (8, {"CUDA_VISIBLE_DEVICES": "2,5,7"}, 2),
+        (8, {"CUDA_VISIBLE_DEVICES": ""}, 2),
+        (8, {"RANKS": "5"}, 5),
+    ],
+)
+def test_the_quickstart_has_a_rank_for_each_gpu(gpus: int, more: dict[str, str], ranks: int, tmp_path: Path) -> None:
+    """Or as many as divide its batch. Without a GPU, or where none is shown, two."""
+    launch, program = tmp_path / "launch", tmp_path / ".venv/bin/frugal-dist"
+    launch.mkdir()
+    for name in QUICKSTART:
+        shutil.copy(ROOT / "launch" / name, launch)
+    (launch / "setup.sh").write_text("")
+    (launch / "deepspeed.sh").write_text('echo "$RANKS ranks: $*"\n')
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    (tmp_path / "prepared.json").touch()
+    given = with_gpus(tmp_path / "smi", gpus, DATA_DIR=str(tmp_path), **more)
+    command = ["bash", str(launch / "quickstart.sh"), "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, env=given, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith(f"{ranks} ranks: reviews_5m ")
+    assert done.stdout.endswith(" --dry-run\n")
+
+
+def test_the_quickstart_on_eight_gpus(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The recipe passes its check for eight ranks, DeepSpeed's launcher gets the GPUs, and the plan is for eight."""
+    pytest.importorskip("deepspeed")
+    if not (ROOT / ".venv/bin/frugal-dist").exists():
+        pytest.skip("the quickstart has not made .venv yet")
+    given = with_gpus(tmp_path / "smi", 8, DATA_DIR=str(workshop.folder / "data"), RUN_DIR=str(tmp_path / "run"))
+    command = ["bash", str(ROOT / "launch/quickstart.sh"), "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, env=given, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "steps of 8 sequences; deepspeed on 8 ranks" in done.stdout
+    assert "would start: deepspeed --num_gpus 8 " in done.stdout.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+    assert main(["plan", "reviews_5m", "--engine", "zero2", "--ranks", "8"]) == 0
+    shown = capsys.readouterr().out
+    assert "zero2 on 8 ranks" in shown and "Refreshes are owned by 8 of 8 ranks" in shown
 
 
 def test_what_runs_on_a_host_is_shown_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
