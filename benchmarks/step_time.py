@@ -158,6 +158,11 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> list[Row]:
     # The first step of a run refreshes; with such a gap none of the timed ones does.
     ordinary = {p: make_frugal(weights, p, 10**9, arguments.density) for p in arguments.projections}
     steps: dict[str, Callable[[], object]] = {"fused AdamW": adamw.step}
+    if arguments.deepspeed:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        # What ZeRO-Offload steps with; compiled at the first use.
+        steps["DeepSpeedCPUAdam"] = DeepSpeedCPUAdam(weights, lr=1e-6, weight_decay=0.0).step
     steps |= {name: optimizer.step for name, optimizer in ordinary.items()}
     times = interleave(steps, arguments.rounds, arguments.warmup, device, arguments.clock)
     del ordinary, steps
@@ -207,6 +212,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--refresh-rounds", type=int, default=3, help="0: do not time refreshes")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--projections", nargs="+", default=PROJECTIONS, choices=CHOICES, help="of FRUGAL, or presets")
+    parser.add_argument("--deepspeed", action="store_true", help="DeepSpeedCPUAdam takes part, on the CPU")
     parser.add_argument("--json", type=Path, help="write the numbers to this file as well")
     arguments = parser.parse_args(argv)
     if min(arguments.rounds, arguments.warmup, arguments.layers) < 1:
