@@ -1,4 +1,4 @@
-"""All projections by their names, and what is asked of the one that is configured."""
+"""All projections by their names, and what is asked of the one that is configured. To add one: see ``definition``."""
 
 from __future__ import annotations
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from frugal_dist.training.exported_model import Restored
 from frugal_dist.training.finetune.recipe import FinetuneRecipe
 from frugal_dist.training.folders import run_of
 from frugal_dist.training.metrics.record import of_kind
 from frugal_dist.training.optimizers import described
 from frugal_dist.training.recipe import Recipe, Run, as_yaml, recipe_of
-from frugal_dist.training.restored import Restored
 from frugal_dist.training.resume import records_of
 
 CARD, RECIPE = "README.md", "recipe.yaml"

@@ -12,10 +12,10 @@ from frugal_dist import Frugal, split_parameters
 from frugal_dist.training.card import RECIPE, recipe_in
 from frugal_dist.training.check import KINDS
 from frugal_dist.training.distributed.place import DistEnv
+from frugal_dist.training.exported_model import Restored, open_model
 from frugal_dist.training.finetune.recipe import FinetuneRecipe
 from frugal_dist.training.folders import run_of
 from frugal_dist.training.recipe import Recipe, Run, kind_of, read_recipe
-from frugal_dist.training.restored import Restored, open_model
 from frugal_dist.training.resume import records_of
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from frugal_dist.training.card import told
+from frugal_dist.training.exported_model import Restored, restore, without_deepspeeds_search
 from frugal_dist.training.folders import give_ordinary_permissions
-from frugal_dist.training.restored import Restored, restore, without_deepspeeds_search
 
 
 @dataclass(frozen=True)

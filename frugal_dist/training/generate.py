@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from frugal_dist.training.exported_model import open_model
 from frugal_dist.training.models import check_positions
-from frugal_dist.training.restored import open_model
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Text as `datasets` streams it: from the Hugging Face hub, a folder laid out like one, or local files."""
+"""C4 and other text as `datasets` streams it: from the Hugging Face hub, a folder laid out like one, or local files."""
 
 from __future__ import annotations
 
