@@ -378,8 +378,8 @@ class Frugal(Optimizer):
         sources = [source() for source in me._sources]
         frozen = [source is not None and not source.requires_grad for source in sources]
         sizes = {} if me._runtime is None else bytes_by_name(me._runtime, me.state)
-        usual = me.__dict__["defaults"]["weight_decay"]
-        decays = [group["weight_decay"] != 0.0 or usual == 0.0 for group in me._groups]
+        some = any(group["weight_decay"] for group in me._groups)  # without any, the patterns are what there is to show
+        decays = [group["weight_decay"] != 0.0 or not some for group in me._groups]
         return [
             ParameterInfo(o.name, o.shape, o.projected, o.decay and decays[o.group], still, sizes.get(o.name))
             for o, still in zip(me._originals, frozen, strict=True)

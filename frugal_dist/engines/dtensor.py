@@ -58,6 +58,10 @@ class DTensorStorage:
         """Sum what comes as addends, where any rank has some. A rank that has its own knows, and waits for nothing."""
         if not known:
             return
+        if ranks.alone:
+            here = [i for i in known if _arrival(self.param(i)) >= _PLACED]
+            self.sums.update({i: _summed(self.originals[i].name, self.param(i), self.addends[i]) for i in here})
+            return
         mine = [_arrival(self.param(i)) for i in known]
         device = ranks.device(_local(self.param(known[0])).device)
         lacks = min(mine) < _PLACED

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frugal_dist.config import FrugalConfig
 from frugal_dist.optimizer import BUCKET_BYTES, Frugal
 from frugal_dist.planner.layouts import EngineLayout
 from frugal_dist.planner.totals import ITEM, papers_bytes, state_of_ranks
@@ -203,31 +202,29 @@ def _plan_all(plan: Plan, runtime: Runtime, inputs: StepInputs, parts: Sequence[
 
 
 def _working_bytes(inputs: StepInputs) -> int:
-    """Low-precision weights and their gradients have fp32 copies, a few at a time; a basis leaves a rest, which becomes
-    a step, as does what torch's operations make of a gradient. 8-bit moments become numbers, and codes again, a slice
-    at a time.
+    """Of the largest copies that are there at once, in fp32. 8-bit moments become numbers, and codes again, a slice at
+    a time.
     """
     low = sum(one.weight.numel() for one in inputs.regular if one.weight.dtype != compute_dtype(one.weight.dtype))
-    most = 2 * ITEM * min(SLICE, low)
-    for mat in inputs.mats:
-        based, config = mat.family == "basis" and not mat.empty, mat.config
-        copied = mat.weight_dtype != mat.dtype and (based or _rounds_after(mat))
-        directed = copied and not based and not _has_kernel(config)  # the direction is a tensor of its own
-        copies = 2 * based + 2 * copied + directed
-        most = max(most, ITEM * copies * max(map(prod, mat.shapes), default=0))
-    return most + _as_numbers(inputs)
+    copies = (_copies(mat) * max(map(prod, mat.shapes), default=0) for mat in inputs.mats)
+    return ITEM * max(2 * min(SLICE, low), *copies, 0) + _as_numbers(inputs)
 
 
-def _rounds_after(mat: LocalMatrix) -> bool:
-    """Whether low-precision weights are stepped as fp32 copies: by no kernel, or exactly."""
-    more_than_once = mat.decay != 0.0 or rounds_stochastically(mat.config, mat.weight_dtype)
-    return keeps_remainders(mat.config) or (more_than_once and not _has_kernel(mat.config))
-
-
-def _has_kernel(config: FrugalConfig) -> bool:
-    """Whether kernels step coordinates and round by themselves; they know no codes."""
-    rules = STATE_FULL[config.state_full], STATE_FREE[config.state_free]
-    return all(rule.has_kernel for rule in rules) and not config.form.blocky
+def _copies(mat: LocalMatrix) -> int:
+    """How many tensors of its size a matrix' step makes: fp32 weight and gradient of low-precision ones, and what is
+    added to the weights, where no kernel computes it entry by entry.
+    """
+    config, low = mat.config, mat.weight_dtype != mat.dtype
+    if mat.family == "basis" and not mat.empty:  # the rest, which becomes its direction, and a step in low precision
+        return 2 + 2 * low
+    chosen, free = PROJECTIONS[config.projection], STATE_FREE[config.state_free]
+    complete = chosen.family == "blocks" or config.density == 1.0
+    known = len(chosen.lines(mat.side)) == 1 or chosen.index_bytes > 0
+    stepped = STATE_FULL[config.state_full].has_kernel and known and not complete and not config.form.blocky
+    fused = free.has_kernel and (config.density == 0.0 or stepped)
+    rounds_again = mat.decay != 0.0 or rounds_stochastically(config, mat.weight_dtype)
+    copied = low and (keeps_remainders(config) or (rounds_again and not fused))
+    return 2 * copied + (not fused and not complete and free.direction is not None)
 
 
 def _as_numbers(inputs: StepInputs) -> int:
@@ -288,25 +285,25 @@ def _rank_plan(runtime: Runtime, inputs: StepInputs, units: Sequence[Collection[
     """What the rank holds."""
     sizes = {runtime.originals[i].name: runtime.storage.tensors(i)[1].numel() for i in inputs.key}
     together = max((sum(sizes[name] for name in unit) for unit in units), default=sum(sizes.values()))
-    plan = RankPlan(runtime.ranks.rank, parameters=sum(sizes.values()), gradients=together)
+    rank_plan = RankPlan(runtime.ranks.rank, parameters=sum(sizes.values()), gradients=together)
     for one in inputs.regular:
         for name, size in _sizes(one.state):
             if name == REMAINDER:
-                plan.remainders += size
+                rank_plan.remainders += size
             else:
-                plan.regular += size
+                rank_plan.regular += size
     for mat in inputs.mats:
         for name, size in _sizes(mat.state):
             if name in BASES:
-                plan.bases += size
+                rank_plan.bases += size
             elif name in (*every_key(), *FREE):
-                plan.moments += size
+                rank_plan.moments += size
             elif name == REMAINDER:
-                plan.remainders += size
+                rank_plan.remainders += size
             else:
-                plan.counters += size
-        plan.selected += _selected(mat, runtime.ranks.rank)
-    return plan
+                rank_plan.counters += size
+        rank_plan.selected += _selected(mat, runtime.ranks.rank)
+    return rank_plan
 
 
 def _selected(mat: LocalMatrix, rank: int) -> int:

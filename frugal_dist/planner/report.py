@@ -327,9 +327,9 @@ def _traffic(plan: Plan) -> list[str]:
         ],
     )
     lines.append("On the busiest rank. What the engine sends, gradients and weights, is not in it")
-    owned, mat = plan.owned, plan.refresh_work
-    if sum(mat):
-        balance = max(mat) * len(mat) / sum(mat)
+    owned, work = plan.owned, plan.refresh_work
+    if sum(work):
+        balance = max(work) * len(work) / sum(work)
         lines += wrap(
             f"Refreshes are owned by {sum(count > 0 for count in owned)} of {plan.ranks} ranks, {min(owned)} to "
             f"{max(owned)} matrices each; the busiest has {balance:.2f} times the mean work",

@@ -15,13 +15,14 @@ from torch import Tensor
 
 
 class Adds(Protocol):
-    """``out += alpha a b``, without a temporary of out's size."""
+    """``out + alpha a b``."""
 
     def __call__(self, out: Tensor, a: Tensor, b: Tensor, /, *, alpha: float) -> Tensor: ...
 
 
 class Products(NamedTuple):
-    """``multiply(a, b)``, ``add_(out, a, b, alpha=)``, and ``add``, the same in a new tensor, which is contiguous.
+    """``multiply(a, b)``, ``add_(out, a, b, alpha=)`` in place, without a temporary of out's size, and
+    ``add`` in a new tensor, which is contiguous.
 
     In fp32 they are torch's own: a step has three per matrix.
     """

@@ -101,6 +101,7 @@ def wake(optimizer: Any, copied: bool) -> None:
     if copied:  # the sources of a DeepSpeed engine do not come along
         optimizer._groups = list(optimizer.param_groups)
         optimizer._sources = [lambda: None for _ in optimizer._originals]
-    optimizer.__dict__.update(_runtime=None, _before=None, _started=False, _checked=set(), _release=None)
+        optimizer._release = None  # its hooks are on another model
+    optimizer.__dict__.update(_runtime=None, _before=None, _started=False, _checked=set())
     engines.announce(optimizer, optimizer._process_group)
     optimizer.__dict__.update(_saving_checked=False, _told=False, _parts_told=False, _summarised=True)

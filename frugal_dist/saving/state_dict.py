@@ -143,7 +143,7 @@ def refuse_to_lose(packed: Mapping[int, Store]) -> None:
 
 
 def is_divided(runtime: Runtime, inputs: StepInputs) -> bool:
-    """Whether ``load``'s ranks hold different parts of the state. Collective."""
+    """Whether the ranks of ``inputs`` hold different parts of the state. Collective."""
     here = any(_is_part(runtime, mat) for mat in inputs.mats)
     here = here or any(_is_regular_part(runtime, one) for one in inputs.regular)
     return any(gather_objects(runtime.ranks, here))

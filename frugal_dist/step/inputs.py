@@ -32,7 +32,6 @@ from frugal_dist.update.eightbit import Packed
 from frugal_dist.update.local import update_regular
 from frugal_dist.update.precision import Rounded, Spans, narrow_, widened
 from frugal_dist.update.remainder import REMAINDER, keeps_remainders
-from frugal_dist.update.stochastic_rounding import rounds_stochastically
 
 State = MutableMapping[Tensor, dict[str, Tensor]]
 SLICE = 1 << 24
@@ -358,10 +357,9 @@ def _step_group(members: Sequence[LocalParameter]) -> None:
 
 def _step_slices(slices: Sequence[_Slice], step: int, decay: float, config: FrugalConfig, narrow: bool) -> None:
     weights = [part.weight for part in slices]
-    copied = narrow and (keeps_remainders(config) or rounds_stochastically(config, weights[0].dtype))
-    updated = [widened(part.weight, part.remainder) for part in slices] if copied else weights
+    updated = [widened(part.weight, part.remainder) for part in slices] if narrow else weights
     update_regular(updated, [part.grad for part in slices], [part.moments for part in slices], step, decay, config)
-    if copied:
+    if narrow:
         for part, wide in zip(slices, updated, strict=True):
             whose = Rounded(config, part.one.name, part.one.shape, step)
             narrow_(part.weight, wide, part.remainder, whose, _boxes(part, wide))

@@ -88,8 +88,9 @@ def _widened(mat: LocalMatrix) -> LocalMatrix:
     remainders = remainders_of(mat)
     if remainders is None:
         return replace(mat, weights=[widened(weight, None) for weight in mat.weights])
+    weights = [widened(*pair) for pair in zip(mat.weights, remainders, strict=True)]
     grads = None if mat.grads is None else [grad.to(mat.dtype) for grad in mat.grads]  # in fp32, as with masters
-    return replace(mat, weights=list(map(widened, mat.weights, remainders)), grads=grads, weight_dtype=mat.dtype)
+    return replace(mat, weights=weights, grads=grads, weight_dtype=mat.dtype)
 
 
 def _round_back(mat: LocalMatrix, wide: LocalMatrix) -> None:

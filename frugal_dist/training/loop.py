@@ -122,9 +122,9 @@ class Training:
         return Outcome(done, self._tokens(done), self._seconds(), *self._losses, saved, finished)
 
     def _timed_step(self, index: int) -> bool:
-        """Whether any rank was told to stop: all must stop after the same step, on a GPU the one after the signal's.
+        """Whether any rank was told to stop: all must stop after the same step, on GPUs the one after the signal's.
 
-        There this does not wait for the optimizer's part of the step: the next rows are read meanwhile.
+        There this does not wait for the optimizer's part of the step.
         """
         begin = time.monotonic()
         self._train_step(index)

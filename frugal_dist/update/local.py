@@ -21,7 +21,7 @@ from frugal_dist.update.lines import Part, Sums, alone
 from frugal_dist.update.rules import STATE_FREE, STATE_FULL
 
 Moments = Sequence[Any]
-"""Of one tensor, as its form (``forms``) shows them."""
+"""Of one tensor, as its form (``moment_storage``) shows them."""
 
 TOGETHER = 1 << 16
 """Entries of basis projections that are stepped at once: small matrices share calls, residuals stay in the cache."""
@@ -56,7 +56,7 @@ def state_free_(weight: Tensor, grad: Tensor, config: FrugalConfig, decay: float
 
 def update_regular(params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Moments], step: int,
                    decay: float, config: FrugalConfig) -> None:  # fmt: skip
-    """Regular parameters: the state-full rule alone. Low-precision ones are updated in fp32 and rounded once."""
+    """Regular parameters, in fp32 or fp64: the state-full rule alone."""
     wide = [_dense(param) for param in params]
     state_full_(wide, [_dense(grad) for grad in grads], moments, step, config.lr, decay, config)
     for param, result in zip(params, wide, strict=True):

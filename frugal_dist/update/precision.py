@@ -1,4 +1,6 @@
-"""Low-precision weights in a step: fp32 copies before it, one rounding after it. Nothing else widens or rounds weights.
+"""Low-precision weights in a step: fp32 copies before it, one rounding after it.
+
+Kernels, and a single addition of torch's, round what they write; all else that widens or rounds weights is here.
 
 ``config.rounding`` says how: to the nearest, stochastically (``stochastic_rounding``), or to the nearest with what is
 rounded off kept (``remainder``).

@@ -43,7 +43,7 @@ CASES = [
 ]
 LOOSE = ("svd", "random")
 TABLES = 4 << 20
-"""Bytes that the kernels' last tables, 256 of 10 KiB, and what is small beside them may take."""
+"""Bytes that the kernels' last tables, 256 of 14 KiB, and what is small beside them may take."""
 
 
 @contextmanager

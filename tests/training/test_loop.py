@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,18 +178,22 @@ def test_a_run_that_goes_on_counts_all_its_seconds(tmp_path):
     assert 1000.0 <= saved[0] < 1100.0
 
 
-@pytest.mark.parametrize(("device", "answers"), [("cpu", [False, True, False]), ("cuda", [False, False, True])])
-def test_on_a_gpu_a_stop_is_known_a_step_later_without_waiting(device, answers, monkeypatch):
-    """For the answer to the call before nothing waits that was queued since."""
+@pytest.mark.parametrize(
+    ("device", "ranks", "answers"),
+    [("cpu", 2, [False, True, False]), ("cuda", 2, [False, False, True]), ("cuda", 1, [False, True, False])],
+)
+def test_on_gpus_a_stop_is_known_a_step_later_without_waiting(device, ranks, answers, monkeypatch):
+    """For the answer to the call before nothing waits that was queued since. One rank asks nobody."""
     waits = []
 
     def begin_total(values, where):
         return lambda: waits.append(values) or values
 
     monkeypatch.setattr(collectives, "begin_total", begin_total)
+    monkeypatch.setattr(collectives, "ranks_of", lambda group: SimpleNamespace(alone=ranks == 1))
     told = collectives.Told(torch.device(device))
     assert [told.anyone(one) for one in (False, True, False)] == answers
-    assert waits == [[0.0], [1.0], [0.0]][: 3 if device == "cpu" else 2]
+    assert waits == [[0.0], [1.0], [0.0]][: 2 if answers[2] else 3]
 
 
 def test_a_total_that_is_begun_is_the_total():

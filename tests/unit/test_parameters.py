@@ -430,10 +430,12 @@ def test_project_of_a_vector_names_it() -> None:
 
 
 def test_the_report_shows_which_groups_do_not_decay() -> None:
-    rows = Frugal(split_parameters(Toy(), no_decay=["*bias", "*norm*"]), weight_decay=0.1).parameter_report_rows()
-    spared = {row.name for row in rows if not row.decay}
-    assert spared and all("norm" in name or name.endswith("bias") for name in spared)
-    assert spared == {name for name, _ in Toy().named_parameters() if "norm" in name or name.endswith("bias")}
+    groups = split_parameters(Toy(), no_decay=["*bias", "*norm*"])
+    torchs = [{"weight_decay": 0.1, **group} for group in groups]  # as people write them without a default
+    named = {name for name, _ in Toy().named_parameters() if "norm" in name or name.endswith("bias")}
+    assert named
+    for optimizer in (Frugal(groups, weight_decay=0.1), Frugal(torchs)):
+        assert {row.name for row in optimizer.parameter_report_rows() if not row.decay} == named
 
 
 @pytest.mark.parametrize("key", ["project", "skip", "no_decay"])

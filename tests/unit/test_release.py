@@ -172,6 +172,7 @@ def test_resuming_has_the_bits_of_a_run_that_went_on(tmp_path: Path) -> None:
         again.load_state_dict(weights)
         theirs.load_state_dict(state)
         train(again, theirs, 3)
+        assert ("released" in theirs.summary()) == released
         assert_same_bits(optimizer, theirs)
         again, theirs = built(released, OPTIONS)
         checkpoint.load(tmp_path / "saved", again, theirs)

@@ -71,6 +71,7 @@ def _runs(module: ModuleType, device: torch.device) -> bool:
         launches = module.Launches()
         launches.take(TileUpdate(one, one.clone(), None, (), 1, 0.0, FrugalConfig()))
         launches.finish()
+        module.round_(one.bfloat16(), one, torch.zeros(1, dtype=torch.int64, device=device), (0, 0))
     except Exception as error:  # whatever it is: torch's own operations always work
         notice(
             f"Triton kernels do not run on {device} ({error}): steps use torch's own operations, several passes each."

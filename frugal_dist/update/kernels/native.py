@@ -170,8 +170,8 @@ def described(job: TileUpdate) -> tuple[Key, bytes] | None:
     with memory of their own (a wrapper of other tensors, such as torchao's float8 weights, has the address 0).
     """
     weight, grad, selection, moments, step, decay, config, noise, *_ = job
-    dtype, narrow = weight.dtype, grad.dtype
-    if not STATE_FREE[config.state_free].has_kernel or dtype not in DTYPES or narrow not in DTYPES:
+    dtype, of_grad = weight.dtype, grad.dtype
+    if not STATE_FREE[config.state_free].has_kernel or dtype not in DTYPES or of_grad not in DTYPES:
         return None
     if not (weight.is_cpu and grad.is_cpu and weight.is_contiguous() and grad.is_contiguous()):
         return None
@@ -182,7 +182,7 @@ def described(job: TileUpdate) -> tuple[Key, bytes] | None:
     keys, start, stride = noise or ((0, 0), 0, cols)
     if selection is None or moments[0].numel() == 0:
         row = ROW.pack(address, gradient, 0, 0, 0, 0, rows, cols, 0, start, stride, *keys)
-        return (_SIGN.number, id(config), decay, 0, dtype, narrow, noise is None), row
+        return (_SIGN.number, id(config), decay, 0, dtype, of_grad, noise is None), row
     kind = _KINDS.get(type(selection))
     if kind is None or not STATE_FULL[config.state_full].has_kernel or config.form.blocky:  # it knows no codes
         return None
@@ -194,7 +194,7 @@ def described(job: TileUpdate) -> tuple[Key, bytes] | None:
     selected, before, count = kind.lookup(job)
     moved = first.data_ptr(), second.data_ptr()
     row = ROW.pack(address, gradient, *moved, selected, before, rows, cols, count, start, stride, *keys)
-    return (kind.number, id(config), decay, step, dtype, narrow, noise is None), row
+    return (kind.number, id(config), decay, step, dtype, of_grad, noise is None), row
 
 
 def kind_of(job: TileUpdate) -> int | None:
@@ -224,8 +224,8 @@ class Launches:
     def finish(self) -> None:
         """Step what waits."""
         groups, self._groups = self._groups, {}
-        for (number, _, decay, step, dtype, narrow, nearest), (rows, jobs) in groups.items():
-            _run(rows, number, dtype, narrow, _scalars(number, step, decay, jobs[0].config), not nearest)
+        for (number, _, decay, step, dtype, of_grads, nearest), (rows, jobs) in groups.items():
+            _run(rows, number, dtype, of_grads, _scalars(number, step, decay, jobs[0].config), not nearest)
             torch.autograd.graph.increment_version([job.weight for job in jobs])
 
 
@@ -277,18 +277,18 @@ def sign_steps_(weights: Sequence[Tensor], grads: Sequence[Tensor], config: Frug
 
     False, and nothing done, if the tensors are not made for it.
     """
-    dtype, kind = weights[0].dtype, grads[0].dtype
-    if dtype not in DTYPES or kind not in DTYPES:
+    dtype, of_grads = weights[0].dtype, grads[0].dtype
+    if dtype not in DTYPES or of_grads not in DTYPES:
         return False
     rows = []
     for weight, grad in zip(weights, grads, strict=True):
         address, gradient = weight.data_ptr(), grad.data_ptr()
-        whole = weight.is_contiguous() and grad.is_contiguous() and weight.dtype is dtype and grad.dtype is kind
+        whole = weight.is_contiguous() and grad.is_contiguous() and weight.dtype is dtype and grad.dtype is of_grads
         if not (whole and address and gradient and weight.is_cpu and grad.is_cpu):
             return False
         height, width = weight.shape
         rows.append(ROW.pack(address, gradient, 0, 0, 0, 0, height, width, 0, 0, width, 0, 0))
-    _run(rows, _SIGN.number, dtype, kind, _scalars(_SIGN.number, 0, decay, config))
+    _run(rows, _SIGN.number, dtype, of_grads, _scalars(_SIGN.number, 0, decay, config))
     torch.autograd.graph.increment_version(weights)
     return True
 
