@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from frugal_dist import checkpoint
 from frugal_dist.sharding.tile import Layout
 
+LIMIT = 2e-5
+"""Of what rounding may do to a weight under smooth rules; under a sign rule more is a flip."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -204,7 +207,7 @@ VARIANTS = {
     "small buckets": Variant(zero={"reduce_bucket_size": 3000, "allgather_bucket_size": 3000}),
     "all padding": Variant(build=tiny, groups=split, layout=some_rank_holds_nothing),
     "all padding, columns": Variant(
-        build=tiny, groups=split, options={"projection": "columns"}, layout=some_rank_holds_nothing
+        build=tiny, groups=split, options={"projection": "columns", "density": 0.5}, layout=some_rank_holds_nothing
     ),
     **{
         f"rows over three ranks, {what}": Variant(
@@ -245,13 +248,14 @@ def run(name: str, stage: int) -> Difference:
     engine.destroy()
     want = cases.reference(
         options,
+        ranks * variant.accumulate,  # gradients add up in the same parts: a basis may turn their rounding into more
         clip=variant.clip,
         model=variant.build,
         groups=variant.groups or _by_name,
         schedule=variant.schedule,
         before=variant.before,
     )
-    return cases.difference_to(found, want, float(options["lr"]))
+    return cases.difference_to(found, want, LIMIT)
 
 
 def train(engine: Any, before: Callable[[nn.Module, int], None] | None) -> None:

@@ -12,7 +12,7 @@ import tables
 from fleet import Fleet
 
 Fleets = Callable[[int], Fleet]
-LIMIT = 2e-5
+SIGNS = ("lion",)
 FOUR_RANKS = ("all padding", "rows over three ranks")
 STAGES = {
     "parameter_alignment": (1, 2),
@@ -56,7 +56,10 @@ def test_variants_give_the_weights_of_one_process(name: str, stage: int, fleet: 
     found = fleet(4 if name.startswith(FOUR_RANKS) else 2).run(variants.run, name, stage)
     assert len(set(found)) == 1, f"ranks hold different weights: {found}"
     tables.put("DeepSpeed, variants: largest difference by stage", name, str(stage), f"{found[0].largest:.1e}")
-    assert found[0].largest <= LIMIT
+    if name in SIGNS:
+        assert found[0].flips <= 1e-3 * found[0].entries
+    else:
+        assert found[0].largest <= variants.LIMIT
 
 
 QUICK_TO_FREEZE = {("2", "svd std"), ("3", "columns")}
@@ -72,7 +75,7 @@ def test_freezing_in_mid_run_acts_as_on_one_process(setting: str, projection: st
     (first, first_stays), second = fleet(2).run(variants.frozen_for_a_while, setting, cases.PROJECTIONS[projection])
     assert second == (first, first_stays)
     assert first_stays, "frozen weights moved, or others did not"
-    assert first.largest <= (1e-2 if cases.SETTINGS[setting].half else LIMIT)
+    assert first.largest <= (1e-2 if cases.SETTINGS[setting].half else variants.LIMIT)
 
 
 @pytest.mark.parametrize(

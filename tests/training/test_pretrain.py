@@ -387,11 +387,12 @@ def test_tensor_parallelism_beside_fsdp2(folder: Path, divisible: list[str]) -> 
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
     for engine, launch in (("fsdp2", on_ranks(3)), ("single", [sys.executable, "-m", "frugal_dist.cli"])):
-        shutil.copytree(runs / "killed", runs / engine)
-        process = start([*launch, *command(folder, engine, *divisible, "--engine", engine)])
+        resumed = f"killed, then {engine}"  # other runs in this folder have the names of engines
+        shutil.copytree(runs / "killed", runs / resumed)
+        process = start([*launch, *command(folder, resumed, *divisible, "--engine", engine)])
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
-        found = losses(folder, engine)
+        found = losses(folder, resumed)
         assert {step for kind, step in found if kind == "train"} == set(range(1, 11))
         assert max(abs(found[key] - want[key]) for key in found) < 2e-4
 
