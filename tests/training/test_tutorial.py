@@ -45,5 +45,5 @@ def test_every_command_of_the_tutorial(tmp_path: Path) -> None:
     assert validation[-1] < validation[0] / 5
     assert (tmp_path / "runs" / "mine" / "loss_curve.png").exists()
     assert shown[-2].startswith("The value of")
-    assert len(shown[-2].split()) > 5
+    assert len(shown[-2].strip()) > len("The value of") + 10  # tokens, of a model too small for words
     assert "adamw" in shown[-1]

@@ -758,7 +758,8 @@ def test_the_reference_is_read() -> None:
         checkpoint.load,
         checkpoint.SavedWeights.buffer,
     }
-    assert wanted <= set(REFERENCE.values())
+    # torch wraps step() of a class when the first optimizer of it is made
+    assert set(map(inspect.unwrap, wanted)) <= set(map(inspect.unwrap, REFERENCE.values()))
 
 
 def arguments_in(docstring: str | None) -> list[str]:
