@@ -102,6 +102,7 @@ def test_what_would_fit_fits() -> None:
     assert f"Together {found[2]} GB: fits into rtx4090" in again
 
 
+@pytest.mark.timeout(1800)  # without bf16 instructions one core takes long
 @pytest.mark.heavy
 def test_first_steps_of_its_shape() -> None:
     """One layer of the 7B model, with all that the recipe for 24 GB has."""
