@@ -9,15 +9,12 @@ from typing import Any
 import pytest
 import torch
 from cases import LAYOUTS
-from storages import Held, Named
+from small_matrices import MORE, WITH_EXPERTS, check_layout
 from test_plan_agrees import ENGINES, check
-from threads import run_ranks
 from torch import Tensor, nn
 
 from frugal_dist import Frugal, FrugalConfig, checkpoint, preset
 
-SHAPES = {"tall": (24, 16), "wide": (16, 40), "square": (33, 33), "experts": (3, 10, 6)}
-MORE = {"density": 0.5, "update_gap": 2, "lr": 0.01, "weight_decay": 0.1}
 NONE = {"density": 0.0, "projection": "columns"}
 WAYS: dict[str, dict[str, Any]] = {
     "normalized": {"state_free": "normalized"},
@@ -47,25 +44,10 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def tensors(seed: int) -> Named:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in SHAPES.items()}
-
-
-def trained(build: Any, options: dict[str, Any]) -> Named:
-    held: Held = build(tensors(0), set(SHAPES), {**MORE, **options})
-    for step in range(1, 6):
-        held.step(tensors(step))
-    return held.full()
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("way", WAYS)
 def test_every_layout_gives_the_weights_of_one_process(layout: str, way: str) -> None:
-    (want,) = run_ranks(1, lambda rank: trained(LAYOUTS["replicas"], WAYS[way]))
-    for full in run_ranks(4, lambda rank: trained(LAYOUTS[layout], WAYS[way])):
-        for name, weight in full.items():
-            torch.testing.assert_close(weight, want[name], rtol=0, atol=1e-10)
+    check_layout(layout, WAYS[way], WITH_EXPERTS)
 
 
 @pytest.mark.parametrize("layout", ENGINES)

@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYOUTS
-from storages import Held, Named
+from small_matrices import MORE, check_layout, tensors
 from test_plan_agrees import ENGINES, check
-from threads import run_ranks
 from torch import Tensor, nn
 
 from frugal_dist import Frugal, FrugalConfig, checkpoint
@@ -74,8 +72,6 @@ UNIT = StateFull(name="unit", moments=(Moment("exp_avg"),), update=unit, element
 
 # --- what their lines in the registries do ----------------------------------------------------------------------------
 
-SHAPES = {"tall": (24, 16), "wide": (16, 40), "square": (33, 33)}
-
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,28 +93,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "slow blocks": {"state_full": "slow", "projection": "blockwise"},
     "unit": {"state_full": "unit", "on_refresh": "keep"},
 }
-MORE = {"density": 0.5, "update_gap": 2, "lr": 0.01, "weight_decay": 0.1}
-
-
-def tensors(seed: int) -> Named:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in SHAPES.items()}
-
-
-def trained(build: Any, options: dict[str, Any]) -> Named:
-    held: Held = build(tensors(0), set(SHAPES), {**MORE, **options})
-    for step in range(1, 6):
-        held.step(tensors(step))
-    return held.full()
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("layout", ["replicas, shared state", "Shard(0)", "HSDP 2x2", "ZeRO-1/2", "ZeRO-3"])
 def test_every_layout_gives_the_weights_of_one_process(layout: str, way: str) -> None:
-    (want,) = run_ranks(1, lambda rank: trained(LAYOUTS["replicas"], WAYS[way]))
-    for full in run_ranks(4, lambda rank: trained(LAYOUTS[layout], WAYS[way])):
-        for name, weight in full.items():
-            torch.testing.assert_close(weight, want[name], rtol=0, atol=1e-10)
+    check_layout(layout, WAYS[way])
 
 
 @pytest.mark.parametrize("way", WAYS)
