@@ -191,36 +191,38 @@ class FrugalConfig:
                 f"density={self.density:g}." + (" density=1 of columns or rows will do." if full else "")
             )
 
-    @property
+    # What follows from the fields, asked for by every matrix at every step.
+
+    @cached_property
     def by_lines(self) -> bool:
         """Whether a rule needs whole lines or whole matrices, so that it computes where these are whole."""
         return self._free_lines or (not STATE_FULL[self.state_full].elementwise and self.density > 0)
 
-    @property
+    @cached_property
     def _free_lines(self) -> bool:
         return self.combine != "add" or STATE_FREE[self.state_free].lines is not None
 
-    @property
+    @cached_property
     def form(self) -> Form:
         """How moments are kept."""
         return FORMS[self.moments]
 
-    @property
+    @cached_property
     def treatment(self) -> Treatment:
         """What becomes of the rest by rules that need lines."""
         return Treatment(STATE_FREE[self.state_free], self.combine, self.growth_limit)
 
-    @property
+    @cached_property
     def undivided(self) -> bool:
         """Whether a rule needs whole matrices, and not only sums over what lies elsewhere."""
         return not STATE_FULL[self.state_full].elementwise or STATE_FREE[self.state_free].averages is not None
 
-    @property
+    @cached_property
     def keeps(self) -> tuple[str, ...]:
         """What is kept for the rest, see ``step.state.FREE``."""
         return (*STATE_FREE[self.state_free].keeps, *(("free_norm",) if self.growth_limit > 0.0 else ()))
 
-    @property
+    @cached_property
     def free_side(self) -> str:
         """The side of layouts that suit the state-free rule, where there is no basis."""
         return STATE_FREE[self.state_free].free_side

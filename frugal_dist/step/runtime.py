@@ -30,7 +30,7 @@ from frugal_dist.update.moment_storage import Extent, Shape
 from frugal_dist.update.remainder import REMAINDER, keeps_remainders
 from frugal_dist.update.rules import STATE_FULL
 
-_AS_THEY_ARE = (float, int, str, bool, type(None))
+_AS_THEY_ARE = frozenset((float, int, str, bool, type(None)))
 
 
 @dataclass
@@ -115,7 +115,11 @@ class Runtime:
     def config(self, group: int, options: dict[str, Any]) -> FrugalConfig:
         """The checked settings of a group, the same object as long as they are the same."""
         given = map(options.get, HYPERPARAMETERS)
-        values = [value if type(value) in _AS_THEY_ARE else python_value(value) for value in given]
+        plain, values = _AS_THEY_ARE, []
+        for value in given:
+            kind = type(value)
+            as_it_is = kind in plain or (kind is tuple and plain.issuperset(map(type, value)))
+            values.append(value if as_it_is else python_value(value))
         known = self.settings.get(group)
         if known is None or known[0] != values:
             known = self.settings[group] = values, config_from(options)
@@ -207,7 +211,7 @@ class LocalMatrix:
             return {}
         return PROJECTIONS[self.config.projection].kept_shapes(self.side, self.matrix.rows, self.matrix.cols, r)
 
-    @property
+    @cached_property
     def chooses(self) -> bool:
         """Whether there is a basis to be found: not where it has no columns, or nothing is left out."""
         return self.family == "basis" and self.config.density > 0 and not undivided(self.config)
