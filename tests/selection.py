@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from itertools import product
 from typing import Any
 
@@ -31,6 +31,10 @@ def mostly_heavy(values: Iterable[Any], quick: Collection[Any]) -> list[Any]:
     return [pytest.param(value, marks=() if value in quick else (pytest.mark.heavy,)) for value in values]
 
 
-def taking_turns(rows: Sequence[Any], columns: Sequence[Any]) -> list[Any]:
-    """``cells`` where by default every row has one of the columns."""
-    return cells(rows, columns, lambda row, column: rows.index(row) % len(columns) == columns.index(column))
+def taking_turns(
+    rows: Iterable[Any], columns: Iterable[Any], every: int | None = None, name: Callable[[Any], str] = str
+) -> list[Any]:
+    """``cells`` where by default every row has one of the columns, or ``every`` third, say: the next row has others."""
+    rows, columns = list(rows), list(columns)
+    apart = every or len(columns)
+    return cells(rows, columns, lambda row, column: (rows.index(row) + columns.index(column)) % apart == 0, name)

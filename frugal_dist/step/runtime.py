@@ -117,8 +117,7 @@ class Runtime:
         given = map(options.get, HYPERPARAMETERS)
         plain, values = _AS_THEY_ARE, []
         for value in given:
-            kind = type(value)
-            as_it_is = kind in plain or (kind is tuple and plain.issuperset(map(type, value)))
+            as_it_is = type(value) in plain or (isinstance(value, tuple) and plain.issuperset(map(type, value)))
             values.append(value if as_it_is else python_value(value))
         known = self.settings.get(group)
         if known is None or known[0] != values:

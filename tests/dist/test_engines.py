@@ -49,11 +49,10 @@ def ranks_for(engine: str) -> int:
     return 4 if engine.startswith("HSDP") else 2
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("job", [Job(), Job("columns")], ids=lambda job: job.projection)
-def test_tensor_parallelism_beside_fsdp2(fleet: Fleet, job: Job) -> None:
-    """o_proj lies in quarters, q, k and v are cut by rows twice, the others once; 101 rows do not divide."""
-    check(fleet, "FSDP2 2 x TP 2", {job.projection: job}, 4)
+@pytest.mark.parametrize("engine", ["FSDP2 2 x TP 2", "HSDP 2x2"])
+def test_two_axes(fleet: Fleet, engine: str) -> None:
+    """With TP o_proj lies in quarters, q, k and v are cut by rows twice, the others once; 101 rows do not divide."""
+    check(fleet, engine, {"svd": Job(), "columns": Job("columns")}, 4)
 
 
 OFTEN = ("DDP", "FSDP2")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import LAYOUTS
+from selection import taking_turns
 from small_matrices import MORE, WITH_EXPERTS, check_layout
 from test_plan_agrees import ENGINES, check
 from torch import Tensor, nn
@@ -44,14 +45,12 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "layout"), taking_turns(WAYS, LAYOUTS, every=3))
 def test_every_layout_gives_the_weights_of_one_process(layout: str, way: str) -> None:
     check_layout(layout, WAYS[way], WITH_EXPERTS)
 
 
-@pytest.mark.parametrize("layout", ENGINES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "layout"), taking_turns(WAYS, ENGINES, every=3))
 def test_planned_equals_measured(layout: str, way: str) -> None:
     check(layout, {**MORE, **WAYS[way]})
 

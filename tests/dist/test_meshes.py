@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from cases import MATRICES, ON_REFRESH, PROJECTIONS, REGULAR, Case, gradients, label, reference, weights
 from meshes import LAYOUTS, Cut, Place, mesh, on_places, pipeline
-from selection import mostly_heavy
+from selection import mostly_heavy, taking_turns
 from storages import Named, replicas
 from test_state_shares import elements
 from threads import run_ranks
@@ -75,11 +75,14 @@ def test_the_weights_of_one_process(layout: tuple[str, int], request: pytest.Fix
     assert not {case: value for case, value in worst.items() if not value <= case.tolerance}
 
 
-@pytest.mark.parametrize(("projection", "side"), PROJECTIONS)
 @pytest.mark.parametrize(
-    "layout", [("FSDP2 2 x TP 2", 4), ("HSDP 2 x FSDP2 2 x TP 2", 8), ("FSDP2 2 x EP 2", 4)], ids=str
+    ("chosen", "layout"),
+    taking_turns(
+        PROJECTIONS, [("FSDP2 2 x TP 2", 4), ("HSDP 2 x FSDP2 2 x TP 2", 8), ("FSDP2 2 x EP 2", 4)], name="-".join
+    ),
 )
-def test_the_ranks_elements_add_up(layout: tuple[str, int], projection: str, side: str) -> None:
+def test_the_ranks_elements_add_up(chosen: tuple[str, str], layout: tuple[str, int]) -> None:
+    projection, side = chosen
     case = Case(projection, side, "reset")
     total = elements(replicas, Case(projection, side, "reset", more=(("process_group", None),)))
     ranks = run_ranks(layout[1], lambda rank: elements(LAYOUTS[layout], case))

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from cases import GAP, LAYOUTS, Case, Named, gradients, reference, weights
 from pretend_gpu import gpu, installed, on_cpu
+from selection import mostly_heavy
 from storages import Held
 from threads import run_ranks
 from torch import nn
@@ -109,7 +110,12 @@ def test_split_products_do_not_wait() -> None:
     check(replace(chosen, free="sgd"), *train("replicas", replace(chosen, free="sgd"), torch.float32), torch.float32)
 
 
-@pytest.mark.parametrize("layout", ["replicas, shared state", "Shard(0)", "ZeRO-1/2, 3 sub-groups", "ZeRO-3"])
+@pytest.mark.parametrize(
+    "layout",
+    mostly_heavy(
+        ["replicas, shared state", "Shard(0)", "ZeRO-1/2, 3 sub-groups", "ZeRO-3"], ["replicas, shared state", "ZeRO-3"]
+    ),
+)
 def test_on_two_ranks(layout: str) -> None:
     for case in CASES:
         for found, waits in run_ranks(2, lambda rank, case=case: train(layout, case)):
@@ -270,11 +276,11 @@ def with_moves(layout: str, case: Case, away: str, back: str) -> tuple[Named, Na
 @pytest.mark.parametrize(
     ("layout", "back"),
     [
-        ("replicas, shared state", "cuda"),
         ("ZeRO-3", "cpu"),
         *(
             pytest.param(layout, back, marks=pytest.mark.heavy)
             for layout, back in (
+                ("replicas, shared state", "cuda"),
                 ("replicas, shared state", "cpu"),
                 ("ZeRO-3", "cuda"),
                 ("Shard(0)", "cuda"),

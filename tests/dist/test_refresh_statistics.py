@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from cases import GAP, LAYOUTS, PROJECTIONS, Case, gradients, weights
+from selection import taking_turns
 from storages import replicas
 from threads import run_ranks
 
@@ -27,9 +28,9 @@ def reports(build: object, case: Case) -> list[list[float]]:
     return [found[0], found[GAP]]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("projection", "side"), PROJECTIONS)
-def test_the_same_on_every_layout(layout: str, projection: str, side: str) -> None:
+@pytest.mark.parametrize(("chosen", "layout"), taking_turns(PROJECTIONS, LAYOUTS, every=3, name="-".join))
+def test_the_same_on_every_layout(chosen: tuple[str, str], layout: str) -> None:
+    projection, side = chosen
     case = Case(projection, side, "reset")
     alone = reports(replicas, Case(projection, side, "reset", more=(("process_group", None),)))
     ranks = run_ranks(RANKS, lambda rank: reports(LAYOUTS[layout], case))

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from cases import ON_REFRESH, PROJECTIONS, Case, gradients, weights
 from resuming import Saved, from_bytes
+from selection import taking_turns
 from storages import Held, cut_like, replicas
 from threads import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
@@ -54,16 +55,14 @@ def check(layout: str, case: Case, points: tuple[int, ...], schedule: resuming.S
     assert found == [{step: [] for step in points}] * RANKS[layout]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES, ids=named)
+@pytest.mark.parametrize(("case", "layout"), taking_turns(CASES, LAYOUTS, every=2, name=named))
 def test_bit_for_bit_at_and_between_refreshes(layout: str, case: Case, request: pytest.FixtureRequest) -> None:
     """Step 3 refreshes, step 2 does not. They take turns, with --heavy each has both."""
     turn = (list(LAYOUTS).index(layout) + CASES.index(case)) % 2
     check(layout, case, (2, 3) if request.config.getoption("--heavy") else (2 + turn,))
 
 
-@pytest.mark.parametrize("layout", MORE_LAYOUTS)
-@pytest.mark.parametrize("case", SOME, ids=named)
+@pytest.mark.parametrize(("case", "layout"), taking_turns(SOME, MORE_LAYOUTS, every=2, name=named))
 def test_bit_for_bit_on_other_layouts(layout: str, case: Case, request: pytest.FixtureRequest) -> None:
     """The moments take turns."""
     turn = (list(MORE_LAYOUTS).index(layout) + SOME.index(case)) % 2
@@ -76,8 +75,10 @@ def test_before_the_first_step_and_after_the_last(layout: str) -> None:
     check(layout, case_of("randk", "std", "keep"), (0, 1, 4, 6))
 
 
-@pytest.mark.parametrize("projection", ["svd", "columns", "randk", "blockwise"])
-@pytest.mark.parametrize("layout", [*LAYOUTS, "replicas", "Shard(1)"])
+@pytest.mark.parametrize(
+    ("layout", "projection"),
+    taking_turns([*LAYOUTS, "replicas", "Shard(1)"], ["svd", "columns", "randk", "blockwise"], every=2),
+)
 def test_state_that_an_engine_creates_with_zero_gradients(layout: str, projection: str) -> None:
     """torch.distributed.checkpoint makes its template so. It must fit what a run saves, and be a beginning."""
     case = case_of(projection, "std", "keep")

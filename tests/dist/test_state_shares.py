@@ -8,6 +8,7 @@ import pytest
 import tables
 import torch
 from cases import GAP, LAYOUTS, MATRICES, PROJECTIONS, Case, gradients, label, weights
+from selection import taking_turns
 from storages import replicas
 from threads import run_ranks
 
@@ -32,9 +33,9 @@ def elements(build: object, case: Case) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("projection", "side"), PROJECTIONS)
-def test_the_ranks_elements_add_up(layout: str, projection: str, side: str) -> None:
+@pytest.mark.parametrize(("chosen", "layout"), taking_turns(PROJECTIONS, LAYOUTS, every=3, name="-".join))
+def test_the_ranks_elements_add_up(chosen: tuple[str, str], layout: str) -> None:
+    projection, side = chosen
     case = Case(projection, side, "reset")
     alone = Case(projection, side, "reset", more=(("process_group", None),))
     total = elements(replicas, alone)

@@ -22,12 +22,12 @@ COORDINATES = ("columns", "rows", "randk", "blockwise")
 
 QUICK = {
     "0": ("svd std", "columns"),
-    "1": ("svd left", "columns"),
-    "2": ("svd std", "columns", "dct"),
+    "1": ("svd std", "columns"),
+    "2": ("svd left", "columns", "dct"),
     "3": ("svd std", "columns", "randk", "sinkgd"),
     "3, sub-groups": ("svd std",),
     "3, offload": ("rows",),
-    "BF16_Optimizer": ("svd std",),
+    "BF16_Optimizer": ("svd std", "columns"),
     "3, bf16": ("columns",),
 }
 """Of the table at 2 ranks, by setting. More ranks are heavy: threads and tests/checkpoint have up to 8 by default."""

@@ -174,6 +174,7 @@ print("trained with", type(engine.basic_optimizer).__name__)
 """
 
 
+@pytest.mark.heavy
 def test_frugal_dist_may_be_imported_before_deepspeed(tmp_path: Path) -> None:
     """The fleets of the other tests import it after DeepSpeed."""
     alone = {

@@ -30,11 +30,11 @@ STOPS = (2, 3, 4)
 """Refreshes happen at 0, 3 and 6: just before one, at one, and between."""
 
 QUICK = {
-    "1": ("randk",),
-    "2": ("svd left",),
+    "1": ("svd left", "columns"),
+    "2": ("svd left", "columns"),
     "3": ("svd std", "columns"),
-    "3, sub-groups": ("blockwise",),
-    "BF16_Optimizer": ("svd std",),
+    "3, sub-groups": ("randk", "blockwise"),
+    "BF16_Optimizer": ("svd left", "columns"),
 }
 """What is not named here runs with --heavy."""
 

@@ -29,7 +29,7 @@ pytestmark = [
 
 @pytest.mark.parametrize(
     "projection",
-    ["svd", *(pytest.param(one, marks=pytest.mark.heavy) for one in ("columns", "blockwise"))],
+    ["svd", "columns", pytest.param("blockwise", marks=pytest.mark.heavy)],
 )
 def test_automatic_optimization(projection: str, tmp_path: Path) -> None:
     options = {"projection": projection}

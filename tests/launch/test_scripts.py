@@ -70,6 +70,7 @@ def test_the_recipe_is_checked_before_anything_is_started(
     assert not run.folder.exists()
 
 
+@pytest.mark.heavy
 def test_what_an_earlier_start_recorded_says_nothing_about_this_one(workshop: Workshop) -> None:
     run = workshop.run("recorded")
     run.folder.mkdir(parents=True)

@@ -15,6 +15,8 @@ from runs import LONG, Run, Workshop, difference, wait_until
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("launch slurm"), pytest.mark.shows_gpus]
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")
 DDP = ("--engine", "ddp")
+COLUMNS = ("--optimizer.options.projection", "columns")
+"""test_one_host.py launches svd."""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def submit(cluster: Cluster, run: Run, *changes: str, options: tuple[str, ...] = ()) -> int:
-    words = [*TWO_NODES, *options, script("pretrain.sbatch"), *run.arguments(*DDP, *changes)]
+    words = [*TWO_NODES, *options, script("pretrain.sbatch"), *run.arguments(*DDP, *COLUMNS, *changes)]
     return cluster.submit(*words, log=run.log)
 
 
@@ -52,7 +54,7 @@ def test_a_job_trains_on_two_nodes_and_its_log_can_be_read(uninterrupted: Run) -
     assert "start 0, on node[1-2]" in printed
     assert "ddp on 2 ranks" in printed and "validation perplexity" in printed
     assert "Warning" not in printed
-    said = ("frugal-dist pretrain: loading", "WARNING: this run trains on the CPU", "Frugal (svd, density 0.25): ")
+    said = ("frugal-dist pretrain: loading", "WARNING: this run trains on the CPU", "Frugal (columns, density 0.25): ")
     expected = ("pretrain", "step", str(uninterrupted.folder), "valid", *said)
     assert [line for line in printed.split("\n") if line and not line.startswith(expected)] == []
     assert (uninterrupted.folder / "output.txt").exists() and (uninterrupted.folder / "output.rank1.txt").exists()

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from selection import mostly_heavy
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = ("card", "step", "products", "memory", "refresh", "tokens", "peers", "learning")
@@ -58,7 +59,7 @@ def test_the_sections_are_those_that_share_the_time(script: ModuleType) -> None:
     assert tuple(script.SHARES) == SECTIONS == tuple(importlib.import_module("gpu_sections").SECTIONS)
 
 
-@pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.parametrize("name", mostly_heavy(SECTIONS, [one for one in SECTIONS if one not in ("peers", "memory")]))
 def test_a_section(script: ModuleType, tmp_path: Path, name: str) -> None:
     assert script.measure(parsed(script, tmp_path), [name], time.time() + 300) == 0
     complete(tmp_path, (name,))
@@ -138,6 +139,7 @@ def test_the_hosts_time_has_no_sleep_of_the_device_in_it(
     assert sample.device == pytest.approx(1e3 * launches * max(each, 1e-6 if launches > Stream.ROOM else 0), rel=0.3)
 
 
+@pytest.mark.heavy
 def test_randk_is_left_out_where_the_host_would_draw_too_long(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,6 +159,7 @@ def test_the_roundings_are_measured_where_weights_are_bf16(script: ModuleType, t
         assert names & low == (low if "bfloat16" in table["title"] else set()) and "dct" in names
 
 
+@pytest.mark.heavy
 def test_a_peer_that_takes_the_process_along_costs_its_own_row(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.heavy
 def test_tensorboard_has_what_the_file_has(run: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

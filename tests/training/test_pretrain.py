@@ -302,6 +302,7 @@ def test_a_run_of_another_setting_is_not_continued(
     assert (folder / "runs" / "single" / "metrics.jsonl").read_bytes() == saved
 
 
+@pytest.mark.heavy
 def test_a_comparison_that_one_rank_cannot_begin_is_begun_by_none(folder: Path, tmp_path: Path) -> None:
     """A recipe that only rank 0 can read; then runs of another setting, which only rank 0 looks at."""
     arguments = ["--optimizers", "adamw", "--engine", "ddp", "--folder", str(tmp_path), "--batch", "4"]

@@ -24,6 +24,7 @@ def module_at(path: Path) -> ModuleType:
     return module
 
 
+@pytest.mark.heavy
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
     if importlib.util.find_spec("mkdocstrings") is None:
         pytest.skip("mkdocs is not installed; the dev extra has it")

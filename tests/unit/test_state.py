@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from building import PROJECTIONS, build, counters, parameters_of, set_grads, train, weight, weights
+from selection import taking_turns
 
 from frugal_dist import Frugal
 
@@ -40,9 +41,8 @@ def copy_weights(source: Frugal, target: Frugal) -> None:
 # resuming
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("side", ["std", "full"])
-@pytest.mark.parametrize("projection", PROJECTIONS)
+@pytest.mark.parametrize(("projection", "steps"), taking_turns(PROJECTIONS, [1, 2, 3, 4, 6], every=2))
 def test_a_resumed_run_is_the_same_run(projection: str, side: str, steps: int) -> None:
     """T = 3. Saved right after a refresh (1, 4), between (2), and right before one (3, 6): equal to the last bit."""
     options: dict[str, Any] = {"projection": projection, "side": side, "weight_decay": 0.1, "seed": 4}
