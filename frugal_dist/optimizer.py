@@ -239,7 +239,7 @@ class Frugal(Optimizer):
             ("no_decay", self._no_decay),
         ):
             check_patterns(names, patterns, key)
-        advice = [selection_advice(self.parameter_report_rows()), engines.unheard_wishes(vars(resolved))]
+        advice = [selection_advice(self.parameter_report_rows()), engines.unheard_wishes(dataclasses.asdict(resolved))]
         self._check_shapes()
         engines.announce(self, process_group)
         for text in advice if speaks() else ():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def test_auto_means_our_default(fleet: Fleets) -> None:
     params = dict.fromkeys((*HYPERPARAMETERS, *others), "auto")
     for groups in fleet(2).run(json_jobs.groups_after, params, {"stage": 1}):
         for group in groups:
-            assert {key: group[key] for key in HYPERPARAMETERS} == vars(FrugalConfig())
+            assert {key: group[key] for key in HYPERPARAMETERS} == asdict(FrugalConfig())
 
 
 @pytest.mark.parametrize(
