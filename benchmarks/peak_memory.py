@@ -3,8 +3,8 @@
     python benchmarks/peak_memory.py                                # LLaMA-60M, 256 tokens, whatever device there is
     python benchmarks/peak_memory.py --size 130M --tokens 512 --only svd
 
-Every row is a recipe that a run of ``frugal-dist pretrain --engine single`` trains: three steps of two micro-batches,
-with a refresh in the first and the third. On CUDA the peak is the caching allocator's; on a CPU that of torch's
+Every row is a recipe that a run of ``frugal-dist pretrain --engine single`` trains: three steps of two micro-batches, of
+one where gradients are released, with a refresh in the first and the third. On CUDA the peak is the caching allocator's; on a CPU that of torch's
 allocator, by its profiler, which sees temporaries inside of operators as well. What libraries allocate by themselves
 (LAPACK, oneDNN) is in neither.
 """
@@ -36,7 +36,8 @@ STEPS = 3
 MIB = 2**20
 BF16 = ("--weights", "bf16", "--optimizer.options.rounding")
 COLUMNS = ("--optimizer.options.projection", "columns")
-RELEASED = ("--release_gradients", "true")
+RELEASED = ("--release_gradients", "true", "--batch", "1")
+"""Gradients of micro-batches would have to add up."""
 CODED = ("--optimizer.options.moments", "8bit")
 ROWS: dict[str, tuple[str, ...]] = {
     "AdamW": ("--optimizer.name", "adamw"),
@@ -51,6 +52,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "Frugal columns, released": (*COLUMNS, *RELEASED),
     "Frugal columns, 8-bit": (*COLUMNS, *CODED),
     "Frugal columns, bf16, stochastic, 8-bit, released": (*COLUMNS, *BF16, "stochastic", *CODED, *RELEASED),
+    "as llama_7b_24gb": (*COLUMNS, *BF16, "stochastic", *CODED, *RELEASED, "--model.checkpointing", "true"),
 }
 
 

@@ -175,6 +175,7 @@ def make_plan(
     plan = Plan(engine.name, ranks, released=bool(units))
     runtime, inputs = runtime_of(0)
     _plan_all(plan, runtime, inputs, parts)
+    plan.working = _working_bytes(inputs, units)
     calls = _calls(runtime, inputs, units)
     buckets, common = step_buckets(runtime, calls), common_refresh(runtime, calls)
     most = plan.states.index(max(plan.states))
@@ -192,7 +193,6 @@ def _plan_all(plan: Plan, runtime: Runtime, inputs: StepInputs, parts: Sequence[
     _note_layouts(plan, runtime, inputs)
     plan.states, plan.papers = state_of_ranks(runtime, inputs, parts), papers_bytes(inputs)
     plan.owned, plan.refresh_work = [0] * plan.ranks, [0.0] * plan.ranks
-    plan.working = _working_bytes(inputs)
     for mat in inputs.mats:
         if mat.family == "basis":
             if mat.chooses and not mat.numbered:
@@ -201,11 +201,13 @@ def _plan_all(plan: Plan, runtime: Runtime, inputs: StepInputs, parts: Sequence[
             _note_solver(plan, mat)
 
 
-def _working_bytes(inputs: StepInputs) -> int:
-    """Of the largest copies that are there at once, in fp32. 8-bit moments become numbers, and codes again, a slice at
-    a time.
+def _working_bytes(inputs: StepInputs, units: Sequence[Collection[str]]) -> int:
+    """Of the largest copies that are there at once, in fp32: of regular parameters those of one call together. 8-bit
+    moments become numbers, and codes again, a slice at a time.
     """
-    low = sum(one.weight.numel() for one in inputs.regular if one.weight.dtype != compute_dtype(one.weight.dtype))
+    narrow = [one for one in inputs.regular if one.weight.dtype != compute_dtype(one.weight.dtype)]
+    calls = units or [{one.name for one in narrow}]
+    low = max(sum(one.weight.numel() for one in narrow if one.name in call) for call in calls)
     copies = (_copies(mat) * max(map(prod, mat.shapes), default=0) for mat in inputs.mats)
     return ITEM * max(2 * min(SLICE, low), *copies, 0) + _as_numbers(inputs)
 
