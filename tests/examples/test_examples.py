@@ -15,10 +15,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 README = (EXAMPLES / "README.md").read_text()
-STARTS = dict(re.findall(r"^\| \[(\w+)\.py\].*\| `(python|torchrun --nproc-per-node 2)`[^|]*\|$", README, re.M))
+STARTS = dict(re.findall(r"^\| \[(\w+)\.py\].*\| `(python|torchrun --nproc-per-node [24])`[^|]*\|$", README, re.M))
 NEEDS = {
     "plain_pytorch": (),
     "fsdp2": ("transformers",),
+    "fsdp2_tensor_parallel": ("transformers",),
     "deepspeed_json": ("transformers", "deepspeed"),
     "hf_trainer": ("transformers", "datasets"),
     "hf_trainer_deepspeed": ("transformers", "datasets", "deepspeed"),
@@ -47,7 +48,7 @@ def start(name: str, folder: Path) -> str:
     script = str(EXAMPLES / f"{name}.py")
     if STARTS[name] == "python":
         return run([script], folder)
-    return run(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script], folder)
+    return run(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", STARTS[name][-1], script], folder)
 
 
 HEAVY = [pytest.param(name, marks=pytest.mark.heavy) for name in NEEDS if name not in QUICK]
@@ -65,7 +66,7 @@ def test_an_example(name: str, tmp_path: Path) -> None:
         losses = [float(loss) for loss in LOSS.findall(shown)]
         assert losses[-1] < 0.9 * losses[0]
     states = STATE.findall(shown)
-    assert len(states) == (1 if STARTS[name] == "python" else 2)
+    assert len(states) == (1 if STARTS[name] == "python" else int(STARTS[name][-1]))
     for own, adamw in states:
         assert float(own) < float(adamw)
     if name == "plain_pytorch":  # it goes on where it was saved: at the end
