@@ -1,4 +1,4 @@
-"""How good the projectors of svd_method "subspace" and "gram64", and bases kept in bf16, are against exact ones.
+"""How good projectors of svd_method "subspace" and "gram64", of dct and random, and bases kept in bf16, are.
 
     frugal-dist demo prepare --data runs/demo_data
     python benchmarks/refresh_quality.py --data runs/demo_data --json quality.json
@@ -6,7 +6,8 @@
 Signs: a small LLaMA is trained with exact SVDs. At a refresh every method computes its projector from the same
 gradients, the warm ones from the projector of one period before. Over the projector's life the residuals of each
 step's real gradients are taken with either projector; reported is the share of entries whose sign agrees, at the
-refresh, over the first tenth of the life and over all of it, and the same for the exact SVD of fp32 against fp64.
+refresh, over the first tenth of the life and over all of it, and the same for the exact SVD of fp32 against fp64. And
+what of a gradient the projectors catch: |down(G)|^2 / |G|^2, the mean of all matrices.
 
 Loss: the same model is trained with each method from the same seeds on the same batches.
 """
@@ -24,8 +25,9 @@ import torch
 from torch import Tensor
 
 from frugal_dist import Frugal, split_parameters
-from frugal_dist.projection import Basis, down, exact_svd, gram_svd, resolve_side, subspace_svd
+from frugal_dist.projection import Basis, down, exact_svd, gram_svd, random_basis, resolve_side, subspace_svd
 from frugal_dist.projection.basis import residual
+from frugal_dist.projection.dictionary import column_energies, largest
 from frugal_dist.training.data.batches import Batches, TokenRows
 from frugal_dist.training.data.prepared import open_prepared
 from frugal_dist.training.models import build_llama, token_losses
@@ -34,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from step_time import machine
 
 DENSITY = 0.25
+EXACT = "exact"
 
 
 class Run:
@@ -101,26 +104,42 @@ def from_random(grad: Tensor, name: str, warm: Basis | None) -> Basis:
     return subspace(grad, name, None)
 
 
+def dct(grad: Tensor, name: str, warm: Basis | None) -> Basis:
+    return largest(column_energies(grad, side_of(grad)), rank_of(grad)).shown(*grad.shape, grad.dtype)
+
+
+def random(grad: Tensor, name: str, warm: Basis | None) -> Basis:
+    return random_basis(*grad.shape, side_of(grad), rank_of(grad), seed=0, name=name, refresh=1, dtype=grad.dtype)
+
+
 METHODS: dict[str, Callable[[Tensor, str, Basis | None], Basis]] = {
+    EXACT: exact,
     "exact, of fp64": from_fp64,
     "subspace, warm": subspace,
     "subspace, cold": from_random,
     "gram64": gram64,
     "exact, kept in bf16": in_bf16,
+    "dct": dct,
+    "random": random,
 }
 
 
-def signs(grad: Tensor, basis: Basis) -> Tensor:
-    return residual(grad, down(grad, basis), basis).sign()
+def signs_and_catch(grad: Tensor, basis: Basis) -> tuple[Tensor, float]:
+    """The residual's signs, and the share of the gradient's squares that is not in it."""
+    low = down(grad, basis)
+    return residual(grad, low, basis).sign(), float(low.square().sum() / grad.square().sum())
 
 
-def agreement(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """For each method: the share of residual signs that agree with the exact projector's."""
+def agreement(arguments: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
+    """ "signs" and "caught", for each method: the share of residual signs that agree with the exact projector's, and
+    that of the gradient that it catches.
+    """
     run = Run(arguments, 0, projection="svd")
     for _ in range(arguments.warm * arguments.gap):
         run.step()
     warm, bases = {}, {}
-    shares: dict[str, list[float]] = {name: [] for name in METHODS}
+    signs: dict[str, list[float]] = {name: [] for name in METHODS}
+    caught: dict[str, list[float]] = {name: [] for name in METHODS}
     looked: list[int] = []
     start = run.done
     for offset in range(2 * arguments.gap):
@@ -131,28 +150,42 @@ def agreement(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
         if offset == arguments.gap:
             for method, compute in METHODS.items():
                 bases[method] = {name: compute(grad, name, warm[name]) for name, grad in grads.items()}
-            bases["exact"] = {name: exact(grad, name, None) for name, grad in grads.items()}
         age = offset - arguments.gap
         if age >= 0 and (age % arguments.every == 0 or age < 3):
             looked.append(age)
-            for method in METHODS:
-                equal = [(signs(g, bases[method][n]) == signs(g, bases["exact"][n])).sum() for n, g in grads.items()]
-                shares[method].append(float(sum(equal)) / sum(grad.numel() for grad in grads.values()))
+            found = {method: [signs_and_catch(g, bases[method][n]) for n, g in grads.items()] for method in METHODS}
+            entries = sum(grad.numel() for grad in grads.values())
+            for method, pairs in found.items():
+                equal = [(one == exact).sum() for (one, _), (exact, _) in zip(pairs, found[EXACT], strict=True)]
+                signs[method].append(float(sum(equal)) / entries)
+                caught[method].append(statistics.mean(share for _, share in pairs))
     early = [i for i, age in enumerate(looked) if age <= arguments.gap // 10]
-    return {
-        method: {
-            "at the refresh": found[0],
-            "first tenth": statistics.mean(found[i] for i in early),
-            "whole life": statistics.mean(found),
+
+    def by_age(shares: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+        return {
+            method: {
+                "at the refresh": found[0],
+                "first tenth": statistics.mean(found[i] for i in early),
+                "whole life": statistics.mean(found),
+            }
+            for method, found in shares.items()
         }
-        for method, found in shares.items()
-    }
+
+    return {"signs": by_age(signs), "caught": by_age(caught)}
+
+
+def table(title: str, rows: dict[str, dict[str, float]]) -> None:
+    print(f"| {title} | " + " | ".join(next(iter(rows.values()))) + " |\n|---|---:|---:|---:|")
+    for method, shares in rows.items():
+        print(f"| {method} | " + " | ".join(f"{100 * share:.2f} %" for share in shares.values()) + " |", flush=True)
+    print()
 
 
 TRAININGS: dict[str, dict[str, object]] = {
     "exact": {"projection": "svd"},
     "subspace": {"projection": "svd", "svd_method": "subspace"},
     "gram64": {"projection": "svd", "svd_method": "gram64"},
+    "dct": {"projection": "dct"},
     "random": {"projection": "random"},
 }
 
@@ -190,14 +223,13 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     about = machine(torch.device("cpu"))
     shown = {key: str(value) for key, value in vars(arguments).items() if key != "json"}
-    found = {"machine": about, "settings": shown, "signs": agreement(arguments)}
-    print("| projector | " + " | ".join(next(iter(found["signs"].values()))) + " |\n|---|---:|---:|---:|")
-    for method, shares in found["signs"].items():
-        print(f"| {method} | " + " | ".join(f"{100 * share:.2f} %" for share in shares.values()) + " |", flush=True)
+    found = {"machine": about, "settings": shown, **agreement(arguments)}
+    table("residual signs equal to exact's", found["signs"])
+    table("caught of the gradient", found["caught"])
     if arguments.steps and arguments.trainings:
         found["losses"] = losses(arguments)
         seeds = range(arguments.seeds)
-        print("\n| training | " + " | ".join(f"seed {s}" for s in seeds) + " |\n|---|" + "---:|" * arguments.seeds)
+        print("| training | " + " | ".join(f"seed {s}" for s in seeds) + " |\n|---|" + "---:|" * arguments.seeds)
         for name, values in found["losses"].items():
             print(f"| {name} | " + " | ".join(f"{value:.4f}" for value in values) + " |")
     if arguments.json:

@@ -32,7 +32,10 @@ fi
 export TORCH_EXTENSIONS_DIR=$PWD/.cache/torch_extensions # whatever it was: what is built here is used here
 bash launch/setup.sh all,dev || exit
 bash tests/launch/packages.sh
-((${#heavy[@]} == 0)) || bash tests/launch/image_packages.sh
+if ((${#heavy[@]})); then
+    bash tests/launch/image_packages.sh
+    bash tests/authors_packages.sh
+fi
 
 export PATH=$PWD/.venv/bin:$PATH
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_matrices import MORE, check_layout, tensors
+from small_matrices import MORE, check_layout, check_resume, tensors
 from test_plan_agrees import ENGINES, check
 from torch import Tensor, nn
 
-from frugal_dist import Frugal, FrugalConfig, checkpoint
+from frugal_dist import Frugal, FrugalConfig
 from frugal_dist.planner import Weight, frugal_bytes
 from frugal_dist.projection.basis import Basis, basis_shapes
 from frugal_dist.projection.coordinates import Rows
@@ -122,36 +122,10 @@ def test_the_first_columns_are_those_of_adamw_and_the_others_of_sign() -> None:
     assert frugal_bytes([Weight(24, 16, 1, projected=True)], projection="first", density=0.5) == entries
 
 
-def model_of(options: dict[str, Any]) -> tuple[nn.Module, Frugal]:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 24, bias=False), nn.Linear(24, 16, bias=False)).double()
-    return model, Frugal(model.named_parameters(), project=["*"], process_group=None, **{**MORE, **options})
-
-
-def train(model: nn.Module, optimizer: Frugal, steps: Sequence[int]) -> None:
-    for step in steps:
-        torch.manual_seed(step)
-        for param in model.parameters():
-            param.grad = torch.randn_like(param)
-        optimizer.step()
-
-
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("portable", [False, True])
 def test_a_run_goes_on_where_it_was(way: str, portable: bool, tmp_path: Path) -> None:
-    model, optimizer = model_of(WAYS[way])
-    train(model, optimizer, range(1, 4))
-    later, resumed = model_of(WAYS[way])
-    if portable:
-        checkpoint.save(tmp_path / "here", model, optimizer)
-        checkpoint.load(tmp_path / "here", later, resumed)
-    else:
-        later.load_state_dict(model.state_dict())
-        resumed.load_state_dict(optimizer.state_dict())
-    train(model, optimizer, range(4, 8))
-    train(later, resumed, range(4, 8))
-    for one, other in zip(model.parameters(), later.parameters(), strict=True):
-        assert torch.equal(one, other)
+    check_resume(WAYS[way], portable, tmp_path)
 
 
 def test_what_is_not_elementwise_takes_whole_matrices() -> None:

@@ -1,22 +1,23 @@
 """The presets of other papers step as their authors' packages do, over two refreshes, in float32.
 
-    pip install --no-deps galore-torch apollo-torch fira bitsandbytes pytorch_optimizer      # the extra "bench"
-
-What is not installed is skipped, and said.
+`bash tests/run.sh --all` installs the packages, by `bash tests/authors_packages.sh`. What is not installed is skipped,
+and said.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from frugal_dist import Frugal, preset
+from frugal_dist import PRESETS, Frugal, preset
 from frugal_dist.projection.basis import Basis
 from frugal_dist.projection.registry import PROJECTIONS
 
@@ -45,6 +46,18 @@ def racs(params: list[torch.nn.Parameter], rank: int) -> torch.optim.Optimizer:
 
 def muon(params: list[torch.nn.Parameter], rank: int) -> torch.optim.Optimizer:
     return torch.optim.Muon(params, lr=LR, weight_decay=0.1, momentum=0.95)
+
+
+def adamw(params: list[torch.nn.Parameter], rank: int) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=LR, weight_decay=0.1)
+
+
+class SignSGD(torch.optim.Optimizer):
+    """Of the paper (arXiv 1802.04434)."""
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for weight in self.param_groups[0]["params"]:
+            weight.data -= LR * weight.grad.sign()
 
 
 class Scale(torch.optim.Optimizer):
@@ -81,9 +94,30 @@ THEIRS: dict[str, tuple[str, Callable[..., torch.optim.Optimizer], dict[str, Any
     "racs": ("pytorch_optimizer", racs, {}),
     "galore": ("galore_torch", galore, {"eps": 1e-12}),
     "muon": ("torch", muon, {"weight_decay": 0.1}),
+    "adamw": ("torch", adamw, {"weight_decay": 0.1}),
+    "signsgd": ("torch", lambda params, rank: SignSGD(params, {}), {}),
     "scale": ("torch", lambda params, rank: Scale(params, {}), {}),
     "sinkgd": ("torch", lambda params, rank: SinkGD(params, {}), {}),
 }
+
+ELSEWHERE = {"badam": "below", "frugal": "test_golden.py", "frugal_dct": "test_reference.py"}
+"""frugal replays what the authors' code did; dct beside sign is ours, and has a dense reference."""
+NOT_USED = {
+    "galore_torch.adamw8bit": SimpleNamespace(AdamW8bit=None),
+    "apollo_torch.adamw8bit": SimpleNamespace(AdamW8bit=None),
+    "apollo_torch.q_apollo": SimpleNamespace(AdamW=None),
+}
+"""Modules of the packages that import bitsandbytes, 125 MB, and are not what is compared with."""
+
+
+@pytest.fixture(autouse=True)
+def _without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, empty in NOT_USED.items():
+        monkeypatch.setitem(sys.modules, name, empty)
+
+
+def test_every_preset_is_compared() -> None:
+    assert sorted([*THEIRS, *ELSEWHERE]) == sorted(PRESETS)
 
 
 def their_projection(optimizer: torch.optim.Optimizer, weight: Tensor, at: list[Tensor]) -> None:
@@ -119,3 +153,31 @@ def test_steps_as_the_authors_package(name: str, shape: tuple[int, int], monkeyp
         their_projection(reference, theirs, drawn)
         optimizer.step()
         torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore:BAdam expect model to be loaded in fp16")
+def test_blocks_take_turns_as_in_badam() -> None:
+    """Once around and over: every matrix has its turn, and the first a second one, with new moments."""
+    package = pytest.importorskip("badam", exc_type=ImportError)
+    torch.manual_seed(0)
+    start = {f"layer{i}.weight": torch.randn(shape) * 0.1 for i, shape in enumerate([*SHAPES, (5, 7)])}
+    theirs, ours = ({name: torch.nn.Parameter(weight.clone()) for name, weight in start.items()} for _ in range(2))
+    reference = package.BlockOptimizer(
+        torch.optim.AdamW(theirs.values(), lr=LR, weight_decay=0.0),
+        list(theirs.items()),
+        block_prefix_list=[[name] for name in theirs],
+        switch_block_every=GAP,
+        switch_mode="ascending",
+    )
+    reference.global_step = -1  # it counts so that the first block has a step less than the others
+    settings = preset("badam", lr=LR, update_gap=GAP, density=1 / len(start), block_order="ascending")
+    optimizer = Frugal(ours.items(), project=["*"], process_group=None, **settings)
+    for step in range(GAP * (len(start) + 1)):
+        torch.manual_seed(step)
+        for name, weight in theirs.items():
+            ours[name].grad = torch.randn(weight.shape)
+            weight.grad = ours[name].grad.clone() if weight.requires_grad else None
+        reference.step()
+        optimizer.step()
+        for name, weight in theirs.items():
+            torch.testing.assert_close(ours[name].detach(), weight.detach(), rtol=2e-5, atol=2e-6)
