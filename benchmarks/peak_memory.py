@@ -3,10 +3,10 @@
     python benchmarks/peak_memory.py                                # LLaMA-60M, 256 tokens, whatever device there is
     python benchmarks/peak_memory.py --size 130M --tokens 512 --only svd
 
-Every row is a recipe that a run of ``frugal-dist pretrain --engine single`` trains: three steps of two micro-batches, of
-one where gradients are released, with a refresh in the first and the third. On CUDA the peak is the caching allocator's; on a CPU that of torch's
-allocator, by its profiler, which sees temporaries inside of operators as well. What libraries allocate by themselves
-(LAPACK, oneDNN) is in neither.
+Every row is a recipe that a run of ``frugal-dist pretrain --engine single`` trains: three steps of two micro-batches,
+of one where gradients are released, with a refresh in the first and the third. On CUDA the peak is the caching
+allocator's; on a CPU that of torch's allocator, by its profiler, which sees temporaries inside of operators as well.
+What libraries allocate by themselves (LAPACK, oneDNN) is in neither.
 """
 
 from __future__ import annotations
