@@ -106,6 +106,26 @@ def test_a_basis_is_kept_by_those_who_use_it() -> None:
         assert sum(holders) == 1
 
 
+@pytest.mark.parametrize("layout", ["Shard(0)", "ZeRO-3"])
+def test_dct_has_a_basis_on_no_rank(layout: str) -> None:
+    """Beside moments and counters a rank keeps numbers of columns, r at most for each matrix and expert."""
+
+    def beside(rank: int) -> list[tuple[torch.dtype, int]]:
+        case = Case("dct", "std", "keep")
+        held = LAYOUTS[layout](weights(), case.groups(), case.options)
+        for grads in gradients()[: GAP + 1]:
+            held.step(grads)
+        stores = [store.items() for store in held.optimizer.state.values()]
+        named = [pair for items in stores for pair in items if "exp_avg" not in pair[0]]
+        return [(value.dtype, value.numel()) for _, value in named if value.dim()]
+
+    most = sum(prod(shape[:-2]) * min(shape[-2:]) for shape in MATRICES.values())
+    for found in run_ranks(RANKS, beside):
+        assert {dtype for dtype, _ in found} == {torch.int32}
+        assert sum(count for _, count in found) < most
+        assert max(count for _, count in found) < max(min(shape[-2:]) for shape in MATRICES.values())
+
+
 def test_a_moment_is_stored_once() -> None:
     """No view keeps more memory alive than the moment itself."""
 
