@@ -721,6 +721,15 @@ class Frugal(Optimizer):
         """Whether ranks hold different parts of the state, so that no rank's state_dict is all of it. Collective."""
         return saved_state.is_divided(*self._everything())
 
+    @on_innermost
+    def is_stage(self) -> bool:
+        """Whether others hold more of the model, as pipeline stages do: by ``whole_model``, and without it wherever the
+        parameters lie on a part of a larger mesh. Collective at first.
+        """
+        if self._whole:
+            return not {original.name for original in self._whole} <= {original.name for original in self._originals}
+        return engines.is_slice(self, self._bind().ranks)
+
     def _check_saving(self) -> bool:
         """Once, and on all ranks alike: later only one may be asked for its state. Returns whether it looked."""
         if self._saving_checked or self.saved_elsewhere:

@@ -11,12 +11,13 @@ from frugal_dist.checkpoint.errors import CheckpointError, DamagedError, Mismatc
 from frugal_dist.checkpoint.extra import load_schedule
 from frugal_dist.checkpoint.folder import latest_step, read_latest, step_folder, write_step
 from frugal_dist.checkpoint.loading import read_checkpoint
+from frugal_dist.checkpoint.savers import loaders, savers
 from frugal_dist.checkpoint.unwrapping import unwrap
 from frugal_dist.checkpoint.weights import SavedWeights
 from frugal_dist.checkpoint.writing import write_checkpoint
 from frugal_dist.config import check_choice
 from frugal_dist.notices import notice
-from frugal_dist.optimizer import Frugal
+from frugal_dist.sharding.collectives import Ranks
 
 __all__ = [
     "CheckpointError",
@@ -41,6 +42,7 @@ def save(
     extra: dict[str, Any] | None = None,
     *,
     on_error: str = "raise",
+    process_group: Any = None,
 ) -> bool:
     """Save weights, optimizer state, learning rates, RNG states and ``extra`` to the folder ``path``: did it work?
 
@@ -55,13 +57,16 @@ def save(
             ``state_dict()`` of schedulers.
         on_error: "raise", or "warn": if the disk is to blame (full, read-only, not shared), rank 0 warns and all ranks
             return False.
+        process_group: of pipeline stages that of all ranks which hold the model ("auto": all there are). Every stage
+            saves its layers, under the names that they have in the whole model. None: the optimizer's own ranks.
 
     Raises:
         CheckpointError: (a ValueError) on all ranks alike if any of them fails; no partial files stay, the previous
             checkpoint is untouched, and training can go on.
     """
     frugal = unwrap(optimizer)
-    return _tolerant(frugal, on_error, lambda: write_checkpoint(Path(path), model_or_engine, frugal, extra))
+    ranks = savers(frugal, process_group)
+    return _tolerant(ranks, on_error, lambda: write_checkpoint(Path(path), model_or_engine, frugal, extra, ranks))
 
 
 def load(
@@ -72,6 +77,7 @@ def load(
     *,
     verify: bool = True,
     rng: bool = True,
+    process_group: Any = None,
 ) -> dict[str, Any]:
     """Load what ``save`` wrote, on whatever engine and number of ranks runs now; returns this rank's ``extra``.
 
@@ -86,12 +92,15 @@ def load(
             weights and counts and start with a fresh subspace at the next step.
         verify: compare the checksums of all files first, shared among the ranks.
         rng: restore the generators of torch, Python and NumPy.
+        process_group: as for ``save``. The stages need not be those that saved.
 
     Raises:
         CheckpointError: (a ValueError) on all ranks alike, naming the file and what differs; nothing is changed then.
     """
     check_choice("on_mismatch", on_mismatch, ("error", "refresh"))
-    return read_checkpoint(Path(path), model_or_engine, unwrap(optimizer), on_mismatch, verify, rng)
+    frugal = unwrap(optimizer)
+    ranks = loaders(frugal, process_group)
+    return read_checkpoint(Path(path), model_or_engine, frugal, on_mismatch, verify, rng, ranks)
 
 
 def save_step(
@@ -104,6 +113,7 @@ def save_step(
     keep_last: int | None = 3,
     keep_every: int | None = None,
     on_error: str = "raise",
+    process_group: Any = None,
 ) -> bool:
     """``save`` to ``root/step_000123``, name it the latest, then remove old checkpoints; whether it worked.
 
@@ -116,6 +126,7 @@ def save_step(
         keep_last: how many of the newest stay (None: all).
         keep_every: steps divisible by it stay as well.
         on_error: as for ``save``.
+        process_group: as for ``save``.
 
     Raises:
         ValueError: for a ``keep_last`` or ``keep_every`` below 1.
@@ -125,8 +136,9 @@ def save_step(
         if value is not None and value < 1:
             raise ValueError(f"{key}={value} must be at least 1, or None.")
     frugal, folder = unwrap(optimizer), Path(root)
+    ranks = savers(frugal, process_group)
     return _tolerant(
-        frugal, on_error, lambda: write_step(folder, step, model_or_engine, frugal, extra, keep_last, keep_every)
+        ranks, on_error, lambda: write_step(folder, step, model_or_engine, frugal, extra, keep_last, keep_every, ranks)
     )
 
 
@@ -139,6 +151,7 @@ def load_latest(
     on_damaged: str = "error",
     verify: bool = True,
     rng: bool = True,
+    process_group: Any = None,
 ) -> tuple[int, dict[str, Any]] | None:
     """``load`` the checkpoint that ``root/latest`` names; (step, this rank's extra), or None if there is none yet.
 
@@ -150,13 +163,16 @@ def load_latest(
         on_damaged: "error", or "previous": warn and take the one before if files are missing, cut off or changed.
         verify: as for ``load``.
         rng: as for ``load``.
+        process_group: as for ``load``.
 
     Raises:
         CheckpointError: as ``load``; with ``on_damaged="previous"`` a DamagedError only if no checkpoint is whole.
     """
     check_choice("on_mismatch", on_mismatch, ("error", "refresh"))
     check_choice("on_damaged", on_damaged, ("error", "previous"))
-    return read_latest(Path(root), model_or_engine, unwrap(optimizer), on_mismatch, on_damaged, verify, rng)
+    frugal = unwrap(optimizer)
+    ranks = loaders(frugal, process_group)
+    return read_latest(Path(root), model_or_engine, frugal, on_mismatch, on_damaged, verify, rng, ranks)
 
 
 def latest(root: str | os.PathLike[str]) -> Path | None:
@@ -172,14 +188,14 @@ def latest(root: str | os.PathLike[str]) -> Path | None:
     return None if step is None else step_folder(Path(root), step)
 
 
-def _tolerant(frugal: Frugal, on_error: str, write: Callable[[], None]) -> bool:
+def _tolerant(ranks: Ranks, on_error: str, write: Callable[[], None]) -> bool:
     check_choice("on_error", on_error, ("raise", "warn"))
     try:
         write()
     except StorageError as error:
         if on_error == "raise":
             raise
-        if frugal.everything()[0].ranks.rank == 0:
+        if ranks.rank == 0:
             notice(f"The checkpoint was not written, training goes on. {error}")
         return False
     return True

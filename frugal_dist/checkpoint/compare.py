@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from frugal_dist.checkpoint.errors import MismatchError
@@ -20,14 +20,24 @@ frozen then and are frozen now, on an engine that keeps no state of such paramet
 """
 
 
-def compare(runtime: Runtime, now: StepInputs, reader: Reader, model_or_engine: Any, refresh: bool) -> Anew:
+Shapes = dict[str, tuple[int, ...]]
+
+
+def parameters_here(runtime: Runtime, model_or_engine: Any) -> Shapes:
+    """All parameters of the model, of a pipeline stage its own, whether the optimizer has them or not."""
+    frozen = {one.name: one.shape for one in leftovers(runtime, model_or_engine) if one.key.startswith(WEIGHT)}
+    return {original.name: original.shape for original in runtime.originals} | frozen
+
+
+def compare(
+    runtime: Runtime, now: StepInputs, reader: Reader, here: Shapes, known: Collection[str], refresh: bool
+) -> Anew:
     """The names of matrices and regular parameters whose state starts anew, with the reason.
 
-    MismatchError for another model, and without ``refresh`` for other hyperparameters that the state depends on.
+    ``here``: this rank's parameters; ``known``: the names of those of all stages. MismatchError for another model, and
+    without ``refresh`` for other hyperparameters that the state depends on.
     """
-    here = {original.name: original.shape for original in runtime.originals}
-    frozen = {one.name: one.shape for one in leftovers(runtime, model_or_engine) if one.key.startswith(WEIGHT)}
-    _check_parameters(here | frozen, reader)
+    _check_parameters(here, known, reader)
     changed = _changed(runtime, now, reader)
     if any(changed.values()) and not refresh:
         raise MismatchError(
@@ -37,10 +47,10 @@ def compare(runtime: Runtime, now: StepInputs, reader: Reader, model_or_engine: 
     return changed
 
 
-def _check_parameters(here: dict[str, tuple[int, ...]], reader: Reader) -> None:
+def _check_parameters(here: Shapes, known: Collection[str], reader: Reader) -> None:
     then = reader.index.parameters
     troubles = [
-        _some("only in the checkpoint", sorted(set(then) - set(here)), str),
+        _some("only in the checkpoint", sorted(set(then) - set(known)), str),
         _some("only in this run", sorted(set(here) - set(then)), str),
         _some(
             "of another shape",
@@ -50,7 +60,9 @@ def _check_parameters(here: dict[str, tuple[int, ...]], reader: Reader) -> None:
     ]
     listed = "; ".join(trouble for trouble in troubles if trouble)
     if listed:
-        raise MismatchError(f"{reader.folder} is of another model. Parameters {listed}.")
+        alone = set(then) > set(here) == set(known) and not troubles[2]
+        hint = " If these ranks are a pipeline stage, load on those of all stages: process_group=." if alone else ""
+        raise MismatchError(f"{reader.folder} is of another model. Parameters {listed}.{hint}")
 
 
 def _some(title: str, names: list[str], describe: Callable[[str], str]) -> str:

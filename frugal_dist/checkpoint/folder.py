@@ -64,11 +64,11 @@ def write_step(
     extra: dict[str, Any] | None,
     keep_last: int | None,
     keep_every: int | None,
+    ranks: Ranks,
 ) -> None:
     """Save, name the checkpoint the latest, then remove old ones. Collective."""
-    ranks = frugal.everything()[0].ranks
     folder = step_folder(root, step)
-    write_checkpoint(folder, model_or_engine, frugal, extra)
+    write_checkpoint(folder, model_or_engine, frugal, extra, ranks)
 
     def settle() -> None:
         write_latest(root, folder.name)
@@ -107,14 +107,14 @@ def read_latest(
     on_damaged: str,
     verify: bool,
     rng: bool,
+    ranks: Ranks,
 ) -> tuple[int, dict[str, Any]] | None:
     """Load the newest checkpoint; (step, extra), or None if there is none. Collective."""
-    ranks = frugal.everything()[0].ranks
     candidates = _candidates(ranks, root)
     for position, step in enumerate(candidates):
         folder, older = step_folder(root, step), candidates[position + 1 :]
         try:
-            return step, read_checkpoint(folder, model_or_engine, frugal, on_mismatch, verify, rng)
+            return step, read_checkpoint(folder, model_or_engine, frugal, on_mismatch, verify, rng, ranks)
         except DamagedError as error:  # on all ranks alike
             if not older:
                 raise

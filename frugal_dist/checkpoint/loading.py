@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from frugal_dist import engines
-from frugal_dist.checkpoint.compare import Anew, compare, summary
+from frugal_dist.checkpoint.compare import Anew, compare, parameters_here, summary
 from frugal_dist.checkpoint.errors import DamagedError, MismatchError, together
 from frugal_dist.checkpoint.extra import check_rng_state, fitted, reseed, set_rng_state
 from frugal_dist.checkpoint.index import INDEX
@@ -27,6 +27,7 @@ from frugal_dist.checkpoint.parts import (
     weight_chunks,
 )
 from frugal_dist.checkpoint.reader import Reader
+from frugal_dist.checkpoint.savers import names_together
 from frugal_dist.config import HYPERPARAMETERS, FrugalConfig, python_value, saved_group
 from frugal_dist.notices import notice
 from frugal_dist.optimizer import Frugal
@@ -51,16 +52,19 @@ META = torch.device("meta")
 
 
 def read_checkpoint(
-    path: Path, model_or_engine: Any, frugal: Frugal, on_mismatch: str, verify: bool, rng: bool
+    path: Path, model_or_engine: Any, frugal: Frugal, on_mismatch: str, verify: bool, rng: bool, ranks: Ranks
 ) -> dict[str, Any]:
-    """Load ``path`` and return this rank's extra. Collective. Raises a CheckpointError on all ranks alike.
+    """Load ``path`` into what ``ranks`` have, see ``loaders``, and return this rank's extra. Collective.
+
+    Raises a CheckpointError on all ranks alike.
 
     Nothing is changed until every rank has found everything it needs.
     """
     runtime, now = frugal.everything()
-    ranks = runtime.ranks
     reader = _open(ranks, path, verify)
-    fresh = together(ranks, lambda: compare(runtime, now, reader, model_or_engine, on_mismatch == "refresh"))
+    here = together(ranks, lambda: parameters_here(runtime, model_or_engine))
+    known = names_together(ranks, runtime.ranks, here)
+    fresh = together(ranks, lambda: compare(runtime, now, reader, here, known, on_mismatch == "refresh"))
     record, own = together(ranks, lambda: _record(reader, ranks.rank))
     counts = together(ranks, lambda: _fitted_counts(record["engine"], model_or_engine))
     restoring = Restoring(runtime, now, reader, model_or_engine, fresh)
@@ -71,7 +75,7 @@ def read_checkpoint(
     news = _restore_groups(runtime, reader)
     if any(fresh.values()):
         news.append(f"These start with fresh state: {summary(fresh)}.")
-    if news and ranks.rank == 0:
+    if news and runtime.ranks.rank == 0:
         notice(f"{reader.folder} {' '.join(news)}")
     if rng:
         set_rng_state(record["rng"]) if own else reseed(record["rng"], ranks.rank)

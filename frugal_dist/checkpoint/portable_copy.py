@@ -14,6 +14,7 @@ from frugal_dist.checkpoint.errors import MismatchError, together
 from frugal_dist.checkpoint.files import complete_folder
 from frugal_dist.checkpoint.loading import read_checkpoint
 from frugal_dist.checkpoint.reader import Reader
+from frugal_dist.checkpoint.savers import loaders, savers
 from frugal_dist.checkpoint.unwrapping import unwrap
 from frugal_dist.checkpoint.writing import write_checkpoint
 from frugal_dist.notices import notice
@@ -33,7 +34,8 @@ def save_beside(folder: Path, model_or_engine: Any, optimizer: Any, extra: dict[
     """
     frugal = unwrap(optimizer)
     driver = engines.driver_of(frugal, model_or_engine)
-    write_checkpoint(folder / FOLDER, driver, frugal, {**(extra or {}), "own": _own(folder, driver, frugal)})
+    own = {"own": _own(folder, driver, frugal)}
+    write_checkpoint(folder / FOLDER, driver, frugal, {**(extra or {}), **own}, savers(frugal, None))
 
 
 def is_beside(folder: Path) -> bool:
@@ -78,7 +80,9 @@ def load_beside(folder: Path, model_or_engine: Any, optimizer: Any) -> dict[str,
 
     Raises CheckpointError on all ranks alike, as ``frugal_dist.checkpoint.load``.
     """
-    return read_checkpoint(folder / FOLDER, model_or_engine, unwrap(optimizer), "error", verify=True, rng=False)
+    frugal = unwrap(optimizer)
+    ranks = loaders(frugal, None)
+    return read_checkpoint(folder / FOLDER, model_or_engine, frugal, "error", verify=True, rng=False, ranks=ranks)
 
 
 def _saved(place: Path) -> Own | None:

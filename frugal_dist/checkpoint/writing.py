@@ -47,14 +47,21 @@ PATIENCE = 10.0
 Shapes = dict[str, tuple[int, int]]
 
 
-def write_checkpoint(path: Path, model_or_engine: Any, frugal: Frugal, extra: dict[str, Any] | None) -> None:
-    """Write everything to ``path``. Collective. Raises a CheckpointError on all ranks alike; nothing is left then."""
+def write_checkpoint(
+    path: Path, model_or_engine: Any, frugal: Frugal, extra: dict[str, Any] | None, ranks: Ranks
+) -> None:
+    """Write everything that ``ranks`` have to ``path``, see ``savers``. Collective.
+
+    Raises a CheckpointError on all ranks alike; nothing is left then.
+    """
     runtime, now = frugal.everything()
-    ranks, final = runtime.ranks, place_of(path)
+    final = place_of(path)
     first = ranks.rank == 0
     token = str(gather_objects(ranks, secrets.token_hex(8))[0])
     chunks = together(ranks, lambda: _all_chunks(runtime, now, model_or_engine))
     record = together(ranks, lambda: serialized(_record(model_or_engine, extra, token)))
+    stage = together(ranks, lambda: _stage(runtime, now, model_or_engine))
+    whole = _united(gather_objects(ranks, stage))
     mine, shapes = _divide(ranks, chunks)
     working = working_folder(final, token)
     try:
@@ -64,7 +71,7 @@ def write_checkpoint(path: Path, model_or_engine: Any, frugal: Frugal, extra: di
         everyone = gather_objects(ranks, (written, [(chunk.name, chunk.area) for chunk in mine], _counters(now)))
 
         def finish() -> None:
-            index = _index(runtime, now, model_or_engine, token, shapes, everyone)
+            index = _index(whole, token, shapes, everyone)
             write_bytes(working / INDEX, index.to_bytes())
             publish(working, final)
 
@@ -97,7 +104,7 @@ def _record(model_or_engine: Any, extra: dict[str, Any] | None, token: str) -> d
 def _divide(ranks: Ranks, chunks: Sequence[Chunk]) -> tuple[list[Chunk], Shapes]:
     """Each rectangle has one writer, of its holders the one with the least to write; the shapes of all tensors.
 
-    Buffers may differ from rank to rank; they all come from the first.
+    Buffers may differ from rank to rank; they all come from the first, also where several stages have one.
     """
     everyone = gather_objects(ranks, [(chunk.name, chunk.area, chunk.shape) for chunk in chunks])
     held: dict[tuple[str, Tile], list[int]] = {}
@@ -136,30 +143,64 @@ def _write_rank(working: Path, rank: int, mine: Sequence[Chunk], record: bytes, 
 # --- the index --------------------------------------------------------------------------------------
 
 Counters = dict[str, dict[str, int]]
+Stage = dict[str, Any]
+"""What the index says of a stage, of the model if there is one only: entries of ``Index``, without counts."""
 
 
-def _index(
-    runtime: Runtime, now: StepInputs, model_or_engine: Any, token: str, shapes: Shapes, everyone: list[Any]
-) -> Index:
-    counters = _latest_counters([counted for _, _, counted in everyone])
+def _stage(runtime: Runtime, now: StepInputs, model_or_engine: Any) -> Stage | None:
+    """Of the stage of which this rank is the first; the others know the same."""
+    if runtime.ranks.rank != 0:
+        return None
     others = leftovers(runtime, model_or_engine)
+    return {
+        "parameters": {original.name: list(original.shape) for original in runtime.originals}
+        | {one.name: list(one.shape) for one in others if one.key.startswith(WEIGHT)},
+        "buffers": {one.name: list(one.shape) for one in others if one.key.startswith(BUFFER)},
+        "matrices": {mat.matrix.name: matrix_options(mat) for mat in now.mats},
+        "regular": {one.name: regular_options(one) for one in now.regular},
+        "groups": _groups(runtime),
+        "model_config": _model_config(model_or_engine),
+    }
+
+
+def _united(stages: Sequence[Stage | None]) -> Stage:
+    """The whole model. CheckpointError if stages give different things the same name: all ranks see the same."""
+    whole: Stage = {}
+    for rank, stage in enumerate(stages):
+        if stage is None:
+            continue
+        if not whole:
+            whole = stage
+            continue
+        twice = [name for name in stage["parameters"] if name in whole["parameters"]]
+        twice += [name for name, shape in stage["buffers"].items() if whole["buffers"].get(name, shape) != shape]
+        if twice:
+            raise CheckpointError(
+                f"{twice[0]} is the name of a tensor of rank {rank} and of one of a stage before. Each stage saves its "
+                "own layers, under the names that they have in the whole model."
+            )
+        whole = {
+            **{key: whole[key] | stage[key] for key in ("parameters", "buffers", "matrices", "regular")},
+            "groups": whole["groups"] + stage["groups"],
+            "model_config": whole["model_config"],
+        }
+    return whole
+
+
+def _index(whole: Stage, token: str, shapes: Shapes, everyone: list[Any]) -> Index:
+    counters = _latest_counters([counted for _, _, counted in everyone])
+    counted = {
+        kind: {name: {"clocks": counters[name], "depends_on": options} for name, options in whole[kind].items()}
+        for kind in ("matrices", "regular")
+    }
     return Index(
         identity=token,
-        ranks=runtime.ranks.size,
+        ranks=len(everyone),
         draws=fingerprint_of_draws(),
         files={name: written for files, _, _ in everyone for name, written in files.items()},
         tensors=shapes,
         pieces={tensor_file(rank): pieces for rank, (_, pieces, _) in enumerate(everyone)},
-        parameters={original.name: list(original.shape) for original in runtime.originals}
-        | {one.name: list(one.shape) for one in others if one.key.startswith(WEIGHT)},
-        buffers={one.name: list(one.shape) for one in others if one.key.startswith(BUFFER)},
-        matrices={
-            mat.matrix.name: {"clocks": counters[mat.matrix.name], "depends_on": matrix_options(mat)}
-            for mat in now.mats
-        },
-        regular={one.name: {"clocks": counters[one.name], "depends_on": regular_options(one)} for one in now.regular},
-        groups=_groups(runtime),
-        model_config=_model_config(model_or_engine),
+        **{**whole, **counted},
     )
 
 
@@ -170,8 +211,12 @@ def _counters(now: StepInputs) -> Counters:
 
 def _latest_counters(everyone: Sequence[Counters]) -> Counters:
     """A rank that had no gradient may be behind; the others' counts hold, as they do at a refresh."""
-    first = everyone[0]
-    return {name: {key: max(each[name][key] for each in everyone) for key in first[name]} for name in first}
+    latest: Counters = {}
+    for each in everyone:
+        for name, counts in each.items():
+            known = latest.setdefault(name, counts)
+            latest[name] = {key: max(count, known[key]) for key, count in counts.items()}
+    return latest
 
 
 def _groups(runtime: Runtime) -> list[dict[str, Any]]:

@@ -115,6 +115,15 @@ def is_sharded(optimizer: Optimizer) -> bool:
     return any(hasattr(tensor, "device_mesh") for group in optimizer.param_groups for tensor in group["params"])
 
 
+def is_slice(optimizer: Optimizer, ranks: Ranks) -> bool:
+    """Whether its DTensors live on a part of a larger mesh, whose other ranks may hold other layers."""
+    if not is_sharded(optimizer):
+        return False
+    from frugal_dist.engines import dtensor
+
+    return dtensor.is_slice([tensor for group in optimizer.param_groups for tensor in group["params"]], ranks.size)
+
+
 def counts_of(model_or_engine: Any) -> dict[str, Any]:
     """An engine's own counts (steps, schedule, loss scale), to be saved with the weights."""
     return deepspeed.counts_of(model_or_engine)

@@ -92,6 +92,10 @@ def _unsupported(engine: Any) -> dict[str, tuple[bool, str]]:
             experts.enabled and experts.autoep_size > 1,
             "use autoep_size 1 with ZeRO-3",
         ),
+        "expert parallelism (deepspeed.moe with ep_size above 1)": (
+            _divides_experts(engine),
+            "its ranks have different experts under the same names; use ep_size 1",
+        ),
         "DeepCompile": (config.compile_config.deepcompile, 'remove "deepcompile"; torch.compile of the model works'),
         "bf16_master_weights_and_grads": (bf16.bf16_master_weights_and_grads, FP32_MASTERS),
         "bf16_optimizer_states": (bf16.bf16_optimizer_states, FP32_MASTERS),
@@ -114,6 +118,12 @@ def _unsupported(engine: Any) -> dict[str, tuple[bool, str]]:
 
 
 CHECKPOINT = f"they keep nothing but AdamW's moments. {ANY_RANKS}"
+
+
+def _divides_experts(engine: Any) -> bool:
+    """By what deepspeed.moe leaves on the parameters of experts."""
+    experts = [param for param in engine.module.parameters() if not getattr(param, "allreduce", True)]
+    return any(getattr(param, "group_name", "ep_size_1") != "ep_size_1" for param in experts)
 
 
 def _tensor_parallel(engine: Any) -> bool:

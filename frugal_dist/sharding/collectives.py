@@ -67,6 +67,13 @@ def ranks_of(process_group: Any) -> Ranks:
     return ALONE if size == 1 else Ranks(process_group, dist.get_rank(process_group), size)
 
 
+def global_ranks(ranks: Ranks) -> tuple[int, ...]:
+    """Their numbers among all processes."""
+    if ranks.alone:
+        return (dist.get_rank() if is_initialized() else 0,)
+    return tuple(dist.get_process_group_ranks(ranks.group))
+
+
 def outlives_its_process(process_group: Any) -> bool:
     """Whether "auto" means the same ranks as ``process_group``, so that another process can find them again."""
     if process_group is None or isinstance(process_group, str):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from cases import LAYOUTS, Build, Case, gradients, weights
-from meshes import expert_parallel, fsdp_packed, fsdp_tensor_parallel, hybrid_tensor_parallel
+from meshes import expert_parallel, fsdp_packed, fsdp_tensor_parallel, hybrid_tensor_parallel, pipeline
 from storages import Held, Named, replicas
 from threads import run_ranks
 from torch import nn
@@ -23,11 +24,12 @@ MODEL = nn.Module()
 
 @dataclass(frozen=True)
 class Place:
-    """A layout on a number of ranks."""
+    """A layout on a number of ranks. ``group``: who saves together, if not the optimizer's ranks."""
 
     name: str
     ranks: int
     build: Build
+    group: str | None = None
 
 
 PLACES = {
@@ -44,9 +46,11 @@ PLACES = {
         Place("FSDP2 2 x TP 2", 4, fsdp_tensor_parallel),
         Place("FSDP2 2 x TP 2, packed layers", 4, fsdp_packed),
         Place("FSDP2 2 x EP 2, Shard(1)", 4, expert_parallel(1)),
+        Place("two stages x FSDP2 2", 4, pipeline, "auto"),
     )
 }
 
+THREE = Place("three stages", 3, partial(pipeline, count=3), "auto")
 LARGE = Place("HSDP 2 x FSDP2 2 x TP 2", 8, hybrid_tensor_parallel)
 
 
@@ -74,7 +78,8 @@ def train_and_save(place: Place, case: Case, dtype: torch.dtype, folders: dict[i
         for step, grads in enumerate(gradients(dtype, STEPS), start=1):
             held.step(grads)
             if step in folders:
-                checkpoint.save(folders[step], MODEL, held.optimizer, {"rank": rank, "step": step})
+                extra = {"rank": rank, "step": step}
+                checkpoint.save(folders[step], MODEL, held.optimizer, extra, process_group=place.group)
         return ended(held)
 
     return run_ranks(place.ranks, body)
@@ -87,7 +92,7 @@ def load_and_train(
 
     def body(rank: int) -> Ended:
         held = start(place, case, dtype, zeros=True)
-        extra = checkpoint.load(folder, MODEL, held.optimizer, **options)
+        extra = checkpoint.load(folder, MODEL, held.optimizer, process_group=place.group, **options)
         assert extra["step"] == step
         for grads in gradients(dtype, STEPS)[step:]:
             held.step(grads)

@@ -9,7 +9,7 @@ import pytest
 import tables
 import torch
 from cases import PROJECTIONS, Case, in_the_default_run, label
-from places import LARGE, PLACES, STEPS, Place, apart, load_and_train, train_and_save
+from places import LARGE, PLACES, STEPS, THREE, Place, apart, load_and_train, train_and_save
 from selection import cells
 from storages import Named
 
@@ -79,6 +79,18 @@ def test_what_rules_keep_goes_along(rule: str, source: str, target: str, tmp_pat
 @pytest.mark.parametrize(("source", "target"), [(LARGE, PLACES["Shard(0), 4"]), (PLACES["ZeRO-3, 3"], LARGE)])
 @pytest.mark.parametrize("projection", [("svd", "std"), ("columns", "std")])
 def test_to_and_from_three_axes(projection: tuple[str, str], source: Place, target: Place, tmp_path: Path) -> None:
+    case, dtype = case_of(projection), torch.float64
+    train_and_save(source, case, dtype, {4: tmp_path})
+    found = load_and_train(target, case, dtype, tmp_path, 4)
+    assert apart(found, uninterrupted(case, dtype)) <= case.tolerance
+
+
+STAGES = PLACES["two stages x FSDP2 2"]
+
+
+@pytest.mark.parametrize(("source", "target"), [(STAGES, THREE), (THREE, STAGES), (THREE, PLACES["one process"])])
+@pytest.mark.parametrize("projection", [("svd", "std"), ("randk", "std"), ("blockwise", "std")])
+def test_to_another_number_of_stages(projection: tuple[str, str], source: Place, target: Place, tmp_path: Path) -> None:
     case, dtype = case_of(projection), torch.float64
     train_and_save(source, case, dtype, {4: tmp_path})
     found = load_and_train(target, case, dtype, tmp_path, 4)

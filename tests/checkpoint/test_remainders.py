@@ -45,7 +45,7 @@ def train(place: Place, case: Case, dtype: torch.dtype, folder: Path) -> Named:
         held = start(place, case, dtype)
         for step in range(STEPS):
             held.step(gradient(step, dtype))
-        checkpoint.save(folder, MODEL, held.optimizer)
+        checkpoint.save(folder, MODEL, held.optimizer, process_group=place.group)
         return held.full()
 
     return run_ranks(place.ranks, body)[0]
@@ -56,8 +56,8 @@ def carry(place: Place, case: Case, dtype: torch.dtype, source: Path, target: Pa
 
     def body(rank: int) -> None:
         held = start(place, case, dtype)
-        checkpoint.load(source, MODEL, held.optimizer)
-        checkpoint.save(target, MODEL, held.optimizer)
+        checkpoint.load(source, MODEL, held.optimizer, process_group=place.group)
+        checkpoint.save(target, MODEL, held.optimizer, process_group=place.group)
 
     run_ranks(place.ranks, body)
 

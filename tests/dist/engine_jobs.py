@@ -75,7 +75,7 @@ def make_optimizer(model: nn.Module, job: Job, **more: Any) -> Frugal:
 def one_process(job: Job) -> Named:
     model = build(job)
     optimizer = make_optimizer(model, job, process_group=None)
-    _train(model, optimizer, job, lambda step, micro: _rows(step, micro, job.micro_steps, 0, 1), _never)
+    train(model, optimizer, job, lambda step, micro: rows_of(step, micro, job.micro_steps, 0, 1), never)
     return {name: param.detach().clone() for name, param in model.named_parameters()}
 
 
@@ -85,7 +85,7 @@ def reference(job: Job, ranks: int) -> Named:
     return one_process(replace(job, micro_steps=job.micro_steps * ranks))
 
 
-def _rows(step: int, micro: int, micro_steps: int, rank: int, ranks: int) -> Tensor:
+def rows_of(step: int, micro: int, micro_steps: int, rank: int, ranks: int) -> Tensor:
     """The rows of one micro-batch on one rank."""
     share = ROWS // (micro_steps * ranks)
     start = (micro * ranks + rank) * share
@@ -93,13 +93,13 @@ def _rows(step: int, micro: int, micro_steps: int, rank: int, ranks: int) -> Ten
 
 
 @contextlib.contextmanager
-def _never(last: bool) -> Iterator[None]:
+def never(last: bool) -> Iterator[None]:
     yield
 
 
-def _train(model: nn.Module, optimizer: Frugal, job: Job, rows: Callable[[int, int], Tensor],
-           sync: Callable[[bool], Any]) -> None:  # fmt: skip
-    for step in range(STEPS):
+def train(model: nn.Module, optimizer: Frugal, job: Job, rows: Callable[[int, int], Tensor],
+          sync: Callable[[bool], Any], first: int = 0) -> None:  # fmt: skip
+    for step in range(first, STEPS):
         if job.schedule:
             for group in optimizer.param_groups:
                 group["lr"] = 1e-2 / (1 + step)
@@ -142,7 +142,7 @@ def ddp(job: Job, shard_state: bool | str) -> Named:
             yield
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    _train(model, optimizer, job, lambda step, micro: _rows(step, micro, job.micro_steps, rank, ranks), sync)
+    train(model, optimizer, job, lambda step, micro: rows_of(step, micro, job.micro_steps, rank, ranks), sync)
     return {name: param.detach().clone() for name, param in model.module.named_parameters()}
 
 
@@ -173,8 +173,8 @@ def fsdp2(job: Job, mesh_shape: tuple[int, ...] = (), columns: bool = False, **p
         yield
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    _train(model, optimizer, job, lambda step, micro: _rows(step, micro, job.micro_steps, rank, ranks), sync)
-    return {name: _whole(param) for name, param in model.named_parameters()}
+    train(model, optimizer, job, lambda step, micro: rows_of(step, micro, job.micro_steps, rank, ranks), sync)
+    return {name: whole(param) for name, param in model.named_parameters()}
 
 
 def fsdp2_tp(job: Job) -> Named:
@@ -188,11 +188,11 @@ def fsdp2_tp(job: Job) -> Named:
         fully_shard(layer, mesh=mesh["fsdp"])
     fully_shard(model, mesh=mesh["fsdp"])
     optimizer, copy = make_optimizer(model, job), dist.get_rank() // 2  # both ranks of tp have the same rows
-    _train(model, optimizer, job, lambda step, micro: _rows(step, micro, job.micro_steps, copy, 2), _never)
-    return {name: _whole(param) for name, param in model.named_parameters()}
+    train(model, optimizer, job, lambda step, micro: rows_of(step, micro, job.micro_steps, copy, 2), never)
+    return {name: whole(param) for name, param in model.named_parameters()}
 
 
-def _whole(param: Tensor) -> Tensor:
+def whole(param: Tensor) -> Tensor:
     return param.detach().full_tensor() if isinstance(param, DTensor) else param.detach()
 
 
@@ -225,10 +225,10 @@ def mixed_precision(job: Job) -> tuple[float, set[torch.dtype]]:
     model = sharded(job, mp_policy=policy)
     optimizer = make_optimizer(model, job)
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    _train(model, optimizer, job, lambda step, micro: _rows(step, micro, 1, rank, ranks), _never)
+    train(model, optimizer, job, lambda step, micro: rows_of(step, micro, 1, rank, ranks), never)
     want = reference(job, ranks)
     start = {name: param.detach() for name, param in build(job).named_parameters()}
-    got = {name: _whole(param) for name, param in model.named_parameters()}
+    got = {name: whole(param) for name, param in model.named_parameters()}
     off = sum(float((got[n] - want[n]).square().sum()) for n in want) ** 0.5
     moved = sum(float((want[n] - start[n]).square().sum()) for n in want) ** 0.5
     _, inputs = optimizer.everything()
@@ -247,7 +247,7 @@ def with_masters(job: Job, engine: str) -> list[str]:
     optimizer, reference = (make_optimizer(getattr(m, "module", m), j) for m, j in ((model, exact), (masters, job)))
     for step in range(STEPS):
         optimizer.zero_grad()
-        rows = _rows(step, 0, 1, dist.get_rank(), dist.get_world_size())
+        rows = rows_of(step, 0, 1, dist.get_rank(), dist.get_world_size())
         model(input_ids=rows, labels=rows).loss.backward()
         for high, low in pairs:
             high.grad = None if low.grad is None else low.grad.to(high.dtype)
@@ -255,10 +255,10 @@ def with_masters(job: Job, engine: str) -> list[str]:
         reference.step()
     found = []
     for (name, low), high in zip(model.named_parameters(), masters.parameters(), strict=True):
-        want = _whole(high)
+        want = whole(high)
         near = torch.empty_like(want, dtype=torch.bfloat16)
         split_(near, torch.empty_like(want, dtype=torch.int16), want)
-        found += [] if torch.equal(_whole(low), near) else [name]
+        found += [] if torch.equal(whole(low), near) else [name]
     return found
 
 

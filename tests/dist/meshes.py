@@ -214,10 +214,10 @@ def context_parallel(weights: Named, groups: Groups, options: dict[str, Any]) ->
     return on_places(weights, groups, options, lambda n, w: Place(flat, (Cut(0, 0),)))
 
 
-def pipeline(weights: Named, groups: Groups, options: dict[str, Any]) -> Held:
-    """Two stages, FSDP2 inside of each; every other layer is the second one's."""
-    stages = mesh(2, dist.get_world_size() // 2, names="pf")
-    mine = set(list(weights)[stages.get_local_rank("p") :: 2])
+def pipeline(weights: Named, groups: Groups, options: dict[str, Any], count: int = 2) -> Held:
+    """Stages, FSDP2 inside of each; of two every other layer is the second one's."""
+    stages = mesh(count, dist.get_world_size() // count, names="pf")
+    mine = set(list(weights)[stages.get_local_rank("p") :: count])
     everything = groups_of({name: nn.Parameter(weight) for name, weight in weights.items()}, groups)
     stage = {name: weight for name, weight in weights.items() if name in mine}
     assert not isinstance(groups, set)

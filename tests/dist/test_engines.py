@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import engine_jobs
+import pipeline_jobs
 import pytest
 import tables
 import torch
@@ -10,7 +13,7 @@ from engine_jobs import ENGINES, Job
 from processes import Fleet
 from selection import mostly_heavy
 
-from frugal_dist import Frugal
+from frugal_dist import Frugal, checkpoint
 
 PROJECTIONS = [Job(), Job(side="left"), Job("columns"), Job("rows"), Job("randk"), Job("blockwise"), Job("random")]
 FAMILY = {
@@ -53,6 +56,20 @@ def ranks_for(engine: str) -> int:
 def test_two_axes(fleet: Fleet, engine: str) -> None:
     """With TP o_proj lies in quarters, q, k and v are cut by rows twice, the others once; 101 rows do not divide."""
     check(fleet, engine, {"svd": Job(), "columns": Job("columns")}, 4)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("projection", ["svd", "columns", "blockwise"])
+def test_pipeline_stages_with_fsdp2_in_each(fleet: Fleet, projection: str, tmp_path: Path) -> None:
+    """Their checkpoint goes on there, and on one process."""
+    job = Job(projection)
+    for found in fleet.run(4, pipeline_jobs.difference, job, tmp_path / "saved"):
+        tables.note("real engines against one process, float64: largest difference", projection, "two stages", found)
+        assert found < 1e-10
+    model = engine_jobs.build(job)
+    optimizer = engine_jobs.make_optimizer(model, job, process_group=None)
+    checkpoint.load(tmp_path / "saved", model, optimizer)
+    assert pipeline_jobs.difference_of_the_rest(model, optimizer, job) < 1e-10
 
 
 OFTEN = ("DDP", "FSDP2")

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import deepspeed_experts
 import deepspeed_json as json_jobs
 import pytest
 from fleet import Fleet, environment, free_port
@@ -110,6 +111,18 @@ def test_what_is_not_supported_is_refused_by_name(feature: str, fleet: Fleets) -
         assert text.startswith("ValueError: Frugal does not support DeepSpeed's")
         assert feature in text
         assert instead in text
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_experts_that_are_others_on_each_rank_are_refused(stage: int, fleet: Fleets) -> None:
+    """They begin as copies of one, under the same names: no comparison would show it."""
+    for text in fleet(2).run(deepspeed_experts.trained, 2, {"stage": stage}):
+        assert "expert parallelism (deepspeed.moe with ep_size above 1)" in text
+        assert "use ep_size 1" in text
+
+
+def test_experts_that_all_ranks_hold_train(fleet: Fleets) -> None:
+    assert fleet(2).run(deepspeed_experts.trained, 1, {"stage": 2}) == ["", ""]
 
 
 def test_mics_is_refused_by_deepspeed(fleet: Fleets) -> None:
