@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -93,3 +95,47 @@ def test_experts_as_transformers_lays_them_on_meshes(tmp_path: Path) -> None:
         run(tmp_path, 4, *sizes.split())
         found = checkpoint.SavedWeights(tmp_path / "ranks")
         assert max(float((found[name] - want[name]).abs().max()) for name in want.shapes) < 1e-5, sizes
+
+
+TRAINER = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.distributed import DistributedConfig
+from frugal_dist.integrations.transformers import FrugalCallback, optimizer_cls_and_kwargs
+
+copies, resume, *sizes = sys.argv[1:]
+sizes = {key: int(size) for key, _, size in (word.partition("=") for word in sizes)}
+more = {"distributed_config": DistributedConfig(**sizes)} if sizes else {}
+model = AutoModelForCausalLM.from_pretrained("model", **more)
+args = TrainingArguments(
+    "out", max_steps=4, save_steps=2, logging_steps=1, per_device_train_batch_size=12 // int(copies), report_to=[],
+    use_cpu=True, learning_rate=1e-2, max_grad_norm=0.0, disable_tqdm=True,
+)
+options = optimizer_cls_and_kwargs(args, projection="randk", state_free="sgd", update_gap=3)
+rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 128, (48, 16))]
+trainer = Trainer(
+    model, args, train_dataset=rows, optimizer_cls_and_kwargs=options, callbacks=[FrugalCallback(portable=True)]
+)
+trainer.train(resume_from_checkpoint="out/checkpoint-2" if resume == "resume" else None)
+if trainer.is_world_process_zero():
+    json.dump([entry["loss"] for entry in trainer.state.log_history if "loss" in entry], open("losses.json", "w"))
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(600)
+def test_the_trainer_goes_on_from_a_mesh_on_any_ranks(tmp_path: Path) -> None:
+    """FSDP2 2 x TP 2 of transformers' own; its rank 0 would save a part. Then the same, three ranks, and one."""
+    config = transformers.LlamaConfig(
+        hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "script.py").write_text("import torch\ntorch.manual_seed(0)\n" + ON_CPUS + TRAINER)
+    run(tmp_path, 4, "2", "begin", "fsdp_size=2", "tp_size=2")
+    want = json.loads((tmp_path / "losses.json").read_text())
+    assert len(set(want)) == 4
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    for ranks, copies, *sizes in ((4, "2", "fsdp_size=2", "tp_size=2"), (3, "3", "fsdp_size=3"), (1, "1")):
+        run(tmp_path, ranks, copies, "resume", *sizes)
+        assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(want, abs=1e-4), f"{ranks} ranks"

@@ -41,7 +41,7 @@ def trained(ep_size: int, zero: dict[str, Any]) -> str:
     before, engine, ranks = dict(vars(groups)), None, torch.distributed.get_world_size()
     try:
         model = Experts(ep_size)
-        config = cases.config_of({"lr": 1e-3, "project": ["*weight"]}, zero, ranks)
+        config = cases.config_of({"lr": 1e-3, "density": 0.5, "project": ["*weight"]}, zero, ranks)
         engine = cases.start(config, model, model_parameters=groups_of(model))
         for step in range(2):
             rows = torch.randn(4, 12, generator=torch.Generator().manual_seed(10 * step + torch.distributed.get_rank()))
