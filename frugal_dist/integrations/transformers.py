@@ -107,6 +107,11 @@ def _saves_state(args: Any) -> bool:
     return args is None or not (args.save_only_model or str(getattr(args.save_strategy, "value", "")) == "no")
 
 
+def _sharded_by_transformers(model: Any) -> bool:
+    """While it was loaded (DistributedConfig): the Trainer refuses to save the state of its optimizer, or resume it."""
+    return bool(getattr(model, "is_distributed_loading_by_transformers", False))
+
+
 def _from_arguments(args: Any, state_full: str) -> dict[str, Any]:
     if args is None:
         return {}
@@ -129,7 +134,8 @@ class FrugalCallback(TrainerCallback):
         release_gradients: ``frugal_dist.step_in_backward``, on one process and under FSDP2, with ``max_grad_norm=0``
             and on one process without ``gradient_accumulation_steps``.
         portable: write that folder in any case, beside what the Trainer saves, so that a checkpoint is resumed on any
-            engine and number of ranks. It takes the room of weights and state once more.
+            engine and number of ranks. It takes the room of weights and state once more. A model that was loaded with a
+            ``DistributedConfig`` goes on by it, where the Trainer itself wants ``save_only_model=True``.
 
     Raises:
         ValueError: on all ranks, if another optimizer is in Frugal's place, or a checkpoint does not fit.
@@ -170,7 +176,7 @@ class FrugalCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the state of all ranks. Collective."""
-        if self._divided or (self._portable and _saves_state(args)):
+        if self._divided or (self._portable and (_saves_state(args) or _sharded_by_transformers(kwargs["model"]))):
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             frugal, schedule = _frugal_in(kwargs["optimizer"]), kwargs["lr_scheduler"].state_dict()
             save_beside(folder, kwargs["model"], frugal, {"schedule": schedule})

@@ -109,10 +109,10 @@ more = {"distributed_config": DistributedConfig(**sizes)} if sizes else {}
 model = AutoModelForCausalLM.from_pretrained("model", **more)
 args = TrainingArguments(
     "out", max_steps=4, save_steps=2, logging_steps=1, per_device_train_batch_size=12 // int(copies), report_to=[],
-    use_cpu=True, learning_rate=1e-2, max_grad_norm=0.0, disable_tqdm=True,
+    save_only_model=bool(sizes), use_cpu=True, learning_rate=1e-2, max_grad_norm=0.0, disable_tqdm=True,
 )
 options = optimizer_cls_and_kwargs(args, projection="randk", state_free="sgd", update_gap=3)
-rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 128, (48, 16))]
+rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 128, (12, 16)).repeat(4, 1)]
 trainer = Trainer(
     model, args, train_dataset=rows, optimizer_cls_and_kwargs=options, callbacks=[FrugalCallback(portable=True)]
 )
@@ -134,7 +134,7 @@ def test_the_trainer_goes_on_from_a_mesh_on_any_ranks(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text("import torch\ntorch.manual_seed(0)\n" + ON_CPUS + TRAINER)
     run(tmp_path, 4, "2", "begin", "fsdp_size=2", "tp_size=2")
     want = json.loads((tmp_path / "losses.json").read_text())
-    assert len(set(want)) == 4
+    assert want[0] > want[1] + 0.01 > want[2] + 0.02 > want[3] + 0.03
     shutil.rmtree(tmp_path / "out" / "checkpoint-4")
     for ranks, copies, *sizes in ((4, "2", "fsdp_size=2", "tp_size=2"), (3, "3", "fsdp_size=3"), (1, "1")):
         run(tmp_path, ranks, copies, "resume", *sizes)
