@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
-_DECADES = 7
+DECADES = 7
 """Powers of ten that the values reach down; the upper ones have the more values."""
 CODE = torch.uint8
 
@@ -27,9 +27,9 @@ def dynamic_values(signed: bool) -> tuple[float, ...]:
     Decade i has 2**i centres of equal parts of its range, or 2**(i + 1) where there are no negative ones.
     """
     levels = [0.0, 1.0]
-    for decade in range(_DECADES):
+    for decade in range(DECADES):
         parts = 2**decade if signed else 2 ** (decade + 1)
-        unit = 10.0 ** (decade - _DECADES + 1)
+        unit = 10.0 ** (decade - DECADES + 1)
         centres = [unit * (0.1 + 0.9 * (k + 0.5) / parts) for k in range(parts)]
         levels += centres + [-centre for centre in centres if signed]
     return tuple(sorted(levels))

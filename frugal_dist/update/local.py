@@ -36,9 +36,20 @@ def decay_(weight: Tensor, lr: float, decay: float) -> None:
 def state_full_(params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Moments], step: int,
                 lr: float, decay: float, config: FrugalConfig) -> None:  # fmt: skip
     """Move ``params`` by the state-full rule; ``moments`` holds one tuple for each of them."""
+    if _step_codes_(params, grads, moments, step, lr, decay, config):
+        return
     rule = STATE_FULL[config.state_full]
     for some, their, columns in config.form.turns(params, grads, moments, rule.elementwise):
         rule.update(some, their, columns, step, lr, decay, config)
+
+
+def _step_codes_(params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Moments], step: int,
+                 lr: float, decay: float, config: FrugalConfig) -> bool:  # fmt: skip
+    """The same in a kernel that reads and writes 8-bit moments, where there is one; gradients may be narrower."""
+    if not (config.form.blocky and params and STATE_FULL[config.state_full].has_kernel):
+        return False
+    fused = fused_for(params[0])
+    return fused is not None and bool(fused.step_codes_(params, grads, moments, step, lr, decay, config))
 
 
 def state_free_(weight: Tensor, grad: Tensor, config: FrugalConfig, decay: float = 0.0) -> None:
@@ -57,6 +68,8 @@ def state_free_(weight: Tensor, grad: Tensor, config: FrugalConfig, decay: float
 def update_regular(params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Moments], step: int,
                    decay: float, config: FrugalConfig) -> None:  # fmt: skip
     """Regular parameters, in fp32 or fp64: the state-full rule alone."""
+    if _step_codes_(params, grads, moments, step, config.lr, decay, config):
+        return
     wide = [_dense(param) for param in params]
     state_full_(wide, [_dense(grad) for grad in grads], moments, step, config.lr, decay, config)
     for param, result in zip(params, wide, strict=True):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from building import tile_selections
@@ -18,6 +19,7 @@ from frugal_dist.config import FrugalConfig
 from frugal_dist.projection.basis import Basis
 from frugal_dist.projection.coordinates import Columns, Flat, Selection
 from frugal_dist.update import kernels
+from frugal_dist.update.eightbit import Packed, dequantize, quantize, values_of
 from frugal_dist.update.kernels.jobs import Noise, TileUpdate
 from frugal_dist.update.kernels.tables import MOST, Tables
 from frugal_dist.update.local import state_free_, step_tiles
@@ -329,6 +331,166 @@ def test_tensors_without_memory_are_left_to_torch(interpreter: None) -> None:
     assert launch.kind_of(TileUpdate(Wrapped(plain), plain, None, (), 1, 0.0, CONFIG)) is None
     assert launch.kind_of(TileUpdate(plain, Wrapped(plain), None, (), 1, 0.0, CONFIG)) is None
     assert not launch.sign_step_(Wrapped(plain), plain, 0.1)
+
+
+# --- 8-bit moments ---------------------------------------------------------------------------------------------------
+
+CODED = replace(CONFIG, moments="8bit")
+
+
+def packed(rows: int, width: int, phase: int, generator: torch.Generator) -> list[Packed]:
+    """Both moments, of entries of very different sizes."""
+    found = []
+    for signed in (True, False):
+        values = torch.randn(rows, width, generator=generator) * torch.rand(rows, width, generator=generator) ** 8
+        found.append(Packed(*quantize(values if signed else values.square(), phase, signed), phase, signed))
+    return found
+
+
+def rounded(value: float) -> float:
+    """As a kernel is told of it."""
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "width", "phase"),
+    [(1, 1, 0), (3, 256, 0), (5, 300, 0), (4, 300, 200), (2, 7, 253), (9, 48, 240), (1, 4500, 16), (0, 30, 0), (7, 0, 3)],
+)
+def test_a_pass_over_codes_gives_those_of_torch(
+    rows: int, width: int, phase: int, dtype: torch.dtype, interpreter: None
+) -> None:
+    """Bit for bit; the weights up to the rounding of roots and quotients. Gradients need no wide copy."""
+    from frugal_dist.update.kernels import launch
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, width, generator=generator)
+    sizes = 10.0 ** (-6 * torch.rand(rows, width, generator=generator))
+    grad = (torch.randn(rows, width, generator=generator) * sizes).to(dtype)
+    own = packed(rows, width, phase, generator)
+    wide, (first, second) = grad.double(), (one.wide().double() for one in own)
+    # What is joined by name is rounded once, and each of the others.
+    first = (rounded(1 - 0.9) * (wide - first).float().double() + first).float()
+    squares = (rounded(1 - 0.999) * wide).float().double() * wide
+    second = (squares + (rounded(0.999) * second).float().double()).float()
+    want = weight.double() * 0.95 - 0.1 / (1 - 0.9**3) * first / (second.double().sqrt() / (1 - 0.999**3) ** 0.5 + 1e-8)
+    assert launch.step_codes_([weight], [grad], [own], 3, 0.1, 0.5, CODED)
+    for one, values in zip(own, (first, second), strict=True):
+        codes, scales = quantize(values, phase, one.signed)
+        assert torch.equal(one.codes, codes) and torch.equal(one.scales, scales)
+    torch.testing.assert_close(weight.double(), want, rtol=2e-6, atol=1e-6)
+
+
+def near_middles(signed: bool) -> Tensor:
+    """Where a code changes to the next, the numbers beside, and what is small, large or on no scale; each line begins
+    with the scale.
+    """
+    middles = values_of(signed, torch.float32, torch.device("cpu")).between.double()
+    middles = middles if signed else middles.sqrt()  # second moments here are squares
+    lines = [middles.float()]
+    for _ in range(3):
+        lines += [torch.nextafter(lines[-1], torch.ones(()))]
+        lines = [torch.nextafter(lines[0], -torch.ones(())), *lines]
+    found = torch.cat([torch.ones(len(lines), 1), torch.stack(lines)], 1)
+    special = torch.zeros(5, 256)
+    special[0, ::7], special[1, :4] = -0.0, torch.tensor([1e-38, -1e-42, 1e-45, 3e-39])
+    special[2, 5], special[3, 9], special[4, 200] = float("nan"), float("inf"), -float("inf")
+    special[2:, 10:50] = 2.0
+    return torch.cat([found, -found, 3e-7 * found, special])
+
+
+@needs_triton
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_middle_of_neighbours_is_decided_as_by_a_search(signed: bool, interpreter: None) -> None:
+    """Of moments that are the gradient, or its square."""
+    from frugal_dist.update.kernels import launch
+
+    grad = near_middles(signed)
+    zeros = torch.zeros_like(grad, dtype=torch.uint8), torch.zeros(len(grad), 1)
+    own = [Packed(*(one.clone() for one in zeros), 0, sign) for sign in (True, False)]
+    config = replace(CODED, betas=(0.0, 0.0))
+    with numpy.errstate(all="ignore"):  # of the interpreter, which would warn of what is not finite
+        assert launch.step_codes_([torch.zeros_like(grad)], [grad], [own], 1, 0.0, 0.0, config)
+    one = own[0 if signed else 1]
+    codes, scales = quantize(grad if signed else grad * grad, 0, signed)
+    assert len(codes.unique()) == 256
+    assert torch.equal(one.codes, codes)
+    torch.testing.assert_close(one.scales, scales, rtol=0, atol=0, equal_nan=True)
+    shown = dequantize(one.codes, one.scales, 0, signed).isnan().any(1)
+    assert shown[-3:].all() and not shown[:-3].any(), "a block that is not finite, and no other"
+
+
+@needs_triton
+def test_codes_that_a_kernel_is_not_made_for_are_left_to_torch(interpreter: None) -> None:
+    """All tensors of a call, before anything is done."""
+    from frugal_dist.update.kernels import launch
+
+    weight, grad, own = torch.ones(4, 8), torch.ones(4, 8), packed(4, 8, 0, torch.Generator().manual_seed(0))
+    wide = [one._replace(scales=one.scales.double()) for one in own]
+    for params, grads, moments in (
+        ([weight, weight.double()], [grad, grad.double()], [own, wide]),
+        ([weight, weight], [grad, grad], [own, wide]),
+        ([weight, torch.ones(8, 4).T], [grad, grad], [own, own]),
+        ([weight, weight], [grad, torch.ones(8, 4).T], [own, own]),
+        ([weight, weight], [grad, grad], [own, [one._replace(codes=one.codes[:, ::2]) for one in own]]),
+    ):
+        assert not launch.step_codes_(params, grads, moments, 1, 0.1, 0.0, CODED)
+        assert torch.equal(weight, torch.ones(4, 8))
+    assert launch.step_codes_([weight], [grad], [own], 1, 0.1, 0.0, CODED)
+    assert not torch.equal(weight, torch.ones(4, 8))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [
+        ({"projection": "columns"}, 3),
+        ({"projection": "rows", "rounding": "stochastic"}, 3),
+        ({"projection": "randk"}, 3),
+        ({"projection": "svd", "density": 0.5}, 3),
+        ({"projection": "blockwise", "density": 1.0}, 3),
+        ({"projection": "columns", "density": 0.0}, 1),
+        ({"projection": "columns", "state_full": "lion"}, 0),
+    ],
+    ids=str,
+)
+def test_an_optimizer_with_8_bit_moments(
+    options: dict[str, Any], passes: int, interpreter: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two matrices, and an embedding; where a last bit of fp32 decides, a code is its neighbour."""
+    from frugal_dist.update.kernels import fused
+
+    started: list[Any] = []
+    get = type(fused.coded).__getitem__
+    monkeypatch.setattr(
+        type(fused.coded), "__getitem__", lambda self, grid: (started.append(self is fused.coded), get(self, grid))[1]
+    )
+    dtype, results, kept = torch.bfloat16 if "rounding" in options else torch.float32, [], []
+    for choice in ("triton", "torch"):
+        monkeypatch.setenv(kernels.VARIABLE, choice)
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"a": (24, 40), "b": (40, 24), "embedding": (9, 520)}
+        named = {
+            name: torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for name, s in shapes.items()
+        }
+        optimizer = Frugal(
+            list(named.items()), project=["a", "b"], moments="8bit", weight_decay=0.1, update_gap=2,
+            process_group=None, **{"density": 0.25, **options},
+        )  # fmt: skip
+        for _ in range(3):
+            for weight in named.values():
+                weight.grad = torch.randn(weight.shape, generator=generator).to(dtype)
+            optimizer.step()
+        results.append(torch.cat([weight.detach().float().view(-1) for weight in named.values()]))
+        kept.append(
+            torch.cat([value.view(-1).int() for store in optimizer.state.values() for value in store.values()
+                       if value.dtype == torch.uint8])
+        )  # fmt: skip
+    assert sum(started) == 3 * passes
+    near = (results[0] - results[1]).abs() <= 1e-5
+    assert near.float().mean() > 0.995 and (results[0] - results[1]).abs().max() < 0.02
+    assert (kept[0] != kept[1]).float().mean() < 2e-3
 
 
 def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:

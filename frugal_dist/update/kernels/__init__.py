@@ -4,7 +4,7 @@ A kernel does what a pure function of ``update`` does, for many matrices, in one
 ``jobs`` (what there is to do), ``native`` (C++ for CPU tensors), ``launch`` (which go together in a Triton kernel),
 ``tables`` (what is sent to the GPU), ``fused`` (the Triton kernels). ``native`` and ``launch`` are called
 alike, whichever ``fused_for`` gives: ``Launches``, ``kind_of``, ``sign_step_``, ``sign_steps_``, ``sign_step_above_``,
-``round_``.
+``step_codes_``, ``round_``.
 
 The environment variable FRUGAL_KERNELS decides: "auto" (Triton on CUDA tensors where triton can be imported, C++ on CPU
 tensors where there is a compiler), "torch" (neither), "triton" or "native" (ValueError where it cannot be had). Under

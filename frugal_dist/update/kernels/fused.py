@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from frugal_dist.update import eightbit
 from frugal_dist.update.kernels import tables
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -27,6 +28,9 @@ INDEX, BEFORE = tl.constexpr(tables.INDEX), tl.constexpr(tables.BEFORE)
 ROWS, COLS, COUNT = tl.constexpr(tables.ROWS), tl.constexpr(tables.COLS), tl.constexpr(tables.COUNT)
 START, STRIDE = tl.constexpr(tables.START), tl.constexpr(tables.STRIDE)
 KEY0, KEY1 = tl.constexpr(tables.KEY0), tl.constexpr(tables.KEY1)
+FEW, CODED = tl.constexpr(tables.FEW), tl.constexpr(eightbit.BLOCK)
+DECADES = tl.constexpr(eightbit.DECADES)
+BELOW = tl.constexpr(sum(value < 0 for value in eightbit.dynamic_values(signed=True)))
 
 
 @triton.jit
@@ -190,6 +194,20 @@ def sign(
 
 
 @triton.jit
+def _averaged(
+    g: tl.tensor, m: tl.tensor, v: tl.tensor, rest1: tl.tensor, beta2: tl.tensor, rest2: tl.tensor
+) -> tl.tensor:
+    """AdamW's new moments."""
+    return tl.fma(rest1, g - m, m), tl.fma(rest2 * g, g, beta2 * v)
+
+
+@triton.jit
+def _adam(m: tl.tensor, v: tl.tensor, rate: tl.tensor, eps: tl.tensor, inverse: tl.tensor) -> tl.tensor:
+    """By how much they move a weight."""
+    return rate * (m / tl.fma(tl.sqrt(v), inverse, eps))
+
+
+@triton.jit
 def _mixed(
     w_ptr: tl.tensor,
     g_ptr: tl.tensor,
@@ -214,12 +232,10 @@ def _mixed(
     g = tl.load(g_ptr, mask=inside, other=0.0).to(tl.float32)
     m = tl.load(m_ptr, mask=picked, other=0.0)
     v = tl.load(v_ptr, mask=picked, other=0.0)
-    m = tl.fma(rest1, g - m, m)
-    v = tl.fma(rest2 * g, g, beta2 * v)
+    m, v = _averaged(g, m, v, rest1, beta2, rest2)
     tl.store(m_ptr, m, mask=picked)
     tl.store(v_ptr, v, mask=picked)
-    adam = rate * (m / tl.fma(tl.sqrt(v), inverse, eps))
-    return tl.fma(w, keep, -tl.where(picked, adam, _signed(g, size)))
+    return tl.fma(w, keep, -tl.where(picked, _adam(m, v, rate, eps, inverse), _signed(g, size)))
 
 
 @triton.jit
@@ -305,3 +321,104 @@ def flat(
         key0, key1 = _keys(table, matrix)
         w = _rounded(w, _places(table, matrix, at), key0, key1)
     tl.store(w_ptr, w, mask=inside)
+
+
+@triton.jit
+def _decoded(
+    codes: tl.tensor, scales: tl.tensor, table: tl.tensor, inside: tl.tensor, block: tl.tensor, known: tl.tensor
+) -> tl.tensor:  # fmt: skip
+    """``eightbit.dequantize``. Beside a row there is 0, whatever the scale."""
+    code = tl.load(codes, mask=inside, other=0).to(tl.int32)
+    scale = tl.load(scales + block, mask=known, other=0.0)
+    return tl.where(inside, tl.load(table + code) * scale[:, None], 0.0)
+
+
+@triton.jit
+def _encode(
+    x: tl.tensor, codes: tl.tensor, scales: tl.tensor, between: tl.tensor, inside: tl.tensor, block: tl.tensor,
+    known: tl.tensor, SIGNED: tl.constexpr,
+) -> None:  # fmt: skip
+    """``eightbit.quantize``, code for code.
+
+    Nothing is searched: the values of a decade are evenly apart, so where an entry lies is counted in steps behind its
+    first one. In steps the middles of neighbours lie at 1, 2, ..., between decades at 0.2 of the upper one, below the
+    least value at less, under 1.0 at -0.25: 0.3 further down is the right place or the one below, and a look at the
+    middle above decides.
+    """
+    scale = tl.max(x, 1)
+    if SIGNED:
+        least = tl.min(x, 1)
+        scale = tl.where(scale >= -least, scale, least)
+    scale = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), scale)
+    tl.store(scales + block, scale, mask=known)
+    divisor = tl.where(scale == 0, 1.0, scale)
+    part = tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape))
+    size = tl.where(part == part, tl.abs(part), 0.0)
+    steps = tl.full(x.shape, 1.0 if SIGNED else 2.0, tl.float32)
+    slope = steps * (10.0 ** (DECADES - 1) / 0.9)
+    for decade in tl.static_range(1, DECADES):
+        above = size >= 10.0 ** (decade - DECADES)
+        steps = tl.where(above, 2.0 * steps, steps)
+        slope = tl.where(above, 0.2 * slope, slope)
+    behind = tl.fma(size, slope, steps * (-1.0 / 9.0))
+    if SIGNED:
+        rank = tl.floor(behind + tl.where(part < 0, 0.3, -0.3)) + steps
+        place = tl.where(part < 0, BELOW - rank, BELOW + rank).to(tl.int32)
+    else:
+        place = (tl.floor(behind - 0.3) + (steps - 1.0)).to(tl.int32)
+    place = tl.minimum(tl.maximum(place, 0), 254)
+    place += (part > tl.load(between + place)).to(tl.int32)
+    place = tl.where(part == part, place, 255)
+    if SIGNED:
+        place = place - BELOW
+    else:
+        place = tl.maximum(place, (part > 0).to(tl.int32))
+    tl.store(codes, place.to(tl.uint8), mask=inside)
+
+
+@triton.jit(do_not_specialize=[*range(14)])  # addresses and sizes: ALIGNED says what matters
+def coded(
+    w_ptr: tl.tensor,
+    g_ptr: tl.tensor,
+    m_ptr: tl.tensor,
+    m_scales: tl.tensor,
+    v_ptr: tl.tensor,
+    v_scales: tl.tensor,
+    m_table: tl.tensor,
+    m_between: tl.tensor,
+    v_table: tl.tensor,
+    v_between: tl.tensor,
+    width: tl.tensor,
+    phase: tl.tensor,
+    across: tl.tensor,
+    blocks: tl.tensor,
+    keep: tl.tensor,
+    rate: tl.tensor,
+    rest1: tl.tensor,
+    beta2: tl.tensor,
+    rest2: tl.tensor,
+    eps: tl.tensor,
+    inverse: tl.tensor,
+    ALIGNED: tl.constexpr,
+) -> None:
+    """AdamW with moments in 8 bits: a few of the ``blocks`` that share scales, ``across`` of them in a row; the first
+    entry of a row is number ``phase`` of its block.
+    """
+    block = tl.program_id(0) * FEW + tl.arange(0, FEW)
+    known = block < blocks
+    col = (block % across * CODED - phase)[:, None] + tl.arange(0, CODED)[None, :]
+    inside = known[:, None] & (col >= 0) & (col < width)
+    at = (block // across * width)[:, None] + col
+    w_ptr, g_ptr, m_ptr, v_ptr = w_ptr + at, g_ptr + at, m_ptr + at, v_ptr + at
+    if ALIGNED:
+        inside = tl.max_constancy(inside, (1, 16))
+        w_ptr, g_ptr = tl.multiple_of(w_ptr, (1, 16)), tl.multiple_of(g_ptr, (1, 16))
+        m_ptr, v_ptr = tl.multiple_of(m_ptr, (1, 16)), tl.multiple_of(v_ptr, (1, 16))
+    w = tl.load(w_ptr, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(g_ptr, mask=inside, other=0.0).to(tl.float32)
+    m = _decoded(m_ptr, m_scales, m_table, inside, block, known)
+    v = _decoded(v_ptr, v_scales, v_table, inside, block, known)
+    m, v = _averaged(g, m, v, rest1, beta2, rest2)
+    tl.store(w_ptr, tl.fma(w, keep, -_adam(m, v, rate, eps, inverse)), mask=inside)
+    _encode(m, m_ptr, m_scales, m_between, inside, block, known, True)
+    _encode(v, v_ptr, v_scales, v_between, inside, block, known, False)

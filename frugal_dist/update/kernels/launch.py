@@ -17,9 +17,10 @@ from torch import Tensor
 
 from frugal_dist.config import FrugalConfig
 from frugal_dist.projection.coordinates import Columns, Flat, Rows
+from frugal_dist.update.eightbit import Packed, values_of
 from frugal_dist.update.kernels import fused
 from frugal_dist.update.kernels.jobs import Noise, TileUpdate
-from frugal_dist.update.kernels.tables import BLOCK, HIGH, MOST, WIDE, Entry, Tables
+from frugal_dist.update.kernels.tables import BLOCK, FEW, HIGH, MOST, WIDE, Entry, Tables
 from frugal_dist.update.rules import STATE_FREE, STATE_FULL
 
 RUN = 1 << 27
@@ -225,11 +226,13 @@ def _start(group: _Group) -> None:
 def _scalars(kind: TritonKind, step: int, decay: float, config: FrugalConfig) -> Sequence[float]:
     rate = float(config.lr * config.projected_lr_scale)
     free = (1.0 - config.lr * decay, rate * config.state_free_lr_scale)
-    if kind is _SIGN:
-        return free
+    return free if kind is _SIGN else (*free, *_adam(rate, step, config))
+
+
+def _adam(rate: float, step: int, config: FrugalConfig) -> Sequence[float]:
     beta1, beta2 = config.beta_pair
     inverse = (1.0 - beta2**step) ** -0.5
-    return (*free, rate / (1.0 - beta1**step), 1.0 - beta1, beta2, 1.0 - beta2, config.eps, inverse)
+    return rate / (1.0 - beta1**step), 1.0 - beta1, beta2, 1.0 - beta2, config.eps, inverse
 
 
 def round_(target: Tensor, wide: Tensor, starts: Tensor, keys: tuple[int, int]) -> bool:
@@ -283,6 +286,33 @@ def sign_step_above_(weight: Tensor, rest: Tensor, grad: Tensor, size: float, ke
         fused.sign_above[(len(weight),)](*tensors, weight.shape[1], keep, size, threshold, **_AS_WRITTEN)
     _changed(weight)
     return True
+
+
+def step_codes_(params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Sequence[Packed]], step: int,
+                lr: float, decay: float, config: FrugalConfig) -> bool:  # fmt: skip
+    """AdamW with moments in 8 bits, one pass over each parameter.
+
+    False, and nothing done, if the tensors are not made for it.
+    """
+    work = [one for one in zip(params, grads, moments, strict=True) if one[0].numel()]
+    if not all(_fit(param, grad) and all(map(_fits, own)) for param, grad, own in work):
+        return False
+    scalars = (1.0 - lr * decay, *_adam(lr, step, config))
+    for param, grad, (first, second) in work:
+        (rows, across), width, phase = first.scales.shape, first.codes.shape[1], first.phase
+        numbers = [values_of(moment.signed, torch.float32, param.device)[:2] for moment in (first, second)]
+        addresses = [one.data_ptr() for one in (param, grad, first.codes, second.codes)]
+        with _on(param.device):
+            fused.coded[(ceil(rows * across / FEW),)](
+                param, grad, *first[:2], *second[:2], *numbers[0], *numbers[1], width, phase, across, rows * across,
+                *scalars, ALIGNED=all(one % 16 == 0 for one in (*addresses, width, phase)), **_AS_WRITTEN,
+            )  # fmt: skip
+        _changed(param)
+    return True
+
+
+def _fits(moment: Packed) -> bool:
+    return moment.scales.dtype == torch.float32 and moment.codes.is_contiguous() and moment.scales.is_contiguous()
 
 
 def _int32(key: int) -> int:

@@ -296,3 +296,9 @@ def sign_steps_(weights: Sequence[Tensor], grads: Sequence[Tensor], config: Frug
 def sign_step_above_(weight: Tensor, rest: Tensor, grad: Tensor, size: float, keep: float, threshold: float) -> bool:
     """Not here: torch's operations do it."""
     return False
+
+
+def step_codes_(params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Sequence[Any]], step: int,
+                lr: float, decay: float, config: FrugalConfig) -> bool:  # fmt: skip
+    """Not here: torch's operations do it."""
+    return False

@@ -18,6 +18,8 @@ BLOCK = 1024
 """Entries that a program steps."""
 HIGH, WIDE = 8, 128
 """The same as rows and columns, where a program must know which they are without dividing."""
+FEW = 4
+"""Blocks of 8-bit moments that a program steps."""
 
 # The rows of a table. BEGIN: the first program of the matrix. The others are what ``Entry`` has.
 BEGIN, WEIGHT, GRAD, FIRST, SECOND, INDEX, BEFORE, ROWS, COLS, COUNT, START, STRIDE, KEY0, KEY1 = range(14)
