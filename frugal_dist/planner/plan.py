@@ -230,7 +230,7 @@ def _copies(mat: LocalMatrix) -> int:
 
 
 def _as_numbers(inputs: StepInputs) -> int:
-    """Two moments of a slice on a GPU, and as many entries four times while they are quantized."""
+    """Two moments of a slice on a GPU, and as many entries four times while they are quantized, without a kernel."""
     states = [*(mat.state for mat in inputs.mats), *(one.state for one in inputs.regular)]
     coded = (value.numel() for state in states for value in state.store.values() if value.dtype == CODE)
     return 6 * ITEM * min(CUDA_SLICE, max(coded, default=0))

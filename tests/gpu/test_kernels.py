@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import prod
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from frugal_dist.config import FrugalConfig
 from frugal_dist.projection.basis import silence_noise_
 from frugal_dist.projection.coordinates import Columns, Flat, Rows, Selection
+from frugal_dist.update.eightbit import Packed, quantize
 from frugal_dist.update.kernels import fused_for
 from frugal_dist.update.kernels.jobs import TileUpdate
 from frugal_dist.update.local import state_free_, step_tiles
@@ -135,6 +137,59 @@ def test_the_signed_step_without_rows_of_noise(device: torch.device, kernels: No
         want = torch.add(weight * 0.75, kept.sign(), alpha=-0.01)
         assert fused.sign_step_above_(weight, rest, grad, 0.01, 0.75, 0.05)
         torch.testing.assert_close(weight, want, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("of_grads", ROUNDING, ids=str)
+def test_8_bit_moments_in_one_pass(device: torch.device, kernels: None, of_grads: torch.dtype, offset: int) -> None:
+    """Codes and scales are those of what the numbers become; where a last bit decides, a code is its neighbour."""
+    rehearse_once(device, (torch.float32, of_grads), offset)
+    rates = (0.9, 0.999)
+    for rows, cols, phase in ((16, 144, 0), (37, 61, 250), (1, 1, 3), (1, 3000, 0), (64, 512, 16)):
+        generator = torch.Generator().manual_seed(0)
+        buffers = [torch.randn(offset + rows * cols, generator=generator) for _ in "wgmv"]
+        buffers[1:] = [one * 10.0 ** (-5 * torch.rand(one.shape, generator=generator)) for one in buffers[1:]]
+        weight, grad, first, second = (one.to(device)[offset:].view(rows, cols) for one in buffers)
+        grad = torch.cat([grad.new_zeros(offset), grad.flatten()]).to(of_grads)[offset:].view(rows, cols)
+        own = [
+            Packed(*quantize(first, phase, True), phase, True),
+            Packed(*quantize(second**2, phase, False), phase, False),
+        ]
+        wide, moments = grad.double(), [one.wide().double() for one in own]
+        moments = [
+            rate * one + (1 - rate) * new for rate, one, new in zip(rates, moments, (wide, wide**2), strict=True)
+        ]
+        move = moments[0] / (1 - 0.9**3) / (moments[1].sqrt() / (1 - 0.999**3) ** 0.5 + CONFIG.eps)
+        want = (weight.double() * (1 - 0.1 * 0.5) - 0.1 * move).float()
+        fused = fused_for(weight)
+        assert fused is not None
+        assert fused.step_codes_([weight], [grad], [own], 3, 0.1, 0.5, CONFIG)
+        torch.testing.assert_close(weight, want, rtol=1e-5, atol=1e-5)
+        for one, values in zip(own, moments, strict=True):
+            codes, scales = quantize(values.float(), phase, one.signed)
+            torch.testing.assert_close(one.scales, scales, rtol=1e-6, atol=0)
+            apart = (one.codes.int() - codes.int()).abs()
+            assert float((apart != 0).float().mean()) < 2e-3 and float(apart.remainder(255).max()) <= 1
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_code_is_that_of_a_search(device: torch.device, kernels: None, signed: bool) -> None:
+    """Of moments that are the gradient, or its square: all sizes down to what is no number of any scale."""
+    lines = torch.linspace(-1, 1, 64 * 256, device=device).view(64, 256) ** 7
+    lines[:, 0], lines[0, 1:3], lines[1, 5], lines[2, 9] = 1.0, 1e-40, float("nan"), float("inf")
+    own = [
+        Packed(torch.zeros_like(lines, dtype=torch.uint8), torch.zeros(64, 1, device=device), 0, sign)
+        for sign in (True, False)
+    ]
+    config = FrugalConfig(projection="columns", moments="8bit", betas=(0.0, 0.0))
+    fused = fused_for(lines)
+    assert fused is not None
+    with numpy.errstate(all="ignore"):
+        assert fused.step_codes_([torch.zeros_like(lines)], [lines], [own], 1, 0.0, 0.0, config)
+    codes, scales = quantize(lines if signed else lines * lines, 0, signed)
+    one = own[0 if signed else 1]
+    assert torch.equal(one.codes, codes)
+    torch.testing.assert_close(one.scales, scales, rtol=0, atol=0, equal_nan=True)
 
 
 def test_more_matrices_than_a_table_has_room_for(device: torch.device, kernels: None) -> None:

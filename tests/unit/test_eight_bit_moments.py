@@ -275,7 +275,7 @@ def test_what_cannot_be_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> N
         FrugalConfig(state_full="silent", moments="8bit")
 
 
-def test_kernels_leave_codes_to_torch() -> None:
+def test_kernels_of_whole_tiles_read_no_codes() -> None:
     weight, moments = torch.ones(4, 4), (torch.zeros(4, 2), torch.zeros(4, 2))
     selection = Columns(torch.tensor([0, 2]))
     job = TileUpdate(weight, weight.clone(), selection, moments, 1, 0.0, FrugalConfig(projection="columns"))

@@ -356,7 +356,17 @@ def rounded(value: float) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("rows", "width", "phase"),
-    [(1, 1, 0), (3, 256, 0), (5, 300, 0), (4, 300, 200), (2, 7, 253), (9, 48, 240), (1, 4500, 16), (0, 30, 0), (7, 0, 3)],
+    [
+        (1, 1, 0),
+        (3, 256, 0),
+        (5, 300, 0),
+        (4, 300, 200),
+        (2, 7, 253),
+        (9, 48, 240),
+        (1, 4500, 16),
+        (0, 30, 0),
+        (7, 0, 3),
+    ],
 )
 def test_a_pass_over_codes_gives_those_of_torch(
     rows: int, width: int, phase: int, dtype: torch.dtype, interpreter: None
@@ -471,9 +481,7 @@ def test_an_optimizer_with_8_bit_moments(
         monkeypatch.setenv(kernels.VARIABLE, choice)
         generator = torch.Generator().manual_seed(0)
         shapes = {"a": (24, 40), "b": (40, 24), "embedding": (9, 520)}
-        named = {
-            name: torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for name, s in shapes.items()
-        }
+        named = {name: torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for name, s in shapes.items()}
         optimizer = Frugal(
             list(named.items()), project=["a", "b"], moments="8bit", weight_decay=0.1, update_gap=2,
             process_group=None, **{"density": 0.25, **options},

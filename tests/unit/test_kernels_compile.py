@@ -23,7 +23,9 @@ from frugal_dist.update.kernels import fused, launch, tables
 
 def compiled(kernel, constants, warps=4, weight="*fp32", grad="*fp32"):
     kinds = {"table": "*i64", "w_ptr": weight, "g_ptr": grad, "rest_ptr": grad, "wide_ptr": "*fp32",
-             "starts_ptr": "*i64", **dict.fromkeys(("numel", "rows", "cols", "key0", "key1"), "i32")}
+             "starts_ptr": "*i64", **dict.fromkeys(("numel", "rows", "cols", "key0", "key1"), "i32"),
+             "m_ptr": "*u8", "v_ptr": "*u8", **dict.fromkeys(("width", "phase", "across", "blocks"), "i32"),
+             **{f"{moment}_{what}": "*fp32" for moment in "mv" for what in ("scales", "table", "between")}}
     signature = {name: "constexpr" if name in constants else kinds.get(name, "fp32") for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     options = {"num_warps": warps, **launch._AS_WRITTEN}
@@ -35,6 +37,12 @@ def compiled(kernel, constants, warps=4, weight="*fp32", grad="*fp32"):
 compiled(fused.sign_above, {})
 for tall in (1, tables.HIGH):
     compiled(fused.round_rows, {"TALL": tall}, weight="*bf16")
+
+def check_wide(ptx, aligned):
+    assert set(re.findall(r"(ld|st)\\.global\\.v[248]", ptx)) == ({"ld", "st"} if aligned else set())
+
+for aligned, grad in ((False, "*fp32"), (True, "*fp32"), (True, "*bf16")):
+    check_wide(compiled(fused.coded, {"ALIGNED": aligned}, grad=grad), aligned)
 names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 same, mixed = [(dtype, dtype) for dtype in names], [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
 for weight, grad in same + mixed:
@@ -45,7 +53,7 @@ for weight, grad in same + mixed:
         for aligned, noise in ways:
             kinds = {"W": fused.DTYPES[weight], "G": fused.DTYPES[grad], "ALIGNED": aligned, "NOISE": noise}
             ptx = compiled(kind.kernel, {**kinds, **kind.options}, kind.warps)
-            assert set(re.findall(r"(ld|st)\\.global\\.v[248]", ptx)) == ({"ld", "st"} if aligned else set()), kind
+            check_wide(ptx, aligned)
 """
 
 
@@ -67,6 +75,7 @@ JITFunction.__getitem__ = lambda self, grid: partial(self.run, grid=grid, warmup
 
 from frugal_dist.config import FrugalConfig
 from frugal_dist.projection.coordinates import Columns, Flat, Rows
+from frugal_dist.update.eightbit import Packed, blocks_of
 from frugal_dist.update.kernels import fused, launch
 from frugal_dist.update.kernels.jobs import Noise, TileUpdate
 from frugal_dist.update.stochastic_rounding import keys_of
@@ -91,6 +100,12 @@ for step in range(1, 11):
     launches.finish()
     for keys in (keys_of(0, "w", step), (1, 16), (0, (1 << 32) - 1), (1 << 31, 7)):
         assert launch.round_(weights[0].bfloat16(), weights[0], torch.arange(0, 768, 48), keys)
+    for rows, width, phase in ((16, 48, 0), (1, 1, 1), (1, 255 + step, 0), (3, 256 * step, 16)):
+        own = [Packed(torch.zeros(rows, width, dtype=torch.uint8), torch.zeros(rows, blocks_of(width, phase)), phase,
+                      signed) for signed in (True, False)]
+        for begin in (0, 1):
+            param = torch.zeros(begin + rows * width)[begin:].view(rows, width)
+            assert launch.step_codes_([param], [param], [own], step, lr, decay, config)
     for size in (1.0, 0.0, 16.0, 1e-3 / step):
         assert launch.sign_step_(weights[0], grad, size, 1.0 - size)
         assert launch.sign_step_above_(weights[0], grad, grad, size, 1.0 - size, size)
@@ -114,7 +129,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_every_kernel_compiles_for_cuda(capability: str) -> None:
     """And reads and writes several numbers at a time where it is promised that it may."""
     assert run(COMPILE, capability).stdout.split() == [
-        *("sign_above", "round_rows", "round_rows"),
+        *("sign_above", "round_rows", "round_rows", *["coded"] * 3),
         *("sign_one", *["sign"] * 2, *["lines"] * 4, *["flat"] * 2),
         *("sign_one", *["sign"] * 3, *["lines"] * 6, *["flat"] * 3),
         *("sign_one", *["sign"] * 2, *["lines"] * 4, *["flat"] * 2),
@@ -125,6 +140,6 @@ def test_every_kernel_compiles_for_cuda(capability: str) -> None:
 
 def test_no_step_compiles_anew() -> None:
     """Rates, decay, counts, keys and the number of matrices change from step to step; each kernel is compiled once,
-    those that a table describes with and without stochastic rounding.
+    those that a table describes with and without stochastic rounding, 8-bit moments for aligned tensors and others.
     """
-    assert run(COUNT).stdout.split() == ["11"] * 10
+    assert run(COUNT).stdout.split() == ["13"] * 10
