@@ -218,25 +218,29 @@ def dcp_is_asking() -> bool:
 
 
 def dcp_does_without_names() -> bool:
-    """Whether it is the caller, and has names of its own: it would keep the list of a group once per parameter.
+    """Whether its get_state_dict is the caller, which has names of its own: it would keep a group's list of them once
+    per parameter.
 
-    When it flattens (torchtitan does) it asks at loading for every key of the groups, and this list is one of them.
+    When that flattens it asks at loading for every key of the groups, and this list is one of them. Who gives the
+    optimizer itself to dcp.save, or a container that flattens it (torchtitan's), has no other names.
     """
-    return dcp_is_asking() and _FLATTEN not in _given_options()
+    given = _given_options()
+    return given is not None and _FLATTEN not in given
 
 
 def dcp_losing_option() -> str:
     """The option by which its running call would lose other ranks' parts, "" if none."""
-    return next(iter(_given_options()), "")
+    return next(iter(_given_options() or ()), "")
 
 
-def _given_options() -> list[str]:
-    for frame, name in _modules():
-        info = frame.f_locals.get("info") if name == f"{_DCP}.state_dict" else None
-        given = [option for option in _LOSING if getattr(info, option, False)]
-        if given:
-            return given
-    return []
+def _given_options() -> list[str] | None:
+    """Those of a running get_state_dict or set_state_dict; None if there is none."""
+    infos = [
+        frame.f_locals["info"]
+        for frame, name in _modules()
+        if name == f"{_DCP}.state_dict" and "info" in frame.f_locals
+    ]
+    return [option for option in _LOSING if any(getattr(info, option, False) for info in infos)] if infos else None
 
 
 def _modules() -> Iterator[tuple[FrameType, str]]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frugal_dist.engines.hooks import dcp_is_asking
+
 Rectangle = tuple[tuple[int, ...], Tensor]
 """Where it begins in the whole, and the memory that holds it on this rank."""
 
@@ -37,13 +39,17 @@ class Pieces(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return args[0]
+        if func is torch.ops.aten.new_empty.default:  # dcp.async_save, which then copies the attributes one by one
+            return cls(args[1], torch.empty(0, dtype=args[0].dtype, device=(kwargs or {}).get("device")), [])
         raise NotImplementedError(f"{func} on a rank's part of the optimizer's state, which is for saving and loading.")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Pieces({tuple(self.shape)}, {[begin for begin, _ in self.rectangles]})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Who pickles a rank's own file gets this rank's part, an ordinary tensor."""
+        """Who pickles a rank's own file gets this rank's part, an ordinary tensor; dcp.async_save's process all."""
+        if dcp_is_asking():
+            return type(self), (tuple(self.shape), self.local, self.rectangles)
         return self.local.__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:

@@ -273,7 +273,7 @@ def test_a_container_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("projection", ["svd", "randk"])
 def test_a_container_saves_as_torchtitans(projection: str) -> None:
-    """Flattened, as torchtitan does."""
+    """Flattened by torch.distributed.checkpoint, as in torchtitan 0.2; as in 0.3: tests/dist/test_dcp.py."""
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     model = small()
     optimizer = Container([optimizer_for(model, projection=projection)])
