@@ -150,20 +150,22 @@ except (ValueError, IndexError):
 PY
 }
 
-# check RECIPE [--key value ...]: ends the script with 2 if the recipe cannot be trained, or its folder is in use: before
-# ranks are started, of which each would say so, and launchers much more. Prints the folder.
+# check RECIPE [--key value ...]: ends the script with 2 if the recipe cannot be trained, or its folder is in use or holds
+# another recipe's run: before ranks are started, of which each would say so, and launchers much more. Prints the folder.
 check() {
     python - "$@" <<'PY'
 import sys
 from pathlib import Path
 
-from frugal_dist.training.recipe import check_recipe, read_recipe
-from frugal_dist.training.run import FAILURE_FILE
 from frugal_dist.training.distributed.run_lock import check_free
+from frugal_dist.training.recipe import check_recipe, read_recipe
+from frugal_dist.training.resume import check_resumable
+from frugal_dist.training.run import FAILURE_FILE
 
 try:
     recipe = read_recipe(sys.argv[1], sys.argv[2:])
     check_recipe(recipe)
+    check_resumable(recipe)
     check_free(Path(recipe.folder), lambda text: print(text, file=sys.stderr))
 except ValueError as error:
     sys.exit(f"ERROR: {error}")

@@ -76,6 +76,8 @@ class Training:
     evaluate_first: bool = True
     _loss_sum: float | torch.Tensor = field(default=0.0, init=False)
     _loss_count: int = field(default=0, init=False)
+    _refreshes: list[list[float]] = field(default_factory=list, init=False)
+    """This rank's sums of each step since ranks last added them up."""
     _steps_since: int = field(default=0, init=False)
     _busy: float = field(default=0.0, init=False)
     _skipped: int = field(default=0, init=False)
@@ -135,6 +137,7 @@ class Training:
     def _train_step(self, index: int) -> None:
         rows, targets = self._rows(index)
         loss = self.engine.train_step(rows, targets)
+        self._refreshes.append(self.engine.refresh_figures())
         self._steps_since += 1
         if not self._was_skipped(index + 1):  # a skipped step's loss may be NaN, and has taught the model nothing
             self._loss_sum = self._loss_sum + loss
@@ -189,7 +192,7 @@ class Training:
         """Whether there is a checkpoint of this step, or none is wanted; tried once."""
         if self._saved[0] != done:
             # Weights that are no numbers must not take the place of an older checkpoint.
-            self._check(done, self.engine.total([float(self._loss_sum)])[0])
+            self._check(done, self._total_loss(done))
             saved = self.save is None or self.save(done, self._seconds())
             self._saved = (done, saved)
             if not saved:
@@ -200,7 +203,7 @@ class Training:
     def _log(self, done: int) -> None:
         """Write the mean over the steps since the last record."""
         begin = time.monotonic()
-        loss_sum, *refreshes = self.engine.total([float(self._loss_sum), *self.engine.refresh_figures()])
+        loss_sum = self._total_loss(done)
         loss = loss_sum / (self._loss_count * self.engine.world) if self._loss_count else math.nan
         self._busy += time.monotonic() - begin  # on a GPU the steps' work is waited for here
         speed = self._tokens(self._steps_since) / self._busy
@@ -216,7 +219,6 @@ class Training:
             **({"mfu": round(speed * self.flop_share, 4)} if self.flop_share else {}),
             **memory(),
         )
-        self._log_refreshes(done, refreshes)
         if self._loss_count:
             self._check(done, loss)
         self.progress.figures(loss, speed)
@@ -228,8 +230,20 @@ class Training:
             text = f"the training loss is {loss} at step {done}; lower lr or lengthen the warm-up."
             raise Diverged(text, done, self._seconds())
 
+    def _total_loss(self, done: int) -> float:
+        """Summed over the steps since the last record and the ranks; in the same collective, what refreshes caught.
+
+        Before a checkpoint, too: a run that goes on from there does not meet these refreshes again.
+        """
+        steps, self._refreshes = self._refreshes, []
+        loss_sum, *sums = self.engine.total([float(self._loss_sum), *(one for step in steps for one in step)])
+        each = len(sums) // max(len(steps), 1)
+        for index in range(len(steps)):
+            self._log_refreshes(done - len(steps) + index + 1, sums[index * each : (index + 1) * each])
+        return loss_sum
+
     def _log_refreshes(self, done: int, sums: list[float]) -> None:
-        """What the projectors that were refreshed since the last record caught; nothing if there were none."""
+        """What the projectors that were refreshed at this step caught; nothing if there were none."""
         report = RefreshReport.of(sums)
         if report.matrices:
             self.metrics.write(

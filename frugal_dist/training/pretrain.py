@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from frugal_dist.training.distributed.place import DistEnv
 from frugal_dist.training.distributed.ranks import together
 from frugal_dist.training.recipe import Recipe, check_recipe
+from frugal_dist.training.resume import record_of
 from frugal_dist.training.run import TrainingJob, train
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ def _prepare(recipe: Recipe, place: DistEnv, stack: ExitStack) -> TrainingJob:
     from frugal_dist.training.engines import build_engine, engine_share
     from frugal_dist.training.metrics.device import flops_per_token
     from frugal_dist.training.models import has_dropout, seed_masks
-    from frugal_dist.training.optimizers import settled
 
     schedule, data, model, longer = together(partial(materials, recipe, place))
     if has_dropout(model):
@@ -48,12 +48,15 @@ def _prepare(recipe: Recipe, place: DistEnv, stack: ExitStack) -> TrainingJob:
     engine = build_engine(model, recipe, schedule, place)
     stack.callback(data.batches.close)
     tokens, unigram = data.validation.tokens, data.validation.unigram_loss(data.vocab_size)
-    record = replace(recipe, optimizer=settled(recipe.optimizer)).record()
-    record |= {"validation_tokens": tokens, "unigram_loss": unigram}
+    record = record_of(recipe) | {"validation_tokens": tokens, "unigram_loss": unigram}
     less = f"There are only {tokens:,} tokens for validation; evaluation_tokens is {recipe.evaluation_tokens:,}."
     note = "\n".join(filter(None, [longer, less if data.validation.short else ""]))
     summary = partial(_summary, unigram)
-    return TrainingJob(recipe, record, parameters, engine, data.batches, data.validation, summary, flops, note=note)
+    run = quote(recipe.folder)
+    after = f"Next: frugal-dist plot {run}, frugal-dist generate {run}, frugal-dist export {run} --out DIR"
+    return TrainingJob(
+        recipe, record, parameters, engine, data.batches, data.validation, summary, flops, note=note, after=after
+    )
 
 
 def materials(recipe: Recipe, place: DistEnv, weights: bool = True) -> tuple[Schedule, OpenData, nn.Module, str]:
@@ -83,5 +86,7 @@ def _summary(unigram_loss: float, outcome: Outcome) -> tuple[dict[str, Any], str
     from frugal_dist.training.validation import perplexity_of
 
     perplexity, unigram = perplexity_of(outcome.last_loss), perplexity_of(unigram_loss)
-    text = f"validation perplexity {perplexity:,.2f} (guessing by frequency: {unigram:,.1f})"
-    return {"perplexity": perplexity}, text
+    guessing = f"guessing by frequency: {unigram:,.1f}"
+    if not perplexity < unigram:
+        guessing = f"not yet better than guessing by frequency, {unigram:,.1f}: train longer"
+    return {"perplexity": perplexity}, f"validation perplexity {perplexity:,.2f} ({guessing})"

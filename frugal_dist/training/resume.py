@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frugal_dist import checkpoint
+from frugal_dist.checkpoint.folder import latest_step
 from frugal_dist.config import config_from
 from frugal_dist.presets import BEHIND, LORA, WITHOUT_RANK, preset
 from frugal_dist.training.distributed.ranks import agree, together
 from frugal_dist.training.folders import CHECKPOINTS
 from frugal_dist.training.metrics.record import METRICS_FILE, end_of, of_kind, read_metrics
-from frugal_dist.training.recipe import Recipe
+from frugal_dist.training.optimizers import settled
+from frugal_dist.training.recipe import Recipe, Run
 
 if TYPE_CHECKING:
     from frugal_dist.training.data.batches import Source
@@ -38,6 +40,8 @@ FREE_ON_RESUME = (
     "data.metrics", "data.streams", "data.shuffle_buffer", "validation_tokens", "unigram_loss",
 )  # fmt: skip
 """A resumed run may also become longer and be evaluated otherwise. Streams check their own keys."""
+FREE_AT_THE_END = (*FREE, "spike", "evaluate_every", "data.streams", "data.shuffle_buffer")
+"""A finished run is as it would be with other values of these."""
 
 
 def resume(
@@ -90,17 +94,32 @@ def has_checkpoint(run: Path) -> bool:
     return checkpoint.latest(run / CHECKPOINTS) is not None
 
 
-def already_ended(recipe: Recipe, record: dict[str, Any]) -> str:
-    """What to say if the run has ended before, evaluated as it would be now; nothing if there is something to do."""
+def record_of(recipe: Run) -> dict[str, Any]:
+    """The recipe as metrics files keep it."""
+    return replace(recipe, optimizer=settled(recipe.optimizer)).record()
+
+
+def check_resumable(recipe: Run) -> None:
+    """ValueError if the recipe's folder holds a run of another one. Before anything is built."""
+    if has_checkpoint(Path(recipe.folder)):
+        check_existing_run(Path(recipe.folder), record_of(recipe), FREE_ON_RESUME)
+
+
+def already_ended(recipe: Run) -> str:
+    """What to say if the run has ended before, evaluated as it would be now; nothing if there is something to do.
+
+    Whatever engine and number of ranks it ran on. Before anything is built.
+    """
     folder = Path(recipe.folder)
     records = records_of(folder)
     end, runs = end_of(records), of_kind(records, "run")
-    asked = {key: value for key, value in json.loads(json.dumps(record)).items() if key != "folder"}
-    if end is None or end["kind"] != "summary" or any(runs[-1].get(key) != value for key, value in asked.items()):
+    if end is None or end["kind"] != "summary" or end.get("steps") != latest_step(folder / CHECKPOINTS):
+        return ""
+    if _changed(_flat(runs[-1]), _as_recorded(record_of(recipe)), FREE_AT_THE_END):
         return ""
     (folder / METRICS_FILE).touch()  # launch scripts see that this start has found an end
     results = [f"{key} {end[key]:,.4g}" for key in ("perplexity", "score") if isinstance(end.get(key), float)]
-    text = ", ".join([f"{folder}: already finished, all {recipe.steps:,} steps are done", *results])
+    text = ", ".join([f"{folder}: already finished, all {end['steps']:,} steps are done", *results])
     return f"{text}. To train on, raise --steps; to train anew, choose another --folder."
 
 
@@ -114,23 +133,33 @@ def check_existing_run(run: Path, recipe: dict[str, Any], free: Collection[str])
 
     ``recipe``: the record of the recipe that is asked for now. Keys that only one of the two has are not compared.
     """
-    now = _flat(json.loads(json.dumps(recipe)))
+    now = _as_recorded(recipe)
     for record in of_kind(records_of(run), "run"):
         before = _flat(record)
-        changed = [
-            key
-            for key in now
-            if key in before
-            and before[key] != now[key]
-            and not _fits(key, free)
-            and not (_fits(key, _PATHS) and _same_place(before[key], now[key]))
-        ]
-        if changed == ["optimizer.name"] and not {before[changed[0]], now[changed[0]]} & BEHIND.keys():
-            continue  # two names of the same settings
-        if changed:
+        if changed := _changed(before, now, free):
             said = ", ".join(f"{key} {before[key]!r} (now {now[key]!r})" for key in changed)
             how = f"Set that back, or begin in another --folder.{_weights_alone(run, changed)}"
             raise ValueError(f"{run} holds a run with {said}. {how}")
+
+
+def _as_recorded(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A record, flat, as if it were read from a file."""
+    return _flat(json.loads(json.dumps(recipe)))
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any], free: Collection[str]) -> list[str]:
+    """The keys that both have with another meaning, of those that are not ``free``."""
+    changed = [
+        key
+        for key in now
+        if key in before
+        and before[key] != now[key]
+        and not _fits(key, free)
+        and not (_fits(key, _PATHS) and _same_place(before[key], now[key]))
+    ]
+    if changed == ["optimizer.name"] and not {before[changed[0]], now[changed[0]]} & BEHIND.keys():
+        return []  # two names of the same settings
+    return changed
 
 
 def _weights_alone(run: Path, changed: list[str]) -> str:

@@ -46,7 +46,7 @@ from frugal_dist.training.folders import CHECKPOINTS
 from frugal_dist.training.metrics.device import idle_gpus, in_words, surroundings
 from frugal_dist.training.metrics.record import METRICS_FILE
 from frugal_dist.training.recipe import Recipe, Run
-from frugal_dist.training.resume import SECONDS, already_ended, resume
+from frugal_dist.training.resume import SECONDS, already_ended, check_resumable, resume
 
 # Heavy and noisy libraries are imported inside the functions: once the terminal is protected from their output.
 if TYPE_CHECKING:
@@ -58,7 +58,10 @@ if TYPE_CHECKING:
     from frugal_dist.training.validation import EvalResult, Evaluation
 
 FAILURE_FILE = "failed.txt"
-"""Of the last start in this folder, if it failed: the exit code, and a line for the user, which launch scripts show."""
+"""Of the last start in this folder, if it failed: the exit code, and a line for the user, which launch scripts show.
+
+None of a process alone that refused to start: it said why, and has changed nothing.
+"""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class TrainingJob:
     ``record``: the user's recipe, as far as it counts, for the metrics file. ``summary(outcome)``: figures of the end,
     and words for the terminal. ``flops_per_token``: 0 if not known. ``evaluated``: as the loop's. ``remember()``: what
     a checkpoint holds beside the position in the data; ``recall`` gets it back when the run goes on.
-    ``evaluate_first``: before the first step, too. ``note``: said to the user at the start.
+    ``evaluate_first``: before the first step, too. ``note``: said to the user at the start, ``after`` at the end.
     """
 
     recipe: Recipe
@@ -84,6 +87,7 @@ class TrainingJob:
     recall: Callable[[dict[str, Any]], None] | None = None
     evaluate_first: bool = True
     note: str = ""
+    after: str = ""
 
 
 R = TypeVar("R", bound=Run)
@@ -110,6 +114,10 @@ def train(read: Callable[[], R], check: Callable[[R], None], prepare: Prepare[R]
                     check_shared(log.parent, place.rank)
                 together(lambda: _hold(log.parent, stack) if place.rank == 0 else None)
                 holds = True
+                if ended := _ended(agreed, place):
+                    if place.rank == 0:
+                        say(terminal, ended)
+                    return 0
                 with waiting("the data and the model, which are read or fetched", request.speaks):
                     job = prepare(agreed, place, stack)
                 code = _train(job, terminal, request)
@@ -117,9 +125,12 @@ def train(read: Callable[[], R], check: Callable[[R], None], prepare: Prepare[R]
             say(terminal, f"Stopped before training began ({stop.name}); the same command starts it.")
             return stop.code
         except Exception as error:
-            traceback.print_exc(file=sys.stderr)
             mistake = is_mistake(error) and not request.training
             code = 2 if mistake else 1
+            if place.world == 1 and mistake and is_refusal(error):
+                say(terminal, f"frugal-dist: error: {error}")
+                return code
+            traceback.print_exc(file=sys.stderr)
             if not isinstance(error, PeerFailed):
                 text = failure_text(error, mistake, place, log)
                 say(terminal, f"\n{text}")
@@ -128,6 +139,12 @@ def train(read: Callable[[], R], check: Callable[[R], None], prepare: Prepare[R]
             return code
         request.obeyed = code == STOPPED
     return code
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether this package itself said no: the text is all there is to know. A library's error needs its traceback."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return isinstance(error, ValueError) and frames[-1][0].f_globals["__name__"].partition(".")[0] == "frugal_dist"
 
 
 def failure_text(error: Exception, mistake: bool, place: DistEnv, log: Path) -> str:
@@ -199,16 +216,23 @@ def environment(place: DistEnv) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _train(job: TrainingJob, terminal: TextIO, request: StopRequest) -> int:
+def _ended(recipe: Run, place: DistEnv) -> str:
+    """What to say if there is nothing to do, on all ranks; rank 0 looks. ValueError for a folder of another recipe."""
     from frugal_dist.training.engines.collectives import gathered
+
+    def look() -> str:
+        check_resumable(recipe)
+        return already_ended(recipe)
+
+    text: str = gathered(together(lambda: look() if place.rank == 0 else ""))[0]
+    return text
+
+
+def _train(job: TrainingJob, terminal: TextIO, request: StopRequest) -> int:
     from frugal_dist.training.loop import Diverged
 
     recipe, engine = job.recipe, job.engine
     start, seconds = resume(recipe, job.record, engine, job.batches, job.recall)
-    if start == recipe.steps and (ended := gathered(already_ended(recipe, job.record) if engine.rank == 0 else "")[0]):
-        if engine.rank == 0:
-            say(terminal, ended)
-        return 0
     if engine.rank == 0:
         idle = idle_gpus()
         loud = f"WARNING: this run trains on the CPU: {idle}." if idle else ""
@@ -283,6 +307,8 @@ def _run(job: TrainingJob, start: int, seconds: float, terminal: TextIO, request
         progress.finish()
         own, adamw = max(state["state_bytes"]) / 1e6, state["adamw_state_bytes_per_rank"] / 1e6
         progress.say(f"{text}; optimizer state {own:,.1f} MB per rank (AdamW: {adamw:,.1f})")
+        if job.after:
+            progress.say(job.after)
     return outcome
 
 

@@ -12,7 +12,8 @@ from frugal_dist.training.distributed.run_lock import seems_held
 from frugal_dist.training.metrics.record import METRICS_FILE, end_of, of_kind, read_metrics
 from frugal_dist.training.run import FAILURE_FILE
 
-ENDS = {"summary": "finished", "diverged": "diverged"}
+STATES = {"summary": "finished", "diverged": "diverged", "stopped": "stopped"}
+"""What the last record says, if it is of one of these kinds."""
 HEAD = ("run", "state", "step", "loss", "validation", "tokens/s", "last heard of")
 
 
@@ -58,11 +59,14 @@ def _state(run: Path, records: list[dict[str, Any]]) -> str:
     if seems_held(run):
         return "training"
     end = end_of(records)
-    if end is not None:
-        return ENDS[end["kind"]]
-    if (run / FAILURE_FILE).is_file():
+    if end is None and _failed(run / FAILURE_FILE):
         return "failed"
-    return "stopped" if records and records[-1]["kind"] == "stopped" else "interrupted"
+    return STATES.get((end or (records or [{"kind": ""}])[-1])["kind"], "interrupted")
+
+
+def _failed(note: Path) -> bool:
+    """Whether the last start failed; one that was refused, with 2, has left the run as it was."""
+    return note.is_file() and not note.read_text(encoding="utf-8").startswith("2\n")
 
 
 def _cells(run: dict[str, Any]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ pytest.importorskip("transformers")
 
 from frugal_dist.cli import main
 from frugal_dist.training.card import recipe_in
+from frugal_dist.training.compare import ends_of
 from frugal_dist.training.distributed.run_lock import LOCK_FILE, own_holder
 from frugal_dist.training.metrics.record import METRICS_FILE, PROMETHEUS_FILE, end_of, read_metrics
 from frugal_dist.training.recipe import Recipe, kind_of, read_recipe, shipped
@@ -231,6 +232,9 @@ def test_a_table_of_runs_has_what_each_has_come_to(
     made("begun", whole[0])
     made("empty")
     made("stopped", *whole[:5], '{"kind": "stopped", "step": 2}\n')
+    made("longer", *whole, *whole[:1], '{"kind": "stopped", "step": 2}\n')
+    made("longer and killed", *whole, *whole[:3])
+    (made("refused", *whole[:5]) / "failed.txt").write_text("2\nno\n")
     made("lost", *whole[:5], '{"kind": "diverged", "step": 2, "reason": "nan"}\n')
     (made("failed", *whole[:5]) / "failed.txt").write_text("1\nno\n")
     holder = asdict(own_holder())
@@ -245,7 +249,8 @@ def test_a_table_of_runs_has_what_each_has_come_to(
     assert {Path(one["run"]).name: one["state"] for one in listed} == {
         "whole": "finished", "killed": "interrupted", "begun": "interrupted", "empty": "interrupted",
         "stopped": "stopped", "lost": "diverged", "failed": "failed", "now": "training", "dead": "interrupted",
-        "far": "training", "gone": "interrupted",
+        "far": "training", "gone": "interrupted", "longer": "stopped", "longer and killed": "interrupted",
+        "refused": "interrupted",
     }  # fmt: skip
     table = said(capsys, "runs", tmp_path / "runs")
     (row,) = (line.split() for line in table.splitlines() if "whole" in line)
@@ -253,6 +258,7 @@ def test_a_table_of_runs_has_what_each_has_come_to(
     assert end is not None
     assert row[1:5] == ["finished", str(STEPS), "of", str(STEPS)]
     assert f"perplexity {end['perplexity']:,.4g}" in " ".join(row)
+    assert ends_of([read_metrics(tmp_path / "runs" / "longer")]) == [{}], "nor is it finished for a comparison"
     assert look(tmp_path / "runs" / "killed")["step"] == 2
     assert "there is no folder" in refused(capsys, "runs", tmp_path / "none")
     assert "there are no runs" in refused(capsys, "runs", run / "checkpoints")

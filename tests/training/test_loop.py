@@ -104,6 +104,37 @@ def test_a_skipped_step_does_not_count_in_the_loss(tmp_path):
     assert "step     4/8: skipped" in terminal.getvalue()
 
 
+class RefreshingEngine(FakeEngine):
+    """Its steps 1 and 5 refresh two matrices."""
+
+    def train_step(self, rows, targets=None):
+        self.steps = getattr(self, "steps", 0) + 1
+        return super().train_step(rows, targets)
+
+    def refresh_figures(self):
+        return [2.0, 4.0, 1.0, 0.0, 0.0] if self.steps in (1, 5) else super().refresh_figures()
+
+
+@pytest.mark.parametrize(("log_every", "save_every", "stop_at"), [(1, 0, 8), (4, 0, 8), (100, 0, 5), (100, 5, 8)])
+def test_refreshes_are_written_at_their_own_step(log_every, save_every, stop_at, tmp_path):
+    """Also before a stop or a checkpoint between two records, from which a run goes on."""
+    engine = RefreshingEngine(rank=0, world=1)
+    training, _ = _training(tmp_path, engine, steps=8)
+    training.log_every, training.save_every, training.evaluate_every = log_every, save_every, 0
+    at_the_save: list[list[int]] = []
+
+    def save(done: int, seconds: float) -> bool:
+        at_the_save.append([row["step"] for row in of_kind(read_metrics(tmp_path), "refresh")])
+        return True
+
+    training.save, training.stop = save, lambda: getattr(engine, "steps", 0) == stop_at
+    with training.metrics:
+        training.run()
+    assert [row["step"] for row in of_kind(read_metrics(tmp_path), "refresh")] == [1, 5]
+    assert {row["residual_energy"] for row in of_kind(read_metrics(tmp_path), "refresh")} == {0.75}
+    assert at_the_save[0] == [1, 5]
+
+
 def test_a_checkpoint_that_could_not_be_saved_is_told(tmp_path):
     training, terminal = _training(tmp_path, FakeEngine(rank=0, world=1), steps=4)
     training.save, training.save_every = lambda step, seconds: step == 2, 2

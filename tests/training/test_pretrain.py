@@ -34,6 +34,8 @@ from frugal_dist.training.engines.tensor_parallel import divide_layers, two_axes
 from frugal_dist.training.metrics.record import of_kind, read_metrics
 from frugal_dist.training.pretrain import pretrain
 from frugal_dist.training.recipe import Recipe, read_recipe
+from frugal_dist.training.resume import already_ended
+from frugal_dist.training.run import FAILURE_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = """{
@@ -292,14 +294,46 @@ def test_fewer_steps_than_are_done_are_refused(
 def test_a_run_of_another_setting_is_not_continued(
     folder: Path, uninterrupted: dict[tuple[str, int], float], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    saved = (folder / "runs" / "single" / "metrics.jsonl").read_bytes()
+    run = folder / "runs" / "single"
+    saved, printed = (run / "metrics.jsonl").read_bytes(), (run / "output.txt").read_bytes()
     for key, value, words in (
         ("--optimizer.lr", "2e-3", "optimizer.lr 0.001 (now 0.002)"),
         ("--seed", "1", "seed 0 (now 1)"),  # of the data's order, which a checkpoint of token files does not hold
     ):
         assert pretrain(recipe(folder, "single", key, value)) == 2
-        assert words in capfd.readouterr().err
-    assert (folder / "runs" / "single" / "metrics.jsonl").read_bytes() == saved
+        said = capfd.readouterr().err
+        assert words in said and said.startswith("frugal-dist: error: ")
+    assert (run / "metrics.jsonl").read_bytes() == saved
+    assert (run / "output.txt").read_bytes() == printed, "no traceback: nothing has failed"
+    assert not (run / FAILURE_FILE).exists()
+
+
+def test_a_finished_run_is_finished_on_any_engine(
+    folder: Path, uninterrupted: dict[tuple[str, int], float], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Decided before anything is built: these engines would not start here. An evaluation of more tokens is new."""
+    run = folder / "runs" / "single"
+    assert "summary" in (saved := (run / "metrics.jsonl").read_text())
+    for changes in (
+        ("--engine", "ddp"),
+        ("--engine", "fsdp2", "--tp", "2"),
+        ("--micro_batch", "1", "--log_every", "3"),
+    ):
+        assert pretrain(recipe(folder, "single", *changes)) == 0
+        assert "already finished, all 10 steps are done, perplexity" in capfd.readouterr().err
+        assert (run / "metrics.jsonl").read_text() == saved
+    for changes in (("--steps", "12"), ("--evaluation_tokens", "64")):
+        assert already_ended(recipe(folder, "single", *changes)) == ""
+
+
+def test_the_end_says_whether_it_is_better_than_guessing_and_what_comes_next(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert pretrain(recipe(folder, "short", "--steps", "1")) == 0
+    said = capfd.readouterr().err
+    assert "(not yet better than guessing by frequency, " in said and ": train longer)" in said
+    for command in ("plot", "generate", "export"):
+        assert f"frugal-dist {command} {folder / 'runs' / 'short'}" in said
 
 
 @pytest.mark.heavy

@@ -17,7 +17,8 @@ def test_progress_of_a_run_that_goes_on(monkeypatch):
             now[0] += 1.0
             progress.step()
             progress.figures(6.5, 1234.5)
-    assert terminal.getvalue() == "step    75/100: loss 6.500, 1,234 tokens/s, 00:25 left\n"
+    assert [line.split(":")[0] for line in terminal.getvalue().splitlines()] == ["step    61/100", "step    76/100"]
+    assert terminal.getvalue().endswith(": loss 6.500, 1,234 tokens/s, 00:24 left\n")
 
 
 def test_progress_in_a_log_file_is_a_line_now_and_then(monkeypatch):
@@ -31,4 +32,15 @@ def test_progress_in_a_log_file_is_a_line_now_and_then(monkeypatch):
             now[0] += 1.0
             progress.step()
             progress.figures(6.5, 1234.5)
-    assert terminal.getvalue() == "step    15/100: loss 6.500, 1,234 tokens/s, 01:25 left\n"
+    assert [line.split(":")[0] for line in terminal.getvalue().splitlines()] == ["step     1/100", "step    16/100"]
+    assert terminal.getvalue().endswith(": loss 6.500, 1,234 tokens/s, 01:24 left\n")
+
+
+def test_a_quick_run_has_its_first_and_its_last_line_in_a_log_file():
+    terminal = io.StringIO()
+    with Progress(100, terminal, shown=True, before=80) as progress:
+        progress.start()
+        for _ in range(20):
+            progress.step()
+            progress.figures(6.5, 1234.5)
+    assert [line.split(":")[0] for line in terminal.getvalue().splitlines()] == ["step    81/100", "step   100/100"]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import nan
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from frugal_dist.training.distributed.place import DistEnv
 from frugal_dist.training.distributed.process import LOG_FILE
 from frugal_dist.training.distributed.ranks import together
 from frugal_dist.training.finetune.recipe import FinetuneRecipe, check_finetune
+from frugal_dist.training.resume import record_of
 from frugal_dist.training.run import TrainingJob, train
 
 if TYPE_CHECKING:
@@ -85,7 +87,6 @@ def _prepare(recipe: FinetuneRecipe, place: DistEnv, stack: ExitStack) -> Traini
     from frugal_dist.training.finetune.classifiers import TuningOptimizer, build_classifier, count
     from frugal_dist.training.finetune.scoring import Best, Scoring
     from frugal_dist.training.models import seed_masks
-    from frugal_dist.training.optimizers import settled
 
     made = together(partial(materials, recipe, place))
     run, model = made.run, made.model
@@ -103,10 +104,9 @@ def _prepare(recipe: FinetuneRecipe, place: DistEnv, stack: ExitStack) -> Traini
         lost = f"; {best.lost} better model(s) could not be saved, see {LOG_FILE}" if best.lost else ""
         return stats, f"score {best.last['score']:.4f}, best {score:.4f} after step {best.step}{lost}"
 
-    record = replace(recipe, optimizer=settled(recipe.optimizer)).record()
     return TrainingJob(
         run,
-        {**record, "examples": made.train.count, "validation_examples": made.validation.count},
+        {**record_of(recipe), "examples": made.train.count, "validation_examples": made.validation.count},
         parameters,
         engine,
         Batches(made.train, recipe.batch, recipe.seed),
@@ -116,6 +116,7 @@ def _prepare(recipe: FinetuneRecipe, place: DistEnv, stack: ExitStack) -> Traini
         remember=best.remember,
         recall=best.recall,
         evaluate_first=False,  # an untrained head
+        after=f"Next: frugal-dist plot {quote(recipe.folder)}, frugal-dist export {quote(recipe.folder)} --out DIR",
     )
 
 

@@ -1,4 +1,4 @@
-"""Progress on rank 0: a bar on a terminal, a line now and then in a log file."""
+"""Progress on rank 0: a bar on a terminal, lines in a log file: the first figures, the last, every 15 s in between."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Progress:
         self.terminal = terminal
         self.shown = shown
         self._lines = shown and not terminal.isatty()
-        self._last_line = time.monotonic()
+        self._last_line: float | None = None
         self._bar: tqdm[None] = tqdm(
             total=total,
             file=terminal,
@@ -52,7 +52,7 @@ class Progress:
         """Training begins: the clock behind the time left starts here, not while loading and evaluating."""
         self._bar.reset()
         self._bar.initial = self._bar.n = self.before
-        self._start = self._last_line = time.monotonic()
+        self._start = time.monotonic()
 
     def step(self) -> None:
         """One more step is done."""
@@ -61,13 +61,14 @@ class Progress:
             self._bar.update()
 
     def figures(self, loss: float, tokens_per_second: float) -> None:
-        """New figures to show beside the bar."""
+        """New figures to show beside the bar; in a log a line of the first, the last, and now and then one between."""
         text = f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
         self._bar.set_postfix_str(text if self._columns() >= _SHORT else f"loss {loss:.3f}", refresh=False)
         now = time.monotonic()
-        if self._lines and self._done and now - self._last_line >= _SECONDS_BETWEEN_LINES:
+        done = self.before + self._done
+        due = self._last_line is None or done == self.total or now - self._last_line >= _SECONDS_BETWEEN_LINES
+        if self._lines and self._done and due:
             self._last_line = now
-            done = self.before + self._done
             left = (now - self._start) / self._done * (self.total - done)
             self.say(f"step {done:>5}/{self.total}: {text}, {tqdm.format_interval(left)} left")
 

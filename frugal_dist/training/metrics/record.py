@@ -28,6 +28,8 @@ METRICS_FILE = "metrics.jsonl"
 PROMETHEUS_FILE = "metrics.prom"
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 """That trackers need."""
+ENDS = ("summary", "diverged")
+"""Kinds of the record with which a run ends, well or not."""
 
 
 class MetricsLog:
@@ -121,8 +123,12 @@ def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 
 def end_of(records: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The record with which a run has ended, well or diverged; None if there is more to be done."""
-    return next((record for kind in ("summary", "diverged") for record in reversed(of_kind(records, kind))), None)
+    """The record with which a run has ended, well or diverged; None if there is more to be done.
+
+    The last word counts: a finished run that went on, for more steps, is no longer finished.
+    """
+    words = [record for record in records if record["kind"] in ("run", "stopped", *ENDS)]
+    return words[-1] if words and words[-1]["kind"] in ENDS else None
 
 
 # --- trackers ---------------------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ class Run:
             every step optimizer.options.rounding keeps: remainder (all of it), stochastic (on average) or nearest (no).
         clip: largest gradient norm; 0 does not clip.
         evaluate_every: steps between two evaluations; 0 evaluates at the start and the end only.
-        log_every: steps between two lines of metrics.
+        log_every: steps between two lines of metrics.jsonl; in a log file a line every 15 seconds is shown.
         bad_steps: consecutive steps without a finite gradient that are skipped before the run gives up.
         seed: of weights, masks of dropout and data order.
         trackers: tensorboard, wandb, prometheus (FOLDER/metrics.prom), or several, beside the metrics file.
