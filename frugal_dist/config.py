@@ -305,13 +305,11 @@ def check_choice(key: str, value: object, allowed: Iterable[str]) -> None:
         raise ValueError(f"{key}={value!r} is not known. Use one of {', '.join(allowed)}.{_suggestion(value, allowed)}")
 
 
-def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """ValueError for the first key of ``given`` that is not in ``known``; suggests the closest."""
+def unknown_keys(given: Iterable[str], known: Iterable[str]) -> str:
+    """What to say about the keys of ``given`` that are not in ``known``: all of them, each with the closest."""
     known = tuple(known)
-    for key in given:
-        if key not in known:
-            hint = _suggestion(key, known)
-            raise ValueError(f"{where}: unknown key {key!r}.{hint} Known keys: {', '.join(sorted(known))}.")
+    said = [f"unknown key {key!r}.{_suggestion(key, known)}" for key in given if key not in known]
+    return " ".join([*said, f"Known keys: {', '.join(sorted(known))}."]) if said else ""
 
 
 def _suggestion(value: object, allowed: Iterable[str]) -> str:

@@ -18,7 +18,6 @@ from frugal_dist.config import (
     HYPERPARAMETERS,
     OLD_NAMES,
     FrugalConfig,
-    check_keys,
     config_from,
     renamed,
     without_auto,
@@ -199,13 +198,13 @@ class Frugal(Optimizer):
         own(self)
         engines.refuse_to_be_given_a_part()
         given = {key: value for key, value in locals().items() if key in HYPERPARAMETERS}
-        unknown = without_foreign(unknown, weight_decay=weight_decay)
-        old = {key: value for key in OLD_NAMES if (value := unknown.pop(key, "auto")) != "auto"}
+        known = [*HYPERPARAMETERS, "shard_state", "project", "skip", "no_decay"]
+        known += [] if engines.reads_json() else ["process_group", "whole_model"]
+        unknown = without_foreign(unknown, known, weight_decay=weight_decay)
+        old = {key: value for key in OLD_NAMES if (value := unknown.get(key, "auto")) != "auto"}
         if old and projected_lr_scale not in (1.0, "auto"):
             old["projected_lr_scale"] = projected_lr_scale
         given = without_auto({**given, **renamed(old)})
-        known = (*HYPERPARAMETERS, "shard_state", "process_group", "project", "skip", "no_decay", "whole_model")
-        check_keys(unknown, known, "Frugal")
         if not isinstance(shard_state, bool) and shard_state != "auto":
             raise ValueError(f"shard_state={shard_state!r} is not known. Use one of auto, true, false.")
         self._shard_state = shard_state

@@ -56,6 +56,11 @@ def is_driven(optimizer: object) -> bool:
     return accelerate.in_use() or hooks.deepspeed_engine_of(optimizer) is not None
 
 
+def reads_json() -> bool:
+    """Whether an engine is building the optimizer from its config, which has numbers, words and lists only."""
+    return deepspeed.json_options() is not None
+
+
 def unheard_wishes(given: Mapping[str, Any]) -> str:
     """What to say about arguments of the Trainer or of DummyOptim that do not count, since the JSON leaves them out."""
     options = deepspeed.json_options()

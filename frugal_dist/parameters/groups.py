@@ -12,7 +12,16 @@ from typing import Any
 from torch import Tensor
 
 from frugal_dist import engines
-from frugal_dist.config import HYPERPARAMETERS, NEVER, TAKEN_UP, config_from, python_value, saved_group
+from frugal_dist.config import (
+    HYPERPARAMETERS,
+    NEVER,
+    OLD_NAMES,
+    TAKEN_UP,
+    config_from,
+    python_value,
+    saved_group,
+    unknown_keys,
+)
 from frugal_dist.parameters.names import Choice, clean_name, is_table_name
 from frugal_dist.sharding.shard import ParamSpec
 
@@ -86,6 +95,7 @@ _OF_TORCH = {
     "amsgrad": "Frugal keeps no maximum of the second moments. Leave it out",
     "nesterov": "state_full='sgdm' is torch.optim.SGD without Nesterov's momentum. Leave it out",
     "dampening": "state_full='sgdm' is torch.optim.SGD without dampening. Leave it out",
+    "torch_adam": "it says which AdamW DeepSpeed takes. Leave it out",
 }
 """Off, these mean nothing here; on, the sentence says why they cannot be."""
 _OF_OTHERS = {
@@ -96,6 +106,7 @@ _OF_OTHERS = {
 }
 _DECOUPLED = "there is no L2 penalty like Adam's; Frugal's weight decay is AdamW's. Leave it out, or set weight_decay=0"
 _UNBIASED = "moments are always corrected for their bias. Leave it out"
+_PRECISE = "moments are fp32, as the masters are, or moments='8bit'. Leave it out"
 _AS_HERE = {
     "decoupled_weight_decay": _DECOUPLED,
     "weight_decouple": _DECOUPLED,
@@ -103,9 +114,23 @@ _AS_HERE = {
     "adamw_mode": _DECOUPLED,
     "bias_correction": _UNBIASED,
     "correct_bias": _UNBIASED,
+    "fp32_optimizer_states": _PRECISE,
 }
 """On, these say what is done here; off, the sentence says why it cannot be."""
+_CLIP = (
+    'an optimizer does not clip. In a DeepSpeed config say "gradient_clipping", in TrainingArguments max_grad_norm, in '
+    "a loop torch.nn.utils.clip_grad_norm_ before step()"
+)
+_ONE_BIT = "it belongs to DeepSpeed's 1-bit optimizers. Leave it out"
+_LAMB = "it belongs to DeepSpeed's Lamb. Leave it out"
 _AS_ARGUMENTS = {
+    "max_grad_norm": _CLIP,
+    "freeze_step": _ONE_BIT,
+    "cuda_aware": _ONE_BIT,
+    "comm_backend_name": _ONE_BIT,
+    "max_coeff": _LAMB,
+    "min_coeff": _LAMB,
+    "set_grad_none": "zero_grad() does that. Leave it out",
     "scale": "it is called projected_lr_scale here",
     "learning_rate": "it is called lr here",
     "wd": "it is called weight_decay here",
@@ -115,20 +140,37 @@ _AS_ARGUMENTS = {
 """In a group these may be the program's own notes."""
 
 
-def without_foreign(options: dict[str, Any], where: str = "Frugal", weight_decay: Any = 0.0) -> dict[str, Any]:
-    """Arguments without those of others that mean what is done anyway. ValueError with a sentence for the rest."""
-    for key, why in {**_OF_TORCH, **_OF_OTHERS, **_AS_ARGUMENTS}.items():
-        if key in options and not (key in _OF_TORCH and not options[key]):
-            raise ValueError(f"{where}({key}={options[key]!r}): {why}.")
-    _check_as_here(where, {**options, "weight_decay": weight_decay})
-    return {key: value for key, value in options.items() if key not in _OF_TORCH and key not in _AS_HERE}
+def without_foreign(
+    options: dict[str, Any], known: Iterable[str], where: str = "Frugal", weight_decay: Any = 0.0
+) -> dict[str, Any]:
+    """Arguments without those of others that mean what is done anyway.
+
+    Raises:
+        ValueError: a sentence for each of those that mean something else, or nothing, here: neither ``known`` nor a
+            name that one of the known had earlier.
+    """
+    said = [
+        f"{where}({key}={options[key]!r}): {why}."
+        for key, why in {**_OF_TORCH, **_OF_OTHERS, **_AS_ARGUMENTS}.items()
+        if key in options and not (key in _OF_TORCH and not options[key])
+    ]
+    said += _not_as_here(where, {**options, "weight_decay": weight_decay})
+    foreign = {*_OF_TORCH, *_OF_OTHERS, *_AS_ARGUMENTS, *_AS_HERE}
+    mine = {key: value for key, value in options.items() if key not in foreign}
+    unknown = unknown_keys((key for key in mine if key not in OLD_NAMES), known)
+    said += [f"{where}: {unknown}"] if unknown else []
+    if said:
+        raise ValueError(" ".join(said))
+    return mine
 
 
-def _check_as_here(where: str, options: Mapping[str, Any]) -> None:
-    for key, why in _AS_HERE.items():
-        idle = why == _DECOUPLED and not options.get("weight_decay")
-        if options.get(key) is False and not idle:
-            raise ValueError(f"{where}: {key}=False: {why}.")
+def _not_as_here(where: str, options: Mapping[str, Any]) -> list[str]:
+    idle = () if options.get("weight_decay") else (_DECOUPLED,)
+    return [
+        f"{where}: {key}=False: {why}."
+        for key, why in _AS_HERE.items()
+        if options.get(key) is False and why not in idle
+    ]
 
 
 def check_group_keys(group: dict[str, Any]) -> None:
@@ -138,7 +180,8 @@ def check_group_keys(group: dict[str, Any]) -> None:
     for key, why in {**_OF_TORCH, **_OF_OTHERS}.items():
         if group.get(key) and why != _KERNELS:
             raise ValueError(f"Parameter group: {key}={group[key]!r}: {why}.")
-    _check_as_here("Parameter group", group)
+    if said := _not_as_here("Parameter group", group):
+        raise ValueError(" ".join(said))
     known = (*HYPERPARAMETERS, "projected")
     for key in group:
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from frugal_dist.config import HYPERPARAMETERS, OLD_NAMES, check_keys, config_from
+from frugal_dist.config import HYPERPARAMETERS, config_from
 from frugal_dist.optimizer import Frugal
 from frugal_dist.parameters.groups import without_foreign
 from frugal_dist.parameters.split import split_parameters
@@ -62,7 +62,7 @@ T = TypeVar("T", bound=AnyOptimizer)
 PATTERNS = ("project", "skip", "no_decay")
 OWN = ("lr", "weight_decay", *PATTERNS)
 """Keys that a recipe has of its own."""
-KNOWN = tuple(key for key in (*HYPERPARAMETERS, *OLD_NAMES, "shard_state") if key not in OWN)
+KNOWN = tuple(key for key in (*HYPERPARAMETERS, "shard_state") if key not in OWN)
 
 
 def frugal_options(recipe: AnyOptimizer) -> dict[str, Any]:
@@ -70,8 +70,7 @@ def frugal_options(recipe: AnyOptimizer) -> dict[str, Any]:
     for key in OWN:
         if key in recipe.options:
             raise ValueError(f"optimizer.options.{key}: set optimizer.{key} instead.")
-    without_foreign(recipe.options, "optimizer.options")
-    check_keys(recipe.options, KNOWN, "optimizer.options")
+    without_foreign(recipe.options, KNOWN, "optimizer.options")
     name = BEHIND.get(recipe.name, recipe.name)
     options = preset(name, lr=recipe.lr, weight_decay=recipe.weight_decay, **settled(recipe).options)
     patterns = {key: getattr(recipe, key) for key in PATTERNS}

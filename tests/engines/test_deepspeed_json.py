@@ -39,7 +39,11 @@ def test_auto_means_our_default(fleet: Fleets) -> None:
     [
         ({"updategap": 100}, "Did you mean 'update_gap'?"),
         ({"projection": "colums"}, "Did you mean 'columns'?"),
-        ({"torch_adam": True}, "unknown key 'torch_adam'"),
+        (
+            {"torch_adam": True, "densty": 0.5},
+            "Frugal(torch_adam=True): it says which AdamW DeepSpeed takes. Leave it out",
+        ),
+        ({"torch_adam": True, "densty": 0.5}, "Frugal: unknown key 'densty'. Did you mean 'density'?"),
         ({"lr": "1e-3"}, "lr='1e-3' must be a number, not str"),
         ({"density": 1.5}, "density=1.5 must be between 0 and 1"),
         ({"no_decay": ["*.nrom.weight"]}, "matches no parameter"),
@@ -49,6 +53,19 @@ def test_what_is_wrong_in_the_config_is_named(params: dict[str, Any], told: str,
     for text in fleet(2).run(json_jobs.error_of, params, {"stage": 2}, {}):
         assert text.startswith("ValueError")
         assert told in text
+
+
+def test_keys_of_deepspeeds_adam_that_say_what_is_done_here_may_stay(fleet: Fleets) -> None:
+    params = {"adam_w_mode": True, "bias_correction": True, "amsgrad": False, "torch_adam": False, "fused": False}
+    more = {**params, "fp32_optimizer_states": True, "weight_decay": 0.1}
+    assert fleet(2).run(json_jobs.error_of, more, {"stage": 2}, {}, 1) == ["", ""]
+
+
+def test_known_keys_are_those_that_json_can_say(fleet: Fleets) -> None:
+    for text in fleet(2).run(json_jobs.error_of, {"quux": 1}, {"stage": 2}, {}):
+        assert "Known keys: " in text
+        assert "process_group" not in text
+        assert "whole_model" not in text
 
 
 def test_the_name_in_another_case(fleet: Fleets) -> None:

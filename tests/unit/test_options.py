@@ -120,7 +120,7 @@ FOREIGN_ARGUMENTS = {
     "fused": "kernels", "foreach": "kernels", "capturable": "CUDA graph", "differentiable": "differentiated",
     "maximize": "negate the loss", "amsgrad": "maximum", "nesterov": "Nesterov", "rank": "density", "scale": "lr_scale",
     "update_proj_gap": "update_gap", "proj_type": "side", "beta1": "betas",
-    "wd": "weight_decay",
+    "wd": "weight_decay", "torch_adam": "which AdamW", "max_grad_norm": "gradient_clipping", "freeze_step": "1-bit",
 }  # fmt: skip
 
 
@@ -128,6 +128,16 @@ FOREIGN_ARGUMENTS = {
 def test_arguments_of_other_optimizers_get_a_sentence(key: str, word: str) -> None:
     with pytest.raises(ValueError, match=rf"Frugal\({key}=8\): .*{word}"):
         build({"w": weight(8, 6)}, **{key: 8})
+
+
+def test_all_that_is_wrong_is_named_at_once() -> None:
+    with pytest.raises(ValueError, match="amsgrad") as error:
+        build({"w": weight(8, 6)}, amsgrad=True, torch_adam=True, adam_w_mode=False, weight_decay=0.1, densty=1, quux=2)
+    text = str(error.value)
+    for told in ("(amsgrad=True): ", "(torch_adam=True): ", "adam_w_mode=False: ", "'densty'. Did you mean 'density'?"):
+        assert told in text
+    assert "unknown key 'quux'. Known keys: " in text
+    assert text.count("Known keys") == 1
 
 
 def test_arguments_of_torch_that_are_off_mean_nothing() -> None:
