@@ -39,8 +39,13 @@ def tell(text: str, aloud: bool) -> None:
 
 
 def _print(text: str) -> None:
+    line, bars = f"frugal_dist: {text}", sys.modules.get("tqdm.std")
     with suppress(OSError, ValueError):  # closed, or nobody reads it any more
-        print(f"frugal_dist: {text}", file=sys.stderr, flush=True)
+        if bars is None:
+            print(line, file=sys.stderr, flush=True)
+        else:  # takes its progress bars away, and draws them again below
+            bars.tqdm.write(line, file=sys.stderr)
+            sys.stderr.flush()
 
 
 def _command() -> str:

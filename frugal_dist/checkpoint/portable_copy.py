@@ -5,6 +5,7 @@ The trainer loads its own where that fits, bit for bit; where the layout is anot
 
 from __future__ import annotations
 
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from frugal_dist.checkpoint.reader import Reader
 from frugal_dist.checkpoint.savers import loaders, savers
 from frugal_dist.checkpoint.unwrapping import unwrap
 from frugal_dist.checkpoint.writing import write_checkpoint
-from frugal_dist.notices import notice
+from frugal_dist.engines import hooks
+from frugal_dist.notices import tell
 from frugal_dist.optimizer import Frugal
 from frugal_dist.sharding.collectives import Ranks, gather_objects, ranks_of
 
-FOLDER = "frugal"
+FOLDER = hooks.PORTABLE
 """Its name in the trainer's folder."""
 Own = dict[str, Any]
 """What is known of the trainer's own checkpoint: who saved it, and a mark of its files."""
@@ -70,8 +72,6 @@ def stands_in(folder: Path, model_or_engine: Any, optimizer: Any) -> bool:
             "time. Resume with the ranks and the engine of the second time, or load that folder with "
             "frugal_dist.checkpoint."
         )
-    if ranks.rank == 0:
-        notice(f"{folder} is resumed from {FOLDER} in it: saved by {then['layout']}, this is {now['layout']}.")
     return True
 
 
@@ -81,8 +81,13 @@ def load_beside(folder: Path, model_or_engine: Any, optimizer: Any) -> dict[str,
     Raises CheckpointError on all ranks alike, as ``frugal_dist.checkpoint.load``.
     """
     frugal = unwrap(optimizer)
-    ranks = loaders(frugal, None)
-    return read_checkpoint(folder / FOLDER, model_or_engine, frugal, "error", verify=True, rng=False, ranks=ranks)
+    ranks, place = loaders(frugal, None), folder / FOLDER
+    extra = read_checkpoint(place, model_or_engine, frugal, "error", verify=True, rng=False, ranks=ranks)
+    then, now = extra["own"]["layout"], _layout(model_or_engine, frugal)
+    if ranks.rank == 0:
+        words = _in_words(then) if then == now else f"{_in_words(then)}, now {_in_words(now)}"
+        tell(f"resumed {folder} from its portable copy ({place}), saved by {words}", aloud=True)
+    return extra
 
 
 def _saved(place: Path) -> Own | None:
@@ -103,9 +108,18 @@ def _agreed(ranks: Ranks, place: Path) -> Own | None:
 
 def _own(folder: Path, driver: Any, frugal: Frugal) -> Own:
     """Collective."""
-    ranks = ranks_of(engines.group_of(driver))
-    layout = f"{engines.layout_of(driver, frugal)} on {ranks.size} ranks"
-    return {"layout": layout, "mark": _agreed_mark(ranks, folder)}
+    return {
+        "layout": _layout(driver, frugal),
+        "mark": _agreed_mark(ranks_of(engines.group_of(driver)), folder),
+    }
+
+
+def _layout(driver: Any, frugal: Frugal) -> str:
+    return f"{engines.layout_of(driver, frugal)} on {ranks_of(engines.group_of(driver)).size} ranks"
+
+
+def _in_words(layout: str) -> str:
+    return re.sub(r"\bon 1 ranks$", "on 1 rank", layout)
 
 
 def _agreed_mark(ranks: Ranks, folder: Path) -> int:

@@ -40,6 +40,7 @@ import re
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakSet
@@ -345,9 +346,10 @@ def _lightning_strategy(optimizer: object, bases: tuple[type, ...]) -> Any | Non
 # --- DeepSpeed --------------------------------------------------------------------------------------------------------
 
 ANY_RANKS = "frugal_dist.checkpoint saves on any engine and number of ranks and loads on any other"
-WITH_TRAINERS = (
-    "; so do the Trainer with FrugalCallback(portable=True) and Accelerate with portable_checkpoints "
-    "(docs/huggingface.md)"
+PORTABLE = "frugal"
+"""The folder in a trainer's checkpoint that any number of ranks can load."""
+WAYS = (
+    "FrugalCallback(portable=True), with Accelerate portable_checkpoints, in a loop of your own frugal_dist.checkpoint"
 )
 OTHER_OPTIMIZER = (
     "If another optimizer saved it (AdamW, say), or other parameter groups: load the weights alone, "
@@ -439,6 +441,7 @@ def _load_checkpoint(inner: Callable[..., Any], optimizer_class: type[Any]) -> C
     from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
     refusals = (ZeRORuntimeException, AssertionError, RuntimeError, ValueError)
+    signature = inspect.signature(inner)
 
     @functools.wraps(inner)
     def load_checkpoint(engine: Any, *args: Any, **kwargs: Any) -> Any:
@@ -446,13 +449,31 @@ def _load_checkpoint(inner: Callable[..., Any], optimizer_class: type[Any]) -> C
             return inner(engine, *args, **kwargs)
         except refusals as error:
             ours = isinstance(engine.basic_optimizer, optimizer_class) and engine.zero_optimization()
-            told = str(error) or "The checkpoint has no file for this rank"
+            fewer, said = "The checkpoint has no file for this rank", str(error)
+            told = said or fewer
             if not ours or type(error) not in refusals or "loading state_dict" in told:  # the last is torch's own
                 raise
-            advice = f"If another number of ranks saved it: {ANY_RANKS}{WITH_TRAINERS}. {OTHER_OPTIMIZER}."
+            by_ranks = told == fewer or "world size" in told
+            advice = _for_other_ranks(engine, Path(str(signature.bind(engine, *args, **kwargs).arguments["load_dir"])))
+            advice = advice if by_ranks else f"{OTHER_OPTIMIZER}."
             raise type(error)(f"{told.rstrip('.')}. {advice}") from error
 
     return load_checkpoint
+
+
+def _for_other_ranks(engine: Any, folder: Path) -> str:
+    """What to do about a checkpoint that another number of ranks has saved."""
+    if (folder / PORTABLE).is_dir():
+        return (
+            f"{folder.name} has a portable copy, {folder / PORTABLE}, for any number of ranks: give "
+            "FrugalCallback(portable=True) when resuming, too; with Accelerate call portable_checkpoints; in a loop of "
+            "your own load that folder with frugal_dist.checkpoint.load."
+        )
+    then = getattr(engine, "loaded_checkpoint_dp_world_size", None) or "the same number of"
+    return (
+        f"{folder.name} has no portable copy. Resume on {then} ranks with {WAYS}; save once, then change the number of "
+        "ranks (docs/huggingface.md)."
+    )
 
 
 def _configure(inner: Callable[..., Any], optimizer_class: type[Any]) -> Callable[..., Any]:

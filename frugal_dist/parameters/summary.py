@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from frugal_dist.config import config_from
+from frugal_dist.config import config_from, for_regular
 from frugal_dist.parameters.split import ParameterInfo
 from frugal_dist.sharding.shard import ParamSpec
 from frugal_dist.step.runtime import Runtime
@@ -53,10 +53,13 @@ def summary(
     projected = [info for info in infos if info.projected and not info.frozen]
     regular = [info for info in infos if not info.projected and not info.frozen]
     frozen = [info for info in infos if info.frozen]
+    numbers = dict.fromkeys(original.group for original in originals if not original.projected)
+    rules = dict.fromkeys(for_regular(config_from(groups[number])).state_full for number in numbers)
+    by = f" ({', '.join(rules)})" if regular else ""
     share = f" ({size.held / size.adamw:.0%} of it)" if size.adamw else ""
     return (
-        f"Frugal ({_settings(originals, groups)}): {_count(projected)} elements projected, {_count(regular)} regular, "
-        f"{_count(frozen)} frozen. Optimizer state {size.held / 1e6:,.2f} MB on this rank, AdamW's would be "
+        f"Frugal ({_settings(originals, groups)}): {_count(projected)} elements projected, {_count(regular)} "
+        f"regular{by}, {_count(frozen)} frozen. Optimizer state {size.held / 1e6:,.2f} MB on this rank, AdamW's would be "
         f"{size.adamw / 1e6:,.2f} MB{share}."
     )
 

@@ -104,4 +104,5 @@ def wake(optimizer: Any, copied: bool) -> None:
         optimizer._release = None  # its hooks are on another model
     optimizer.__dict__.update(_runtime=None, _before=None, _started=False, _checked=set())
     engines.announce(optimizer, optimizer._process_group)
-    optimizer.__dict__.update(_saving_checked=False, _told=False, _parts_told=False, _summarised=True)
+    optimizer.__dict__.update(_saving_checked=False, _told=False, _parts_told=False)
+    optimizer._summarised = copied or optimizer._summarised  # a copy's line is that of the first

@@ -95,7 +95,13 @@ def test_another_number_of_ranks_is_refused_with_what_to_use(setting: str, fleet
     fleet(2).run(resume.saved, setting, options, tmp_path)
     for text in fleet(4).run(resume.refused_elsewhere, setting, options, tmp_path):
         assert "world size of 2" in text or "no file for this rank" in text
-        assert "If another number of ranks saved it: frugal_dist.checkpoint" in text
+        assert "has no portable copy. Resume on " in text
+        assert "FrugalCallback(portable=True)" in text
+        assert "If another optimizer" not in text
+    (tmp_path / "frugal").mkdir()
+    for text in fleet(4).run(resume.refused_elsewhere, setting, options, tmp_path):
+        assert f"has a portable copy, {tmp_path / 'frugal'}, for any number of ranks" in text
+        assert "give FrugalCallback(portable=True) when resuming, too" in text
 
 
 @pytest.mark.heavy

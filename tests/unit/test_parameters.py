@@ -367,9 +367,36 @@ def test_the_first_step_tells_what_is_projected_and_saved(caplog: pytest.LogCapt
     held, adamw = sum(size or 0 for size in sizes.values()), moments * (128 + 384 + 8)
     assert optimizer.state_bytes() == StateBytes(held, adamw)
     assert [record.getMessage() for record in caplog.records] == [
-        "Frugal (columns, density 0.5): 512 elements projected, 8 regular, 64 frozen. Optimizer state 0.00 MB on this "
-        f"rank, AdamW's would be 0.00 MB ({held / adamw:.0%} of it)."
+        "Frugal (columns, density 0.5): 512 elements projected, 8 regular (adamw), 64 frozen. Optimizer state 0.00 MB "
+        f"on this rank, AdamW's would be 0.00 MB ({held / adamw:.0%} of it)."
     ]
+
+
+def test_so_does_the_first_step_of_a_resumed_run(caplog: pytest.LogCaptureFixture) -> None:
+    runs = [Frugal([("q_proj.weight", nn.Parameter(torch.zeros(8, 8)))]) for _ in range(2)]
+
+    def step(optimizer: Frugal) -> None:
+        for param in optimizer.param_groups[0]["params"]:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+
+    step(runs[0])
+    with caplog.at_level("INFO", "frugal_dist"):
+        for optimizer in reversed(runs):  # the one that has said it stays silent
+            optimizer.load_state_dict(runs[0].state_dict())
+            step(optimizer)
+            step(optimizer)
+    assert len([record for record in caplog.records if "elements projected" in record.getMessage()]) == 1
+
+
+def test_a_line_does_not_stick_to_a_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    from tqdm.auto import tqdm
+
+    with tqdm(total=2, file=sys.stderr) as bar:
+        tell("a line", aloud=True)
+        bar.update()
+    lines = [line.rstrip() for line in capsys.readouterr().err.replace("\r", "\n").splitlines()]
+    assert "frugal_dist: a line" in lines
 
 
 def test_in_a_loop_of_one_s_own_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
