@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 from frugal_dist import checkpoint
+from frugal_dist.integrations.transformers import FrugalCallback
 
 LENGTH = 64
 DEEPSPEED = {  # or the name of a JSON file
@@ -22,7 +23,7 @@ DEEPSPEED = {  # or the name of a JSON file
     "zero_optimization": {"stage": 2},
     "optimizer": {
         "type": "Frugal",  # known to DeepSpeed, because frugal_dist is imported
-        # What says "auto" comes from TrainingArguments. Leave out what shall have its default.
+        # What says "auto" comes from TrainingArguments. Leave out what should keep its default.
         "params": {"lr": "auto", "weight_decay": "auto", "betas": "auto", "density": 0.25, "update_gap": 20},
     },
 }
@@ -47,7 +48,8 @@ args = TrainingArguments(  # before the model: at ZeRO-3 from_pretrained divides
 )
 shape = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2, "num_attention_heads": 4}
 config = LlamaConfig(vocab_size=256, **shape)
-trainer = Trainer(LlamaForCausalLM(config), args, train_dataset=dataset)
+watch = FrugalCallback(portable=True)  # a copy in each checkpoint, to resume on any number of ranks
+trainer = Trainer(LlamaForCausalLM(config), args, train_dataset=dataset, callbacks=[watch])
 trainer.train()  # resume_from_checkpoint=True goes on from the last one
 if trainer.is_world_process_zero():
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

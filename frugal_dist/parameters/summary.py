@@ -59,8 +59,8 @@ def summary(
     share = f" ({size.held / size.adamw:.0%} of it)" if size.adamw else ""
     return (
         f"Frugal ({_settings(originals, groups)}): {_count(projected)} elements projected, {_count(regular)} "
-        f"regular{by}, {_count(frozen)} frozen. Optimizer state {size.held / 1e6:,.2f} MB on this rank, AdamW's would be "
-        f"{size.adamw / 1e6:,.2f} MB{share}."
+        f"regular{by}, {_count(frozen)} frozen. Optimizer state {size.held / 1e6:,.2f} MB on this rank, AdamW's would "
+        f"be {size.adamw / 1e6:,.2f} MB{share}."
     )
 
 
