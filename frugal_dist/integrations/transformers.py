@@ -29,9 +29,10 @@ from frugal_dist.checkpoint.portable_copy import FOLDER, is_beside, load_beside,
 from frugal_dist.config import FrugalConfig
 from frugal_dist.engines import hooks
 from frugal_dist.integrations.step_in_backward import step_in_backward
+from frugal_dist.notices import notice
 from frugal_dist.optimizer import Frugal
 from frugal_dist.parameters.split import split_parameters
-from frugal_dist.sharding.collectives import gather_objects, ranks_of
+from frugal_dist.sharding.collectives import gather_objects, ranks_of, speaks
 from frugal_dist.update.rules import STATE_FULL
 
 if TYPE_CHECKING:
@@ -179,7 +180,24 @@ class FrugalCallback(TrainerCallback):
         if self._divided or (self._portable and (_saves_state(args) or _sharded_by_transformers(kwargs["model"]))):
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             frugal, schedule = _frugal_in(kwargs["optimizer"]), kwargs["lr_scheduler"].state_dict()
-            save_beside(folder, kwargs["model"], frugal, {"schedule": schedule})
+            rows = _rows_of_a_step(args, kwargs["model"])
+            save_beside(folder, kwargs["model"], frugal, {"schedule": schedule, "rows": rows})
+
+
+def _rows_of_a_step(args: Any, model: Any) -> int:
+    """Of all ranks together; 0 where some of them may have the same rows."""
+    if _sharded_by_transformers(model) or getattr(args, "parallelism_config", None) is not None:
+        return 0
+    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
+
+def _compare_rows(then: int, now: int) -> None:
+    """Another number is often an oversight: fewer ranks with the same arguments."""
+    if then and now and then != now and speaks():
+        notice(
+            f"A step of the run that saved this checkpoint had {then} rows, a step of this one has {now}: ranks x "
+            "per_device_train_batch_size x gradient_accumulation_steps. Set the last two to keep the product the same."
+        )
 
 
 def _check_loaded(frugal: Frugal) -> None:
@@ -222,6 +240,7 @@ def _load_state(inner: Method) -> Method:
             return inner(trainer, checkpoint)
         extra = _LOADED.pop(trainer.model_wrapped, None)
         extra = extra or load_beside(Path(checkpoint), trainer.model_wrapped, _frugal_in(trainer.optimizer))
+        _compare_rows(extra.get("rows", 0), _rows_of_a_step(trainer.args, trainer.model))
         return _load_schedule(trainer.lr_scheduler, extra["schedule"], checkpoint)
 
     return load

@@ -85,6 +85,15 @@ LEGS: trainer_cases.Legs = {
 }
 
 
+def test_other_rows_are_told_and_a_portable_resume_once(tmp_path: Path) -> None:
+    warned, said = trainer_cases.resume_with_other_rows(tmp_path, "plain")
+    (text,), (line,) = warned, said
+    rows = hf_cases.BATCH
+    assert f"had {rows} rows, a step of this one has {2 * rows}" in text
+    copy = tmp_path / f"checkpoint-{trainer_cases.MIDDLE}" / "frugal"
+    assert line.endswith(f"from its portable copy ({copy}), saved by plain tensors on 1 rank")
+
+
 DEADLINE = 900.0
 """For a job of many runs, on few cores that may be busy."""
 

@@ -192,6 +192,19 @@ def resume_portably(folder: Path, legs: Legs) -> dict[str, tuple[list[float], fl
     return found
 
 
+def resume_with_other_rows(folder: Path, way: str) -> tuple[list[str], list[str]]:
+    """Save portably, resume with twice the rows: what is warned of, and what is said on stderr."""
+    _portably(folder, way, {}, max_steps=MIDDLE).train()
+    other = _portably(folder, way, {}, gradient_accumulation_steps=2 * PARTS)
+    err = io.StringIO()
+    with warnings.catch_warnings(record=True) as found, contextlib.redirect_stderr(err):
+        warnings.simplefilter("always")
+        other.train(resume_from_checkpoint=str(folder / f"checkpoint-{MIDDLE}"))
+    hf_cases.reset()
+    said = [line for line in err.getvalue().splitlines() if line.startswith("frugal_dist: resumed")]
+    return [str(one.message) for one in found if "rows" in str(one.message)], said
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
