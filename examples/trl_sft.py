@@ -1,4 +1,4 @@
-"""FRUGAL in TRL's SFTTrainer: a model learns to name the sentiment of film reviews.
+"""FRUGAL in TRL's SFTTrainer: a model learns to name the sentiment of movie reviews.
 
     python examples/trl_sft.py
 

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 _OTHER_COMMANDS = {
     "help": "frugal-dist --help lists them; frugal-dist COMMAND --help says what one takes.",
     "train": "Did you mean 'pretrain' or 'finetune'?",
-    "resume": "The same pretrain command goes on where its run was.",
+    "resume": "The same pretrain command resumes its run.",
     "status": "Did you mean 'runs'?",
     "check": "Did you mean 'recipe check'?",
 }
@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="for programs")
     evaluate.set_defaults(command=_evaluate, changes=())
 
-    _add_generate(commands.add_parser("generate", help="text by a run or an export, after a prompt"))
+    _add_generate(commands.add_parser("generate", help="generate text from a run or an export, after a prompt"))
 
     _add_export(commands.add_parser("export", help="a checkpoint as a Hugging Face model folder, with a model card"))
 
@@ -198,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--density", type=float, default=0.25, help="share updated with state (default 0.25)")
     memory.set_defaults(command=_memory)
 
-    completion = commands.add_parser("completion", help="what makes a shell complete commands and options")
+    completion = commands.add_parser("completion", help="shell completion of commands and options")
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     completion.set_defaults(command=_completion)
     return parser
@@ -247,15 +247,16 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="configuration of a hub dataset, for C4 en")
     parser.add_argument("--column", default="text", help="column with the text (default text)")
     parser.add_argument("--split", default="train", help="split of a hub dataset (default train)")
-    parser.add_argument("--documents", choices=("line", "paragraph", "file"), default="line", help="in text files")
-    skip = "leave out lines that are no JSON and documents without text; counts them"
+    documents = "where a document of a text file ends: at the line's end (default), at an empty line, or the file's end"
+    parser.add_argument("--documents", choices=("line", "paragraph", "file"), default="line", help=documents)
+    skip = "leave out lines that are not JSON and documents without text; counts them"
     parser.add_argument("--skip-bad", action="store_true", help=skip)
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     steps = parser.add_subparsers(required=True, metavar="STEP")
     prepare = steps.add_parser(
-        "prepare", help="tokenize text, JSONL, parquet or a dataset once; interrupted, the same command goes on"
+        "prepare", help="tokenize text, JSONL, parquet or a dataset once; interrupted, the same command resumes"
     )
     _add_source(prepare)
     prepare.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the token files")

@@ -125,7 +125,7 @@ attend() {
 
 # show COMMAND...: what --dry-run shows in place of starting it.
 show() {
-    [[ $1 != quietly ]] || shift
+    [[ $(type -t "$1") != function ]] || shift
     printf '%s: would start:' "$NAME"
     printf ' %q' "$@"
     printf '\n'

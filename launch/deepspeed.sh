@@ -7,7 +7,7 @@
 # RECIPE is a shipped name or a YAML file; --key value changes any of its keys. --dry-run checks all but training, and shows what would be started. Settings, all optional:
 #   RANKS         ranks (default: one per GPU, or one); CUDA_VISIBLE_DEVICES says which GPUs, by number
 #   MASTER_PORT   a port of this machine that is free (default: found)
-# The same command goes on where the last checkpoint was made. SIGTERM, SIGUSR1, Ctrl-C and a lost terminal save first; then
+# The same command resumes where the last checkpoint was made. SIGTERM, SIGUSR1, Ctrl-C and a lost terminal save first; then
 # the exit code is 75; 65 if the run diverged. A rank that dies ends all.
 set -euo pipefail
 # shellcheck source=launch/common.sh

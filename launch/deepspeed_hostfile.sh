@@ -13,7 +13,7 @@
 #   SEND            names of more environment variables that the ranks need
 #   DS_ENV_FILE     DeepSpeed's own: a file of lines NAME=VALUE for the ranks, here or in the home folder (default:
 #                   .deepspeed_env); they win over what this script sends
-# The same command goes on where the last checkpoint was made. A rank that dies ends all; the exit code is 65 if the run
+# The same command resumes where the last checkpoint was made. A rank that dies ends all; the exit code is 65 if the run
 # diverged. SIGTERM, SIGUSR1, Ctrl-C and a lost terminal save first with pdsh; then the exit code is 75. With the others they
 # are passed on to mpirun or srun, which may end the ranks before they have saved; Slurm does it better: launch/pretrain.sbatch.
 set -euo pipefail

@@ -11,7 +11,7 @@
 #   MPIRUN_ARGS   more for mpirun, such as "--mca btl_tcp_if_include 10.0.0.0/24"
 #   MASTER_ADDR   of the host of rank 0, as the others reach it, and MASTER_PORT, free there: instead of mpi4py
 #   SEND          names of more environment variables that the ranks need
-# The same command goes on where the last checkpoint was made. A rank that dies ends all, and is named: by MPICH sometimes
+# The same command resumes where the last checkpoint was made. A rank that dies ends all, and is named: by MPICH sometimes
 # only as process and host. Ctrl-C and SIGTERM end the run without saving: MPI gives ranks no time.
 set -euo pipefail
 # shellcheck source=launch/common.sh

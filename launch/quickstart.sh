@@ -66,7 +66,7 @@ phase() {
     local code=0
     attend "$@" || code=$?
     if [[ -n $SIGNAL ]]; then
-        say "stopped; to go on: RUN_DIR=$RUN_DIR bash launch/quickstart.sh ${CHANGES[*]}" >&2
+        say "stopped; to resume: RUN_DIR=$RUN_DIR bash launch/quickstart.sh ${CHANGES[*]}" >&2
         ((code == 75)) || code=$((128 + $(kill -l "$SIGNAL")))
     fi
     ((code == 0)) || exit "$code"

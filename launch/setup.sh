@@ -37,12 +37,12 @@ CHILD=
 stop_child() {
     # The child runs in a process group of its own, so that its compilers and downloads go with it.
     [[ -z $CHILD ]] || kill -TERM -- "-$CHILD" 2>/dev/null || true
-    printf '\nsetup: interrupted; run the same command again to go on\n' >&2
+    printf '\nsetup: interrupted; run the same command again to resume\n' >&2
     exit 130
 }
 trap stop_child INT TERM HUP
 
-last_line() { grep -v "^== " "$LOG" 2>/dev/null | tail -n 1 | LC_ALL=C tr -cd ' -~' | cut -c "1-${1:-70}"; }
+last_line() { grep -v "^== " "$LOG" 2>/dev/null | tail -n 1 | LC_ALL=C tr -cd ' -~' | cut -c 1-60; }
 
 # with_clock TEXT COMMAND...: run COMMAND, its output in $LOG, while showing TEXT and the seconds.
 with_clock() {
@@ -55,10 +55,10 @@ with_clock() {
     set +m
     while kill -0 "$CHILD" 2>/dev/null; do
         if [[ -t 1 ]]; then
-            printf '\r\033[Ksetup: %s: %d s  %s' "$text" "$((SECONDS - start))" "$(last_line 60)"
-        elif ((SECONDS - start >= shown + 15)); then
+            printf '\r\033[Ksetup: %s: %d s  %s' "$text" "$((SECONDS - start))" "$(last_line)"
+        elif ((SECONDS - start >= shown + 60)); then # what pip says last is often half a line: the log has it
             shown=$((SECONDS - start))
-            say "$text: $shown s  $(last_line)"
+            say "$text: $((shown / 60)) min"
         fi
         sleep 0.2
     done

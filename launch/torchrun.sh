@@ -13,7 +13,7 @@
 #   JOB        a name that the machines of one run share, if several runs use the same MASTER
 #   RESTARTS   how often all ranks start again, from the last checkpoint, after one died (default: 0)
 #   GRACE      seconds that ranks get to save after SIGTERM (default: 120; with torch 2.11 always 30)
-# The same command goes on where the last checkpoint was made. SIGTERM, SIGUSR1, Ctrl-C and a lost terminal save first; then
+# The same command resumes where the last checkpoint was made. SIGTERM, SIGUSR1, Ctrl-C and a lost terminal save first; then
 # the exit code is 75; 65 if the run diverged. A rank that dies is named in torchrun's report, and ends all or starts all again.
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -36,10 +36,22 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$GRACE # which torch 2.11 ignores; its opt
 # shellcheck disable=SC2329 # called by attend
 stop() { kill "-$1" "$LAUNCHER" 2>/dev/null || true; } # torchrun passes it on; it may just have ended
 
+# told ARGUMENTS...: become torchrun, without the traceback that it ends with when it is told to stop.
+told() {
+    exec python -c '# torchrun
+import sys
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.run import main
+try:
+    main()
+except SignalException as error:
+    sys.exit(128 + error.sigval)' "${@:2}"
+}
+
 WORLD=$((RANKS * NODES))
 remember "$@"
 code=0
-attend torchrun --nnodes "$NODES" --nproc-per-node "$RANKS" --max-restarts "$RESTARTS" \
+attend told torchrun --nnodes "$NODES" --nproc-per-node "$RANKS" --max-restarts "$RESTARTS" \
     --rdzv-backend c10d --rdzv-endpoint "$MASTER" --rdzv-id "${JOB:-frugal}" --signals-to-handle SIGTERM,SIGINT,SIGUSR1 \
     -m frugal_dist.cli pretrain "$@" || code=$?
 ((code == 0)) || verdict "$code" "$@" # torchrun itself ends with 1 whatever its ranks say

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from textwrap import wrap
 from typing import Any, Literal
 
-from frugal_dist.planner.formula import LlamaShape
+from frugal_dist.planner.formula import MOMENT_BYTES, LlamaShape
 from frugal_dist.planner.layouts import EngineLayout
 from frugal_dist.planner.plan import Plan, RankPlan
 from frugal_dist.planner.totals import ITEM
@@ -192,13 +192,17 @@ def _verdict(plan: Plan, adamw: Plan, engine: EngineLayout, setting: Setting) ->
     """
     ours, theirs = (_peak(memory_rows(one, engine, setting)) for one in (plan, adamw))
     words = f"state is {_mib(max(plan.states))} MiB at most on a rank, AdamW's {_mib(max(adamw.states))}"
+    whole = MOMENT_BYTES * (adamw.worst.parameters if engine.cuts_weights else setting.parameters)
+    if setting.zero is None and whole > 1.01 * max(adamw.states):  # else padding
+        words += f" as this package divides it among replicas (torch's own, which runs are told beside: {_mib(whole)})"
+    peak = "The rows are not all there at the same time: the peak of a rank is"
     if ours <= theirs:
-        return f"The peak of a rank is {_mib(theirs - ours)} MiB below AdamW's: {words}."
+        return f"{peak} {_mib(theirs - ours)} MiB below AdamW's: {words}."
     why = "what a refresh gathers and computes with outweighs the state that is saved"
     if max(plan.states) > max(adamw.states):
         why = "a basis is whole on every rank that computes with it, while moments are cut by the number of ranks"
     return (
-        f"AdamW needs less here: the peak of a rank is {_mib(ours - theirs)} MiB above AdamW's: {words}; {why}. "
+        f"AdamW needs less here. {peak} {_mib(ours - theirs)} MiB above AdamW's: {words}; {why}. "
         "Projection columns, rows, randk or blockwise has no bases; fewer ranks per copy (hsdp:N) help, too."
     )
 

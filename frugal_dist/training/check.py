@@ -90,7 +90,7 @@ def check(name: str, changes: Sequence[str] = (), ranks: int | None = None) -> s
         f"{type(made.model).__name__}, {count / 1e6:,.2f} M parameters; {described(recipe.optimizer)}",
         f"Data: {made.data}",
         f"{made.run.steps:,} steps of {recipe.batch} sequences; {recipe.engine} on {ranks} rank{'s' * (ranks > 1)}",
-        f"{folder}: {'goes on with the run that is there' if existing else 'a new run'}",
+        f"{folder}: {'resumes the run that is there' if existing else 'a new run'}",
         *filter(None, [made.notes]),
         "Nothing is wrong that shows before the first step.",
     ]

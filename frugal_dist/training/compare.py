@@ -96,7 +96,7 @@ def _settings(text: str, words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key or not value or key in settings:
-            raise ValueError(f"--optimizers {text}: {word!r} is no KEY=VALUE such as density=0.5, or stands twice.")
+            raise ValueError(f"--optimizers {text}: {word!r} is no KEY=VALUE such as density=0.5, or appears twice.")
         settings[key] = value_of(value)
     return settings
 

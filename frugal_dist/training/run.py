@@ -98,7 +98,7 @@ Prepare = Callable[[R, DistEnv, ExitStack], TrainingJob]
 def train(read: Callable[[], R], check: Callable[[R], None], prepare: Prepare[R]) -> int:
     """Train what ``read`` returns, as one rank of whatever launcher started this process; return the exit code.
 
-    0 when all steps are done, 75 after a signal to stop (a checkpoint is saved; the same command goes on), 65 if it
+    0 when all steps are done, 75 after a signal to stop (a checkpoint is saved; the same command resumes), 65 if it
     diverged, 2 for what the user is to mend before it can begin, 130 after Ctrl-C before it began, 1 after another
     failure. If ``read`` or ``check`` of it raises, no rank starts; a process alone raises the same.
     """
@@ -248,7 +248,7 @@ def _train(job: TrainingJob, terminal: TextIO, request: StopRequest) -> int:
         if engine.rank == 0:
             why = request.name or "a signal to another rank"
             where = "" if outcome.saved else " from the last checkpoint that could be saved"
-            say(terminal, f"Stopped after step {outcome.steps} ({why}); the same command goes on{where}.")
+            say(terminal, f"Stopped after step {outcome.steps} ({why}); the same command resumes{where}.")
         return STOPPED
     if not outcome.saved:
         text = f"all steps are done, but the last checkpoint could not be saved in {recipe.folder}; see {LOG_FILE}."
@@ -260,7 +260,7 @@ def _headline(job: TrainingJob, start: int) -> str:
     from frugal_dist.training.optimizers import described
 
     recipe, engine = job.recipe, job.engine
-    begins = f"going on after step {start}" if start else f"{recipe.steps:,} steps"
+    begins = f"resuming after step {start}" if start else f"{recipe.steps:,} steps"
     ranks = "one rank" if engine.world == 1 else f"{engine.world} ranks"
     return (
         f"{recipe.folder}: {job.parameters / 1e6:.2f} M parameters, {described(recipe.optimizer)}, {recipe.engine} on "

@@ -61,14 +61,18 @@ def test_a_rank_killed_under_deepspeed_is_named(host: Host, workshop: Workshop) 
 
 @pytest.mark.heavy
 @pytest.mark.shows_gpus
-def test_sigterm_saves_and_the_same_command_goes_on(host: Host, workshop: Workshop) -> None:
-    """The script passes a scheduler's signal on to the ranks, which DeepSpeed's launcher does not."""
-    run = workshop.run("deepspeed-stopped")
-    command = run.script("deepspeed.sh", *LONG)
+@pytest.mark.parametrize(("script", "changes"), [("deepspeed.sh", ()), ("torchrun.sh", DDP)])
+def test_sigterm_saves_and_the_same_command_goes_on(
+    script: str, changes: tuple[str, ...], host: Host, workshop: Workshop
+) -> None:
+    """The script passes a scheduler's signal on to the ranks, which DeepSpeed's launcher does not, and says no more."""
+    run = workshop.run(f"{script}-stopped")
+    command = run.script(script, *LONG, *changes)
     process = host.start(command, run.log, RANKS="2")
     run.reach(2, process)
-    host.run("pkill", "-TERM", "-f", f"^bash .*deepspeed.sh .*{run.folder}")
+    host.run("pkill", "-TERM", "-f", f"^bash .*{script} .*{run.folder}")
     run.end(process, 75, deadline=60)
+    assert "Traceback" not in run.printed()
     (stopped,) = run.records("stopped")
     assert 2 <= stopped["step"] < 60
     run.end(host.start([*command, "--steps", str(stopped["step"] + 2)], run.log, RANKS="2"))

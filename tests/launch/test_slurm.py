@@ -72,7 +72,7 @@ def test_a_preempted_job_saves_is_queued_again_and_goes_on(
     cluster.wait_for(job, "PENDING")
     (stopped,) = run.records("stopped")
     assert 3 <= stopped["step"] < 60
-    assert "(SIGTERM); the same command goes on" in run.printed()
+    assert "(SIGTERM); the same command resumes" in run.printed()
     cluster.wait_for(other, "COMPLETED")
     cluster.start_now(job)
     finish(cluster, run, job)
@@ -107,7 +107,7 @@ def test_a_job_that_meets_its_time_limit_is_queued_again_and_goes_on(cluster: Cl
     limit = cluster.minutes(job) + 2  # near enough for the signal, whatever the start has taken, and a minute to save
     cluster.slurm("scontrol", "update", f"jobid={job}", f"TimeLimit={limit}")
     cluster.wait_for(job, "PENDING", "TIMEOUT", "FAILED")
-    assert "(SIGUSR1); the same command goes on" in run.printed()
+    assert "(SIGUSR1); the same command resumes" in run.printed()
     (stopped,) = run.records("stopped")
     # A hundred thousand steps are too many for a test: the recipe that the job reads again has fewer.
     end = stopped["step"] + 20

@@ -192,7 +192,7 @@ def test_a_check_finds_what_would_end_a_training_before_its_first_step(
     assert "LlamaForCausalLM, 0.02 M parameters; frugal" in text
     assert "3 steps of 4 sequences; ddp on 4 ranks" in text
     assert "a new run" in text
-    assert "goes on with the run that is there" in said(capsys, "recipe", "check", recipe)
+    assert "resumes the run that is there" in said(capsys, "recipe", "check", recipe)
     longer = said(capsys, "recipe", "check", recipe, *new, "--length", "100")
     assert "length asks for 100 tokens at once" in longer
     wrong: list[tuple[list[object], str]] = [

@@ -46,7 +46,7 @@ def test_contenders_have_settings_of_their_own(text: str, changed: dict[str, obj
         ("frugal-svd:projection=rows", "'frugal-svd' decides about projection"),
         ("adamw:density=0.5", "'adamw' decides about density"),
         ("frugal:density", "'density' is no KEY=VALUE"),
-        ("frugal:density=1:density=0", "stands twice"),
+        ("frugal:density=1:density=0", "appears twice"),
         ("frugal:densty=1", "Did you mean 'density'"),
         ("frugal-svdd", "optimizers='frugal-svdd' is not known"),
     ],

@@ -342,7 +342,7 @@ LATE = 3000
 DEEP = {
     "latin-1.txt": rf"latin-1.txt, line {LATE}: no UTF-8: .*b'\\xe9'",
     "latin-1.jsonl": rf"latin-1.jsonl, line {LATE}: no UTF-8",
-    "cut.jsonl": rf"cut.jsonl, line {LATE}: no JSON",
+    "cut.jsonl": rf"cut.jsonl, line {LATE}: not JSON",
     "null.jsonl": rf"null.jsonl, line {LATE}: column 'text' holds null where text should be. Remove that document",
     "lacks.jsonl": rf"lacks.jsonl, line {LATE}: column 'text' holds null",
     "null.parquet": rf"null.parquet, row {LATE}: column 'text' holds null where text should be. Remove",
@@ -481,12 +481,12 @@ def test_bad_documents_are_left_out_and_counted(
     source, held_back = tmp_path / "texts.jsonl", corpora.write_jsonl(tmp_path / "held.jsonl", corpora.topics()[1][:3])
     source.write_bytes("\r\n".join(lines).encode("latin-1", "replace") + b"\n")
     wanted = Preparation(source=str(source), out=tmp_path / "out", tokenizer=str(folder / "t5"), part_documents=2)
-    with pytest.raises(ValueError, match=r"texts.jsonl, line 2: no JSON: .*; and 3 more.*; --skip-bad leaves such"):
+    with pytest.raises(ValueError, match=r"texts.jsonl, line 2: not JSON: .*; and 3 more.*; --skip-bad leaves such"):
         prepare(wanted)
     wanted = replace(wanted, skip_bad=True, validation_path=str(held_back))
     made = prepare(wanted)
     said = capsys.readouterr().out
-    assert f"Left out {len(BAD_LINES)} documents: {source}, line 2: no JSON" in said
+    assert f"Left out {len(BAD_LINES)} documents: {source}, line 2: not JSON" in said
     counts = [int((tokens == made.separator).sum()) for tokens in open_prepared(tmp_path / "out")[1:]]
     assert counts == [len(good), 3]
     documents = open_documents(Data(kind="files", path=str(source)), skip=True)

@@ -120,7 +120,7 @@ def test_runs_are_exported_and_drawn(folder: Path, whole: Path, capfd: pytest.Ca
         assert found["score"] == pytest.approx(expected["score"], abs=1e-12)
         assert found["amount"] == f"{VALIDATION} examples"
     assert main(["recipe", "check", str(folder / "recipe.yaml")]) == 0
-    assert "goes on with the run that is there" in capfd.readouterr().out
+    assert "resumes the run that is there" in capfd.readouterr().out
     assert main(["generate", str(whole / "best")]) == 2
     assert "which writes no text" in capfd.readouterr().err
     model = AutoModelForSequenceClassification.from_pretrained(folder / "exported")
@@ -393,7 +393,7 @@ def test_files_are_read_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no examples"):
         read_examples(LabelledData(train=str(path), validation=str(path)))
     (tmp_path / "a.json").write_text("nothing\n")
-    with pytest.raises(ValueError, match=r"line 1 is no JSON"):
+    with pytest.raises(ValueError, match=r"line 1 is not JSON"):
         read_examples(LabelledData(train=str(tmp_path / "a.json"), validation=str(path)))
     (tmp_path / "a.xls").write_text("x")
     with pytest.raises(ValueError, match=r"must end in one of \.csv"):

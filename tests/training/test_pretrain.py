@@ -238,7 +238,7 @@ def test_a_stopped_run_goes_on_exactly(
             break
     assert process.returncode == (-number if number == signal.SIGKILL else STOPPED), output
     if number == signal.SIGTERM:
-        assert f"({number.name}); the same command goes on" in output
+        assert f"({number.name}); the same command resumes" in output
     assert pretrain(recipe(folder, name)) == 0
     found = losses(folder, name)
     assert found == {key: value for key, value in uninterrupted.items() if key in found}

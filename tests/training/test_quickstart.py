@@ -124,7 +124,7 @@ def test_ctrl_c_saves_and_stops_everything(interrupted):
     _, errors = process.communicate(timeout=400)
     assert process.returncode in ((75,) if what == "training" else (75, 130))
     assert (checkpoint.latest(run / "checkpoints") is not None) == (what == "training")
-    assert f"stopped; to go on: RUN_DIR={run} bash launch/quickstart.sh" in errors
+    assert f"stopped; to resume: RUN_DIR={run} bash launch/quickstart.sh" in errors
     assert "Traceback" not in errors
     assert not _processes(run)
 

@@ -48,7 +48,7 @@ def test_of_many_ranks_all_is_known_that_layouts_decide(capsys: pytest.CaptureFi
     ("arguments", "said"),
     [
         ("llama_60m --engine zero2 --ranks 4 --gpu v100", "v100 does not compute in bf16"),
-        ("llama_60m --engine zero2 --ranks 4 --gpu v100", "The peak of a rank is"),
+        ("llama_60m --engine zero2 --ranks 4 --gpu v100", "the peak of a rank is"),
         ("llama_20m --engine fsdp2 --ranks 512", "AdamW needs less here"),
         ("llama_9m --engine ddp --ranks 1 --optimizer.name adamw", "| galore "),
     ],

@@ -251,7 +251,7 @@ def _troubles_of_disks(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kept = "Finished parts are kept: once that is mended, the same command goes on."
+        kept = "Finished parts are kept: once that is mended, the same command resumes."
         advice = kept if (out / PARTS).exists() else "Name another folder."
         raise ValueError(f"--out {out} cannot be written: {error.strerror or error}. {advice}") from error
 

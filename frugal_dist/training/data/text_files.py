@@ -73,7 +73,7 @@ def _json_line(file: Path) -> None:
         try:
             json.loads(line.rstrip())
         except ValueError as error:
-            raise ValueError(f"line 1: no JSON: {error}") from error
+            raise ValueError(f"line 1: not JSON: {error}") from error
 
 
 def _first_line(file: Path) -> bytes | None:
@@ -221,8 +221,8 @@ def _bad_row(line: bytes, column: str) -> str:
     try:
         row = json.loads(line.rstrip())
     except ValueError as error:
-        return f"no JSON: {error}"
-    return no_text(row.get(column), column) if isinstance(row, dict) else "no JSON object"
+        return f"not JSON: {error}"
+    return no_text(row.get(column), column) if isinstance(row, dict) else "not a JSON object"
 
 
 def no_text(value: object, column: str) -> str:

@@ -147,9 +147,9 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path}, line {number} is no JSON: {error}.") from error
+                raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} is no JSON object.")
+                raise ValueError(f"{path}, line {number} is not a JSON object.")
             yield row
 
 

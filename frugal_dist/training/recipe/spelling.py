@@ -37,7 +37,7 @@ _NO_KEYS = {
     "gpus": "The launcher decides: torchrun --nproc-per-node, RANKS of the scripts in launch/.",
     "ranks": "The launcher decides: torchrun --nproc-per-node, RANKS of the scripts in launch/.",
     "rank": f"Set {OPTIONS}.density, a share: rank / hidden size.",
-    "resume": "The same command goes on where the run in the folder was; for another run, name another --folder.",
+    "resume": "The same command resumes the run in the folder; for another run, name another --folder.",
     "gradient_accumulation_steps": "It follows from batch, micro_batch and the number of ranks: set micro_batch.",
 }
 

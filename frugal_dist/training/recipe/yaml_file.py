@@ -64,7 +64,7 @@ def _trouble(error: yaml.YAMLError, text: str) -> str:
 
 
 def _check_once(node: yaml.Node, above: str) -> None:
-    """ValueError for a key that stands twice, where YAML takes the last one in silence."""
+    """ValueError for a key that appears twice, where YAML takes the last one in silence."""
     if isinstance(node, yaml.SequenceNode):
         for inner in node.value:
             _check_once(inner, above)
@@ -74,6 +74,6 @@ def _check_once(node: yaml.Node, above: str) -> None:
     for key, value in node.value:
         name, line = f"{above}{getattr(key, 'value', '')}", key.start_mark.line + 1
         if name in lines and not name.endswith("<<"):
-            raise ValueError(f"{name!r} stands twice, in lines {lines[name]} and {line}; remove one.")
+            raise ValueError(f"{name!r} appears twice, in lines {lines[name]} and {line}; remove one.")
         lines[name] = line
         _check_once(value, f"{name}.")
