@@ -191,13 +191,13 @@ def test_a_model_is_given_no_more_tokens_than_it_has_positions_for(kind: str) ->
 
 
 def test_pretraining_beyond_the_positions_ends_before_it_begins(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     short = {"model_type": "gpt2", "vocab_size": VOCABULARY, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32}
     (tmp_path / "config.json").write_text(json.dumps(short))
     changes = [f"--model.path={tmp_path}", f"--folder={tmp_path / 'run'}", "--model.attention=eager", "--length=33"]
     assert pretrain(read_recipe(str(folder / "recipe.yaml"), changes)) != 0
-    assert "positions for 32 (n_positions). Lower length" in capsys.readouterr().err
+    assert "positions for 32 (n_positions). Lower length" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
