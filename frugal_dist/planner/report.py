@@ -194,7 +194,7 @@ def _verdict(plan: Plan, adamw: Plan, engine: EngineLayout, setting: Setting) ->
     words = f"state is {_mib(max(plan.states))} MiB at most on a rank, AdamW's {_mib(max(adamw.states))}"
     whole = MOMENT_BYTES * (adamw.worst.parameters if engine.cuts_weights else setting.parameters)
     if setting.zero is None and whole > 1.01 * max(adamw.states):  # else padding
-        words += f" as this package divides it among replicas (torch's own, which runs are told beside: {_mib(whole)})"
+        words += f" as this package divides it among replicas (torch's own, which a run's messages name: {_mib(whole)})"
     peak = "The rows are not all there at the same time: the peak of a rank is"
     if ours <= theirs:
         return f"{peak} {_mib(theirs - ours)} MiB below AdamW's: {words}."
