@@ -55,7 +55,7 @@ def test_a_job_trains_on_two_nodes_and_its_log_can_be_read(uninterrupted: Run) -
     assert "ddp on 2 ranks" in printed and "validation perplexity" in printed
     assert "Warning" not in printed
     said = ("frugal-dist pretrain: loading", "WARNING: this run trains on the CPU", "Frugal (columns, density 0.25): ")
-    expected = ("pretrain", "step", str(uninterrupted.folder), "valid", *said)
+    expected = ("pretrain", "step", str(uninterrupted.folder), "valid", "Next: frugal-dist plot ", *said)
     assert [line for line in printed.split("\n") if line and not line.startswith(expected)] == []
     assert (uninterrupted.folder / "output.txt").exists() and (uninterrupted.folder / "output.rank1.txt").exists()
 
