@@ -5,8 +5,8 @@
 #
 # Makes .venv, prepares text and tokenizer (both only once), runs the recipe reviews_5m with launch/deepspeed.sh, a little
 # shorter, and draws its picture. --key value changes any key of the recipe, such as --optimizer.name adamw; the same
-# RUN_DIR goes on where it was stopped. Settings, all optional:
-#   RUN_DIR     folder for metrics, picture and checkpoints (default: runs/quickstart-DATE-TIME)
+# RUN_DIR resumes where it was stopped. Settings, all optional:
+#   RUN_DIR     folder for metrics, picture and checkpoints, as --folder (default: runs/quickstart-DATE-TIME)
 #   DATA_DIR    folder of the prepared text (default: .cache/quickstart)
 #   CONFIG      a DeepSpeed JSON, for another stage; optimizer, batch and precision are the recipe's
 #   RANKS       ranks (default: one per GPU, 2 without GPU)
@@ -19,6 +19,7 @@ NAME=quickstart
 for name in RUN_DIR DATA_DIR CONFIG; do
     [[ -z ${!name:-} || ${!name} == /* ]] || printf -v "$name" '%s/%s' "$PWD" "${!name}"
 done
+HERE=$PWD
 cd "$ROOT"
 
 DRY_RUN='' CHANGES=()
@@ -33,6 +34,12 @@ while (($#)); do
         [[ $1 == *=* ]] || { set -- "$1=${2:-}" "${@:3}"; }
         [[ ${1#*=} =~ ^[1-9][0-9]*$ ]] || die "--steps needs a number above 0, found \"${1#*=}\""
         CHANGES+=("$1")
+        ;;
+    --folder | --folder=*) # that of the picture, too
+        [[ $1 == *=* ]] || { set -- "$1=${2:-}" "${@:3}"; }
+        RUN_DIR=${1#*=}
+        [[ -n $RUN_DIR ]] || die "--folder needs a value: --folder DIR"
+        [[ $RUN_DIR == /* ]] || RUN_DIR=$HERE/$RUN_DIR
         ;;
     --?*=*) CHANGES+=("$1") ;;
     --?*)

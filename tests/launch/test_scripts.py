@@ -189,9 +189,10 @@ def test_the_quickstart_has_a_rank_for_each_gpu(gpus: int, more: dict[str, str],
     program.chmod(0o755)
     (tmp_path / "prepared.json").touch()
     given = with_gpus(tmp_path / "smi", gpus, DATA_DIR=str(tmp_path), **more)
-    command = ["bash", str(launch / "quickstart.sh"), "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, env=given, timeout=60)
+    command = ["bash", str(launch / "quickstart.sh"), "--dry-run", "--folder", "mine"]
+    done = subprocess.run(command, capture_output=True, text=True, env=given, timeout=60, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert f"then train into {tmp_path}/mine\n" in done.stdout and done.stdout.count("--folder") == 1
     assert done.stdout.splitlines()[-1].startswith(f"{ranks} ranks: reviews_5m ")
     assert done.stdout.endswith(" --dry-run\n")
 

@@ -130,7 +130,11 @@ def test_ctrl_c_saves_and_stops_everything(interrupted):
 
 
 def test_mistakes_on_the_command_line():
-    for arguments, message in ((["--steps", "no"], '--steps needs a number above 0, found "no"'), (["-x"], '"-x"')):
+    for arguments, message in (
+        (["--steps", "no"], '--steps needs a number above 0, found "no"'),
+        (["-x"], '"-x"'),
+        (["--folder"], "--folder needs"),
+    ):
         done = subprocess.run(["bash", SCRIPT, *arguments], capture_output=True, text=True)
         assert done.returncode == 2
         assert message in done.stderr

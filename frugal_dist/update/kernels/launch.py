@@ -294,11 +294,11 @@ def step_codes_(params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequ
 
     False, and nothing done, if the tensors are not made for it.
     """
-    work = [one for one in zip(params, grads, moments, strict=True) if one[0].numel()]
-    if not all(_fit(param, grad) and all(map(_fits, own)) for param, grad, own in work):
+    pieces = [one for one in zip(params, grads, moments, strict=True) if one[0].numel()]
+    if not all(_fit(param, grad) and all(map(_fits, own)) for param, grad, own in pieces):
         return False
     scalars = (1.0 - lr * decay, *_adam(lr, step, config))
-    for param, grad, (first, second) in work:
+    for param, grad, (first, second) in pieces:
         (rows, across), width, phase = first.scales.shape, first.codes.shape[1], first.phase
         numbers = [values_of(moment.signed, torch.float32, param.device)[:2] for moment in (first, second)]
         addresses = [one.data_ptr() for one in (param, grad, first.codes, second.codes)]
