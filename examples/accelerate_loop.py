@@ -45,6 +45,6 @@ for batch in loader:
         if step == STEPS:
             break
 
-accelerator.save_state("runs/accelerate_loop")  # load_state goes on bit for bit
+accelerator.save_state("runs/accelerate_loop")  # load_state resumes bit for bit
 accelerator.print(checkpoint.unwrap(optimizer).summary())
 accelerator.end_training()

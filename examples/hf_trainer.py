@@ -41,7 +41,7 @@ trainer = Trainer(
     optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args, density=0.25, update_gap=20),  # lr, betas, ... are args'
     callbacks=[FrugalCallback()],
 )
-trainer.train()  # resume_from_checkpoint=True goes on from the last one
+trainer.train()  # resume_from_checkpoint=True resumes from the last one
 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 print(f"loss {losses[0]:.3f}, at the end loss {losses[-1]:.3f}")
 print(checkpoint.unwrap(trainer.optimizer).summary())

@@ -50,7 +50,7 @@ shape = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2, "
 config = LlamaConfig(vocab_size=256, **shape)
 watch = FrugalCallback(portable=True)  # a copy in each checkpoint, to resume on any number of ranks
 trainer = Trainer(LlamaForCausalLM(config), args, train_dataset=dataset, callbacks=[watch])
-trainer.train()  # resume_from_checkpoint=True goes on from the last one
+trainer.train()  # resume_from_checkpoint=True resumes from the last one
 if trainer.is_world_process_zero():
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print(f"loss {losses[0]:.3f}, at the end loss {losses[-1]:.3f}")

@@ -70,5 +70,5 @@ trainer = lightning.Trainer(
     default_root_dir="runs/lightning", enable_progress_bar=False,
 )  # fmt: skip
 model = Model()
-trainer.fit(model, DataLoader(rows, batch_size=BATCH // ranks, shuffle=True))  # ckpt_path=... goes on
+trainer.fit(model, DataLoader(rows, batch_size=BATCH // ranks, shuffle=True))  # ckpt_path=... resumes
 print(model.optimizers().optimizer.summary())

@@ -1,8 +1,8 @@
-"""FRUGAL in a plain PyTorch loop that is saved and goes on. Needs torch only.
+"""FRUGAL in a plain PyTorch loop that is saved and resumed. Needs torch only.
 
     python examples/plain_pytorch.py
 
-A byte-level language model learns Python's own help texts. Started again, it goes on where its last checkpoint is.
+A byte-level language model learns Python's own help texts. Started again, it resumes from its last checkpoint.
 """
 
 from pydoc_data.topics import topics

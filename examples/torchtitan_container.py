@@ -1,4 +1,4 @@
-"""FRUGAL in torchtitan 0.3: a container of optimizers that knows it, in torchtitan's Trainer, which saves and goes on.
+"""FRUGAL in torchtitan 0.3: a container of optimizers that knows it, in torchtitan's Trainer, which saves and resumes.
 
     torchrun --nproc-per-node 2 examples/torchtitan_container.py
 

@@ -207,7 +207,7 @@ verdict() {
     how=$(ended "${@:2}")
     case $how in
     stopped) return 75 ;;
-    diverged) return 65 ;; # to go on would end the same
+    diverged) return 65 ;; # to resume would end the same
     esac
     if [[ $how == broken && -s ${FAILURE:-} ]]; then # what a rank has said is hard to find in what launchers say after it
         printf '\n%s: ERROR: %s\n' "$NAME" "$(tail -n +2 "$FAILURE")" >&2

@@ -1,4 +1,4 @@
-"""Portable checkpoints: save on any engine and number of ranks, load on any other, and go on."""
+"""Portable checkpoints: save on any engine and number of ranks, load on any other, and resume."""
 
 from __future__ import annotations
 

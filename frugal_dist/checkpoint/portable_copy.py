@@ -1,4 +1,4 @@
-"""The portable form beside the checkpoint of somebody else's trainer, for the day it goes on with other ranks.
+"""The portable form beside the checkpoint of somebody else's trainer, for the day it resumes on other ranks.
 
 The trainer loads its own where that fits, bit for bit; where the layout is another, everything comes from here.
 """

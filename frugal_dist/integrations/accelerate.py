@@ -1,4 +1,4 @@
-"""Frugal for loops with Accelerate: checkpoints of ``save_state`` that go on with any engine and number of ranks."""
+"""Frugal for loops with Accelerate: checkpoints of ``save_state`` that resume on any engine and number of ranks."""
 
 from __future__ import annotations
 

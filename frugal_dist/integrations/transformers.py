@@ -136,7 +136,7 @@ class FrugalCallback(TrainerCallback):
             and on one process without ``gradient_accumulation_steps``.
         portable: write that folder in any case, beside what the Trainer saves, so that a checkpoint is resumed on any
             engine and number of ranks. It takes the room of weights and state once more. A model that was loaded with a
-            ``DistributedConfig`` goes on by it, where the Trainer itself wants ``save_only_model=True``.
+            ``DistributedConfig`` resumes by it, where the Trainer itself wants ``save_only_model=True``.
 
     Raises:
         ValueError: on all ranks, if another optimizer is in Frugal's place, or a checkpoint does not fit.

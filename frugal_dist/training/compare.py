@@ -111,8 +111,8 @@ def compare(read: Callable[[], Recipe], optimizers: Sequence[str], seeds: Sequen
 def compare_runs(kind: Comparison[R], read: Callable[[], R], optimizers: Sequence[str], seeds: Sequence[int]) -> int:
     """Train each optimizer with each seed in a folder of its own; then table and picture. The first bad exit code.
 
-    Runs that are finished are not repeated, those that were interrupted go on: start the same command again. A run that
-    diverges is finished, too: the others follow, and the code is 1.
+    Runs that are finished are not repeated, those that were interrupted resume: start the same command again. A run
+    that diverges is finished, too: the others follow, and the code is 1.
     Raises ValueError, before anything is trained, for what is not known, named twice or refused by an optimizer, or a
     folder with runs of another recipe; on one rank, if several would say the same.
     """

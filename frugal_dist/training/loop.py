@@ -113,7 +113,7 @@ class Training:
         return done == self.steps or bool(every and done % every == 0)
 
     def _begins_with_evaluation(self) -> bool:
-        """Also when the run was stopped before it could evaluate the step that it goes on from."""
+        """Also when the run was stopped before it could evaluate the step that it resumes from."""
         if self.start == 0 or self.start == self.steps:
             return self.evaluate_first or self.start == self.steps
         known = self.engine.total([float(self.metrics.knows("validation", self.start))])[0] > 0
@@ -233,7 +233,7 @@ class Training:
     def _total_loss(self, done: int) -> float:
         """Summed over the steps since the last record and the ranks; in the same collective, what refreshes caught.
 
-        Before a checkpoint, too: a run that goes on from there does not meet these refreshes again.
+        Before a checkpoint, too: a run that resumes from there does not meet these refreshes again.
         """
         steps, self._refreshes = self._refreshes, []
         loss_sum, *sums = self.engine.total([float(self._loss_sum), *(one for step in steps for one in step)])

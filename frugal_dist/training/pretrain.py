@@ -1,4 +1,4 @@
-"""Pre-training by recipe: on one process, DDP, FSDP2 or DeepSpeed. Started again, a run goes on where it was."""
+"""Pre-training by recipe: on one process, DDP, FSDP2 or DeepSpeed. Started again, a run resumes."""
 
 from __future__ import annotations
 

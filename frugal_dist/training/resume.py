@@ -129,7 +129,7 @@ def records_of(run: Path) -> list[dict[str, Any]]:
 
 
 def check_existing_run(run: Path, recipe: dict[str, Any], free: Collection[str]) -> None:
-    """ValueError if the run in this folder was begun, or went on, with other values of keys that are not ``free``.
+    """ValueError if the run in this folder was begun, or resumed, with other values of keys that are not ``free``.
 
     ``recipe``: the record of the recipe that is asked for now. Keys that only one of the two has are not compared.
     """

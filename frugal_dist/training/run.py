@@ -1,4 +1,4 @@
-"""One rank of a training by recipe: terminal, signals, metrics, checkpoints, going on where it was.
+"""One rank of a training by recipe: terminal, signals, metrics, checkpoints, resume.
 
 What is trained, and what it found at the end, is the job's.
 """
@@ -70,7 +70,7 @@ class TrainingJob:
 
     ``record``: the user's recipe, as far as it counts, for the metrics file. ``summary(outcome)``: figures of the end,
     and words for the terminal. ``flops_per_token``: 0 if not known. ``evaluated``: as the loop's. ``remember()``: what
-    a checkpoint holds beside the position in the data; ``recall`` gets it back when the run goes on.
+    a checkpoint holds beside the position in the data; ``recall`` gets it back when the run resumes.
     ``evaluate_first``: before the first step, too. ``note``: said to the user at the start, ``after`` at the end.
     """
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import tables
 import torch
-from cases import PROJECTIONS, Case, in_the_default_run, label
+from cases import PROJECTIONS, Case, label
 from places import LARGE, PLACES, STEPS, THREE, Place, apart, load_and_train, train_and_save
-from selection import cells
+from selection import mostly_heavy, taking_turns
 from storages import Named
 
 NAMES = list(PLACES)
@@ -38,9 +38,7 @@ def check(projection: tuple[str, str], source: str, targets: list[str], step: in
         assert difference <= case.tolerance, f"{label(*projection)}: {source} -> {target} after step {step}"
 
 
-@pytest.mark.parametrize(
-    ("projection", "source"), cells(PROJECTIONS, NAMES, in_the_default_run(NAMES), lambda one: label(*one))
-)
+@pytest.mark.parametrize(("projection", "source"), taking_turns(PROJECTIONS, NAMES, name=lambda one: label(*one)))
 def test_each_engine_to_another(projection: tuple[str, str], source: str, tmp_path: Path) -> None:
     """Over the projections, every engine is loaded on nearly every other; on all of them with --heavy."""
     turn, position = PROJECTIONS.index(projection), NAMES.index(source)
@@ -105,7 +103,7 @@ def test_every_engine_to_every_engine(projection: tuple[str, str], source: str, 
     check(projection, source, NAMES, SAVED_AFTER[turn % 3], tmp_path / "saved")
 
 
-@pytest.mark.parametrize("place", NAMES)
+@pytest.mark.parametrize("place", mostly_heavy(NAMES, ["DDP, shared state, 3", "HSDP 2x2", "ZeRO-3, 3"]))
 def test_saving_does_not_disturb_the_run(place: str, tmp_path: Path) -> None:
     case = case_of(("svd", "std"))
     plain = train_and_save(PLACES[place], case, torch.float64, {})

@@ -12,7 +12,7 @@ from forks import Forks
 from save_and_load_ways import PORTABLE
 
 SOURCES = [
-    ("ZeRO-3", 3),
+    pytest.param("ZeRO-3", 3, marks=pytest.mark.heavy),
     pytest.param("FSDP2", 2, marks=pytest.mark.heavy),
     pytest.param("ZeRO-2 bf16", 2, marks=pytest.mark.heavy),
 ]

@@ -35,6 +35,7 @@ def carry_out(folder: Path, *drills: str) -> list[dict[str, int]]:
     return reports
 
 
+@pytest.mark.heavy
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """Other moments at every run; a failure shows the seed."""
     seed = time.time_ns() % 1_000_000

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import tables
 import torch
-from cases import ON_REFRESH, PROJECTIONS, Case, in_the_default_run, label
+from cases import ON_REFRESH, PROJECTIONS, Case, label
 from places import PLACES, identical, load_and_train, train_and_save
-from selection import cells
+from selection import taking_turns
 
 NAMES = list(PLACES)
 RULES = ("adamw", "lion", "sgdm")
@@ -46,7 +46,7 @@ def check(place: str, projection: tuple[str, str], setting: Setting, steps: Sequ
 
 
 @pytest.mark.parametrize(
-    ("projection", "place"), cells(PROJECTIONS, NAMES, in_the_default_run(NAMES), lambda one: label(*one))
+    ("projection", "place"), taking_turns(PROJECTIONS, NAMES, every=4, name=lambda one: label(*one))
 )
 def test_resume_is_exact(projection: tuple[str, str], place: str, tmp_path: Path) -> None:
     """Rules, precisions, refreshes and moments take turns."""

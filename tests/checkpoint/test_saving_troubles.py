@@ -14,6 +14,7 @@ import torch
 from cases import gradients
 from disks import disk_that_fills_up, disk_that_turns_read_only
 from places import MODEL, Ended, identical, load_and_train, train_and_save
+from selection import mostly_heavy
 from storages import Held
 from threads import run_ranks
 from torch import distributed
@@ -182,7 +183,7 @@ def test_what_is_no_checkpoint_is_never_replaced(what: str, tmp_path: Path) -> N
 # --- links ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["an empty folder", "a checkpoint", "nothing yet"])
+@pytest.mark.parametrize("target", mostly_heavy(["an empty folder", "a checkpoint", "nothing yet"], ["a checkpoint"]))
 def test_a_link_is_written_through(target: str, tmp_path: Path) -> None:
     """The checkpoint lies on a larger disk, again and again; a job that was killed half-way left its old one there."""
     real, link = tmp_path / "scratch" / "saved", tmp_path / "here" / "saved"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
@@ -43,16 +43,6 @@ STATE_FREE = ("sign", "sgd", "none")
 ON_REFRESH = ("reset", "keep", "project")
 DENSITIES = (0.25, 0.5, 0.6, 0.1, 1.0)
 """A 1x9 matrix has no quarter of its rows."""
-
-
-def in_the_default_run(places: Sequence[str]) -> Callable[[tuple[str, str], str], bool]:
-    """Of a table of projections and places: svd and columns whole, of the others each place with every fifth."""
-
-    def quick(projection: tuple[str, str], place: str) -> bool:
-        whole = projection in (("svd", "std"), ("columns", "std"))
-        return whole or (PROJECTIONS.index(projection) + places.index(place)) % 5 == 0
-
-    return quick
 
 
 def label(projection: str, side: str) -> str:

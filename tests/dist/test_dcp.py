@@ -60,6 +60,7 @@ def test_other_ranks_go_on(
             assert max(float((full[name] - want[name]).abs().max()) for name in want) < tolerance, case
 
 
+@pytest.mark.heavy
 @pytest.mark.timeout(600)
 def test_a_container_that_goes_by_names_and_saves_beside_the_next_step(fleet: Fleet, tmp_path: Path) -> None:
     """torchtitan's does: it needs the names when it is saved, and finds what to load by the keys of what is live."""

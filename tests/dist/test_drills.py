@@ -107,7 +107,7 @@ def check_agreement(name: str, outcomes: list[Outcome], told: list[str]) -> None
         assert any("had different weights" in text and VICTIM in text for text in told)
 
 
-@pytest.mark.parametrize("name", mostly_heavy(ALL, list(ALL)[::2]))
+@pytest.mark.parametrize("name", mostly_heavy(ALL, list(ALL)[::4]))
 def test_on_threads(name: str) -> None:
     check(name, *on_threads(ALL[name]))
 

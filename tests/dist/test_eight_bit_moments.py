@@ -11,6 +11,7 @@ import test_plan_agrees
 import test_state_dict
 import torch
 from cases import LAYOUTS
+from selection import mostly_heavy
 from storages import Held, Named
 from threads import run_ranks
 from torch import Tensor
@@ -79,7 +80,7 @@ def test_where_a_block_is_cut_each_side_has_its_scale(layout: str) -> None:
         assert float((packed[name] - full[name]).abs().mean()) < 2e-4, name  # of five steps of about 0.01
 
 
-@pytest.mark.parametrize("layout", test_plan_agrees.ENGINES)
+@pytest.mark.parametrize("layout", mostly_heavy(test_plan_agrees.ENGINES, ["replicas", "HSDP 2x2", "ZeRO-3"]))
 def test_planned_equals_measured(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_plan_agrees, "NAMES", {**test_plan_agrees.NAMES, "long": (8, 700)})
     for projection, side in (("svd", "std"), ("dct", "full"), ("columns", "std"), ("rows", "std"), ("randk", "std")):
@@ -111,7 +112,7 @@ def test_planned_regular_parameters() -> None:
         assert [rank.state for rank in found.ranked] == measured == found.states, layout
 
 
-@pytest.mark.parametrize("layout", test_state_dict.RANKS)
+@pytest.mark.parametrize("layout", mostly_heavy(test_state_dict.RANKS, ["Shard(0)", "ZeRO-3", "replicas"]))
 def test_bit_for_bit(layout: str) -> None:
     turn = list(test_state_dict.RANKS).index(layout)
     for case in test_state_dict.SOME[turn % 3 :: 3]:

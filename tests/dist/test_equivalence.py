@@ -135,7 +135,7 @@ def compare_single(layout: str, ranks: int, dtype: torch.dtype) -> dict[Case, tu
 
 
 def _first(layout: str, ranks: int) -> Any:
-    """By default a third of the settings on 2 ranks and a third on 3; on 4 where a layout needs as many."""
+    """By default a quarter of the settings on 2 ranks and one on 3; on 4 where a layout needs as many."""
     quick = ranks < 4 or (layout, 2) not in PLACES
     return pytest.param(layout, ranks, marks=() if quick else pytest.mark.heavy)
 
@@ -146,7 +146,7 @@ def test_every_layout_gives_the_weights_of_one_process(layout: str, ranks: int, 
     heavy = request.config.getoption("--heavy")
     settings = table_settings(3 if heavy else 1)
     if not heavy:
-        settings = settings[(list(LAYOUTS).index(layout) + ranks) % 3 :: 3]
+        settings = settings[(list(LAYOUTS).index(layout) + ranks) % 4 :: 4]
     found = compare(layout, ranks, settings)
     for (case, name), value in found.items():
         row = label(case.projection, case.side)
@@ -161,7 +161,7 @@ def test_every_layout_gives_the_weights_of_one_process(layout: str, ranks: int, 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("layout", mostly_heavy(VARIANTS_ON, ["Shard(0)"]))
 def test_variants(layout: str, request: pytest.FixtureRequest) -> None:
-    variants = VARIANTS if request.config.getoption("--heavy") else VARIANTS[::2]
+    variants = VARIANTS if request.config.getoption("--heavy") else VARIANTS[::3]
     found = compare(layout, 4, variants)
     assert len({case for case, _ in found}) == len(variants)
     assert not {key: value for key, value in found.items() if not value <= key[0].tolerance}
@@ -191,7 +191,7 @@ def test_split_products_are_those_of_one_process(layout: str) -> None:
     cells(
         [torch.float32, torch.bfloat16],
         SINGLE_ON,
-        lambda dtype, layout: layout == ("Shard(0)" if dtype == torch.bfloat16 else "ZeRO-3, 4 sub-groups"),
+        lambda dtype, layout: dtype == torch.bfloat16 and layout == "Shard(0)",
     ),
 )
 def test_single_and_half_precision(layout: str, dtype: torch.dtype) -> None:

@@ -62,15 +62,15 @@ def draw_ragged(dice: random.Random) -> Spread:
 
 
 def test_every_layout_gives_the_weights_of_one_process(fuzz: Fuzz) -> None:
-    fuzz(draw, compare, short=40, long=1500)
+    fuzz(draw, compare, short=20, long=1500)
 
 
 def test_replicas_and_resumes_are_equal_bit_for_bit(fuzz: Fuzz) -> None:
-    fuzz(draw_narrow, resume, short=30, long=1000)
+    fuzz(draw_narrow, resume, short=15, long=1000)
 
 
 def test_a_gradient_that_some_ranks_miss_stops_nobody(fuzz: Fuzz) -> None:
-    fuzz(draw_ragged, finish, short=30, long=1000)
+    fuzz(draw_ragged, finish, short=15, long=1000)
 
 
 def build(spread: Spread, start: Named, alone: bool = False) -> Held:

@@ -42,7 +42,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("way", "layout"), taking_turns(WAYS, LAYOUTS, every=3))
+@pytest.mark.parametrize(("way", "layout"), taking_turns(WAYS, LAYOUTS))
 def test_every_layout_gives_the_weights_of_one_process(layout: str, way: str) -> None:
     check_layout(layout, WAYS[way], WITH_EXPERTS)
 

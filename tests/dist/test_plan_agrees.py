@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import LAYOUTS
+from selection import taking_turns
 from storages import Held
 from test_collectives import RANKS, SHAPES, Meter, Traffic, metered
 from threads import run_ranks
@@ -116,14 +117,12 @@ def check(layout: str, options: dict[str, Any], ranks: int = RANKS) -> None:
         assert want.refresh.sent == seen.refresh.sent, f"{case}: bytes of a refresh"
 
 
-@pytest.mark.parametrize("layout", ENGINES)
-@pytest.mark.parametrize(("projection", "side"), SETTINGS)
-def test_planned_equals_measured(layout: str, projection: str, side: str) -> None:
-    check(layout, options_of(projection, side))
+@pytest.mark.parametrize(("setting", "layout"), taking_turns(SETTINGS, ENGINES, every=2, name=" ".join))
+def test_planned_equals_measured(layout: str, setting: tuple[str, str]) -> None:
+    check(layout, options_of(*setting))
 
 
-@pytest.mark.parametrize("layout", ENGINES)
-@pytest.mark.parametrize("on_refresh", ["keep", "project"])
+@pytest.mark.parametrize(("on_refresh", "layout"), taking_turns(["keep", "project"], ENGINES, every=2))
 def test_moments_that_change_ranks(layout: str, on_refresh: str) -> None:
     for projection, side in DRAWN:
         check(layout, options_of(projection, side, on_refresh))

@@ -28,7 +28,7 @@ def reports(build: object, case: Case) -> list[list[float]]:
     return [found[0], found[GAP]]
 
 
-@pytest.mark.parametrize(("chosen", "layout"), taking_turns(PROJECTIONS, LAYOUTS, every=3, name="-".join))
+@pytest.mark.parametrize(("chosen", "layout"), taking_turns(PROJECTIONS, LAYOUTS, every=5, name="-".join))
 def test_the_same_on_every_layout(chosen: tuple[str, str], layout: str) -> None:
     projection, side = chosen
     case = Case(projection, side, "reset")

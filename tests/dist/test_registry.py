@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from selection import taking_turns
 from small_matrices import MORE, check_layout, check_resume, tensors
 from test_plan_agrees import ENGINES, check
 from torch import Tensor, nn
@@ -95,14 +96,15 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("layout", ["replicas, shared state", "Shard(0)", "HSDP 2x2", "ZeRO-1/2", "ZeRO-3"])
+@pytest.mark.parametrize(
+    ("way", "layout"),
+    taking_turns(WAYS, ["replicas, shared state", "Shard(0)", "HSDP 2x2", "ZeRO-1/2", "ZeRO-3"], every=2),
+)
 def test_every_layout_gives_the_weights_of_one_process(layout: str, way: str) -> None:
     check_layout(layout, WAYS[way])
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("layout", ENGINES)
+@pytest.mark.parametrize(("way", "layout"), taking_turns(WAYS, ENGINES, every=2))
 def test_planned_equals_measured(layout: str, way: str) -> None:
     check(layout, {**MORE, **WAYS[way]})
 

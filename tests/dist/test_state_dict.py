@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from cases import ON_REFRESH, PROJECTIONS, Case, gradients, weights
 from resuming import Saved, from_bytes
-from selection import taking_turns
+from selection import mostly_heavy, taking_turns
 from storages import Held, cut_like, replicas
 from threads import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
@@ -55,7 +55,7 @@ def check(layout: str, case: Case, points: tuple[int, ...], schedule: resuming.S
     assert found == [{step: [] for step in points}] * RANKS[layout]
 
 
-@pytest.mark.parametrize(("case", "layout"), taking_turns(CASES, LAYOUTS, every=2, name=named))
+@pytest.mark.parametrize(("case", "layout"), taking_turns(CASES, LAYOUTS, every=4, name=named))
 def test_bit_for_bit_at_and_between_refreshes(layout: str, case: Case, request: pytest.FixtureRequest) -> None:
     """Step 3 refreshes, step 2 does not. They take turns, with --heavy each has both."""
     turn = (list(LAYOUTS).index(layout) + CASES.index(case)) % 2
@@ -69,7 +69,7 @@ def test_bit_for_bit_on_other_layouts(layout: str, case: Case, request: pytest.F
     check(layout, case, (2, 3) if request.config.getoption("--heavy") else (2 + turn,))
 
 
-@pytest.mark.parametrize("layout", RANKS)
+@pytest.mark.parametrize("layout", mostly_heavy(RANKS, ["replicas, shared state", "HSDP 2x2", "ZeRO-3"]))
 def test_before_the_first_step_and_after_the_last(layout: str) -> None:
     check(layout, case_of("svd", "std", "keep"), (0, 1, 4, 6))
     check(layout, case_of("randk", "std", "keep"), (0, 1, 4, 6))
@@ -149,7 +149,7 @@ def test_a_changed_density_does_not_move_the_state(layout: str) -> None:
 
 
 @pytest.mark.parametrize("refresh_schedule", ["together", "staggered"])
-@pytest.mark.parametrize("state_full", ["lion", "sgdm"])
+@pytest.mark.parametrize("state_full", mostly_heavy(["lion", "sgdm"], ["sgdm"]))
 def test_other_rules_and_schedules(state_full: str, refresh_schedule: str) -> None:
     more = (("state_full", state_full), ("refresh_schedule", refresh_schedule))
     for projection in ("svd", "randk"):

@@ -33,7 +33,7 @@ def elements(build: object, case: Case) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize(("chosen", "layout"), taking_turns(PROJECTIONS, LAYOUTS, every=3, name="-".join))
+@pytest.mark.parametrize(("chosen", "layout"), taking_turns(PROJECTIONS, LAYOUTS, every=5, name="-".join))
 def test_the_ranks_elements_add_up(chosen: tuple[str, str], layout: str) -> None:
     projection, side = chosen
     case = Case(projection, side, "reset")

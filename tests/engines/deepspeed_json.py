@@ -56,6 +56,20 @@ def error_of(params: dict[str, Any], zero: dict[str, Any], more: dict[str, Any],
     return ""
 
 
+def error_of_tp_model_init(zero: dict[str, Any]) -> str:
+    """Tensor parallelism that the script asks for by a call, and not the config."""
+    import deepspeed
+    from deepspeed.runtime.tensor_parallel import init_utils
+
+    ranks = torch.distributed.get_world_size()
+    group = torch.distributed.new_group(list(range(ranks)))
+    deepspeed.tp_model_init(cases.small_llama(), tp_size=ranks, dtype=torch.float32, tp_group=group)
+    try:
+        return error_of({"lr": 1e-3}, zero, {"train_micro_batch_size_per_gpu": 12})
+    finally:
+        init_utils._TP_MODEL_INIT_ARGS = None  # else it counts for all engines to come
+
+
 def error_of_client(path: str, zero: dict[str, Any]) -> tuple[str, bool]:
     """With an optimizer from the script, an object or a callable: what the user reads, and is it before any step?"""
     from frugal_dist import Frugal, split_parameters

@@ -90,7 +90,8 @@ def test_one_process(fleet: Fleets, tmp_path: Path) -> None:
     assert found["differing"] == []
 
 
-@pytest.mark.parametrize("built_first", [True, pytest.param(False, marks=pytest.mark.heavy)])
+@pytest.mark.heavy
+@pytest.mark.parametrize("built_first", [True, False])
 def test_silent_replacement_under_offload_is_refused(built_first: bool, fleet: Fleets) -> None:
     for message in fleet(2).run(accelerate_cases.replaced, built_first):
         assert message.startswith("ValueError: ")

@@ -82,7 +82,7 @@ def test_masters_have_no_remainders(fleet: Fleets) -> None:
         assert all("DeepSpeed keeps fp32 masters itself" in text for text in texts)
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.heavy), 3])
+@pytest.mark.parametrize("stage", mostly_heavy([0, 1, 3], [3]))
 def test_a_failing_svd_is_a_notice_to_all_ranks(stage: int, fleet: Fleets) -> None:
     (error, _, first), (_, warned, second) = fleet(2).run(faults.failing_svd, stage, 1)
     assert error == ""
@@ -90,7 +90,7 @@ def test_a_failing_svd_is_a_notice_to_all_ranks(stage: int, fleet: Fleets) -> No
     assert any("made to fail" in text for text in warned)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", mostly_heavy([2, 3], [2]))
 def test_an_svd_that_keeps_failing_raises_on_all_ranks(stage: int, fleet: Fleets) -> None:
     for error, _, _ in fleet(2).run(faults.failing_svd, stage, 99):
         assert "failed 3 times in a row" in error

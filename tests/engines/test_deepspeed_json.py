@@ -130,6 +130,11 @@ def test_what_is_not_supported_is_refused_by_name(feature: str, fleet: Fleets) -
         assert instead in text
 
 
+def test_tensor_parallelism_by_tp_model_init_is_refused(fleet: Fleets) -> None:
+    for text in fleet(2).run(json_jobs.error_of_tp_model_init, {"stage": 1}):
+        assert text.startswith("ValueError: Frugal does not support DeepSpeed's tensor parallelism (AutoTP, mpu)")
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_experts_that_are_others_on_each_rank_are_refused(stage: int, fleet: Fleets) -> None:
     """They begin as copies of one, under the same names: no comparison would show it."""

@@ -33,7 +33,7 @@ QUICK = {
     "1": ("svd left", "columns"),
     "2": ("svd left", "columns"),
     "3": ("svd std", "columns"),
-    "3, sub-groups": ("randk", "blockwise"),
+    "3, sub-groups": ("randk",),
     "BF16_Optimizer": ("svd left", "columns"),
 }
 """What is not named here runs with --heavy."""

@@ -25,12 +25,12 @@ STAGES = {
 """Where not 0 to 3."""
 
 QUICK = {
-    "several groups": (1, 3),
+    "several groups": (3,),
     "optimizer object": (3,),
     "optimizer callable": (2,),
-    "frozen parameters": (2, 3),
-    "accumulation": (1, 3),
-    "clipping": (0, 3),
+    "frozen parameters": (2,),
+    "accumulation": (3,),
+    "clipping": (3,),
     "clipping by default": (2,),
     "no_decay": (1,),
     "schedule": (2,),

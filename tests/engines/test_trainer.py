@@ -113,6 +113,7 @@ def test_other_ranks_go_on(fleet: Fleets, tmp_path: Path) -> None:
                 tables.note("Trainer, saved on 2 ranks", name, f"{ranks} ranks", apart)
 
 
+@pytest.mark.heavy
 def test_parts_of_another_run_are_not_taken(fleet: Fleets, tmp_path: Path) -> None:
     for nowhere, foreign, *differing in fleet(2).run(trainer_cases.moved_checkpoints, tmp_path):
         assert "the rest is not in its folder" in nowhere

@@ -54,6 +54,9 @@ def results(
     return found
 
 
+@pytest.mark.parametrize(
+    "device", [pytest.param("cuda", marks=pytest.mark.gpu), pytest.param("cpu", marks=pytest.mark.heavy)], indirect=True
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_an_engine(
     device: torch.device, name: str, ran: dict[str, Path], tmp_path_factory: pytest.TempPathFactory

@@ -23,6 +23,11 @@ CONFIG = FrugalConfig(lr=1e-2, projection="columns", state_free_lr_scale=0.3)
 SHAPES = [(16, 144), (37, 61), (1, 1), (1, 3000), (2000, 1), (64, 512)]
 
 
+def shapes_on(device: torch.device) -> list[tuple[int, int]]:
+    """Triton's interpreter is slow: it rehearses small ones."""
+    return SHAPES if device.type == "cuda" else SHAPES[:3]
+
+
 def some(count: int, every: int = 3) -> Tensor:
     return torch.arange(0, count, every, dtype=torch.int32)
 
@@ -51,18 +56,19 @@ def stepped(
     """
     dtype, of_grads = dtypes
     generator = torch.Generator().manual_seed(0)
-    total, kept = offset + sum(map(prod, SHAPES)), torch.float32 if wide else dtype
+    shapes = shapes_on(device)
+    total, kept = offset + sum(map(prod, shapes)), torch.float32 if wide else dtype
     buffer = torch.randn(total, generator=generator).to(device, dtype).to(kept)
-    selections = [KINDS[kind](*shape) for shape in SHAPES]
+    selections = [KINDS[kind](*shape) for shape in shapes]
     moments = [
         () if one is None else tuple(torch.zeros(one.shape(*shape), device=device) for _ in "mv")
-        for one, shape in zip(selections, SHAPES, strict=True)
+        for one, shape in zip(selections, shapes, strict=True)
     ]
     selections = [None if one is None else one.to(device) for one in selections]
     for step in (1, 2):
         grads = (torch.randn(total, generator=generator) * torch.rand(total, generator=generator).gt(0.1)).to(device)
         jobs, start = [], offset
-        for shape, selection, own in zip(SHAPES, selections, moments, strict=True):
+        for shape, selection, own in zip(shapes, selections, moments, strict=True):
             part = slice(start, start + prod(shape))
             grad = grads.to(of_grads).to(kept if wide else of_grads)[part].view(shape)
             jobs.append(TileUpdate(buffer[part].view(shape), grad, selection, own, step, 0.1, CONFIG))
@@ -106,7 +112,7 @@ def test_the_signed_step_of_one_matrix(
     """The kernel that needs no table."""
     dtype, of_grads = dtypes
     rehearse_once(device, dtypes, offset)
-    for rows, cols in SHAPES:
+    for rows, cols in shapes_on(device):
         weight, grad = (torch.randn(offset + rows * cols, device=device) for _ in "wg")
         grad *= torch.rand_like(grad).gt(0.1)
         weight, grad = (one.to(to)[offset:].view(rows, cols) for one, to in ((weight, dtype), (grad, of_grads)))
@@ -124,7 +130,7 @@ def test_the_signed_step_without_rows_of_noise(device: torch.device, kernels: No
     rehearse_once(device, DTYPES[0], offset)
     if device.type == "cpu":
         pytest.importorskip("triton", minversion="3.7", reason="3.6's interpreter runs no loop up to an argument")
-    for rows, cols in SHAPES:
+    for rows, cols in shapes_on(device):
         weight, rest, grad = (torch.randn(offset + rows * cols, device=device)[offset:].view(rows, cols) for _ in "wrg")
         for one in (rest, grad):
             one += one.sign()  # none is near 0

@@ -230,6 +230,7 @@ def test_two_ranks_are_as_one_process(engine: str, folder: Path) -> None:
         assert (runs[1] / "best" / "model.safetensors").is_file()
 
 
+@pytest.mark.heavy
 def test_optimizers_are_compared(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoModelForSequenceClassification
 

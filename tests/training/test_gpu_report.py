@@ -59,7 +59,9 @@ def test_the_sections_are_those_that_share_the_time(script: ModuleType) -> None:
     assert tuple(script.SHARES) == SECTIONS == tuple(importlib.import_module("gpu_sections").SECTIONS)
 
 
-@pytest.mark.parametrize("name", mostly_heavy(SECTIONS, [one for one in SECTIONS if one not in ("peers", "memory")]))
+@pytest.mark.parametrize(
+    "name", mostly_heavy(SECTIONS, [one for one in SECTIONS if one not in ("peers", "memory", "learning")])
+)
 def test_a_section(script: ModuleType, tmp_path: Path, name: str) -> None:
     assert script.measure(parsed(script, tmp_path), [name], time.time() + 300) == 0
     complete(tmp_path, (name,))
@@ -73,6 +75,7 @@ def test_what_fails_is_told_and_the_next_begins(script: ModuleType, tmp_path: Pa
     assert sections["card"]["state"] == "done" and "FileNotFoundError" in (tmp_path / "gpu.md").read_text()
 
 
+@pytest.mark.heavy
 def test_without_time_the_sections_end_at_once_and_say_so(script: ModuleType, tmp_path: Path) -> None:
     names = ["step", "products", "refresh", "tokens", "memory"]
     assert script.measure(parsed(script, tmp_path), names, time.time() - 1) == 0
@@ -80,6 +83,7 @@ def test_without_time_the_sections_end_at_once_and_say_so(script: ModuleType, tm
         assert section["state"] == "done" and "No time was left" in " ".join(section["notes"]), name
 
 
+@pytest.mark.heavy
 def test_it_learns_from_a_token_pack(script: ModuleType, tmp_path: Path) -> None:
     pack = tmp_path / "pack"
     pack.mkdir()
@@ -151,6 +155,7 @@ def test_randk_is_left_out_where_the_host_would_draw_too_long(
         assert any(note.startswith("randk") for note in section["notes"]), name
 
 
+@pytest.mark.heavy
 def test_the_roundings_are_measured_where_weights_are_bf16(script: ModuleType, tmp_path: Path) -> None:
     script.measure(parsed(script, tmp_path), ["step"], time.time() + 300)
     for table in found_in(tmp_path)["sections"]["step"]["tables"]:
@@ -206,6 +211,7 @@ def run(*command: object, home: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True, cwd=home, env=environment(home), timeout=600)
 
 
+@pytest.mark.heavy
 def test_a_packed_read_only_checkout_on_the_cpu(tmp_path: Path) -> None:
     """All of it, as it is typed, from another folder; nothing is written but into --out."""
     folder, out = checkout(tmp_path / "packed"), tmp_path / "out"

@@ -217,8 +217,8 @@ def test_refreshes_and_validation_are_written_down(folder: Path, uninterrupted: 
 @pytest.mark.parametrize(
     "number",
     [
-        signal.SIGKILL,
         signal.SIGTERM,
+        pytest.param(signal.SIGKILL, marks=pytest.mark.heavy),
         pytest.param(signal.SIGUSR1, marks=pytest.mark.heavy),
         pytest.param(signal.SIGINT, marks=pytest.mark.heavy),
     ],

@@ -188,6 +188,7 @@ def step_in_a_process(folder: Path, **variables: str) -> subprocess.CompletedPro
     return subprocess.run([sys.executable, "-c", STEP], env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.heavy
 def test_it_is_built_once_and_a_killed_build_hinders_nobody(tmp_path: Path) -> None:
     (tmp_path / ".frugal_dist_native_killed.so").write_bytes(b"half of it")
     (tmp_path / "lock").touch()

@@ -159,7 +159,7 @@ class Source(Protocol):
         """This rank's position after the last batch that was asked for; empty if the index says it all."""
 
     def load_state_dict(self, states: list[dict[str, Any]], index: int) -> None:
-        """Go on with batch `index`. ``states``: what ``state_dict`` gave on each rank that saved."""
+        """Resume with batch `index`. ``states``: what ``state_dict`` gave on each rank that saved."""
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -60,7 +60,7 @@ class Documents:
         if seed is not None:
             logging.getLogger("datasets.iterable_dataset").addFilter(_speaks_of_no_lost_buffer)
             # A buffer of one document: only files are shuffled here. The content of a larger buffer would be lost when
-            # a run goes on; streams.py shuffles documents so that it is not.
+            # a run resumes; streams.py shuffles documents so that it is not.
             stream = stream.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)
         if parts > 1:
             stream = split_dataset_by_node(stream, part, parts)

@@ -8,7 +8,7 @@ OUT/parts/requested         fingerprint of the settings and the text
 OUT/parts/tokenizer.json    what the processes encode with
 OUT/parts/train/00012.train token files, one per half of the split
 OUT/parts/train/00012.validation
-OUT/parts/train/00012.json  written last: how many tokens, and where reading goes on after this part
+OUT/parts/train/00012.json  written last: how many tokens, and where reading resumes after this part
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 The text is divided into a fixed number of lanes, whatever the number of ranks: a batch takes equally many rows from
 each, and a rank reads the lanes of its part of the batch. Where there are more ranks than lanes, several read the same
-lane and take different rows of it. Batches are therefore the same on every number of ranks, and a run may go on with
+lane and take different rows of it. Batches are therefore the same on every number of ranks, and a run may resume with
 another one. A lane reads its documents in blocks, shuffles each block, and makes rows
-of them. Its position is where the current block began and how many rows were taken since: going on means reading a
+of them. Its position is where the current block began and how many rows were taken since: to resume means to read a
 block again, not storing it.
 """
 
@@ -182,7 +182,7 @@ class Stream:
         }
 
     def load_state_dict(self, states: list[dict[str, Any]], index: int) -> None:
-        """Go on where the ranks that saved were, on any number of ranks.
+        """Resume where the ranks that saved were, on any number of ranks.
 
         Lanes and blocks stay as the run was begun with. Raises ValueError if the checkpoint is of a run on other data,
         or other keys of the recipe have changed on which the rows depend.

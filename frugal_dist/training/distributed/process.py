@@ -21,9 +21,9 @@ from typing import NoReturn, TextIO
 
 LOG_FILE = "output.txt"
 STOPPED = 75
-"""Exit code of a run that saved and stopped because it was told to (EX_TEMPFAIL): start it again to go on."""
+"""Exit code of a run that saved and stopped because it was told to (EX_TEMPFAIL): start it again to resume."""
 DIVERGED = 65
-"""Exit code of a run that has no finite loss or gradient any more (EX_DATAERR): to go on would end the same."""
+"""Exit code of a run that has no finite loss or gradient any more (EX_DATAERR): to resume would end the same."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 IMPATIENT = (signal.SIGTERM, signal.SIGINT)
 """Sent a second time they end the process at once. SIGUSR1 is a warning only, which SIGTERM may follow."""

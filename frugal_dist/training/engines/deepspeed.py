@@ -132,7 +132,7 @@ class DeepSpeedEngine:
         return int(self._engine.skipped_steps)
 
     def save(self, root: Path, step: int, extra: dict[str, Any], **options: Any) -> bool:
-        """Write a portable checkpoint, from which any engine can go on."""
+        """Write a portable checkpoint, from which any engine can resume."""
         return checkpoint.save_step(root, step, self._engine, self._engine.optimizer, extra, **options)
 
     def resume(self, root: Path) -> tuple[int, dict[str, Any]] | None:

@@ -67,7 +67,7 @@ class SpikeGuard:
         return {"mean": self.mean, "count": self.count}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on; a checkpoint of another engine holds nothing of it."""
+        """Resume; a checkpoint of another engine holds nothing of it."""
         self.mean, self.count = float(state.get("mean", 0.0)), int(state.get("count", 0))
 
 

@@ -118,7 +118,7 @@ def with_adapters(model: nn.Module, lora: Lora) -> nn.Module:
     config = LoraConfig(
         task_type="SEQ_CLS",
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides it by r, whole or not
+        lora_alpha=lora.alpha,  # peft divides it by r, whole or not
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
     )

@@ -1,4 +1,4 @@
-"""Fine-tuning by recipe: a pretrained encoder on labelled texts. Started again, a run goes on where it was."""
+"""Fine-tuning by recipe: a pretrained encoder on labelled texts. Started again, a run resumes."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class Best:
         return {"best": {"step": self.step, "figures": self.metrics}}
 
     def recall(self, extra: dict[str, Any]) -> None:
-        """Go on with what a checkpoint holds. A model that was kept after it will be kept again."""
+        """Resume with what a checkpoint holds. A model that was kept after it will be kept again."""
         self.step, self.metrics = extra["best"]["step"], extra["best"]["figures"]
 
     def _published(self, record: dict[str, Any]) -> bool:

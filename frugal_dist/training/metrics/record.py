@@ -35,7 +35,7 @@ ENDS = ("summary", "diverged")
 class MetricsLog:
     """Appends records to a file; without a path (ranks other than 0) it does nothing.
 
-    ``after``: the run goes on after this step; what an earlier run wrote of later steps is dropped. None starts anew.
+    ``after``: the run resumes after this step; what an earlier run wrote of later steps is dropped. None starts anew.
     ``also(kind, values)`` hears of every record, once it is in the file.
     """
 
@@ -125,7 +125,7 @@ def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 def end_of(records: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The record with which a run has ended, well or diverged; None if there is more to be done.
 
-    The last word counts: a finished run that went on, for more steps, is no longer finished.
+    The last word counts: a finished run that was resumed, for more steps, is no longer finished.
     """
     words = [record for record in records if record["kind"] in ("run", "stopped", *ENDS)]
     return words[-1] if words and words[-1]["kind"] in ENDS else None
@@ -226,7 +226,7 @@ def _flat(record: dict[str, Any], before: str = "") -> dict[str, str | int | flo
 
 
 def identity(folder: Path, start: int) -> str:
-    """Of the run in this folder, in a file there: a new one at the beginning, the same when it goes on.
+    """Of the run in this folder, in a file there: a new one at the beginning, the same when it resumes.
 
     A run of which W&B knows later steps takes no earlier ones, so one that is begun anew must be another.
     """
@@ -237,7 +237,7 @@ def identity(folder: Path, start: int) -> str:
 
 
 def _wandb(folder: Path, record: dict[str, Any], start: int) -> Tracker:
-    """A run of the project that WANDB_PROJECT names. It goes on as the same one after an interruption."""
+    """A run of the project that WANDB_PROJECT names. It resumes as the same one after an interruption."""
     import wandb
 
     run: Any = wandb.init(
