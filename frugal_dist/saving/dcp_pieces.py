@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from frugal_dist.engines.pieces import Pieces
+from frugal_dist.projection.registry import PROJECTIONS
 from frugal_dist.sharding.shard import Box, Interval
 from frugal_dist.sharding.tile import split_evenly
 from frugal_dist.step.runtime import (
@@ -126,12 +127,13 @@ def _share(piece: CoordinatePiece, values: Tensor) -> Tensor:
 
 def sizes_change(runtime: Runtime, mat: LocalMatrix) -> bool:
     """Whether a refresh may change how many entries of this rank are selected. Of columns it does not, where rows are
-    stored whole.
+    stored whole and are what replicas share.
     """
     boxed = isinstance(runtime.storage.part(mat.matrix.original), Box)
     coordinates = mat.family != "basis" and not mat.empty
+    columns = tuple(PROJECTIONS[mat.config.projection].lines(mat.side)) == (1,)
     whole_rows = all(tile.width == mat.matrix.cols for tiles in mat.matrix.storage for tile in tiles)
-    return boxed and coordinates and not (free_dim_of(mat) == 0 and mat.family == "coordinates" and whole_rows)
+    return boxed and coordinates and not (columns and free_dim_of(mat) == 0 and whole_rows)
 
 
 def decoded_moments(runtime: Runtime, mat: LocalMatrix) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from frugal_dist.config import HYPERPARAMETERS, FrugalConfig, config_from, pytho
 from frugal_dist.projection.basis import Basis, basis_of
 from frugal_dist.projection.blocks import active_blocks, active_count
 from frugal_dist.projection.coordinates import NOTHING, Selection, whole_block
-from frugal_dist.projection.registry import PROJECTIONS, draw_selection, selection_size, undivided
+from frugal_dist.projection.registry import PROJECTIONS, dim_left_free, draw_selection, selection_size, undivided
 from frugal_dist.sharding.collectives import Ranks
 from frugal_dist.sharding.placement import FREE_DIM, compute_layout
 from frugal_dist.sharding.redistribution import Redistribution, RedistributionPlan
@@ -294,13 +294,12 @@ def same_slots(mat: LocalMatrix) -> bool:
 
 def free_dim_of(mat: LocalMatrix) -> int | None:
     """The dim along which a selection is the same everywhere, and replicas share it: rows of selected columns, columns
-    of selected rows, the longer side of blocks. None: there is none.
+    of selected rows, the longer side of blocks and of selections of everything. None: there is none.
     """
-    chosen = PROJECTIONS[mat.config.projection]
-    if chosen.family == "blocks":
-        return whole_block(mat.matrix.rows, mat.matrix.cols).free_dim
-    lines = tuple(chosen.lines(mat.side))
-    return 1 - lines[0] if len(lines) == 1 else None
+    rows, cols = mat.matrix.rows, mat.matrix.cols
+    if PROJECTIONS[mat.config.projection].family == "blocks":
+        return whole_block(rows, cols).free_dim
+    return dim_left_free(mat.config, rows, cols, mat.state.counter("size") or mat.size)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ CASES = [
     Case("dct", "std", "keep", free="scaled", more=FREE, names=("tall", "wide", "square", "experts")),
     Case("svd", "right", "keep", more=(("moments", "8bit"),)),  # rows are not cut, so that ranks make no difference
     Case("svd", "std", "keep", free="sgd", more=(dcp_jobs.ROUNDED,)),
+    # Whole matrices are shared along their longer side, be it the lines' own or not.
+    *(Case(projection, "std", "keep", densities=(1.0,)) for projection in ("columns", "rows", "randk")),
 ]
 WAYS = [
     ("Shard(0)", 2, "Shard(0)", 3),
