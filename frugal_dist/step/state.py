@@ -172,6 +172,8 @@ class MatrixState:
             present = self.get(key)
             if present is None or present.numel() != prod(shape) or present.dtype != kind:
                 self.put(key, torch.zeros(shape, dtype=kind, device=torch.device(str(device))))
+            elif present.shape != shape:  # as many, selected otherwise: saved and loaded they have this shape
+                self.put(key, present.reshape(shape))
 
     def moments(self, config: FrugalConfig, extents: Sequence[Extent]) -> list[tuple[Any, ...]]:
         """For each piece its tuple of moments, as their form shows them."""

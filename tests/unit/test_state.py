@@ -13,7 +13,9 @@ import torch
 from building import PROJECTIONS, build, counters, parameters_of, set_grads, train, weight, weights
 from selection import taking_turns
 
-from frugal_dist import Frugal
+from frugal_dist import Frugal, FrugalConfig
+from frugal_dist.step.state import MatrixState
+from frugal_dist.update.moment_storage import Extent
 
 SHAPES = {"tall": (24, 16), "wide": (16, 40), "odd": (7, 5), "square": (12, 12)}
 
@@ -662,3 +664,12 @@ def test_inactive_blocks_store_nothing() -> None:
     train(optimizer, 1, 4)
     sizes = [sum(v.numel() for v in optimizer.state[p].values() if v.ndim) for p in parameters_of(optimizer)]
     assert sizes == [0, 2 * 16 * 40, 0, 0, 2 * 11], "the first block's state is freed when the second becomes active"
+
+
+def test_as_many_moments_that_are_selected_otherwise_have_the_shape_that_is_asked_for() -> None:
+    """A rank's part of a matrix at density 1, and of single entries afterwards: loading looks at the shape."""
+    state = MatrixState({})
+    for shape in ((1, 4), (4,)):
+        state.ensure_moments(FrugalConfig(projection="randk"), [Extent(shape)], torch.float64, torch.device("cpu"))
+        moment = state.get("exp_avg")
+        assert moment is not None and moment.shape == shape
