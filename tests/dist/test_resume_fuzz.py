@@ -26,6 +26,8 @@ from torch.distributed.tensor import DTensor
 
 from frugal_dist import Frugal, checkpoint
 
+pytestmark = pytest.mark.timeout(3600)  # with --heavy, or as many runs as one likes
+
 STEPS = 8
 SHAPES = {
     "a": (6, 4),
