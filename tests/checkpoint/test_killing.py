@@ -51,7 +51,7 @@ def every(mode: str, stride: int, rank: int, ranks: int) -> str:
 @pytest.mark.parametrize(
     "drills",
     [
-        pytest.param([every("same", 3, 0, 1)], id="one process"),
+        pytest.param([every("same", 5, 0, 1)], id="one process"),
         pytest.param(
             [every("same", 1, 0, 1), every("steps", 3, 0, 1)], id="one process, each", marks=pytest.mark.heavy
         ),

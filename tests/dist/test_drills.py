@@ -132,6 +132,7 @@ def real(fleet: Fleet) -> dict[str, tuple[list[Outcome], list[str]]]:
     return found
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", REAL)
 def test_on_processes(name: str, real: dict[str, tuple[list[Outcome], list[str]]]) -> None:
     check(name, *real[name])

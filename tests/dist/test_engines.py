@@ -81,7 +81,8 @@ def test_every_projection(fleet: Fleet, engine: str) -> None:
     check(fleet, engine, {f"{job.projection} {job.side}": job for job in PROJECTIONS}, ranks_for(engine))
 
 
-@pytest.mark.parametrize("engine", mostly_heavy(["DDP, shared state", "FSDP2"], OFTEN))
+@pytest.mark.heavy
+@pytest.mark.parametrize("engine", ["DDP, shared state", "FSDP2"])
 def test_the_family(fleet: Fleet, engine: str) -> None:
     """Rules whose norms cross ranks, and whole matrices."""
     check(fleet, engine, FAMILY, ranks_for(engine))

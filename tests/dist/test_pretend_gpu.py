@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from cases import GAP, LAYOUTS, Case, Named, gradients, reference, weights
 from pretend_gpu import gpu, installed, on_cpu
-from selection import mostly_heavy
 from storages import Held
 from threads import run_ranks
 from torch import nn
@@ -110,10 +109,8 @@ def test_split_products_do_not_wait() -> None:
     check(replace(chosen, free="sgd"), *train("replicas", replace(chosen, free="sgd"), torch.float32), torch.float32)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    mostly_heavy(["replicas, shared state", "Shard(0)", "ZeRO-1/2, 3 sub-groups", "ZeRO-3"], ["ZeRO-3"]),
-)
+@pytest.mark.heavy
+@pytest.mark.parametrize("layout", ["replicas, shared state", "Shard(0)", "ZeRO-1/2, 3 sub-groups", "ZeRO-3"])
 def test_on_two_ranks(layout: str) -> None:
     for case in CASES:
         for found, waits in run_ranks(2, lambda rank, case=case: train(layout, case)):
