@@ -40,7 +40,7 @@ def check(projection: tuple[str, str], source: str, targets: list[str], step: in
 
 @pytest.mark.parametrize(("projection", "source"), taking_turns(PROJECTIONS, NAMES, name=lambda one: label(*one)))
 def test_each_engine_to_another(projection: tuple[str, str], source: str, tmp_path: Path) -> None:
-    """Over the projections, every engine is loaded on nearly every other; on all of them with --heavy."""
+    """By default one pair for each projection; with --heavy every engine is loaded on nearly every other here."""
     turn, position = PROJECTIONS.index(projection), NAMES.index(source)
     target = NAMES[(position + turn) % len(NAMES)]
     check(projection, source, [target], SAVED_AFTER[(turn + position) % 3], tmp_path / "saved")
