@@ -69,7 +69,7 @@ def random_bits(index: Tensor, keys: tuple[int, int]) -> Tensor:
     """16 random bits for each int64 index, as int32: a counter-based hash with two rounds of a 32-bit finaliser."""
     low = (index & 0xFFFFFFFF) ^ (keys[0] & 0xFFFFFFFF)
     high = (index >> 32) + keys[1]
-    return _mixed(_mixed(_int32(low)) + _int32(high & 0xFFFFFFFF)) & 0xFFFF
+    return _mixed(_mixed(low.to(torch.int32)) + high.to(torch.int32)) & 0xFFFF  # the low 32 bits of each
 
 
 def _mixed(x: Tensor) -> Tensor:
@@ -77,11 +77,6 @@ def _mixed(x: Tensor) -> Tensor:
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
     x = (x ^ ((x >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
     return x ^ ((x >> 16) & 0xFFFF)
-
-
-def _int32(x: Tensor) -> Tensor:
-    """The low 32 bits."""
-    return ((x + 0x80000000) % 0x100000000 - 0x80000000).to(torch.int32)
 
 
 def _signed(x: int) -> int:

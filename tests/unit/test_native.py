@@ -21,6 +21,7 @@ from frugal_dist.update import kernels
 from frugal_dist.update.kernels import native
 from frugal_dist.update.kernels.jobs import Noise, TileUpdate
 from frugal_dist.update.local import step_tiles
+from frugal_dist.update.stochastic_rounding import round_stochastically_
 
 ROOT = Path(__file__).parents[2]
 CONFIG = FrugalConfig(lr=1e-2, state_free_lr_scale=0.3, projection="columns")
@@ -120,6 +121,42 @@ def test_stochastic_rounding_draws_the_same_bits(options: dict[str, Any], both: 
     if options == {"density": 0.0}:
         assert torch.equal(mine, theirs)
     assert (mine != theirs).float().mean() < 2e-3  # a last bit of fp32 decides now and then
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 100_003), (513, 70), (7, 1), (3, 40_000)], ids=str)
+def test_a_copy_is_rounded_with_the_same_bits(shape: tuple[int, int], threads: int, both: Any) -> None:
+    """Of any parameter, as after a step of 8-bit moments or of a basis; the index goes beyond 32 bits."""
+    torch.manual_seed(0)
+    wide = torch.randn(shape) * torch.logspace(-30, 30, shape[1])
+    wide[0, :: shape[1] // 3 + 1] = torch.tensor(float("nan"))
+    wide[-1, -1] = -float("inf")
+    starts = torch.arange(shape[0]) * 7 * shape[1] + (1 << 32) - 1000
+    before = torch.get_num_threads()
+
+    def run() -> Tensor:
+        target = torch.zeros(shape, dtype=torch.bfloat16)
+        round_stochastically_(target, wide, starts, seed=3, name="w", step=5)
+        return target.nan_to_num(nan=123.0, neginf=-torch.inf).view(torch.int16)  # one NaN is as good as another
+
+    try:
+        torch.set_num_threads(threads)
+        mine, theirs = both(run)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(mine, theirs)
+
+
+def test_copies_that_are_not_contiguous_are_rounded_by_torch(both: Any) -> None:
+    def run() -> Tensor:
+        target = torch.zeros(6, 8, dtype=torch.bfloat16)
+        round_stochastically_(target[:, 1:5], torch.ones(6, 4) / 3, torch.arange(6) * 8 + 1, seed=3, name="w", step=5)
+        return target.view(torch.int16)
+
+    mine, theirs = both(run)
+    assert torch.equal(mine, theirs)
+    assert bool((mine[:, 1:5] != 0).all())
+    assert not mine[:, [0, 5, 6, 7]].any()
 
 
 def test_single_entries_of_a_part_of_the_columns_are_left_to_torch_if_they_are_rounded_stochastically() -> None:

@@ -69,20 +69,24 @@ struct Scalars {
 
 inline float signed_step(float g, float size) { return g > 0.0f ? size : (g < 0.0f ? -size : 0.0f); }
 
-// Writes a line of fp32 results: `first` is the index of its first entry in the whole parameter.
+// Rounds a line stochastically: `first` is the index of its first entry in the whole parameter.
+inline void round_line(bf16* w, const float* from, int64_t n, uint64_t first, uint32_t key0, uint32_t key1) {
+    for (int64_t i = 0; i < n; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, from + i, sizeof bits);
+        const bool finite = (bits & 0x7F800000u) != 0x7F800000u;
+        const uint32_t up = (bits + random_bits(first + i, key0, key1)) >> 16;
+        bf16 near;
+        store(&near, from[i]);
+        w[i].bits = finite ? static_cast<uint16_t>(up) : near.bits;
+    }
+}
+
+// Writes a line of fp32 results.
 template <typename W, bool NOISE>
 inline void write(W* w, const float* from, int64_t n, uint64_t first, const Tile& t) {
     if constexpr (NOISE) {
-        const uint32_t key0 = static_cast<uint32_t>(t.key0), key1 = static_cast<uint32_t>(t.key1);
-        for (int64_t i = 0; i < n; ++i) {
-            uint32_t bits;
-            std::memcpy(&bits, from + i, sizeof bits);
-            const bool finite = (bits & 0x7F800000u) != 0x7F800000u;
-            const uint32_t up = (bits + random_bits(first + i, key0, key1)) >> 16;
-            W near;
-            store(&near, from[i]);
-            w[i].bits = finite ? static_cast<uint16_t>(up) : near.bits;
-        }
+        round_line(w, from, n, first, static_cast<uint32_t>(t.key0), static_cast<uint32_t>(t.key1));
     } else {
         for (int64_t i = 0; i < n; ++i) store(w + i, from[i]);
     }
@@ -287,5 +291,18 @@ extern "C" void frugal_step(const int64_t* tiles, int64_t number, int kind, int 
             const int64_t from = (block - begins[i]) * per[i];
             step(all[i], kind, from, std::min(lines_of(all[i], kind).lines, from + per[i]), s, buffer);
         }
+    }
+}
+
+// fp32 `wide` to bf16 `target`, both of `rows` rows of `cols` entries; `starts`: the index of each row's first entry in the
+// whole parameter.
+extern "C" void frugal_round(uint16_t* target, const float* wide, const int64_t* starts, int64_t rows, int64_t cols,
+                             uint32_t key0, uint32_t key1, int threads) {
+    bf16* out = reinterpret_cast<bf16*>(target);
+    const int64_t parts = (cols + BLOCK - 1) / BLOCK;
+#pragma omp parallel for num_threads(threads) if (rows * cols > BLOCK && threads > 1) schedule(static)
+    for (int64_t part = 0; part < rows * parts; ++part) {
+        const int64_t row = part / parts, left = part % parts * BLOCK, n = std::min(BLOCK, cols - left);
+        round_line(out + row * cols + left, wide + row * cols + left, n, starts[row] + left, key0, key1);
     }
 }

@@ -95,15 +95,20 @@ _KINDS = {Columns: NativeKind(1, _columns), Rows: NativeKind(2, _rows), Flat: _S
 
 
 @cache
-def library() -> Callable[..., None]:
-    """The kernel, built if this machine has none yet. Raises OSError or RuntimeError where that cannot be done."""
+def library() -> ctypes.CDLL:
+    """The kernels, built if this machine has none yet. Raises OSError or RuntimeError where that cannot be done."""
     path = _folder() / f"frugal_dist_native_{_fingerprint()}.so"
     if not path.exists():
         _build(path)
-    step = ctypes.CDLL(str(path)).frugal_step
-    step.argtypes = [ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_int] * 4, ctypes.c_void_p, ctypes.c_int]
-    step.restype = None
-    return step
+    functions = ctypes.CDLL(str(path))
+    functions.frugal_step.argtypes = [
+        ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_int] * 4, ctypes.c_void_p, ctypes.c_int,
+    ]  # fmt: skip
+    functions.frugal_round.argtypes = [
+        *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, *[ctypes.c_uint32] * 2, ctypes.c_int,
+    ]  # fmt: skip
+    functions.frugal_step.restype = functions.frugal_round.restype = None
+    return functions
 
 
 def _compiler() -> list[str]:
@@ -237,7 +242,7 @@ def _run(
     scalars: array[float],
     noise: bool = False,
 ) -> None:
-    library()(
+    library().frugal_step(
         b"".join(rows), len(rows), kind, DTYPES[weight], DTYPES[grad], noise,
         scalars.buffer_info()[0], torch.get_num_threads(),
     )  # fmt: skip
@@ -268,8 +273,20 @@ def sign_step_(weight: Tensor, grad: Tensor, size: float, keep: float = 1.0) -> 
 
 
 def round_(target: Tensor, wide: Tensor, starts: Tensor, keys: tuple[int, int]) -> bool:
-    """Not here: torch's operations do it."""
-    return False
+    """Write fp32 ``wide`` to bf16 ``target``, as ``stochastic_rounding`` does, in one pass.
+
+    False, and nothing done, if the tensors are not made for it.
+    """
+    tensors = (target, wide, starts)
+    if (target.dtype, wide.dtype, starts.dtype) != (torch.bfloat16, torch.float32, torch.int64):
+        return False
+    if not all(tensor.is_cpu and tensor.is_contiguous() and tensor.data_ptr() for tensor in tensors):
+        return False
+    rows = starts.numel()
+    addresses = (tensor.data_ptr() for tensor in tensors)
+    library().frugal_round(*addresses, rows, target.numel() // rows, *keys, torch.get_num_threads())
+    torch.autograd.graph.increment_version([target])
+    return True
 
 
 def sign_steps_(weights: Sequence[Tensor], grads: Sequence[Tensor], config: FrugalConfig, decay: float) -> bool:
