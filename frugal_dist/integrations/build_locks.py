@@ -1,9 +1,10 @@
-"""Locks of C++ builds: torch waits for one without a word and without end, also when the build behind it was killed.
+"""C++ builds of torch's extensions: which ninja builds, and the locks.
 
-A killed job leaves ``TORCH_EXTENSIONS_DIR/NAME/lock`` behind (pytorch/pytorch#189245), and every later start that loads
-the operation hangs. torch keeps the file open while it builds, so a lock that no process has open is left over. Linux
-tells: nobody gets a write lease on a file that others have open, in whatever container or under whatever user. Where
-there are no leases, as on network file systems, only the age of a build's files tells.
+torch waits for a lock without a word and without end, also when the build behind it was killed. A killed job leaves
+``TORCH_EXTENSIONS_DIR/NAME/lock`` behind (pytorch/pytorch#189245), and every start that loads the operation hangs.
+torch keeps the file open while it builds, so a lock that no process has open is left over. Linux tells: nobody gets a
+write lease on a file that others have open, in whatever container or under whatever user. Where there are no leases,
+as on network file systems, only the age of a build's files tells.
 
 Only the standard library: launch/setup.sh runs this file before anything is installed.
 """
@@ -54,6 +55,15 @@ def wait_for_builds(tell: Tell = on_stderr, first_word: float = FIRST_WORD) -> N
                 tell(f"waiting for {lock.parent.name}, which {holder} is building: {waited:.0f} s ({lock})")
                 word += LATER_WORDS
             time.sleep(POLL)
+
+
+def prefer_own_ninja() -> None:
+    """Put this environment's programs first on PATH if it has ninja. Another version takes what this one built for
+    outdated, and builds it again: launchers and hosts that set PATH otherwise would take turns at every start.
+    """
+    own, path = Path(sys.executable).parent, os.environ.get("PATH", "")
+    if (own / "ninja").exists() and path.split(os.pathsep)[0] != str(own):
+        os.environ["PATH"] = os.pathsep.join(filter(None, [str(own), path]))
 
 
 def _locks() -> list[Path]:

@@ -25,14 +25,19 @@ from frugal_dist.config import (
 from frugal_dist.parameters.names import Choice, clean_name, is_table_name
 from frugal_dist.sharding.shard import ParamSpec
 
+_PASS = "Pass model.named_parameters() or split_parameters(model)"
+
 
 def as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
-    """Torch-style groups of what an optimizer is given. ValueError for a bare tensor or nothing."""
-    if isinstance(params, Tensor):
-        raise ValueError("params must be named parameters or groups, not a single tensor.")
+    """Torch-style groups of what an optimizer is given. ValueError for what has no parameters: a model, one tensor."""
+    if isinstance(params, Mapping):
+        what = "one group: put it into a list" if "params" in params else "a dict: pass its items()"
+        raise ValueError(f"params must be named parameters or groups, not {what}.")
+    if isinstance(params, Tensor | str) or not isinstance(params, Iterable):
+        raise ValueError(f"params must be named parameters or groups, not a single {type(params).__name__}. {_PASS}.")
     members = list(params)
     if not members:
-        raise ValueError("params is empty: pass model.named_parameters() or split_parameters(model).")
+        raise ValueError(f"params is empty. {_PASS}.")
     return members if isinstance(members[0], dict) else [{"params": members}]
 
 
@@ -71,16 +76,25 @@ def _named(group: dict[str, Any]) -> list[tuple[str | None, Tensor]]:
 
 def members_of(group: dict[str, Any]) -> list[tuple[str | None, Tensor]]:
     """A group's members with the names that it gives them: in pairs, or in torch's "param_names"."""
+    if not isinstance(group, Mapping) or not isinstance(group.get("params"), Iterable):
+        given = group.get("params") if isinstance(group, Mapping) else group
+        raise ValueError(
+            f"A parameter group must be a dict with a list under the key 'params', not {type(given).__name__}. {_PASS}."
+        )
     members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
     names = group.get("param_names") or [None] * len(members)
     if not isinstance(names, list | tuple):
         raise ValueError(f"Parameter group: param_names={names!r} must be a list of names, one for each parameter.")
     if len(names) != len(members):
         raise ValueError(f"Parameter group: param_names has {len(names)} names for {len(members)} parameters.")
-    return [
-        (member[0], member[1]) if isinstance(member, tuple) else (name, member)
-        for member, name in zip(members, names, strict=True)
+    pairs = [
+        member if isinstance(member, tuple) else (name, member) for member, name in zip(members, names, strict=True)
     ]
+    for pair in pairs:
+        if len(pair) != 2 or not isinstance(pair[1], Tensor):
+            kinds = ", ".join(type(one).__name__ for one in pair if one is not None)
+            raise ValueError(f"A parameter group has a member ({kinds}) that is not (name, parameter). {_PASS}.")
+    return pairs
 
 
 # --- other people's keys ----------------------------------------------------------------------------------------------

@@ -297,3 +297,21 @@ def test_an_interrupted_build_leaves_no_process_and_no_lock_in_the_way(checkout:
     assert process.returncode == 130
     assert "run the same command again" in shown
     assert "removing the lock" in checkout.setup("deepspeed")
+
+
+def test_hosts_and_launchers_with_another_path_build_with_the_same_ninja(tmp_path, monkeypatch):
+    """A second version takes the first one's build for outdated: hosts would build again at every start, in turns."""
+    for folder in ("own", "system"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "ninja").write_text("#!/bin/sh\n")
+        (tmp_path / folder / "ninja").chmod(0o755)
+    own, system = str(tmp_path / "own"), str(tmp_path / "system")
+    monkeypatch.setenv("PATH", system)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    build_locks.prefer_own_ninja()
+    assert os.environ["PATH"] == system, "this environment has none"
+    monkeypatch.setattr(sys, "executable", f"{own}/python")
+    for _ in range(2):
+        build_locks.prefer_own_ninja()
+        assert os.environ["PATH"] == f"{own}:{system}"
+    assert shutil.which("ninja") == f"{own}/ninja"

@@ -575,3 +575,28 @@ def test_a_terminal_that_is_gone_is_no_error(monkeypatch: pytest.MonkeyPatch) ->
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         notice("a warning")
+
+
+ONE = nn.Parameter(torch.ones(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        (Block(), "not a single Block. Pass model.named_parameters()"),
+        (nn.Sequential(nn.Linear(4, 4)), "has a member (Linear) that is not (name, parameter)"),
+        (ONE, "not a single Parameter. Pass"),
+        ({"params": [ONE]}, "not one group: put it into a list."),
+        (dict(Block().named_parameters()), "not a dict: pass its items()."),
+        (["weight"], "has a member (str) that"),
+        ([("weight", 3)], "has a member (str, int) that"),
+        ([("weight", ONE, 3)], "has a member (str, Parameter, int) that"),
+        ([{"params": Block()}], "a list under the key 'params', not Block."),
+        ([{"weights": [ONE]}], "a list under the key 'params', not NoneType."),
+        ([{"params": [("weight", ONE)]}, ONE], "a list under the key 'params', not Parameter."),
+        ([], "params is empty. Pass"),
+    ],
+)
+def test_what_is_no_parameters_is_refused_by_what_it_is(params: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        Frugal(params)

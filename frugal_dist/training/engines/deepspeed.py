@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from frugal_dist import checkpoint
-from frugal_dist.integrations.build_locks import wait_for_builds
+from frugal_dist.integrations.build_locks import prefer_own_ninja, wait_for_builds
 from frugal_dist.optimizer import Frugal
 from frugal_dist.planner import MOMENT_BYTES
 from frugal_dist.planner.zero import offloads
@@ -49,6 +49,7 @@ class DeepSpeedEngine:
         optimizer: Callable[[nn.Module], Frugal] | None = None,
     ) -> None:
         settle_accelerator()
+        prefer_own_ninja()
         wait_for_builds(tell)
         import deepspeed
 
