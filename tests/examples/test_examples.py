@@ -67,6 +67,7 @@ def start(name: str, folder: Path) -> str:
 HEAVY = [pytest.param(name, marks=pytest.mark.heavy) for name in NEEDS if name not in QUICK]
 
 
+@pytest.mark.timeout(1200)  # torchtitan starts twice
 @pytest.mark.parametrize("name", [*QUICK, *HEAVY])
 def test_an_example(name: str, tmp_path: Path) -> None:
     for package in NEEDS[name]:
