@@ -64,10 +64,11 @@ def start(name: str, folder: Path) -> str:
     return run([*ranks, *words], folder, *after)
 
 
-HEAVY = [pytest.param(name, marks=pytest.mark.heavy) for name in NEEDS if name not in QUICK]
+LONG = {"torchtitan_container": [pytest.mark.timeout(1200)]}
+"""It starts twice: 293 s beside another training."""
+HEAVY = [pytest.param(name, marks=[pytest.mark.heavy, *LONG.get(name, [])]) for name in NEEDS if name not in QUICK]
 
 
-@pytest.mark.timeout(1200)  # torchtitan starts twice
 @pytest.mark.parametrize("name", [*QUICK, *HEAVY])
 def test_an_example(name: str, tmp_path: Path) -> None:
     for package in NEEDS[name]:

@@ -122,7 +122,9 @@ class Store:
             shutil.rmtree(self.folder)
 
     def buildah(self, *arguments: str | Path, cwd: Path = ROOT) -> str:
-        """What the command prints. It first copies itself into memory, and fails if the kernel holds a page of it."""
+        """What the command prints. Its processes copy themselves into memory; one fails if the kernel holds a page of
+        the copy, which has nothing to do with the image: the command is run once more.
+        """
         try:
             return run("buildah", *arguments, cwd=cwd, **self.environ)
         except AssertionError as error:
